@@ -1,0 +1,150 @@
+"""Configuration of LASAR: a decoder-only backbone, its Semantic-ID vocabulary and its latent steps.
+
+Also the names of the tokens, since every part of the package (and the remote code beside a checkpoint) shares them.
+"""
+
+import string
+
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+
+LATENT_START_TOKEN = "<|latent_start|>"
+LATENT_TOKEN = "<|latent|>"
+LATENT_END_TOKEN = "<|latent_end|>"
+CONTROL_TOKENS = (LATENT_START_TOKEN, LATENT_TOKEN, LATENT_END_TOKEN)
+
+
+def sid_token(level: int, code: int) -> str:
+    """
+    Vocabulary entry of one code, as the field's `.index.json` files write it: `sid_token(1, 255)` is `<b_255>`.
+
+    Args:
+        level (`int`):
+            Level of the code, 0 is the first.
+        code (`int`):
+            Entry of the level's codebook.
+
+    Returns:
+        `str`: the token.
+    """
+    return f"<{string.ascii_lowercase[level]}_{code}>"
+
+
+def sid_tokens(num_sid_levels: int, codebook_size: int) -> list[str]:
+    """
+    All Semantic-ID tokens, level after level, so that level `l`, code `c` stands at `l * codebook_size + c`.
+
+    Args:
+        num_sid_levels (`int`):
+            Number of levels `M`.
+        codebook_size (`int`):
+            Codes a level, `K`.
+
+    Returns:
+        `list[str]`: `M * K` tokens.
+    """
+    return [sid_token(level, code) for level in range(num_sid_levels) for code in range(codebook_size)]
+
+
+class LasarConfig(PreTrainedConfig):
+    r"""
+    Configuration of a [`LasarForGenerativeRec`].
+
+    Args:
+        backbone_config (`dict` or [`~transformers.PreTrainedConfig`], *optional*):
+            Configuration of the decoder-only backbone, Qwen3's defaults if not given.
+        num_sid_levels (`int`, *optional*, defaults to `4`):
+            Codes of one Semantic ID, `M`.
+        codebook_size (`int`, *optional*, defaults to `256`):
+            Codes a level, `K`.
+        sid_token_offset (`int`, *optional*):
+            Token id of level 0, code 0; level `l`, code `c` has the id `sid_token_offset + l * K + c`.
+        max_latent_steps (`int`, *optional*, defaults to `8`):
+            Largest number of latent steps, `N_max`; the policy head has as many classes, class `k` meaning `k + 1`.
+        latent_start_token_id (`int`, *optional*):
+            Id of `<|latent_start|>`, the last token of a prompt.
+        latent_token_id (`int`, *optional*):
+            Id of `<|latent|>`, the placeholder of one latent step.
+        latent_end_token_id (`int`, *optional*):
+            Id of `<|latent_end|>`, which closes the latent region.
+
+    Example:
+
+    ```python
+    >>> from transformers import Qwen3Config
+    >>> from lasar_hf import LasarConfig
+
+    >>> config = LasarConfig(backbone_config=Qwen3Config(), sid_token_offset=151672)
+    >>> config.sid_token_id(level=1, code=3)
+    151931
+    ```
+    """
+
+    model_type = "lasar"
+    sub_configs_defaults = {"backbone_config": SubConfigSpec(config_class=AutoConfig, model_type="qwen3")}
+
+    backbone_config: dict | PreTrainedConfig | None = None
+    num_sid_levels: int = 4
+    codebook_size: int = 256
+    sid_token_offset: int | None = None
+    max_latent_steps: int = 8
+    latent_start_token_id: int | None = None
+    latent_token_id: int | None = None
+    latent_end_token_id: int | None = None
+
+    def __post_init__(self, **kwargs):
+        # Bare transformers loads a checkpoint through these entries; `save_pretrained` fills in its own class only.
+        auto_map = {
+            "AutoConfig": "configuration_lasar.LasarConfig",
+            "AutoModel": "modeling_lasar.LasarForGenerativeRec",
+            "AutoModelForCausalLM": "modeling_lasar.LasarForGenerativeRec",
+        }
+        self.auto_map = kwargs.pop("auto_map", None) or auto_map
+        super().__post_init__(**kwargs)
+        if self.num_sid_levels > len(string.ascii_lowercase):
+            raise ValueError(f"num_sid_levels is {self.num_sid_levels}: Semantic IDs have at most 26 levels (a to z).")
+        if self.max_latent_steps < 1:
+            raise ValueError(f"max_latent_steps is {self.max_latent_steps}: the policy head needs at least one class.")
+        self.tie_word_embeddings = self.backbone_config.tie_word_embeddings
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
+        """The backbone's configuration, where transformers and TRL look for the vocabulary, sizes and layer types."""
+        return self.backbone_config
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the backbone's hidden states, `H`."""
+        return self.backbone_config.hidden_size
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the backbone's embedding matrix."""
+        return self.backbone_config.vocab_size
+
+    @property
+    def num_sid_tokens(self) -> int:
+        """Number of Semantic-ID tokens, `M * K`."""
+        return self.num_sid_levels * self.codebook_size
+
+    def sid_token_id(self, level: int, code: int) -> int:
+        """
+        Token id of a code.
+
+        Args:
+            level (`int`):
+                Level of the code.
+            code (`int`):
+                Entry of the level's codebook.
+
+        Returns:
+            `int`: `sid_token_offset + level * K + code`.
+        """
+        if not (0 <= level < self.num_sid_levels and 0 <= code < self.codebook_size):
+            raise ValueError(
+                f"Level {level}, code {code} lies outside {self.num_sid_levels} levels of {self.codebook_size} codes."
+            )
+        return self.sid_token_offset + level * self.codebook_size + code
+
+
+__all__ = ["LasarConfig"]

@@ -1,0 +1,182 @@
+"""Catalogue, constraint and shared-prefix beam search against brute force."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.tiny import batch, row, sid_ids, tiny_catalog, tiny_model
+
+from lasar_hf import SidCatalog
+
+
+def score_every_item(model, prompt: list[int], depth: int, catalog: SidCatalog) -> torch.Tensor:
+    """Brute force: one forward pass an item, softmax by hand over the codes that continue some item. `(I,)`."""
+    config, codes = model.config, catalog.codes.tolist()
+    scores = []
+    for item in codes:
+        ids = prompt + [config.latent_token_id] * depth + [config.latent_end_token_id, *sid_ids(model, item)]
+        logits = model(torch.tensor([ids])).logits[0, -len(item) - 1 : -1].double()
+        score = 0.0
+        for level, code in enumerate(item):
+            follow = sorted({other[level] for other in codes if other[:level] == item[:level]})
+            allowed = logits[level, [config.sid_token_id(level, c) for c in follow]]
+            score += allowed.log_softmax(0)[follow.index(code)]
+        scores.append(score)
+    return torch.stack(scores)
+
+
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_recommend_orders_like_scoring_every_item(data):
+    model, _ = tiny_model(data.draw(st.sampled_from(["qwen3", "gpt_neox"])), seed=data.draw(st.integers(0, 3)))
+    catalog = tiny_catalog(num_items=data.draw(st.integers(1, 40)), seed=data.draw(st.integers(0, 99)))
+    size = data.draw(st.integers(1, 4))
+    depths = data.draw(st.lists(st.integers(0, 4), min_size=size, max_size=size))
+    prompts = [row(model, data.draw(st.integers(2, 9)), 0, seed=i) for i in range(size)]
+    sides = data.draw(st.lists(st.sampled_from(["left", "right"]), min_size=size, max_size=size))
+    recommended = model.recommend(
+        **batch(prompts, sides), catalog=catalog, top_k=len(catalog), num_beams=64, latent_steps=torch.tensor(depths)
+    )
+    assert recommended.latent_steps.tolist() == depths
+    for i, prompt in enumerate(prompts):
+        expected = score_every_item(model, prompt, depths[i], catalog)
+        order = expected.argsort(descending=True)
+        assert recommended.items[i].tolist() == order.tolist()
+        torch.testing.assert_close(recommended.scores[i].double(), expected[order], atol=2e-5, rtol=2e-5)
+        assert recommended.scores[i].exp().sum().item() == pytest.approx(1, abs=1e-4)
+
+
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_narrow_beams_are_beam_search(data):
+    """A textbook beam search over prefixes, one forward pass a beam, finds the same items."""
+    model, _ = tiny_model(seed=data.draw(st.integers(0, 3)))
+    catalog = tiny_catalog(num_items=data.draw(st.integers(5, 40)), seed=data.draw(st.integers(0, 99)))
+    width, depth = data.draw(st.integers(1, 6)), data.draw(st.integers(0, 3))
+    prompt, config = row(model, 6, depth, seed=5), model.config
+    codes = [tuple(c) for c in catalog.codes.tolist()]
+    beams = [((), 0.0)]
+    for level in range(3):
+        grown = []
+        for prefix, score in beams:
+            ids = prompt + [config.latent_end_token_id, *sid_ids(model, prefix)]
+            logits = model(torch.tensor([ids])).logits[0, -1].double()
+            follow = sorted({c[level] for c in codes if c[:level] == prefix})
+            log_probs = logits[[config.sid_token_id(level, c) for c in follow]].log_softmax(0)
+            grown += [((*prefix, c), score + p.item()) for c, p in zip(follow, log_probs, strict=True)]
+        beams = sorted(grown, key=lambda beam: -beam[1])[:width]
+    recommended = model.recommend(
+        **batch([prompt[: len(prompt) - depth]]), catalog=catalog, top_k=1, num_beams=width, latent_steps=depth
+    )
+    assert codes[recommended.items[0, 0]] == beams[0][0]
+    wide = model.recommend(
+        **batch([prompt[: len(prompt) - depth]]), catalog=catalog, top_k=width, num_beams=width, latent_steps=depth
+    )
+    assert [codes[i] for i in wide.items[0].tolist() if i >= 0] == [beam[0] for beam in beams]
+
+
+def test_policy_head_chooses_the_depth():
+    model, _ = tiny_model()
+    inputs = batch([row(model, 5, 0), row(model, 8, 0, seed=1), row(model, 3, 0, seed=2)])
+    chosen = model(**inputs).depth_logits.argmax(-1) + 1
+    recommended = model.recommend(**inputs, catalog=tiny_catalog(), top_k=4)
+    assert recommended.latent_steps.tolist() == chosen.tolist()
+    same = model.recommend(**inputs, catalog=tiny_catalog(), top_k=4, latent_steps=chosen)
+    assert torch.equal(same.items, recommended.items)
+
+
+def test_more_items_asked_than_there_are():
+    model, _ = tiny_model()
+    recommended = model.recommend(**batch([row(model, 5, 0)]), catalog=tiny_catalog(num_items=3), top_k=5)
+    assert sorted(recommended.items[0, :3].tolist()) == [0, 1, 2]
+    assert recommended.items[0, 3:].tolist() == [-1, -1]
+    assert recommended.scores[0, 3:].tolist() == [-torch.inf, -torch.inf]
+
+
+def test_items_that_share_a_semantic_id():
+    codes, ids = [[0, 1, 2], [3, 0, 0], [0, 1, 2]], ["a", "b", "c"]
+    with pytest.raises(ValueError, match="Items 'a' and 'c' share the Semantic ID"):
+        SidCatalog(codes, ids)
+    model, _ = tiny_model()
+    recommended = model.recommend(
+        **batch([row(model, 5, 0)]), catalog=SidCatalog(codes, ids, allow_collisions=True), top_k=3
+    )
+    rank = recommended.items[0].tolist()
+    assert rank.index(2) == rank.index(0) + 1
+    assert recommended.scores[0, rank.index(0)] == recommended.scores[0, rank.index(2)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(codes=[[0, 1], [-1, 2]], item_ids=["a", "b"]), "'b' .row 1. has a negative code"),
+        (dict(codes=[[0, 1], [1, 2]], item_ids=["a", "a"]), "'a' appears twice"),
+        (dict(codes=[[0, 1]], item_ids=["a", "b"]), "2 item ids"),
+    ],
+)
+def test_bad_catalogues_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        SidCatalog(**arguments)
+
+
+def test_catalogue_must_match_the_model():
+    model, _ = tiny_model()
+    inputs = batch([row(model, 5, 0)])
+    with pytest.raises(ValueError, match="2 levels but the model has 3"):
+        model.recommend(**inputs, catalog=tiny_catalog(num_items=5, num_sid_levels=2))
+    with pytest.raises(ValueError, match="codebooks have 4 entries"):
+        model.recommend(**inputs, catalog=SidCatalog([[0, 0, 9]], ["a"]))
+    with pytest.raises(ValueError, match="needs a catalogue"):
+        model.recommend(**inputs)
+
+
+def test_bad_requests_are_refused():
+    model, _ = tiny_model()
+    catalog, good = tiny_catalog(), row(model, 5, 0)
+    with pytest.raises(ValueError, match="prompt of row 1 does not end in <|latent_start|>".replace("|", r"\|")):
+        model.recommend(**batch([good, good[:-1] + [3]]), catalog=catalog)
+    with pytest.raises(ValueError, match="latent_steps is 5 for row 0, outside 0 … 4"):
+        model.recommend(**batch([good]), catalog=catalog, latent_steps=5)
+    with pytest.raises(ValueError, match="latent_steps is -1 for row 1"):
+        model.recommend(**batch([good, good]), catalog=catalog, latent_steps=torch.tensor([1, -1]))
+
+
+def test_nan_logits_are_an_error():
+    model, _ = tiny_model()
+    with torch.no_grad():
+        model.lm_head.weight[model.config.sid_token_offset :] = torch.nan
+    with pytest.raises(ValueError, match="NaN"):
+        model.recommend(**batch([row(model, 5, 0)]), catalog=tiny_catalog())
+
+
+def test_recommend_leaves_the_training_mode_alone():
+    model, _ = tiny_model()
+    model.train()
+    model.recommend(**batch([row(model, 5, 0)]), catalog=tiny_catalog())
+    assert model.training and model.model.backbone.training
+
+
+def test_catalogue_round_trip(tmp_path):
+    catalog = tiny_catalog()
+    catalog.save_pretrained(tmp_path)
+    loaded = SidCatalog.from_pretrained(tmp_path)
+    assert torch.equal(loaded.codes, catalog.codes) and loaded.item_ids == catalog.item_ids
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["sid_catalog.json", "sid_catalog.safetensors"]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.data())
+def test_trie_holds_exactly_the_catalogue(data):
+    num_items = data.draw(st.integers(1, 60))
+    catalog = tiny_catalog(num_items, seed=data.draw(st.integers(0, 999)))
+    trie, prefixes = catalog.trie("cpu"), [((), 0)]
+    for level in range(3):
+        grown = []
+        for prefix, node in prefixes:
+            codes, child = trie.children(level, torch.tensor(node))
+            grown += [((*prefix, c), n) for c, n in zip(codes.tolist(), child.tolist(), strict=True) if n >= 0]
+        prefixes = grown
+        step = trie.descend(level, torch.tensor([0]), torch.tensor([99]))
+        assert step.tolist() == [-1]
+    found = {prefix: trie.items(torch.tensor(node)).tolist() for prefix, node in prefixes}
+    assert found == {tuple(c): [i] for i, c in enumerate(catalog.codes.tolist())}

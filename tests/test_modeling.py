@@ -1,0 +1,254 @@
+"""The latent loop against its specification: one row at a time, no cache."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from tests.tiny import batch, plain_loop, row, sid_ids, tiny_backbone, tiny_catalog, tiny_model, tiny_tokenizer
+from transformers import AutoModel, AutoModelForCausalLM, MistralConfig
+
+from lasar_hf import LasarConfig, LasarForGenerativeRec, SidCatalog
+
+
+BACKBONES = ["qwen3", "llama", "gpt_neox"]
+DEPTHS = [0, 3, 1, 4, 3]
+SIDES = ["left", "right", "left", "right", "right"]
+
+
+def mixed_rows(model):
+    answers = [sid_ids(model, codes) for codes in ([0, 1, 2], [3, 3, 0], [1, 0, 0], [2, 2], [1])]
+    lengths = [6, 4, 9, 5, 7]
+    return [row(model, p, n, a, seed=i) for i, (p, n, a) in enumerate(zip(lengths, DEPTHS, answers, strict=True))]
+
+
+def test_config_round_trip(tmp_path):
+    config = tiny_model()[0].config
+    config.save_pretrained(tmp_path)
+    loaded = LasarConfig.from_pretrained(tmp_path)
+    assert loaded.to_dict() == config.to_dict()
+    assert loaded.sid_token_id(2, 3) == config.sid_token_offset + 11
+    with pytest.raises(ValueError, match="Level 3"):
+        config.sid_token_id(3, 0)
+
+
+@pytest.mark.parametrize("kind", BACKBONES)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_mixed_batch_equals_plain_loop(kind, attention):
+    model, _ = tiny_model(kind)
+    model.set_attn_implementation(attention)
+    rows = mixed_rows(model)
+    inputs = batch(rows, SIDES)
+    outputs = model(**inputs)
+    for i, ids in enumerate(rows):
+        logits, states = plain_loop(model, ids)
+        torch.testing.assert_close(outputs.logits[i][inputs["attention_mask"][i].bool()], logits, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(outputs.latent_states[i, : DEPTHS[i] + 1], states, atol=1e-5, rtol=1e-5)
+        assert not outputs.latent_states[i, DEPTHS[i] + 1 :].any()
+        policy = model.model.policy_head(states[:1])
+        torch.testing.assert_close(outputs.depth_logits[i : i + 1], policy, atol=1e-5, rtol=1e-5)
+    assert outputs.latent_steps.tolist() == DEPTHS
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def functional(logits, latent_states):
+    """A smooth functional of everything, so that every gradient path counts."""
+    return logits.double().log_softmax(-1)[..., 0].sum() + latent_states.double().pow(2).sum()
+
+
+@pytest.mark.parametrize("kind", BACKBONES)
+def test_gradients_equal_plain_loop(kind):
+    model, _ = tiny_model(kind)
+    rows = mixed_rows(model)
+    inputs = batch(rows, SIDES)
+    outputs = model(**inputs)
+    got = gradients(model, functional(outputs.logits[inputs["attention_mask"].bool()], outputs.latent_states))
+    parts = [plain_loop(model, ids) for ids in rows]
+    expected = gradients(model, sum(functional(*part) for part in parts))
+    assert got.keys() == expected.keys()
+    for name in expected:
+        scale = expected[name].abs().max().clamp(min=1)
+        torch.testing.assert_close(got[name] / scale, expected[name] / scale, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", BACKBONES)
+def test_no_latent_step_equals_backbone(kind):
+    model, _ = tiny_model(kind)
+    rows = [row(model, 5, 0, [20]), row(model, 8, 0, [22], seed=1)]
+    inputs = batch(rows, "right")
+    expected = model.lm_head(model.model.backbone(**inputs).last_hidden_state)
+    real = inputs["attention_mask"].bool()
+    torch.testing.assert_close(model(**inputs).logits[real], expected[real], atol=1e-6, rtol=1e-6)
+
+
+def test_rows_without_a_latent_region_are_plain_text():
+    model, _ = tiny_model()
+    text, reasoning = [3, 4, 5, 6, 7], row(model, 6, 2, [20, 25])
+    outputs = model(**batch([text, reasoning], "right"))
+    expected = model.lm_head(model.model.backbone(torch.tensor([text])).last_hidden_state)
+    torch.testing.assert_close(outputs.logits[0, : len(text)], expected[0], atol=1e-5, rtol=1e-5)
+
+
+def test_equal_prompts_are_run_once_and_change_nothing():
+    model, _ = tiny_model()
+    answers = [[0, 1, 2], [0, 1, 3], [2, 2, 1], [1, 0, 0], [3, 1, 1]]
+    prompts = [(5, 2, 0), (7, 3, 1), (5, 2, 0), (7, 1, 1), (5, 2, 0)]  # rows 0, 2 and 4 share prompt and depth
+    rows = [row(model, p, n, sid_ids(model, a), seed=s) for (p, n, s), a in zip(prompts, answers, strict=True)]
+    inputs = batch(rows, ["left", "right", "right", "left", "left"])
+    real = inputs["attention_mask"].bool()
+    rows_read = []
+    hook = model.model.backbone.register_forward_pre_hook(
+        lambda module, args, kwargs: rows_read.append((kwargs.get("input_ids", kwargs.get("inputs_embeds"))).shape[0]),
+        with_kwargs=True,
+    )
+    results = {}
+    for share in (True, False):
+        model.model.share_prefixes = share
+        rows_read.clear()
+        outputs = model(**inputs)
+        results[share] = outputs, gradients(model, functional(outputs.logits[real], outputs.latent_states))
+        assert set(rows_read) == ({3} if share else {5})
+    hook.remove()
+    (shared, shared_gradients), (unshared, unshared_gradients) = results[True], results[False]
+    torch.testing.assert_close(shared.logits[real], unshared.logits[real], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(shared.latent_states, unshared.latent_states, atol=1e-5, rtol=1e-5)
+    for name, expected in unshared_gradients.items():
+        scale = expected.abs().max().clamp(min=1)
+        torch.testing.assert_close(shared_gradients[name] / scale, expected / scale, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", BACKBONES)
+def test_gradient_checkpointing_changes_nothing(kind):
+    model, _ = tiny_model(kind)
+    inputs = batch(mixed_rows(model), SIDES)
+    real = inputs["attention_mask"].bool()
+    model.train()
+    outputs = model(**inputs)
+    expected = gradients(model, functional(outputs.logits[real], outputs.latent_states))
+    model.activation_checkpointing_enable()
+    replayed = model(**inputs)
+    got = gradients(model, functional(replayed.logits[real], replayed.latent_states))
+    torch.testing.assert_close(replayed.logits, outputs.logits, atol=0, rtol=0)
+    for name in expected:
+        torch.testing.assert_close(got[name], expected[name], atol=1e-6, rtol=1e-6)
+
+
+def test_reentrant_checkpointing_is_refused():
+    model, _ = tiny_model()
+    with pytest.raises(ValueError, match="reentrant"):
+        model.activation_checkpointing_enable({"use_reentrant": True})
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda c: [3, c.latent_start_token_id, c.latent_token_id, 4, c.latent_token_id], "Row 1: the <|latent|> slots"),
+        (lambda c: [3, c.latent_token_id, 4], "Row 1: the <|latent|> slots"),
+        (lambda c: [3, c.latent_start_token_id, 4, c.latent_token_id], "Row 1: the <|latent|> slots"),
+        (lambda c: [3, c.latent_start_token_id] + [c.latent_token_id] * 5, "Row 1 has 5 latent slots"),
+    ],
+)
+def test_bad_slots_are_refused(make, message):
+    model, _ = tiny_model()
+    rows = [row(model, 4, 1, [20]), make(model.config)]
+    with pytest.raises(ValueError) as error:
+        model(**batch(rows))
+    assert message in str(error.value)
+
+
+def test_sliding_window_backbone_is_refused():
+    from transformers import AutoModelForCausalLM
+
+    config = MistralConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, sliding_window=8,
+    )
+    with pytest.raises(ValueError, match="MistralModel has sliding-window attention"):
+        LasarForGenerativeRec.from_backbone(AutoModelForCausalLM.from_config(config), tiny_tokenizer())
+
+
+def test_from_backbone_keeps_the_weights_and_adds_special_tokens():
+    backbone, tokenizer = tiny_backbone("llama"), tiny_tokenizer()
+    old = backbone.get_input_embeddings().weight.detach().clone()
+    model = LasarForGenerativeRec.from_backbone(backbone, tokenizer, num_sid_levels=2, codebook_size=3)
+    assert torch.equal(model.get_input_embeddings().weight[: len(old)], old)
+    assert model.lm_head.weight.shape[0] == model.config.vocab_size == len(tokenizer) == 12 + 3 + 6
+    assert tokenizer("<b_2>").input_ids == [model.config.sid_token_id(1, 2)]
+    assert {"<a_0>", "<|latent|>"} <= set(tokenizer.all_special_tokens)
+    # A title that spells a token stays text.
+    assert model.config.sid_token_id(1, 2) not in tokenizer("<b_2>", split_special_tokens=True).input_ids
+    again = LasarForGenerativeRec.from_backbone(tiny_backbone("llama"), tokenizer, num_sid_levels=2, codebook_size=3)
+    assert again.config.sid_token_offset == model.config.sid_token_offset
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "gpt_neox"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_save_and_load(kind, tied, tmp_path):
+    model, tokenizer = tiny_model(kind, tie_word_embeddings=tied)
+    model.save_pretrained(tmp_path)
+    inputs = batch(mixed_rows(model), SIDES)
+    for auto_class in (AutoModel, AutoModelForCausalLM):
+        loaded = auto_class.from_pretrained(tmp_path).eval()
+        assert isinstance(loaded, LasarForGenerativeRec)
+        assert (loaded.lm_head.weight is loaded.get_input_embeddings().weight) == tied
+        assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+
+
+REMOTE = """
+import sys
+sys.modules["lasar_hf"] = None  # any import of the package fails
+import torch
+from transformers import AutoModelForCausalLM, AutoModel
+from importlib import import_module
+path, = sys.argv[1:]
+inputs = torch.load(f"{path}/inputs.pt")
+for auto_class in (AutoModel, AutoModelForCausalLM):
+    model = auto_class.from_pretrained(path, trust_remote_code=True).eval()
+    decoding = import_module(type(model).__module__.replace("modeling_lasar", "decoding_lasar"))
+    catalog = decoding.SidCatalog.from_pretrained(path)
+    recommended = model.recommend(**inputs["prompts"], catalog=catalog, top_k=5, num_beams=20)
+    torch.testing.assert_close(model(**inputs["batch"]).logits, inputs["logits"], atol=0, rtol=0)
+    assert torch.equal(recommended.items, inputs["items"]), (recommended.items, inputs["items"])
+print("same items without the package")
+"""
+
+
+def test_remote_code_in_a_process_without_the_package(tmp_path, monkeypatch):
+    model, tokenizer = tiny_model()
+    catalog = tiny_catalog()
+    for part in (model, tokenizer, catalog):
+        part.save_pretrained(tmp_path)
+    prompts = batch([row(model, 5, 0), row(model, 7, 0, seed=1)])
+    inputs = batch(mixed_rows(model), SIDES)
+    items = model.recommend(**prompts, catalog=SidCatalog.from_pretrained(tmp_path), top_k=5, num_beams=20).items
+    torch.save(
+        {"prompts": prompts, "batch": inputs, "logits": model(**inputs).logits.detach(), "items": items},
+        tmp_path / "inputs.pt",
+    )
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    done = subprocess.run(
+        [sys.executable, "-c", REMOTE, str(tmp_path)], capture_output=True, text=True, cwd=tmp_path, timeout=300
+    )
+    assert "same items without the package" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_generate_with_slots_equals_generate_without_cache(num_beams):
+    model, _ = tiny_model()
+    inputs = batch([row(model, 6, 2), row(model, 4, 4, seed=1), row(model, 8, 0, seed=2)])
+    options = dict(max_new_tokens=4, num_beams=num_beams, do_sample=False)
+    cached = model.generate(**inputs, **options, use_cache=True)
+    uncached = model.generate(**inputs, **options, use_cache=False)
+    assert torch.equal(cached, uncached)
+
+
+def test_slots_after_a_cached_prefix_are_refused():
+    model, _ = tiny_model()
+    prefix = model(**batch([row(model, 6, 2)]), use_cache=True)
+    with pytest.raises(ValueError, match="cannot follow a cached prefix"):
+        model(torch.tensor([[model.config.latent_token_id]]), past_key_values=prefix.past_key_values)
