@@ -1,5 +1,7 @@
 """LASAR for Hugging Face: recommenders that reason in hidden states before they write a Semantic ID."""
 
+from typing import TYPE_CHECKING
+
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .configuration_lasar import LasarConfig
@@ -15,4 +17,28 @@ AutoModelForCausalLM.register(LasarConfig, LasarForGenerativeRec)
 LasarConfig.register_for_auto_class()
 LasarForGenerativeRec.register_for_auto_class("AutoModelForCausalLM")
 
-__all__ = ["LasarConfig", "LasarForGenerativeRec", "LasarModel", "RecommendOutput", "SidCatalog"]
+if TYPE_CHECKING:
+    from .trainers import LasarGRPOConfig, LasarGRPOTrainer, LasarSFTConfig, LasarSFTTrainer
+
+_TRAINING = ("LasarGRPOConfig", "LasarGRPOTrainer", "LasarSFTConfig", "LasarSFTTrainer")
+
+__all__ = [
+    "LasarConfig",
+    "LasarForGenerativeRec",
+    "LasarGRPOConfig",
+    "LasarGRPOTrainer",
+    "LasarModel",
+    "LasarSFTConfig",
+    "LasarSFTTrainer",
+    "RecommendOutput",
+    "SidCatalog",
+]
+
+
+def __getattr__(name: str):
+    # TRL takes seconds to import, and recommending needs none of it.
+    if name in _TRAINING:
+        from . import trainers
+
+        return getattr(trainers, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

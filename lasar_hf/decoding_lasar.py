@@ -318,23 +318,103 @@ def child_log_probs(
 
 @dataclass
 class _Beams:
-    """Live beams of one level: `nodes`, `codes`, cumulated `scores` and index of the `parent` beam, each `(B, W)`."""
+    """
+    Live prefixes of one level, each field `(B, W)`.
+
+    `nodes` and last `codes` in the trie, cumulated log-probability `scores`, index of the `parent` prefix of the level
+    before, and the `key` by which stochastic beams are ranked (equal to `scores` elsewhere).
+    """
 
     nodes: torch.Tensor
     codes: torch.Tensor
     scores: torch.Tensor
     parent: torch.Tensor
+    key: torch.Tensor
+
+    @classmethod
+    def root(cls, batch_size: int, device: torch.device) -> "_Beams":
+        zero = torch.zeros(batch_size, 1, dtype=torch.long, device=device)
+        return cls(zero, zero, zero.float(), zero, zero.float())
 
 
-def _best_children(beams: _Beams, log_probs: torch.Tensor, codes: torch.Tensor, child: torch.Tensor, width: int):
+def _expand(beams: _Beams, log_probs, codes, child, place: torch.Tensor, keys: torch.Tensor) -> _Beams:
+    """The children at `place` `(B, W)` of the flattened `(B, W_before * F)` children."""
     scores = (beams.scores[..., None] + log_probs).flatten(1)
-    scores, place = scores.topk(min(width, scores.shape[1]), dim=1)
     return _Beams(
         nodes=child.flatten(1).gather(1, place).clamp(min=0),
         codes=codes.flatten(1).gather(1, place),
-        scores=scores,
+        scores=scores.gather(1, place),
         parent=place // log_probs.shape[-1],
+        key=keys.flatten(1).gather(1, place),
     )
+
+
+def _select_best(width: int):
+    """Deterministic beams: the `width` most likely prefixes."""
+
+    def select(beams: _Beams, log_probs, codes, child) -> _Beams:
+        keys = (beams.scores[..., None] + log_probs).flatten(1)
+        place = keys.topk(min(width, keys.shape[1]), dim=1).indices
+        return _expand(beams, log_probs, codes, child, place, keys)
+
+    return select
+
+
+def _select_independent(num_samples: int):
+    """Ancestral sampling: `num_samples` prefixes of each row go their own ways, with replacement."""
+
+    def select(beams: _Beams, log_probs, codes, child) -> _Beams:
+        batch_size, width, fan_out = log_probs.shape
+        draws = num_samples // width  # all from the root, then one from each prefix
+        drawn = torch.multinomial(log_probs.exp().flatten(0, 1), draws, replacement=True).view(batch_size, -1)
+        parent = torch.arange(width, device=drawn.device).repeat_interleave(draws)
+        keys = beams.scores[..., None] + log_probs
+        return _expand(beams, log_probs, codes, child, parent * fan_out + drawn, keys)
+
+    return select
+
+
+def _select_perturbed(width: int):
+    """Stochastic beams: the `width` largest Gumbel-perturbed prefixes, a sample without replacement of the items."""
+
+    def select(beams: _Beams, log_probs, codes, child) -> _Beams:
+        scores = beams.scores[..., None] + log_probs
+        uniform = torch.rand_like(scores).clamp(min=torch.finfo(scores.dtype).tiny)
+        gumbel = scores - (-uniform.log()).log()
+        # Condition the children's largest key on their parent's, in the numerically stable form of Kool et al. 2019
+        # (arXiv 1903.06059, appendix B.3).
+        largest = gumbel.max(dim=-1, keepdim=True).values
+        gap = (gumbel - largest).clamp(max=0)
+        value = beams.key[..., None] - gumbel + torch.where(
+            gap > -0.6931472, (-torch.expm1(gap)).log(), torch.log1p(-gap.exp())
+        )
+        keys = beams.key[..., None] - value.clamp(min=0) - torch.log1p((-value.abs()).exp())
+        keys = keys.masked_fill((child < 0) | (beams.key == -torch.inf)[..., None], -torch.inf).flatten(1)
+        place = keys.topk(min(width, keys.shape[1]), dim=1).indices
+        return _expand(beams, log_probs, codes, child, place, keys)
+
+    return select
+
+
+def _search(model, chain, trie: SidTrie, select, temperature: float, width_limit: bool) -> _Beams:
+    """Walk down the trie; `select` chooses the prefixes that go on at each level."""
+    trunk, batch_size, device = model.model, len(chain.depths), chain.depths.device
+    end = torch.full((batch_size, 1), model.config.latent_end_token_id, device=device)
+    hidden_states = trunk.read(chain, end, torch.ones(batch_size, 1, 1, dtype=torch.bool, device=device))
+    beams = _Beams.root(batch_size, device)
+    ancestors = None  # (B, W, S): which of the tokens read so far each prefix descends from
+    for level in range(trie.num_levels):
+        if level > 0:
+            token_ids = model.config.sid_token_offset + (level - 1) * model.config.codebook_size + beams.codes
+            ancestors = _own_ancestors(ancestors, beams)
+            hidden_states = trunk.read(chain, token_ids, ancestors)
+        head = model.sid_head(level)
+        beams = select(beams, *child_log_probs(hidden_states, head, trie, level, beams.nodes, temperature))
+        if width_limit:  # a level has no more live prefixes than the catalogue has
+            beams = _Beams(*(field[:, : trie.num_nodes[level + 1]] for field in vars(beams).values()))
+    if beams.scores.isnan().any():
+        raise ValueError("The model's logits hold NaN: check the weights and the data type (bfloat16 or float32).")
+    return beams
 
 
 @torch.no_grad()
@@ -363,22 +443,43 @@ def beam_search(model, chain, trie: SidTrie, num_beams: int) -> tuple[torch.Tens
     Raises:
         `ValueError`: if the model's logits hold NaN.
     """
-    trunk, batch_size, device = model.model, len(chain.depths), chain.depths.device
-    end = torch.full((batch_size, 1), model.config.latent_end_token_id, device=device)
-    hidden_states = trunk.read(chain, end, torch.ones(batch_size, 1, 1, dtype=torch.bool, device=device))
-    root = torch.zeros(batch_size, 1, dtype=torch.long, device=device)
-    beams = _Beams(nodes=root, codes=root, scores=root.float(), parent=root)
-    ancestors = None  # (B, W, S): which of the beam tokens read so far each live beam descends from
-    for level in range(trie.num_levels):
-        if level > 0:
-            token_ids = model.config.sid_token_offset + (level - 1) * model.config.codebook_size + beams.codes
-            ancestors = _own_ancestors(ancestors, beams)
-            hidden_states = trunk.read(chain, token_ids, ancestors)
-        log_probs, codes, child = child_log_probs(hidden_states, model.sid_head(level), trie, level, beams.nodes)
-        beams = _best_children(beams, log_probs, codes, child, min(num_beams, trie.num_nodes[level + 1]))
-    if beams.scores.isnan().any():
-        raise ValueError("The model's logits hold NaN: check the weights and the data type (bfloat16 or float32).")
+    beams = _search(model, chain, trie, _select_best(num_beams), temperature=1.0, width_limit=True)
     return beams.nodes, beams.scores
+
+
+@torch.no_grad()
+def sample_items(
+    model, chain, trie: SidTrie, num_samples: int, temperature: float = 1.0, replacement: bool = True
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Draw items from the policy, all samples of a prompt in one row, most likely first.
+
+    Args:
+        model ([`LasarForGenerativeRec`]):
+            The model.
+        chain ([`LatentChain`]):
+            Prompts that were read and reasoned about, `B` rows.
+        trie ([`SidTrie`]):
+            Trie of the catalogue, on the model's device.
+        num_samples (`int`):
+            Items to draw for each prompt, `G`.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Temperature the logits are divided by.
+        replacement (`bool`, *optional*, defaults to `True`):
+            Whether to draw independently; otherwise by stochastic beams (Gumbel top-k), which never repeat an item.
+
+    Returns:
+        `tuple` of two `torch.Tensor` of shape `(B, G)`: leaves of the trie and their log-probabilities at that
+        temperature, most likely first (`-inf` where the catalogue has fewer items than were asked without replacement).
+
+    Raises:
+        `ValueError`: if the model's logits hold NaN.
+    """
+    select = _select_independent(num_samples) if replacement else _select_perturbed(num_samples)
+    beams = _search(model, chain, trie, select, temperature, width_limit=not replacement)
+    scores = beams.scores.masked_fill(beams.key == -torch.inf, -torch.inf)
+    scores, order = scores.sort(dim=1, descending=True, stable=True)
+    return beams.nodes.gather(1, order), scores
 
 
 def _own_ancestors(ancestors: torch.Tensor | None, beams: _Beams) -> torch.Tensor:

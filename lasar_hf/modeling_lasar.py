@@ -12,6 +12,8 @@ an answer, and the backbone runs once for the prompts, once for each latent step
   without harm, and a latent step never owns a copy of the prompt's keys.
 """
 
+from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -316,6 +318,16 @@ class DepthPolicyHead(nn.Module):
         return self.out_proj(torch.tanh(self.dense(hidden_states)))
 
 
+def most_likely_depth(depth_logits: torch.Tensor) -> torch.Tensor:
+    """Latent steps `(B,)` that the policy head finds most likely, from its logits `(B, N_max)`."""
+    return depth_logits.argmax(dim=-1) + 1
+
+
+def sampled_depth(depth_logits: torch.Tensor) -> torch.Tensor:
+    """Latent steps `(B,)` drawn from the policy `π(· | h_0)`, from its logits `(B, N_max)`."""
+    return torch.multinomial(depth_logits.float().softmax(dim=-1), 1)[:, 0] + 1
+
+
 def _check_backbone(backbone: PreTrainedModel) -> None:
     """Refuse backbones whose layers cannot read a prompt, latent slots and branches in separate calls."""
     config, name = backbone.config, type(backbone).__name__
@@ -475,7 +487,7 @@ class LasarModel(LasarPreTrainedModel):
         self,
         prompt_ids: torch.LongTensor,
         prompt_mask: torch.Tensor,
-        depths: torch.Tensor | None = None,
+        depths: torch.Tensor | Callable[[torch.Tensor], torch.Tensor] = most_likely_depth,
         max_depth: int | None = None,
         **kwargs,
     ) -> LatentChain:
@@ -487,8 +499,9 @@ class LasarModel(LasarPreTrainedModel):
                 Prompts, left-padded, ending in `<|latent_start|>`.
             prompt_mask (`torch.Tensor` of shape `(U, P)`):
                 `False` at padding.
-            depths (`torch.Tensor` of shape `(U,)`, *optional*):
-                Latent steps of each row; the policy head's most likely ones if not given.
+            depths (`torch.Tensor` of shape `(U,)` or `Callable`, *optional*):
+                Latent steps of each row, or what chooses them from the policy head's logits `(U, N_max)`; the most
+                likely ones if not given.
             max_depth (`int`, *optional*):
                 Steps of the loop, at least `depths.max()`; more when processes must stay in step.
 
@@ -501,8 +514,8 @@ class LasarModel(LasarPreTrainedModel):
             position_ids=(prompt_mask.cumsum(dim=1) - 1).clamp(min=0), **kwargs,
         ).last_hidden_state
         depth_logits = self.policy_head(hidden_states[:, -1])
-        if depths is None:
-            depths = depth_logits.argmax(dim=-1) + 1
+        if callable(depths):
+            depths = depths(depth_logits)
         if max_depth is None:
             max_depth = self._agree(int(depths.max()), is_shared=False)[0]
         chain = LatentChain(
@@ -807,26 +820,37 @@ class LasarForGenerativeRec(LasarPreTrainedModel, GenerationMixin):
             depth_logits=outputs.depth_logits,
         )
 
-    @torch.no_grad()
+    @contextmanager
+    def evaluating(self):
+        """Without gradients and in evaluation mode; the mode of before afterwards."""
+        was_training = self.training
+        self.eval()
+        try:
+            with torch.no_grad():
+                yield self
+        finally:
+            self.train(was_training)
+
     def think(
         self,
         input_ids: torch.LongTensor,
         attention_mask: torch.Tensor | None = None,
-        latent_steps: int | torch.Tensor | None = None,
+        latent_steps: int | torch.Tensor | Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> LatentChain:
         """
-        Read prompts and take their latent steps, without gradients.
+        Read prompts and take their latent steps.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(B, L)`):
                 Prompts that end in `<|latent_start|>`.
             attention_mask (`torch.Tensor` of shape `(B, L)`, *optional*):
                 0 at padding, on either side.
-            latent_steps (`int` or `torch.Tensor` of shape `(B,)`, *optional*):
-                Depth of every row, 0 for direct generation; the policy head's most likely one if not given.
+            latent_steps (`int`, `torch.Tensor` of shape `(B,)` or `Callable`, *optional*):
+                Depth of every row, 0 for direct generation, or what chooses depths from the policy head's logits
+                `(B, N_max)`; the most likely ones if not given.
 
         Returns:
-            [`LatentChain`], for [`~decoding_lasar.beam_search`].
+            [`LatentChain`], for [`~decoding_lasar.beam_search`] and [`~decoding_lasar.sample_items`].
 
         Raises:
             `ValueError`: if a prompt does not end in `<|latent_start|>`, or a depth lies outside `0 … max_latent_steps`.
@@ -838,17 +862,22 @@ class LasarForGenerativeRec(LasarPreTrainedModel, GenerationMixin):
         if unfinished.any():
             row = int(unfinished.nonzero()[0])
             raise ValueError(f"The prompt of row {row} does not end in {LATENT_START_TOKEN}: append it to the prompt.")
-        if latent_steps is not None:
-            latent_steps = torch.as_tensor(latent_steps, device=input_ids.device).expand(len(input_ids))
-            outside = (latent_steps < 0) | (latent_steps > self.config.max_latent_steps)
-            if outside.any():
-                row = int(outside.nonzero()[0])
-                raise ValueError(
-                    f"latent_steps is {int(latent_steps[row])} for row {row}, outside 0 … {self.config.max_latent_steps}."
-                )
+        if latent_steps is None:
+            latent_steps = most_likely_depth
+        if not callable(latent_steps):
+            latent_steps = self._checked_depths(latent_steps, len(input_ids), input_ids.device)
         return self.model.reason(*layout.prompts(), latent_steps)
 
-    @torch.no_grad()
+    def _checked_depths(self, latent_steps: int | torch.Tensor, batch_size: int, device) -> torch.Tensor:
+        latent_steps = torch.as_tensor(latent_steps, device=device).expand(batch_size)
+        outside = (latent_steps < 0) | (latent_steps > self.config.max_latent_steps)
+        if outside.any():
+            row = int(outside.nonzero()[0])
+            raise ValueError(
+                f"latent_steps is {int(latent_steps[row])} for row {row}, outside 0 … {self.config.max_latent_steps}."
+            )
+        return latent_steps
+
     def recommend(
         self,
         input_ids: torch.LongTensor,
@@ -889,13 +918,9 @@ class LasarForGenerativeRec(LasarPreTrainedModel, GenerationMixin):
             raise ValueError(f"top_k is {top_k} and num_beams is {num_beams}: both must be at least 1.")
         catalog.check_matches(self.config.num_sid_levels, self.config.codebook_size)
         trie = catalog.trie(input_ids.device)
-        was_training = self.training
-        self.eval()
-        try:
+        with self.evaluating():
             chain = self.think(input_ids, attention_mask, latent_steps)
             leaves, scores = beam_search(self, chain, trie, max(num_beams, top_k))
-        finally:
-            self.train(was_training)
         items, scores = rank_items(leaves, scores, trie, top_k)
         return RecommendOutput(items=items, scores=scores, latent_steps=chain.depths)
 

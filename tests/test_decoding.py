@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from tests.tiny import batch, row, sid_ids, tiny_catalog, tiny_model
 
 from lasar_hf import SidCatalog
+from lasar_hf.decoding_lasar import sample_items
 
 
 def score_every_item(model, prompt: list[int], depth: int, catalog: SidCatalog) -> torch.Tensor:
@@ -180,3 +181,38 @@ def test_trie_holds_exactly_the_catalogue(data):
         assert step.tolist() == [-1]
     found = {prefix: trie.items(torch.tensor(node)).tolist() for prefix, node in prefixes}
     assert found == {tuple(c): [i] for i, c in enumerate(catalog.codes.tolist())}
+
+
+@pytest.mark.parametrize("replacement", [True, False])
+def test_samples_follow_the_policy(replacement):
+    """First draws, with or without replacement, are distributed as the brute-force probabilities."""
+    model, _ = tiny_model()
+    catalog, prompt, depth = tiny_catalog(num_items=12), row(model, 5, 0), 2
+    expected = score_every_item(model, prompt, depth, catalog)
+    repeats, samples = 400, 6
+    torch.manual_seed(0)
+    with model.evaluating():
+        chain = model.think(torch.tensor([prompt] * repeats), latent_steps=depth)
+        leaves, scores = sample_items(model, chain, catalog.trie("cpu"), samples, replacement=replacement)
+    items = catalog.trie("cpu").items(leaves)[..., 0]
+    torch.testing.assert_close(scores.double(), expected[items], atol=1e-4, rtol=1e-4)
+    assert (scores.diff(dim=1) <= 0).all()
+    if replacement:
+        counts = torch.bincount(items.flatten(), minlength=12).double() / items.numel()
+        assert (counts - expected.exp()).abs().max() < 0.03
+    else:
+        assert all(len(set(drawn)) == samples for drawn in items.tolist())
+        # Inclusion probabilities of sampling without replacement, by simulation from the brute-force distribution.
+        simulated = torch.multinomial(expected.exp().float().expand(20_000, -1), samples)
+        inclusion = torch.bincount(simulated.flatten(), minlength=12).double() / 20_000
+        counts = torch.bincount(items.flatten(), minlength=12).double() / repeats
+        assert (counts - inclusion).abs().max() < 0.08
+
+
+def test_more_samples_without_replacement_than_items():
+    model, _ = tiny_model()
+    catalog = tiny_catalog(num_items=3)
+    with model.evaluating():
+        chain = model.think(torch.tensor([row(model, 5, 0)]))
+        leaves, scores = sample_items(model, chain, catalog.trie("cpu"), 5, replacement=False)
+    assert sorted(leaves[0].tolist()) == [0, 1, 2] and scores.isfinite().all()

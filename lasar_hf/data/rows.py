@@ -1,0 +1,268 @@
+"""Training rows: samples in token ids with labels, for each stage of training and for the alignment tasks."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from datasets import Dataset, Features, List, Value, concatenate_datasets
+
+from .anchors import AnchorStore
+from .interactions import Interactions
+from .prompts import PromptEncoder
+from .splits import Split, samples
+
+
+IGNORE = -100  # label of a token that no loss is computed on
+ALIGNMENT_TASKS = ("title_to_sid", "description_to_sid", "sid_to_title", "titles_to_sid")
+INSTRUCTIONS = {
+    "title_to_sid": "Which item has this title? ",
+    "description_to_sid": "Which item fits this description? ",
+    "sid_to_title": "What is the title of this item? ",
+    "titles_to_sid": "Recommend the next item after these titles. ",
+}
+_TITLES_SHOWN = 8  # newest titles of a title history: a title is far longer than a SID
+_ROW = Features({"input_ids": List(Value("int64")), "labels": List(Value("int64")), "task": Value("string")})
+
+
+def sft_rows(samples: Dataset, encoder: PromptEncoder) -> Dataset:
+    """
+    Rows of stage 1: prompt, an empty latent region, the target's SID. The loss is on the SID.
+
+    Args:
+        samples (`Dataset`):
+            From `samples`: columns `history` and `target`.
+        encoder (`PromptEncoder`):
+            Token ids of histories and items.
+
+    Returns:
+        `Dataset`: `input_ids` (prompt, `<|latent_end|>`, `M` SID tokens), `labels` (-100 but for the SID), `task`
+        (`"next_item"`); one row a sample, in order.
+    """
+
+    def build(batch: dict[str, list]) -> dict[str, list]:
+        prompts = [[*encoder.prompt(history), encoder.latent_end_id] for history in batch["history"]]
+        return _labelled(prompts, encoder.answers(batch["target"]), "next_item")
+
+    return _map(samples, build, _ROW)
+
+
+def history_rows(split: Split, encoder: PromptEncoder) -> Dataset:
+    """
+    One row a user, with the loss on every item: each item of the training sequence is the next one of its prefix.
+
+    For backbones trained from scratch: several times the signal of a pass over `sft_rows`. Nothing but the training
+    part of the split is read; users with a single training item are left out.
+
+    Returns:
+        `Dataset`: `input_ids` (prompt of the training sequence but for its last item, `<|latent_end|>`, the last
+        item's SID), `labels` (every SID token; -100 on the instruction and the control tokens), `task` (`"history"`).
+    """
+    start = len(encoder.instruction_ids)
+
+    def build(batch: dict[str, list]) -> dict[str, list]:
+        rows = _labelled(
+            [[*encoder.prompt(history), encoder.latent_end_id] for history in batch["history"]],
+            encoder.answers(batch["target"]),
+            "history",
+        )
+        end = -2 - encoder.sid_ids.shape[1]  # after the history come <|latent_start|>, <|latent_end|> and the answer
+        for input_ids, labels in zip(rows["input_ids"], rows["labels"], strict=True):
+            labels[start:end] = input_ids[start:end]
+        return rows
+
+    return _map(samples(split, "train", targets="last"), build, _ROW)
+
+
+def alignment_rows(
+    interactions: Interactions,
+    split: Split,
+    encoder: PromptEncoder,
+    tasks: Sequence[str] = ALIGNMENT_TASKS,
+    max_text_tokens: int = 64,
+    seed: int = 0,
+) -> Dataset:
+    """
+    Rows that tie SIDs to text, mixed into stage 1 (the alignment tasks of LC-Rec and MiniOneRec).
+
+    Args:
+        interactions (`Interactions`):
+            The items' text.
+        split (`Split`):
+            Its training part gives the title histories; no validation or test item is read.
+        encoder (`PromptEncoder`):
+            Token ids. Item text can not produce SID or control tokens.
+        tasks (`Sequence[str]`, *optional*, defaults to all four):
+            `"title_to_sid"` and `"description_to_sid"` (one row an item: text, empty latent region, SID; loss on the
+            SID), `"sid_to_title"` (one row an item: SID, title, end of text; loss on title and end), `"titles_to_sid"`
+            (one row a user: titles of the training sequence, its last item's SID).
+        max_text_tokens (`int`, *optional*, defaults to `64`):
+            Tokens kept of each title or description.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the order of the rows.
+
+    Returns:
+        `Dataset`: `input_ids`, `labels`, `task`; shuffled. Items without the text are left out, so it is empty when
+        there is none.
+
+    Raises:
+        ValueError: an unknown task, or a tokenizer without end-of-text token.
+    """
+    parts = []
+    for task in tasks:
+        if task not in INSTRUCTIONS:
+            raise ValueError(f"`tasks` holds {task!r}, expected some of {', '.join(ALIGNMENT_TASKS)}.")
+        field = "description" if task == "description_to_sid" else "title"
+        texts = _item_texts(interactions, field, encoder, max_text_tokens)
+        instruction = encoder.tokenizer(INSTRUCTIONS[task], add_special_tokens=False).input_ids
+        if task == "titles_to_sid":
+            parts.append(_title_histories(split, encoder, instruction, texts))
+        else:
+            rows = _sid_to_text if task == "sid_to_title" else _text_to_sid
+            parts.append(Dataset.from_dict(rows(encoder, instruction, texts, task), features=_ROW))
+    return concatenate_datasets([Dataset.from_dict({name: [] for name in _ROW}, features=_ROW), *parts]).shuffle(seed)
+
+
+def reasoning_rows(
+    samples: Dataset, encoder: PromptEncoder, depths: Sequence[int], anchors: AnchorStore | None = None
+) -> Dataset:
+    """
+    Rows of stage 2: prompt, `N` latent slots, `<|latent_end|>`, the target's SID. The loss is on the SID.
+
+    Args:
+        samples (`Dataset`):
+            From `samples`.
+        encoder (`PromptEncoder`):
+            Token ids.
+        depths (`Sequence[int]`):
+            Latent steps `N >= 1` of each sample, in the order of `samples`.
+        anchors (`AnchorStore`, *optional*):
+            Written into the rows when given. Large: better left out and looked up by `sample` while training.
+
+    Returns:
+        `Dataset`: `input_ids`, `labels`, `depth` (`int`), `sample` (`int`, row of `samples`) and, with anchors,
+        `anchors` (`(N, H)` floats).
+
+    Raises:
+        ValueError: another number of depths or anchors than of samples, a depth below 1, or anchors of another depth.
+    """
+    depths = np.asarray(depths, dtype=np.int64)
+    if len(depths) != len(samples):
+        raise ValueError(f"`depths` has {len(depths)} entries for {len(samples)} samples.")
+    if len(depths) and depths.min() < 1:
+        raise ValueError(f"the depth of sample {depths.argmin()} is {depths.min()}, expected at least 1.")
+    if anchors is not None:
+        _same_length(anchors, samples)
+        differs = np.flatnonzero(anchors.depths != depths)
+        if len(differs):
+            row = differs[0]
+            raise ValueError(f"sample {row} has depth {depths[row]}, but {anchors.depths[row]} anchors.")
+    features = Features(
+        {name: _ROW[name] for name in ("input_ids", "labels")} | {"depth": Value("int64"), "sample": Value("int64")}
+    )
+    if anchors is not None:
+        features["anchors"] = List(List(Value("float32")))
+
+    def build(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
+        steps = depths[indices].tolist()
+        prompts = [
+            [*encoder.prompt(history), *[encoder.latent_id] * depth, encoder.latent_end_id]
+            for history, depth in zip(batch["history"], steps, strict=True)
+        ]
+        rows = _labelled(prompts, encoder.answers(batch["target"]), "")
+        del rows["task"]
+        rows |= {"depth": steps, "sample": indices}
+        if anchors is not None:
+            rows["anchors"] = [list(anchors[index]) for index in indices]
+        return rows
+
+    return _map(samples, build, features, with_indices=True)
+
+
+def grpo_rows(samples: Dataset, encoder: PromptEncoder, anchors: AnchorStore | None = None) -> Dataset:
+    """
+    Rows of the RL stage.
+
+    Args:
+        samples (`Dataset`):
+            From `samples`.
+        encoder (`PromptEncoder`):
+            Writes the prompts.
+        anchors (`AnchorStore`, *optional*):
+            Anchors of the samples, for the terminal alignment.
+
+    Returns:
+        `Dataset`: `prompt` (`str`, ends in `<|latent_start|>`), `target` (`int`, item row) and, with anchors,
+        `terminal_anchor` (`H` floats: the anchor of the sample's last segment).
+    """
+    features = Features({"prompt": Value("string"), "target": Value("int64")})
+    if anchors is not None:
+        _same_length(anchors, samples)
+        features["terminal_anchor"] = List(Value("float32"))
+
+    def build(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
+        rows = {"prompt": [encoder.text(history) for history in batch["history"]], "target": batch["target"]}
+        if anchors is not None:
+            rows["terminal_anchor"] = [anchors[index][-1] for index in indices]
+        return rows
+
+    return _map(samples, build, features, with_indices=True)
+
+
+def _map(samples: Dataset, build: Callable, features: Features, with_indices: bool = False) -> Dataset:
+    if not len(samples):
+        raise ValueError("there are no samples to make rows of.")
+    return samples.map(
+        build, batched=True, with_indices=with_indices, remove_columns=samples.column_names, features=features
+    )
+
+
+def _labelled(prompts: list[list[int]], answers: list[list[int]], task: str) -> dict[str, list]:
+    """Rows with the loss on the answer alone."""
+    pairs = list(zip(prompts, answers, strict=True))
+    return {
+        "input_ids": [prompt + answer for prompt, answer in pairs],
+        "labels": [[IGNORE] * len(prompt) + answer for prompt, answer in pairs],
+        "task": [task] * len(pairs),
+    }
+
+
+def _item_texts(
+    interactions: Interactions, field: str, encoder: PromptEncoder, max_text_tokens: int
+) -> dict[int, list[int]]:
+    """Token ids of a text field for each item row that has it; one call of the tokenizer."""
+    rows = [row for row, item in enumerate(interactions.items) if item.get(field)]
+    ids = encoder.free_texts([interactions.items[row][field] for row in rows])
+    return {row: text[:max_text_tokens] for row, text in zip(rows, ids, strict=True)}
+
+
+def _text_to_sid(encoder: PromptEncoder, instruction: list[int], texts: dict[int, list[int]], task: str) -> dict:
+    region = [encoder.latent_start_id, encoder.latent_end_id]
+    return _labelled([instruction + text + region for text in texts.values()], encoder.answers(list(texts)), task)
+
+
+def _sid_to_text(encoder: PromptEncoder, instruction: list[int], texts: dict[int, list[int]], task: str) -> dict:
+    end = encoder.tokenizer.eos_token_id
+    if end is None:
+        raise ValueError(f"task {task!r} needs a tokenizer with an end-of-text token: set `tokenizer.eos_token`.")
+    prompts = [instruction + sid for sid in encoder.answers(list(texts))]
+    return _labelled(prompts, [[*text, end] for text in texts.values()], task)
+
+
+def _title_histories(
+    split: Split, encoder: PromptEncoder, instruction: list[int], texts: dict[int, list[int]]
+) -> Dataset:
+    separator = encoder.free_text("; ")
+    region = [encoder.latent_start_id, encoder.latent_end_id]
+    rows: dict[str, list] = {name: [] for name in _ROW}
+    for sequence in split.train:
+        titles = [texts[item] for item in sequence[:-1][-_TITLES_SHOWN:] if item in texts]
+        if titles:
+            shown = [token for title in titles for token in [*title, *separator]][: -len(separator)]
+            row = _labelled([instruction + shown + region], [encoder.answer(sequence[-1])], "titles_to_sid")
+            for name, values in row.items():
+                rows[name] += values
+    return Dataset.from_dict(rows, features=_ROW)
+
+
+def _same_length(anchors: AnchorStore, samples: Dataset) -> None:
+    if len(anchors) != len(samples):
+        raise ValueError(f"`anchors` belong to {len(anchors)} samples, not to these {len(samples)}.")

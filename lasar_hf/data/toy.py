@@ -1,0 +1,149 @@
+"""A generated shop whose users have structure: some continue a series, some alternate between two interests."""
+
+import numpy as np
+
+from .interactions import CATEGORY_SEPARATOR, Interactions
+
+
+VOLUMES = 8  # items of a series
+SERIES_A_BRAND = 3
+SHARES = {"series": 0.3, "brand": 0.2, "alternating": 0.5}
+NOISE = 0.05  # share of positions at which a user takes some other item instead
+
+_BRANDS = ("Harrow", "Larkspur", "Quillon", "Tamarind", "Osprey", "Velden", "Mirrin", "Calder", "Juniper", "Ashgrove")
+_HOUSES = ("Press", "House", "Studio", "Works", "Workshop", "Editions", "Collective", "Makers", "Atelier", "Supply")
+_ADJECTIVES = (
+    "Amber", "Silent", "Crooked", "Hollow", "Gilded", "Frozen", "Wandering", "Scarlet", "Hidden", "Copper",
+    "Velvet", "Broken", "Ivory", "Drifting", "Burning", "Marble", "Midnight", "Paper", "Salted", "Thorny",
+)  # fmt: skip
+_NOUNS = (
+    "Lantern", "Harbor", "Compass", "Orchard", "Bridge", "Falcon", "Clockwork", "Garden", "Kettle", "Mountain",
+    "Violin", "Ledger", "Anchor", "Meadow", "Mirror", "Castle", "Beacon", "Canyon", "Locket", "Tower",
+)  # fmt: skip
+_KINDS = ("", "Saga", "Chronicle", "Mystery", "Journey", "Archive", "Legend", "Almanac")
+_CATEGORIES = (
+    ("Books", "Mystery", "novel", "detectives", "clues"),
+    ("Books", "Fantasy", "novel", "dragons", "spells"),
+    ("Books", "Travel", "guide", "maps", "railways"),
+    ("Games", "Board Games", "game", "dice", "tiles"),
+    ("Games", "Card Games", "deck", "tricks", "suits"),
+    ("Games", "Jigsaw Puzzles", "puzzle", "pieces", "landscapes"),
+    ("Crafts", "Knitting", "pattern", "yarn", "needles"),
+    ("Crafts", "Woodworking", "kit", "chisels", "joints"),
+    ("Music", "Piano", "album", "scores", "etudes"),
+    ("Music", "Guitar", "album", "chords", "riffs"),
+    ("Kitchen", "Baking", "cookbook", "dough", "ovens"),
+    ("Kitchen", "Spices", "box", "blends", "roasts"),
+)
+_ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
+_NUMBERS = ("One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight")
+
+
+def toy_shop(num_users: int = 600, num_items: int = 192, seed: int = 0) -> Interactions:
+    """
+    Generate a shop: items come in series of eight volumes, three series make a brand, each series has a category.
+
+    Three kinds of users, told by the prefix of the user id:
+
+    * `series-…` take the volumes of a series in order, then those of the brand's next series;
+    * `brand-…` go through a brand: the same volume of each of its series, then the next volume;
+    * `alternating-…` follow two series of two brands, turn about, each in order: what comes next is told by the item
+      before the last one, and hardly by the last.
+
+    At one position in twenty a user takes any other item instead.
+
+    Args:
+        num_users (`int`, *optional*, defaults to `600`):
+            Users; each has 6 to 12 items.
+        num_items (`int`, *optional*, defaults to `192`):
+            Items; rounded down to whole series.
+        seed (`int`, *optional*, defaults to `0`):
+            Equal arguments give the equal shop.
+
+    Returns:
+        `Interactions`: items have title, description, brand and categories.
+
+    Raises:
+        ValueError: too few items for two brands, or more than there are names for.
+    """
+    num_series = num_items // VOLUMES
+    names = [" ".join(filter(None, name)) for name in _name_parts()]
+    if not 2 * SERIES_A_BRAND <= num_series <= len(names):
+        least, most = 2 * SERIES_A_BRAND * VOLUMES, len(names) * VOLUMES
+        raise ValueError(f"`num_items` is {num_items}, expected {least} to {most}.")
+    if num_users < 1:
+        raise ValueError(f"`num_users` is {num_users}, expected at least 1.")
+    rng = np.random.default_rng(seed)
+    titles = [names[index] for index in rng.permutation(len(names))[:num_series]]
+    categories = rng.permutation(np.arange(num_series) % len(_CATEGORIES))
+    items = [
+        _item(titles[series], series // SERIES_A_BRAND, _CATEGORIES[categories[series]], volume)
+        for series in range(num_series)
+        for volume in range(VOLUMES)
+    ]
+    # A few series are taken far more often than others, as in any shop.
+    popularity = 1.0 / np.arange(1, num_series + 1)
+    popularity = rng.permutation(popularity / popularity.sum())
+    kinds = rng.choice(list(SHARES), size=num_users, p=list(SHARES.values()))
+    return Interactions(
+        item_ids=[f"item-{row}" for row in range(len(items))],
+        items=items,
+        user_ids=[f"{kind}-{user}" for user, kind in enumerate(kinds)],
+        histories=[_history(str(kind), num_series, popularity, rng) for kind in kinds],
+    )
+
+
+def next_volume(item: int, num_items: int) -> int:
+    """The volume after an item; after a series' last one the first of the brand's next series."""
+    return _brand_step(item, num_items, series_first=False)
+
+
+def next_of_brand(item: int, num_items: int) -> int:
+    """The same volume of the brand's next series; after its last series the next volume of its first."""
+    return _brand_step(item, num_items, series_first=True)
+
+
+def _brand_step(item: int, num_items: int, series_first: bool) -> int:
+    series, volume = divmod(item, VOLUMES)
+    first = series // SERIES_A_BRAND * SERIES_A_BRAND
+    count = min(SERIES_A_BRAND, num_items // VOLUMES - first)  # the last brand may have fewer series
+    if series_first:
+        place = (volume * count + series - first + 1) % (count * VOLUMES)
+        return (first + place % count) * VOLUMES + place // count
+    return first * VOLUMES + ((series - first) * VOLUMES + volume + 1) % (count * VOLUMES)
+
+
+def _history(kind: str, num_series: int, popularity: np.ndarray, rng: np.random.Generator) -> list[int]:
+    num_items = num_series * VOLUMES
+    series = [rng.choice(num_series, p=popularity)]
+    if kind == "alternating":
+        elsewhere = np.where(np.arange(num_series) // SERIES_A_BRAND == series[0] // SERIES_A_BRAND, 0.0, popularity)
+        series.append(rng.choice(num_series, p=elsewhere / elsewhere.sum()))
+    upcoming = [int(one * VOLUMES + rng.integers(VOLUMES)) for one in series]
+    step = next_of_brand if kind == "brand" else next_volume
+    history = []
+    for position in range(rng.integers(6, 13)):
+        turn = position % len(upcoming)
+        history.append(int(rng.integers(num_items)) if rng.random() < NOISE else upcoming[turn])
+        upcoming[turn] = step(upcoming[turn], num_items)
+    return history
+
+
+def _name_parts() -> list[tuple[str, str, str]]:
+    return [(adjective, noun, kind) for kind in _KINDS for adjective in _ADJECTIVES for noun in _NOUNS]
+
+
+def _item(series: str, brand: int, category: tuple[str, ...], volume: int) -> dict[str, str]:
+    section, shelf, thing, *topics = category
+    maker = f"{_BRANDS[brand % len(_BRANDS)]} {_HOUSES[brand // len(_BRANDS) % len(_HOUSES)]}"
+    if brand >= len(_BRANDS) * len(_HOUSES):
+        maker += f" {brand // (len(_BRANDS) * len(_HOUSES)) + 1}"
+    return {
+        "title": f"{series}, Volume {_NUMBERS[volume]}",
+        "description": (
+            f"The {_ORDINALS[volume]} {thing} of the {series} series by {maker}, for everybody who likes {topics[0]} "
+            f"and {topics[1]}."
+        ),
+        "brand": maker,
+        "categories": CATEGORY_SEPARATOR.join((section, shelf)),
+    }

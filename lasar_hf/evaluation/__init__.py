@@ -1,0 +1,27 @@
+"""Metrics, baselines, significance and reports, which read ranked item rows; and the loop that makes these rows."""
+
+from .baselines import markov_ranking, popularity_ranking
+from .metrics import RankingMetrics, hits_per_user, ndcg_per_user, ranking_metrics, ranks, score_predictions
+from .recommendations import RankingCallback, Recommendations, recommend_samples
+from .report import comparison_table, evaluate_recommendations, save_report
+from .significance import BootstrapResult, paired_bootstrap
+
+
+__all__ = [
+    "BootstrapResult",
+    "RankingCallback",
+    "RankingMetrics",
+    "Recommendations",
+    "comparison_table",
+    "evaluate_recommendations",
+    "hits_per_user",
+    "markov_ranking",
+    "ndcg_per_user",
+    "paired_bootstrap",
+    "popularity_ranking",
+    "ranking_metrics",
+    "ranks",
+    "recommend_samples",
+    "save_report",
+    "score_predictions",
+]

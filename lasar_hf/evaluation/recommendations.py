@@ -1,0 +1,142 @@
+"""Recommending for a whole table of samples, and watching ranking metrics while a model trains."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
+
+from ..data import PromptEncoder
+from ..decoding_lasar import SidCatalog
+from ..modeling_lasar import LasarForGenerativeRec
+from .metrics import DEFAULT_KS
+from .report import evaluate_recommendations
+
+
+@dataclass(frozen=True)
+class Recommendations:
+    """
+    Recommendations of a table of samples, in its order.
+
+    Args:
+        items (`np.ndarray` of shape `(U, k)`):
+            Item rows, best first, -1 pads.
+        scores (`np.ndarray` of shape `(U, k)`):
+            Log-probabilities, `-inf` where padded.
+        latent_steps (`np.ndarray` of shape `(U,)`):
+            Latent steps taken for each user.
+        seconds (`float`):
+            Wall-clock time of all users together.
+    """
+
+    items: np.ndarray
+    scores: np.ndarray
+    latent_steps: np.ndarray
+    seconds: float
+
+
+def recommend_samples(
+    model: LasarForGenerativeRec,
+    samples: Dataset,
+    encoder: PromptEncoder,
+    catalog: SidCatalog,
+    top_k: int = 20,
+    num_beams: int = 50,
+    latent_steps: int | None = None,
+    batch_size: int = 64,
+    progress: bool = False,
+) -> Recommendations:
+    """
+    Recommend for every sample, sorted by length so that batches hold little padding.
+
+    Args:
+        model ([`LasarForGenerativeRec`]):
+            The model.
+        samples (`Dataset`):
+            With a column `history` (item rows, oldest first).
+        encoder ([`~lasar_hf.data.PromptEncoder`]):
+            Writes the prompts.
+        catalog ([`SidCatalog`]):
+            The items to choose from.
+        top_k (`int`, *optional*, defaults to `20`):
+            Items for each sample.
+        num_beams (`int`, *optional*, defaults to `50`):
+            Width of the beam search.
+        latent_steps (`int`, *optional*):
+            Depth of every sample, 0 for direct generation; the policy head's choice if not given.
+        batch_size (`int`, *optional*, defaults to `64`):
+            Samples a batch.
+        progress (`bool`, *optional*, defaults to `False`):
+            Whether to show a progress bar.
+
+    Returns:
+        [`Recommendations`].
+    """
+    prompts = [torch.tensor(encoder.prompt(history)) for history in samples["history"]]
+    order = sorted(range(len(prompts)), key=lambda sample: len(prompts[sample]), reverse=True)
+    items, scores = np.empty((len(prompts), top_k), dtype=np.int64), np.empty((len(prompts), top_k), dtype=np.float32)
+    depths = np.empty(len(prompts), dtype=np.int64)
+    start_time = time.perf_counter()
+    for start in tqdm(range(0, len(order), batch_size), desc="Recommending", disable=not progress):
+        rows = order[start : start + batch_size]
+        input_ids = nn.utils.rnn.pad_sequence([prompts[row] for row in rows], batch_first=True, padding_side="left")
+        lengths = torch.tensor([len(prompts[row]) for row in rows])
+        attention_mask = torch.arange(input_ids.shape[1]) >= input_ids.shape[1] - lengths[:, None]
+        output = model.recommend(
+            input_ids.to(model.device), attention_mask.to(model.device), catalog, top_k, num_beams, latent_steps
+        )
+        items[rows], scores[rows] = output.items.cpu().numpy(), output.scores.float().cpu().numpy()
+        depths[rows] = output.latent_steps.cpu().numpy()
+    return Recommendations(items, scores, depths, time.perf_counter() - start_time)
+
+
+class RankingCallback(TrainerCallback):
+    """
+    Adds HR, NDCG and mean depth on held-out users to a trainer's evaluations, so that `metric_for_best_model` can name
+    them (`eval_NDCG@10`). Every process recommends for all samples, since each picks the best checkpoint for itself.
+
+    Args:
+        samples (`Dataset`):
+            With the columns `history` and `target`.
+        encoder ([`~lasar_hf.data.PromptEncoder`]):
+            Writes the prompts.
+        catalog ([`SidCatalog`]):
+            The items.
+        num_beams (`int`, *optional*, defaults to `20`):
+            Width of the beam search.
+        latent_steps (`int`, *optional*):
+            Depth of every sample, 0 for direct generation; the policy head's choice if not given.
+        ks (`Sequence[int]`, *optional*, defaults to `(5, 10, 20)`):
+            Cut-offs.
+    """
+
+    def __init__(
+        self,
+        samples: Dataset,
+        encoder: PromptEncoder,
+        catalog: SidCatalog,
+        num_beams: int = 20,
+        latent_steps: int | None = None,
+        ks: Sequence[int] = DEFAULT_KS,
+    ):
+        self.samples, self.encoder, self.catalog = samples, encoder, catalog
+        self.num_beams, self.latent_steps, self.ks = num_beams, latent_steps, ks
+
+    def on_evaluate(self, args, state, control, metrics=None, model=None, **kwargs):
+        """Called by the Trainer with the metrics of the evaluation, which this extends."""
+        recommended = recommend_samples(
+            model, self.samples, self.encoder, self.catalog, max(self.ks), self.num_beams, self.latent_steps
+        )
+        row = evaluate_recommendations(
+            recommended.items, self.samples["target"], len(self.catalog), recommended.latent_steps, ks=self.ks
+        )
+        for name, value in row.items():
+            if name.startswith(("HR", "NDCG", "mean_depth")):
+                metrics[f"eval_{name}"] = value
+        if state.log_history and "eval_loss" in state.log_history[-1]:
+            state.log_history[-1].update({k: v for k, v in metrics.items() if k.startswith(("eval_HR", "eval_NDCG"))})

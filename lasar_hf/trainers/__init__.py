@@ -1,0 +1,26 @@
+"""Training: both SFT stages and RL as subclasses of TRL's trainers, their losses and rewards."""
+
+from .catalog_head import add_catalog_head
+from .grpo_config import LasarGRPOConfig
+from .grpo_trainer import LasarGRPOTrainer
+from .losses import alignment_loss, bidirectional_kl, depth_entropy, exact_depth_loss, reinforce_loss
+from .rewards import ExactMatchReward, RankingReward
+from .sft_config import LasarSFTConfig
+from .sft_trainer import LasarDataCollator, LasarSFTTrainer
+
+
+__all__ = [
+    "ExactMatchReward",
+    "LasarDataCollator",
+    "LasarGRPOConfig",
+    "LasarGRPOTrainer",
+    "LasarSFTConfig",
+    "LasarSFTTrainer",
+    "RankingReward",
+    "add_catalog_head",
+    "alignment_loss",
+    "bidirectional_kl",
+    "depth_entropy",
+    "exact_depth_loss",
+    "reinforce_loss",
+]

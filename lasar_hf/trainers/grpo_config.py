@@ -1,0 +1,57 @@
+"""Arguments of [`LasarGRPOTrainer`]."""
+
+from dataclasses import dataclass, field
+
+from trl import GRPOConfig
+
+
+@dataclass
+class LasarGRPOConfig(GRPOConfig):
+    r"""
+    Configuration of [`LasarGRPOTrainer`]. What is not listed is inherited from [`~trl.GRPOConfig`].
+
+    Args:
+        sampling (`str`, *optional*, defaults to `"sample"`):
+            How the candidates of a group are drawn: independently (`"sample"`), or without replacement by stochastic
+            beams (`"stochastic_beams"`), which never repeat an item.
+        terminal_weight (`float`, *optional*, defaults to `0.1`):
+            Weight `γ_KL` of the terminal anchor loss.
+        depth_weight (`float`, *optional*, defaults to `0.1`):
+            Weight `γ_RF` of REINFORCE on the depth policy. At 0 the policy head is frozen.
+        step_cost (`float`, *optional*, defaults to `0.005`):
+            Cost `λ` of one latent step, in units of reward.
+        depth_entropy_weight (`float`, *optional*, defaults to `0.01`):
+            Weight `η` of the entropy bonus of the depth policy.
+        baseline_decay (`float`, *optional*, defaults to `0.95`):
+            Decay of the running mean `b_EMA` of the group rewards.
+
+    > [!NOTE]
+    > These parameters have default values different from [`~trl.GRPOConfig`]:
+    > - `beta`: Defaults to `0.04` instead of `0.0`: the paper keeps a KL penalty to the stage-2 model.
+    > - `loss_type`: Defaults to `"grpo"` instead of `"dapo"`: every answer has the same length.
+    > - `learning_rate`: Defaults to `1e-5` instead of `1e-6`.
+    > - `max_completion_length`: Defaults to `4` instead of `512`; the trainer sets it to the number of SID levels.
+    > - `disable_dropout`: Defaults to `True` instead of `False`: the policy that is scored must be the one that was drawn
+    >   from.
+    """
+
+    beta: float = field(default=0.04, metadata={"help": "Weight of the KL penalty to the stage-2 model."})
+    loss_type: str = field(default="grpo", metadata={"help": "Aggregation of the policy-gradient loss."})
+    learning_rate: float = field(default=1e-5, metadata={"help": "The initial learning rate for AdamW."})
+    max_completion_length: int | None = field(default=4, metadata={"help": "Set to the number of SID levels."})
+    disable_dropout: bool = field(
+        default=True, metadata={"help": "Score the policy that was drawn from, which had no dropout."}
+    )
+    sampling: str = field(
+        default="sample",
+        metadata={
+            "help": "How the candidates of a group are drawn.", "choices": ["sample", "stochastic_beams"]
+        },
+    )
+    terminal_weight: float = field(default=0.1, metadata={"help": "Weight of the terminal anchor loss, gamma_KL."})
+    depth_weight: float = field(
+        default=0.1, metadata={"help": "Weight of REINFORCE on the depth policy, gamma_RF; 0 freezes the policy head."}
+    )
+    step_cost: float = field(default=0.005, metadata={"help": "Cost of one latent step in units of reward, lambda."})
+    depth_entropy_weight: float = field(default=0.01, metadata={"help": "Entropy bonus of the depth policy, eta."})
+    baseline_decay: float = field(default=0.95, metadata={"help": "Decay of the running mean of the group rewards."})

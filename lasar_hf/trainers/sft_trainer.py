@@ -1,0 +1,157 @@
+"""Stage 1 (SID grounding) and stage 2 (latent reasoning with semantic anchors) on TRL's SFTTrainer."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from trl import SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from ..data.anchors import AnchorStore
+from ..decoding_lasar import SidCatalog
+from .catalog_head import add_catalog_head
+from .latent_metrics import TrunkRecorder, latent_metrics, unwrap_lasar
+from .losses import alignment_loss
+from .model_card import save_model_card
+from .sft_config import LasarSFTConfig
+
+
+@dataclass
+class LasarDataCollator(DataCollatorForLanguageModeling):
+    """
+    TRL's collator, which adds the semantic anchors of each row's sample.
+
+    Args:
+        anchors ([`~lasar_hf.data.AnchorStore`], *optional*):
+            Anchors by sample; rows then carry a column `sample`. The batch gets `anchors` `(B, max N, H)`, zero beyond a
+            row's depth.
+    """
+
+    anchors: AnchorStore | None = field(default=None, kw_only=True)
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = super().torch_call(examples)
+        if self.anchors is not None:
+            vectors = [torch.as_tensor(self.anchors[example["sample"]]) for example in examples]
+            batch["anchors"] = nn.utils.rnn.pad_sequence(vectors, batch_first=True)
+        return batch
+
+
+class LasarSFTTrainer(SFTTrainer):
+    r"""
+    Supervised training of LASAR. It differs from [`~trl.SFTTrainer`] in the loss; the rest is inherited:
+
+        L_SFT = L_CE + α · L_align + β · L_policy        (METHOD.md 4)
+
+    `L_CE` at SID positions is normalised over the catalogue (or the vocabulary, `sid_loss`). `L_align` compares the
+    latent states with the anchors given, `L_policy` teaches the policy head the depth a row was unrolled to. Both read
+    the pass that made `L_CE`. Stage 1 is the case without latent slots and with `policy_weight=0`.
+
+    Args:
+        model (`str` or [`LasarForGenerativeRec`] or [`~peft.PeftModel`]):
+            Model, or the path of one.
+        args ([`LasarSFTConfig`]):
+            Arguments.
+        catalog ([`SidCatalog`], *optional*):
+            The items; needed for `sid_loss="catalog"`.
+        anchors ([`~lasar_hf.data.AnchorStore`], *optional*):
+            Semantic anchors of the training samples; rows carry their number in a column `sample`. Without anchors there
+            is no alignment loss.
+        train_dataset ([`~datasets.Dataset`]):
+            Rows with `input_ids` and `labels`, see [`~lasar_hf.data.sft_rows`] and [`~lasar_hf.data.reasoning_rows`].
+        kwargs:
+            Passed to [`~trl.SFTTrainer`].
+
+    Raises:
+        `ValueError`: if `sid_loss="catalog"` and there is no catalogue, an alignment is asked without anchors, or packing
+        or padding-free batches are asked for (a latent region needs its own row).
+    """
+
+    _tag_names = ["trl", "sft", "lasar"]
+    _name = "LASAR SFT"
+
+    def __init__(
+        self,
+        model,
+        args: LasarSFTConfig,
+        catalog: SidCatalog | None = None,
+        anchors: AnchorStore | None = None,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
+        **kwargs,
+    ):
+        if args.sid_loss == "catalog" and catalog is None:
+            raise ValueError('sid_loss="catalog" needs the items: pass catalog=SidCatalog(codes, item_ids).')
+        if args.packing or args.padding_free:
+            raise ValueError("LASAR cuts each row at its latent region: set packing=False and padding_free=False.")
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            **kwargs,
+        )
+        lasar = unwrap_lasar(self.model)
+        self.anchors = anchors
+        if isinstance(self.data_collator, DataCollatorForLanguageModeling):
+            self.data_collator = LasarDataCollator(
+                self.data_collator.pad_token_id,
+                pad_to_multiple_of=self.data_collator.pad_to_multiple_of,
+                anchors=anchors if args.alignment != "none" else None,
+            )
+        if args.sid_loss == "catalog":
+            add_catalog_head(lasar, catalog)
+        if args.policy_weight == 0:
+            # DDP waits for the gradient of every parameter that wants one, and nothing in the loss would give it.
+            lasar.model.policy_head.requires_grad_(False)
+        elif not any(parameter.requires_grad for parameter in lasar.model.policy_head.parameters()):
+            lasar.model.policy_head.requires_grad_(True)
+        self._recorder = TrunkRecorder(lasar.model)
+
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        if "sample" not in self._signature_columns:
+            self._signature_columns = [*self._signature_columns, "sample"]
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """`L_CE` of TRL, then the terms that read the latent states of the same pass."""
+        anchors = inputs.pop("anchors", None)
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        extra = self._latent_losses(self._recorder.pop(), anchors)
+        # As TRL does with auxiliary losses: without it the Trainer would count them once for each accumulation step.
+        if num_items_in_batch is not None:
+            extra = extra / self.current_gradient_accumulation_steps
+        return (result[0] + extra, result[1]) if return_outputs else result + extra
+
+    def _latent_losses(self, output, anchors: torch.Tensor | None) -> torch.Tensor:
+        loss = output.depth_logits.new_zeros((), dtype=torch.float32)
+        metrics = latent_metrics(output, unwrap_lasar(self.model).get_input_embeddings())
+        if anchors is not None:
+            latents = output.latent_states[:, 1:]
+            mask = torch.arange(latents.shape[1], device=latents.device) < output.latent_steps[:, None]
+            align = alignment_loss(latents, anchors[:, : latents.shape[1]], mask, self.args.alignment)
+            metrics["align_loss"] = align.detach()
+            loss = loss + self.args.alignment_weight * align
+        if self.args.policy_weight > 0:
+            # A row without latent steps has no class; its term is masked, so that the head always gets a gradient.
+            labels = torch.where(output.latent_steps > 0, output.latent_steps - 1, -100)
+            rows = nn.functional.cross_entropy(output.depth_logits.float(), labels, reduction="sum")
+            policy = rows / (labels >= 0).sum().clamp(min=1)
+            hits = (output.depth_logits.argmax(-1) == labels).sum() / (labels >= 0).sum().clamp(min=1)
+            metrics["policy_loss"], metrics["depth_accuracy"] = policy.detach(), hits
+            loss = loss + self.args.policy_weight * policy
+        self._record(metrics)
+        return loss
+
+    def _record(self, metrics: dict[str, torch.Tensor]) -> None:
+        mode = "train" if self.model.training else "eval"
+        for name, value in metrics.items():
+            value = self.accelerator.gather_for_metrics(value.detach().float()).mean().item()
+            self._metrics[mode][name].append(value)
+
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None):
+        """Write the card from this package: TRL's template is found inside the trl package only."""
+        save_model_card(self, model_name, [*self._tag_names, *(tags or [])], "Supervised training of LASAR.")

@@ -1,0 +1,100 @@
+"""
+Rank the whole catalogue for held-out users: popularity and Markov, then checkpoints.
+
+    accelerate launch recipes/evaluate.py --config recipes/scientific/evaluate.yaml
+
+A model is `name=path` or `name=path@N` for a fixed depth `N` (`@0` is direct generation). Prints the table and writes
+`report.json` and `report.md`.
+"""
+
+import sys
+from pathlib import Path
+
+
+# Python puts a script's folder first on the path, where this folder's evaluate.py would hide the `evaluate` package.
+sys.path[:] = [entry for entry in sys.path if entry != str(Path(__file__).resolve().parent)]
+
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from transformers import AutoTokenizer
+from trl import TrlParser
+
+from lasar_hf import LasarForGenerativeRec, SidCatalog
+from lasar_hf.data import PreparedData, PromptEncoder
+from lasar_hf.evaluation import (
+    comparison_table,
+    evaluate_recommendations,
+    hits_per_user,
+    markov_ranking,
+    paired_bootstrap,
+    popularity_ranking,
+    ranks,
+    recommend_samples,
+    save_report,
+)
+
+
+@dataclass
+class EvaluateArguments:
+    """What to evaluate, on whom."""
+
+    data_dir: str = field(metadata={"help": "Folder that recipes/prepare.py wrote."})
+    output_dir: str = field(metadata={"help": "Folder of the report."})
+    models: list[str] = field(default_factory=list, metadata={"help": "`name=path` or `name=path@N`."})
+    split: str = field(default="test", metadata={"help": "Which users.", "choices": ["validation", "test"]})
+    users: int = field(default=0, metadata={"help": "Only the first so many users; 0 for all."})
+    num_beams: int = field(default=50, metadata={"help": "Width of the beam search."})
+    batch_size: int = field(default=64, metadata={"help": "Users a batch."})
+    instruction: str = field(default="Recommend the next item.", metadata={"help": "Text before the history."})
+    max_history: int = field(default=50, metadata={"help": "Most items of a history that are shown."})
+
+
+def evaluate_model(args: EvaluateArguments, data: PreparedData, samples, location: str):
+    """Item rows `(U, 20)` and the row of numbers of one model; users are shared among the processes."""
+    path, _, depth = location.partition("@")
+    state = PartialState()
+    model = LasarForGenerativeRec.from_pretrained(path).to(state.device).eval()
+    encoder = PromptEncoder(AutoTokenizer.from_pretrained(path), data.codes, args.instruction, args.max_history)
+    catalog = SidCatalog.from_pretrained(path)
+    mine = np.array_split(np.arange(len(samples)), state.num_processes)[state.process_index]
+    part = recommend_samples(
+        model, samples.select(mine), encoder, catalog, 20, args.num_beams, int(depth) if depth else None,
+        args.batch_size, progress=state.is_main_process,
+    )
+    parts = [part]
+    if state.num_processes > 1:
+        parts = [None] * state.num_processes
+        torch.distributed.all_gather_object(parts, part)
+    items, steps = (np.concatenate([getattr(p, name) for p in parts]) for name in ("items", "latent_steps"))
+    seconds = max(p.seconds for p in parts)
+    return items, evaluate_recommendations(items, samples["target"], len(catalog), steps, seconds)
+
+
+def main(args: EvaluateArguments) -> None:
+    """Evaluate the baselines and every model; write and print the report."""
+    data = PreparedData.load(args.data_dir)
+    samples = data.samples[args.split]
+    samples = samples.select(range(args.users)) if args.users else samples
+    train, num_items = data.split.train, len(data.items)
+    contexts = [history[-1] for history in samples["history"]]
+    popular = popularity_ranking(train, num_items, 20)
+    predictions = {
+        "popularity": np.tile(popular, (len(samples), 1)), "Markov": markov_ranking(train, contexts, num_items, 20)
+    }
+    rows = {name: evaluate_recommendations(p, samples["target"], num_items) for name, p in predictions.items()}
+    for entry in args.models:
+        name, _, location = entry.partition("=")
+        predictions[name], rows[name] = evaluate_model(args, data, samples, location)
+    hits = {name: hits_per_user(ranks(p, samples["target"]), 10) for name, p in predictions.items()}
+    if PartialState().is_main_process:
+        pairs = list(zip(list(hits)[1:], list(hits)[:-1], strict=True))  # each recommender against the row before
+        tests = {f"{a} - {b}": asdict(paired_bootstrap(hits[a], hits[b])) for a, b in pairs}
+        save_report(Path(args.output_dir), rows, {"arguments": asdict(args), "HR@10_against_the_row_before": tests})
+        print(comparison_table(rows))
+
+
+if __name__ == "__main__":
+    main(*TrlParser((EvaluateArguments,)).parse_args_and_config())

@@ -1,0 +1,62 @@
+"""
+Reinforcement learning of quality and depth together.
+
+    accelerate launch recipes/grpo.py --config recipes/scientific/grpo.yaml
+
+Resumes from the last checkpoint in `output_dir` where there is one.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import AutoTokenizer, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+from trl import ModelConfig, TrlParser, get_peft_config
+
+from lasar_hf import LasarForGenerativeRec, LasarGRPOConfig, LasarGRPOTrainer, SidCatalog
+from lasar_hf.data import AnchorStore, PreparedData, PromptEncoder, checkpoint_hash, grpo_rows
+
+
+@dataclass
+class GRPOScriptArguments:
+    """From what, on which rows."""
+
+    data_dir: str = field(metadata={"help": "Folder that recipes/prepare.py wrote."})
+    stage1_model: str | None = field(
+        default=None, metadata={"help": "Stage-1 checkpoint, whose anchors are used; no terminal loss if not given."}
+    )
+    anchors_dir: str | None = field(default=None, metadata={"help": "Anchors that stage 2 wrote."})
+    instruction: str = field(default="Recommend the next item.", metadata={"help": "Text before the history."})
+    max_history: int = field(default=50, metadata={"help": "Most items of a history that are shown."})
+
+
+def terminal_anchors(script: GRPOScriptArguments) -> AnchorStore | None:
+    """The anchors of stage 2, checked against the checkpoint that made them."""
+    if script.anchors_dir is None:
+        return None
+    if script.stage1_model is None:
+        raise ValueError("anchors_dir is given without stage1_model: name the checkpoint that made the anchors.")
+    stage1 = LasarForGenerativeRec.from_pretrained(script.stage1_model)
+    return AnchorStore.load(script.anchors_dir, checkpoint_hash(stage1))
+
+
+def main(script: GRPOScriptArguments, training_args: LasarGRPOConfig, model_args: ModelConfig) -> None:
+    """Train and save model, tokenizer and catalogue together."""
+    set_seed(training_args.seed)
+    data = PreparedData.load(script.data_dir)
+    catalog = SidCatalog.from_pretrained(model_args.model_name_or_path)
+    tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path)
+    encoder = PromptEncoder(tokenizer, data.codes, script.instruction, script.max_history)
+    trainer = LasarGRPOTrainer(
+        model_args.model_name_or_path, training_args, catalog,
+        train_dataset=grpo_rows(data.samples["train"], encoder, terminal_anchors(script)),
+        processing_class=tokenizer, peft_config=get_peft_config(model_args),
+    )
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(training_args.output_dir))
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        catalog.save_pretrained(training_args.output_dir)
+
+
+if __name__ == "__main__":
+    main(*TrlParser((GRPOScriptArguments, LasarGRPOConfig, ModelConfig)).parse_args_and_config())

@@ -1,0 +1,134 @@
+"""
+Supervised stages: 1 grounds Semantic IDs, 2 teaches latent reasoning.
+
+    accelerate launch recipes/sft.py --config recipes/scientific/stage1.yaml
+    accelerate launch recipes/sft.py --config recipes/scientific/stage2.yaml
+
+Resumes from the last checkpoint in `output_dir` where there is one.
+"""
+
+import sys
+from pathlib import Path
+
+
+# Python puts a script's folder first on the path, where this folder's evaluate.py would hide the `evaluate` package.
+sys.path[:] = [entry for entry in sys.path if entry != str(Path(__file__).resolve().parent)]
+
+from dataclasses import dataclass, field
+
+from accelerate import PartialState
+from datasets import concatenate_datasets
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+from trl import ModelConfig, TrlParser, get_peft_config
+
+from lasar_hf import LasarForGenerativeRec, LasarSFTConfig, LasarSFTTrainer, SidCatalog
+from lasar_hf.data import (
+    AnchorStore,
+    PreparedData,
+    PromptEncoder,
+    alignment_rows,
+    checkpoint_hash,
+    encode_anchors,
+    history_rows,
+    reasoning_rows,
+    sft_rows,
+)
+from lasar_hf.evaluation import RankingCallback
+
+
+@dataclass
+class SFTScriptArguments:
+    """Which stage, from what, on which rows."""
+
+    data_dir: str = field(metadata={"help": "Folder that recipes/prepare.py wrote."})
+    stage: int = field(default=1, metadata={"help": "1: SID grounding, 2: latent reasoning.", "choices": [1, 2]})
+    backbone_config: dict | str | None = field(
+        default=None, metadata={"help": "Stage 1 from scratch: arguments of the backbone's config, with `model_type`."}
+    )
+    max_latent_steps: int = field(default=8, metadata={"help": "Largest number of latent steps."})
+    instruction: str = field(default="Recommend the next item.", metadata={"help": "Text before the history."})
+    max_history: int = field(default=50, metadata={"help": "Most items of a history that are shown."})
+    rows: list[str] = field(
+        default_factory=lambda: ["next_item", "alignment"],
+        metadata={"help": "Stage 1 rows: next_item (each sample), history (loss on every item of a user), alignment."},
+    )
+    eval_users: int = field(default=0, metadata={"help": "Validation users to rank at each evaluation; 0 for none."})
+
+
+def load_model(script: SFTScriptArguments, model_args: ModelConfig, data: PreparedData):
+    """The stage-1 checkpoint of stage 2; for stage 1 a pre-trained backbone, or one from scratch."""
+    if script.stage == 2:
+        model = LasarForGenerativeRec.from_pretrained(model_args.model_name_or_path)
+        return model, AutoTokenizer.from_pretrained(model_args.model_name_or_path)
+    if script.backbone_config is None:
+        tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path)
+        backbone = AutoModelForCausalLM.from_pretrained(model_args.model_name_or_path, dtype=model_args.dtype)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(Path(script.data_dir, "tokenizer"))
+        config = AutoConfig.for_model(
+            **script.backbone_config, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        )
+        backbone = AutoModelForCausalLM.from_config(config)
+    model = LasarForGenerativeRec.from_backbone(
+        backbone, tokenizer, data.codes.shape[1], data.codebook_size, script.max_latent_steps
+    )
+    return model, tokenizer
+
+
+def stage1_rows(script: SFTScriptArguments, data: PreparedData, encoder: PromptEncoder):
+    """The rows asked for, mixed; each with `input_ids` and `labels`."""
+    makers = {
+        "next_item": lambda: sft_rows(data.samples["train"], encoder),
+        "history": lambda: history_rows(data.split, encoder),
+        "alignment": lambda: alignment_rows(data.interactions, data.split, encoder),
+    }
+    unknown = set(script.rows) - set(makers)
+    if unknown:
+        raise ValueError(f"rows holds {sorted(unknown)}: choose among {sorted(makers)}.")
+    return concatenate_datasets([makers[name]() for name in script.rows]).select_columns(["input_ids", "labels"])
+
+
+def stage2_anchors(model, tokenizer, data: PreparedData, folder: Path) -> AnchorStore:
+    """Anchors by the stage-1 checkpoint, computed by the main process and read by all."""
+    stage1 = checkpoint_hash(model)
+    state = PartialState()
+    if state.is_main_process and not (folder / "anchors.json").exists():
+        segments = data.samples["train"]["segments"]
+        encode_anchors(model.model.backbone, tokenizer, segments, stage1, device=state.device).save(folder)
+    state.wait_for_everyone()
+    return AnchorStore.load(folder, stage1)
+
+
+def main(script: SFTScriptArguments, training_args: LasarSFTConfig, model_args: ModelConfig) -> None:
+    """Train one stage and save model, tokenizer and catalogue together."""
+    set_seed(training_args.seed)
+    data = PreparedData.load(script.data_dir)
+    catalog = SidCatalog.from_pretrained(Path(script.data_dir, "catalog"))
+    model, tokenizer = load_model(script, model_args, data)
+    encoder = PromptEncoder(tokenizer, data.codes, script.instruction, script.max_history)
+    anchors = None
+    if script.stage == 1:
+        rows = stage1_rows(script, data, encoder)
+    else:
+        anchors = stage2_anchors(model, tokenizer, data, Path(training_args.output_dir, "anchors"))
+        rows = reasoning_rows(data.samples["train"], encoder, anchors.depths)
+    validation = data.samples["validation"]
+    eval_samples = validation.shuffle(seed=0).select(range(min(script.eval_users, len(validation))))
+    callbacks = []
+    if script.eval_users:
+        callbacks = [RankingCallback(eval_samples, encoder, catalog, latent_steps=0 if script.stage == 1 else None)]
+    trainer = LasarSFTTrainer(
+        model, training_args, catalog, anchors, train_dataset=rows,
+        eval_dataset=sft_rows(eval_samples, encoder).remove_columns("task") if script.eval_users else None,
+        processing_class=tokenizer, callbacks=callbacks, peft_config=get_peft_config(model_args),
+    )
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(training_args.output_dir))
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        catalog.save_pretrained(training_args.output_dir)
+
+
+if __name__ == "__main__":
+    main(*TrlParser((SFTScriptArguments, LasarSFTConfig, ModelConfig)).parse_args_and_config())

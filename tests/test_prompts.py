@@ -1,0 +1,134 @@
+"""Prompts and answers in token ids, and the small tokenizer."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lasar_hf.configuration_lasar import CONTROL_TOKENS, sid_tokens
+from lasar_hf.data import PromptEncoder, build_tokenizer
+
+
+SPECIAL = {"<|pad|>", "<|endoftext|>", *CONTROL_TOKENS, *sid_tokens(3, 4)}
+CODES = np.array([[0, 1, 2], [3, 3, 3], [2, 0, 1], [1, 2, 0]])
+
+
+def tokenizer_with_tokens():
+    tokenizer = build_tokenizer(["Recommend the next item.", "a red chair and a blue chair"], vocab_size=300)
+    tokenizer.add_special_tokens({"extra_special_tokens": [*CONTROL_TOKENS, *sid_tokens(3, 4)]})
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return PromptEncoder(tokenizer_with_tokens(), CODES, max_history=3)
+
+
+def test_text_layout(encoder):
+    assert encoder.text([1, 0]) == "Recommend the next item.<a_3><b_3><c_3><a_0><b_1><c_2><|latent_start|>"
+
+
+def test_newest_items_are_kept_oldest_first(encoder):
+    assert encoder.text([0, 1, 2, 3]) == encoder.text([1, 2, 3])
+    assert encoder.prompt([0, 0, 0, 1, 2, 3]) == encoder.prompt([1, 2, 3])
+
+
+@given(history=st.lists(st.integers(0, 3), min_size=1, max_size=6))
+@settings(max_examples=30, deadline=None)
+def test_prompt_is_what_the_tokenizer_says(encoder, history):
+    assert encoder.prompt(history) == encoder.tokenizer(encoder.text(history), add_special_tokens=False).input_ids
+
+
+def test_answer(encoder):
+    assert encoder.tokenizer.convert_ids_to_tokens(encoder.answer(1)) == ["<a_3>", "<b_3>", "<c_3>"]
+    assert encoder.answers([1, 0]) == [encoder.answer(1), encoder.answer(0)]
+    assert encoder.answers([]) == []
+
+
+@given(
+    text=st.lists(
+        st.one_of(st.sampled_from([*CONTROL_TOKENS, "<a_0>", "<c_3>", "<|endoftext|>", "<|pad|>", " "]), st.text())
+    ).map("".join)
+)
+@settings(max_examples=50, deadline=None)
+def test_item_text_never_becomes_a_special_token(encoder, text):
+    ids = encoder.free_text(text)
+    assert not [token for token in encoder.tokenizer.convert_ids_to_tokens(ids) if token in SPECIAL]
+    assert encoder.tokenizer.decode(ids) == text  # and nothing is lost
+    assert encoder.prompt([0])[-1] == encoder.tokenizer(encoder.text([0]), add_special_tokens=False).input_ids[-1]
+
+
+def test_free_texts_is_free_text_of_each(encoder):
+    texts = ["red <a_0> chair", "", "blue"]
+    assert encoder.free_texts(texts) == [encoder.free_text(text) for text in texts]
+    assert encoder.free_texts([]) == []
+
+
+@pytest.mark.parametrize("history", [[4], [-1], [0, 99]])
+def test_unknown_item_row(encoder, history):
+    with pytest.raises(ValueError, match="there are 4 items"):
+        encoder.prompt(history)
+    with pytest.raises(ValueError, match="there are 4 items"):
+        encoder.text(history)
+    with pytest.raises(ValueError, match="there are 4 items"):
+        encoder.answer(history[-1])
+
+
+def test_empty_history(encoder):
+    with pytest.raises(ValueError, match="at least one item"):
+        encoder.prompt([])
+
+
+def test_missing_tokens_are_named():
+    tokenizer = build_tokenizer(["a"], vocab_size=258)
+    with pytest.raises(ValueError, match=r"no token <\|latent_start\|>"):
+        PromptEncoder(tokenizer, CODES)
+    tokenizer.add_special_tokens({"extra_special_tokens": [*CONTROL_TOKENS, *sid_tokens(2, 4)]})
+    with pytest.raises(ValueError, match="no token <c_0>"):
+        PromptEncoder(tokenizer, CODES)
+
+
+def test_tokens_that_are_not_special_are_refused():
+    tokenizer = build_tokenizer(["a"], vocab_size=258)
+    tokenizer.add_special_tokens({"extra_special_tokens": list(CONTROL_TOKENS)})
+    tokenizer.add_tokens(sid_tokens(3, 4))
+    with pytest.raises(ValueError, match="<a_0>, but not as a special token"):
+        PromptEncoder(tokenizer, CODES)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"max_history": 0}, "`max_history` is 0"),
+        ({"codes": CODES[0]}, "expected integers"),
+        ({"codes": CODES / 2}, "expected integers"),
+        ({"codes": CODES[:0]}, "expected integers"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        PromptEncoder(tokenizer_with_tokens(), **({"codes": CODES} | arguments))
+
+
+def test_build_tokenizer_is_deterministic_and_lossless():
+    texts = [f"the {word} number {n}" for n in range(40) for word in ("red", "green", "blue")]
+    one, two = build_tokenizer(texts, 300), build_tokenizer(texts, 300)
+    assert one.backend_tokenizer.to_str() == two.backend_tokenizer.to_str()
+    assert 258 < len(one) <= 300
+    assert one.decode(one("日本 näïve 7\n\t", add_special_tokens=False).input_ids) == "日本 näïve 7\n\t"
+    assert (one.pad_token_id, one.eos_token_id, one.bos_token_id) == (0, 1, 1)
+    assert len(one("the green number").input_ids) < len("the green number") / 2
+
+
+def test_build_tokenizer_survives_saving(tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer_with_tokens().save_pretrained(tmp_path)
+    loaded = PromptEncoder(AutoTokenizer.from_pretrained(tmp_path), CODES)
+    assert loaded.prompt([0, 1]) == PromptEncoder(tokenizer_with_tokens(), CODES).prompt([0, 1])
+    assert loaded.free_text("x <a_0>") == PromptEncoder(tokenizer_with_tokens(), CODES).free_text("x <a_0>")
+
+
+def test_build_tokenizer_too_small():
+    with pytest.raises(ValueError, match="`vocab_size` is 257, expected at least 258"):
+        build_tokenizer(["a"], 257)

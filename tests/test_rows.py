@@ -1,0 +1,179 @@
+"""Training rows: layout, where the loss is, and that nothing but the training part is read."""
+
+import numpy as np
+import pytest
+
+from lasar_hf.configuration_lasar import CONTROL_TOKENS, sid_tokens
+from lasar_hf.data import (
+    AnchorStore,
+    Interactions,
+    PromptEncoder,
+    alignment_rows,
+    build_tokenizer,
+    grpo_rows,
+    history_rows,
+    leave_one_out,
+    reasoning_rows,
+    samples,
+    sft_rows,
+)  # fmt: skip
+
+
+CODES = np.array([[0, 1], [2, 2], [1, 0], [2, 0], [1, 1], [0, 0]])
+DATA = Interactions(
+    [f"i{row}" for row in range(6)],
+    [
+        {"title": "red chair", "description": "a chair"},
+        {"title": "blue <a_0> chair"},
+        {"title": "tea"},
+        {},
+        {"title": "secret validation item"},
+        {"title": "secret test item", "description": "x" * 1000},
+    ],
+    ["u", "v"],
+    [[0, 1, 2, 4, 5], [3, 0, 4, 5]],
+)
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    tokenizer = build_tokenizer(["Recommend the next item.", "red blue chair tea"], 300)
+    tokenizer.add_special_tokens({"extra_special_tokens": [*CONTROL_TOKENS, *sid_tokens(2, 3)]})
+    return PromptEncoder(tokenizer, CODES, instruction="Next:")
+
+
+@pytest.fixture(scope="module")
+def split():
+    return leave_one_out(DATA)
+
+
+def text(encoder, ids):
+    return encoder.tokenizer.decode(ids)
+
+
+def learned(encoder, row):
+    """The tokens under the loss, and a check that labels are -100 or the token itself."""
+    assert len(row["labels"]) == len(row["input_ids"])
+    assert all(label in (-100, token) for token, label in zip(row["input_ids"], row["labels"], strict=True))
+    return text(encoder, [label for label in row["labels"] if label != -100])
+
+
+def test_sft_rows(encoder, split):
+    rows = sft_rows(samples(split, "train"), encoder)
+    assert rows.column_names == ["input_ids", "labels", "task"] and set(rows["task"]) == {"next_item"}
+    assert [text(encoder, ids) for ids in rows["input_ids"]] == [
+        "Next:<a_0><b_1><|latent_start|><|latent_end|><a_2><b_2>",
+        "Next:<a_0><b_1><a_2><b_2><|latent_start|><|latent_end|><a_1><b_0>",
+        "Next:<a_2><b_0><|latent_start|><|latent_end|><a_0><b_1>",
+    ]
+    assert [learned(encoder, row) for row in rows] == ["<a_2><b_2>", "<a_1><b_0>", "<a_0><b_1>"]
+
+
+def test_history_rows_learn_every_item(encoder, split):
+    rows = history_rows(split, encoder)
+    assert [text(encoder, ids) for ids in rows["input_ids"]] == [
+        "Next:<a_0><b_1><a_2><b_2><|latent_start|><|latent_end|><a_1><b_0>",
+        "Next:<a_2><b_0><|latent_start|><|latent_end|><a_0><b_1>",
+    ]
+    assert [learned(encoder, row) for row in rows] == ["<a_0><b_1><a_2><b_2><a_1><b_0>", "<a_2><b_0><a_0><b_1>"]
+
+
+def test_history_rows_under_a_short_limit(encoder, split):
+    short = PromptEncoder(encoder.tokenizer, CODES, instruction="Next:", max_history=1)
+    row = history_rows(split, short)[0]
+    assert text(short, row["input_ids"]) == "Next:<a_2><b_2><|latent_start|><|latent_end|><a_1><b_0>"
+    assert learned(short, row) == "<a_2><b_2><a_1><b_0>"
+
+
+def test_alignment_rows(encoder, split):
+    rows = alignment_rows(DATA, split, encoder, max_text_tokens=12)
+    of = {task: [row for row in rows if row["task"] == task] for task in set(rows["task"])}
+    assert {task: len(found) for task, found in of.items()} == {
+        "title_to_sid": 5, "description_to_sid": 2, "sid_to_title": 5, "titles_to_sid": 1
+    }  # fmt: skip
+    row = next(row for row in of["title_to_sid"] if "red chair" in text(encoder, row["input_ids"]))
+    assert text(encoder, row["input_ids"]).endswith(" red chair<|latent_start|><|latent_end|><a_0><b_1>")
+    assert learned(encoder, row) == "<a_0><b_1>"
+    row = next(row for row in of["sid_to_title"] if "red chair" in text(encoder, row["input_ids"]))
+    assert text(encoder, row["input_ids"]).endswith(" <a_0><b_1>red chair<|endoftext|>")
+    assert learned(encoder, row) == "red chair<|endoftext|>"
+    long = next(row for row in of["description_to_sid"] if "xx" in text(encoder, row["input_ids"]))
+    assert len(long["input_ids"]) < 80 and learned(encoder, long) == "<a_0><b_0>"
+
+
+def test_title_histories_use_the_training_part_only(encoder, split):
+    (row,) = alignment_rows(DATA, split, encoder, tasks=["titles_to_sid"])
+    shown = text(encoder, row["input_ids"])
+    assert shown.endswith(" red chair; blue <a_0> chair<|latent_start|><|latent_end|><a_1><b_0>")
+    assert "secret" not in shown
+    # "<a_0>" of the title is text: the only such token of the row would be one of the answer
+    assert encoder.tokenizer.convert_tokens_to_ids("<a_0>") not in row["input_ids"]
+
+
+def test_alignment_rows_order_is_seeded_and_no_text_gives_no_rows(encoder, split):
+    one, same, other = (alignment_rows(DATA, split, encoder, seed=seed)["input_ids"][:] for seed in (0, 0, 1))
+    assert one == same != other and sorted(one) == sorted(other)
+    bare = Interactions(DATA.item_ids, [{}] * 6, DATA.user_ids, DATA.histories)
+    rows = alignment_rows(bare, split, encoder)
+    assert len(rows) == 0 and rows.column_names == ["input_ids", "labels", "task"]
+
+
+def test_alignment_rows_refuses(encoder, split):
+    with pytest.raises(ValueError, match="`tasks` holds 'sid_to_price'"):
+        alignment_rows(DATA, split, encoder, tasks=["sid_to_price"])
+    tokenizer = build_tokenizer(["x"], 300)
+    tokenizer.add_special_tokens({"extra_special_tokens": [*CONTROL_TOKENS, *sid_tokens(2, 3)]})
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="end-of-text token"):
+        alignment_rows(DATA, split, PromptEncoder(tokenizer, CODES), tasks=["sid_to_title"])
+
+
+def anchors(*depths, hidden_size=2):
+    vectors = np.arange(sum(depths) * hidden_size, dtype=np.float32).reshape(-1, hidden_size)
+    return AnchorStore(vectors, np.arange(sum(depths)), np.cumsum([0, *depths]), "hash")
+
+
+def test_reasoning_rows(encoder, split):
+    rows = reasoning_rows(samples(split, "train"), encoder, depths=[1, 3, 2])
+    assert rows.column_names == ["input_ids", "labels", "depth", "sample"]
+    assert text(encoder, rows[1]["input_ids"]) == (
+        "Next:<a_0><b_1><a_2><b_2><|latent_start|><|latent|><|latent|><|latent|><|latent_end|><a_1><b_0>"
+    )
+    assert learned(encoder, rows[1]) == "<a_1><b_0>"
+    assert rows["depth"][:] == [1, 3, 2] and rows["sample"][:] == [0, 1, 2]
+
+
+def test_reasoning_rows_with_anchors(encoder, split):
+    rows = reasoning_rows(samples(split, "train"), encoder, [1, 3, 2], anchors(1, 3, 2))
+    assert rows["anchors"][:] == [[[0, 1]], [[2, 3], [4, 5], [6, 7]], [[8, 9], [10, 11]]]
+
+
+@pytest.mark.parametrize(
+    ("depths", "store", "message"),
+    [
+        ([1, 2], None, "2 entries for 3 samples"),
+        ([1, 0, 2], None, "the depth of sample 1 is 0"),
+        ([1, 3, 2], anchors(1, 3), "belong to 2 samples, not to these 3"),
+        ([1, 3, 2], anchors(1, 2, 2), "sample 1 has depth 3, but 2 anchors"),
+    ],
+)
+def test_reasoning_rows_refuses(encoder, split, depths, store, message):
+    with pytest.raises(ValueError, match=message):
+        reasoning_rows(samples(split, "train"), encoder, depths, store)
+
+
+def test_grpo_rows(encoder, split):
+    part = samples(split, "train")
+    rows = grpo_rows(part, encoder)
+    assert rows.column_names == ["prompt", "target"]
+    assert rows[1] == {"prompt": "Next:<a_0><b_1><a_2><b_2><|latent_start|>", "target": 2}
+    rows = grpo_rows(part, encoder, anchors(1, 3, 2))
+    assert rows["terminal_anchor"][:] == [[0, 1], [6, 7], [10, 11]]
+    with pytest.raises(ValueError, match="belong to 2 samples"):
+        grpo_rows(part, encoder, anchors(1, 3))
+
+
+def test_no_samples_is_an_error(encoder):
+    nothing = samples(leave_one_out(Interactions(["a", "b", "c"], [{}] * 3, ["u"], [[0, 1, 2]])), "train")
+    with pytest.raises(ValueError, match="no samples"):
+        sft_rows(nothing, encoder)

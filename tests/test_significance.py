@@ -1,0 +1,60 @@
+"""Paired bootstrap: finds a real difference, not a chance one, and uses the pairing."""
+
+import numpy as np
+import pytest
+
+from lasar_hf.evaluation import paired_bootstrap
+
+
+def test_interval_matches_the_normal_one():
+    rng = np.random.default_rng(0)
+    base = rng.random(400)
+    better = base + 0.02 + 0.1 * rng.standard_normal(400)
+    result = paired_bootstrap(better, base, num_resamples=2000)
+    spread = 1.96 * (better - base).std() / 20
+    assert result.difference == pytest.approx((better - base).mean())
+    assert [result.low, result.high] == pytest.approx(
+        [result.difference - spread, result.difference + spread], abs=0.1 * spread
+    )
+    assert result.p_value < 0.01
+
+
+def test_pairing_finds_what_unpaired_values_hide():
+    base = np.linspace(0.0, 1.0, 100)
+    result = paired_bootstrap(base + 0.01 * (1 + np.arange(100) % 2), base, num_resamples=500)
+    assert 0.01 < result.low < result.high < 0.02
+    assert result.p_value == pytest.approx(2 / 501)
+
+
+def test_equal_recommenders_have_p_of_one_and_swapping_changes_the_sign():
+    values = np.random.default_rng(0).random(50)
+    same = paired_bootstrap(values, values, num_resamples=200)
+    assert (same.difference, same.low, same.high, same.p_value) == (0.0, 0.0, 0.0, 1.0)
+    forth = paired_bootstrap(values, values[::-1] ** 2, num_resamples=200)
+    back = paired_bootstrap(values[::-1] ** 2, values, num_resamples=200)
+    assert (forth.low, forth.high, forth.p_value) == pytest.approx((-back.high, -back.low, back.p_value))
+
+
+def test_false_alarms_are_as_rare_as_promised():
+    rng = np.random.default_rng(1)
+    p_values = [paired_bootstrap(*rng.random((2, 60)), num_resamples=400, seed=seed).p_value for seed in range(200)]
+    assert 0.01 < np.mean(np.array(p_values) < 0.05) < 0.10
+
+
+def test_seed_decides():
+    values = np.random.default_rng(0).random((2, 30))
+    assert paired_bootstrap(*values, num_resamples=100) == paired_bootstrap(*values, num_resamples=100)
+    assert paired_bootstrap(*values, num_resamples=100) != paired_bootstrap(*values, num_resamples=100, seed=1)
+
+
+@pytest.mark.parametrize(
+    ("values_a", "values_b", "message"),
+    [
+        ([1.0, 2.0], [1.0], "one value per user each"),
+        ([1.0], [1.0], "at least 2 users"),
+        ([1.0, 2.0], [1.0, np.nan], "user 1 has a value that is not finite"),
+    ],
+)
+def test_wrong_input_is_named(values_a, values_b, message):
+    with pytest.raises(ValueError, match=message):
+        paired_bootstrap(values_a, values_b)
