@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import ir_measures
@@ -113,42 +114,34 @@ def test_several_processes_need_a_name():
         RankingMetrics(NUM_ITEMS, num_process=2, process_id=0)
 
 
-# Round 0 is of ordinary batches, in round 1 process 1 has no users, in round 2 process 0 has none. Process 0 is slow
-# to compute, so process 1 runs ahead into the next round.
-WORKER = """
-import json, sys, time
-from lasar_hf.evaluation import RankingMetrics
-process, cache, rounds = int(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
-metric = RankingMetrics(12, num_process=2, process_id=process, experiment_id="two", cache_dir=cache, ks=(5, 10))
-results = []
-for parts in rounds:
-    for predictions, references in parts[process]:
-        metric.add_batch(predictions=predictions, references=references)
-    time.sleep(0.3 * (process == 0))
-    results.append(metric.compute())
-print(json.dumps(results))
-"""
+def take_part(process: int, cache: str, rounds: list) -> list:
+    """What one of two processes does: its batches of each round, then compute."""
+    metric = RankingMetrics(
+        NUM_ITEMS, ks=(5, 10), num_process=2, process_id=process, experiment_id="two", cache_dir=cache
+    )
+    results = []
+    for parts in rounds:
+        for predictions, references in parts[process]:
+            metric.add_batch(predictions=predictions, references=references)
+        time.sleep(0.3 * (process == 0))  # process 1 runs ahead into the next round
+        results.append(metric.compute())
+    return results
 
 
 @pytest.mark.distributed
 def test_two_processes_equal_one(tmp_path):
     batches = [[part.tolist() for part in random_lists(seed, num_users=5 + seed)] for seed in range(5)]
+    # In the second round process 1 has no users, in the third process 0 has none.
     rounds = [(batches[:2], batches[2:3]), (batches[3:4], []), ([], batches[4:])]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(process), str(tmp_path), json.dumps(rounds)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=Path(__file__).resolve().parents[1],
-        )
-        for process in (0, 1)
-    ]
-    outputs = [process.communicate(timeout=300) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], [errors for _, errors in outputs]
-    main, other = [json.loads(output.splitlines()[-1]) for output, _ in outputs]
-    assert other == [None, None, None]
-    for result, parts in zip(main, rounds, strict=True):
+    call = f"from tests.test_metrics import take_part; print(take_part(1, {str(tmp_path)!r}, {rounds!r}))"
+    root = Path(__file__).resolve().parents[1]
+    other = subprocess.Popen([sys.executable, "-c", call], stdout=subprocess.PIPE, text=True, cwd=root)
+    try:
+        results = take_part(0, str(tmp_path), rounds)
+        assert other.communicate(timeout=100)[0].splitlines()[-1] == "[None, None, None]"
+    finally:
+        other.kill()
+    for result, parts in zip(results, rounds, strict=True):
         together = [batch for part in parts for batch in part]
         predictions = np.concatenate([batch[0] for batch in together])
         references = np.concatenate([batch[1] for batch in together])

@@ -1,11 +1,18 @@
 """Reading interactions and Semantic IDs: what is read, and what each fault in a file says."""
 
+import gzip
 import json
+import time
+from collections import Counter
 
 import numpy as np
 import pytest
+from datasets import Dataset, IterableDataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from lasar_hf.data import Interactions, read_index, read_lcrec
+from lasar_hf.data import Interactions, read_amazon, read_index, read_lcrec, read_table
+from lasar_hf.data import tables as tables_module
 
 
 def write(folder, **parts):
@@ -161,3 +168,206 @@ def test_real_data(shared_data, folder, users, items, interactions):
         assert len(np.unique(codes, axis=0)) == 9897
     else:
         assert len(np.unique(read_index(index, data.item_ids), axis=0)) == items
+
+
+ROWS = [("b", "x", 3), ("b", "y", 1), ("a", "y", 5), ("b", "x", 9), ("a", "7", 5), ("b", "z", 3), ("a", "y", 5)]
+USERS, ITEMS = ["a", "b"], ["7", "x", "y", "z"]
+
+
+def log_file(folder, ending, rows=ROWS):
+    """The rows as a file of one kind."""
+    path = folder / f"log{ending}"
+    data = {name: list(column) for name, column in zip(("user_id", "item_id", "timestamp"), zip(*rows, strict=True),
+                                                       strict=True)}  # fmt: skip
+    if ending == ".parquet":
+        Dataset.from_dict(data).to_parquet(path)
+        return path
+    if ".csv" in ending:
+        text = "user_id,item_id,timestamp\n" + "".join(",".join(map(str, row)) + "\n" for row in rows)
+    else:
+        text = "".join(json.dumps(dict(zip(data, row, strict=True))) + "\n" for row in rows)
+    path.write_bytes(gzip.compress(text.encode()) if ending.endswith(".gz") else text.encode())
+    return path
+
+
+@pytest.mark.parametrize(
+    "ending", [".csv", ".csv.gz", ".parquet", ".jsonl", ".jsonl.gz", ".json", "Dataset", "stream"]
+)
+@pytest.mark.parametrize("batch_rows", [2, 65_536])
+def test_table_of_any_kind(tmp_path, monkeypatch, ending, batch_rows):
+    monkeypatch.setattr(tables_module, "BATCH_ROWS", batch_rows)
+    if ending in ("Dataset", "stream"):
+        source = Dataset.from_parquet(str(log_file(tmp_path, ".parquet")), cache_dir=str(tmp_path))
+        source = source.to_iterable_dataset() if ending == "stream" else source
+        assert isinstance(source, IterableDataset if ending == "stream" else Dataset)
+    else:
+        source = log_file(tmp_path, ending)
+    data = read_table(source, k_core=1)
+    assert (data.user_ids, data.item_ids) == (USERS, ITEMS)
+    assert data.histories == [[2, 0], [2, 1, 3]]  # by time, ties as in the file; of a repeat the first
+    assert data.timestamps == [[5, 5], [1, 3, 3]]
+    assert data.counts == {
+        "rows_read": 7, "repeats_dropped": 2, "below_core_dropped": 0, "users_dropped": 0, "items_dropped": 0
+    }  # fmt: skip
+
+
+def test_repeats_are_kept_when_told_so(tmp_path):
+    data = read_table(log_file(tmp_path, ".csv"), k_core=1, keep_repeats=True)
+    assert data.histories == [[2, 0], [2, 1, 3, 1]]  # the same user, item and time is still one
+    assert data.counts["repeats_dropped"] == 1
+
+
+def test_without_time_the_order_of_the_file_counts(tmp_path):
+    data = read_table(log_file(tmp_path, ".csv"), time_column=None, k_core=1)
+    assert data.histories == [[2, 0], [1, 2, 3]] and data.timestamps is None
+
+
+def test_dates(tmp_path, monkeypatch):
+    monkeypatch.setenv("TZ", "Asia/Tokyo")  # a date without zone must not depend on the machine
+    time.tzset()
+    rows = [("a", "x", "2024-01-02"), ("a", "y", "2024-01-01T23:00:00+00:00"), ("a", "z", "2024-01-02 01:00:00+02:00")]
+    data = read_table(log_file(tmp_path, ".jsonl", rows), k_core=1)
+    assert [data.item_ids[item] for item in data.histories[0]] == ["y", "z", "x"]
+    assert data.timestamps[0] == [1704150000, 1704150000, 1704153600]
+    monkeypatch.undo()
+    time.tzset()
+
+
+@given(
+    pairs=st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=60), k=st.integers(1, 4)
+)
+@settings(max_examples=60, deadline=None)
+def test_core_equals_a_plain_loop(pairs, k):
+    left = list(dict.fromkeys(pairs))
+    while True:
+        users, items = Counter(user for user, _ in left), Counter(item for _, item in left)
+        fewer = [(user, item) for user, item in left if users[user] >= k and items[item] >= k]
+        if fewer == left:
+            break
+        left = fewer
+    source = Dataset.from_dict({"user_id": [user for user, _ in pairs], "item_id": [item for _, item in pairs]})
+    if not left:
+        with pytest.raises(ValueError, match="no interaction is left"):
+            read_table(source, time_column=None, k_core=k)
+        return
+    data = read_table(source, time_column=None, k_core=k)
+    got = {
+        (user, data.item_ids[item])
+        for user, history in zip(data.user_ids, data.histories, strict=True)
+        for item in history
+    }
+    assert got == {(str(user), str(item)) for user, item in left}
+    assert data.counts["repeats_dropped"] + data.counts["below_core_dropped"] == len(pairs) - len(left)
+    for user, history in zip(data.user_ids, data.histories, strict=True):
+        assert [data.item_ids[item] for item in history] == [str(item) for one, item in left if str(one) == user]
+
+
+def test_table_text(tmp_path):
+    (tmp_path / "items.csv").write_text(
+        'item_id,name,title,brand\nx,Ex,"two\nlines",B\nunused,U,,\ny,,,\nx,Again,,\n007,Bond,,\n'
+    )
+    with pytest.warns(UserWarning) as caught:
+        data = read_table(log_file(tmp_path, ".csv"), tmp_path / "items.csv", k_core=1)
+    assert data.items == [{}, {"title": "two\nlines", "brand": "B"}, {}, {}]
+    assert [str(warning.message).replace(str(tmp_path), "") for warning in caught] == [
+        "1 rows repeat an item of /items.csv; the first counts.", "3 of 4 items have no text; they are kept without."
+    ]  # fmt: skip
+    with pytest.warns(UserWarning, match="no text"), pytest.warns(UserWarning, match="repeat an item"):
+        data = read_table(
+            log_file(tmp_path, ".csv"), [tmp_path / "items.csv"], k_core=1, text_columns={"title": "name"}
+        )
+    assert data.items == [{}, {"title": "Ex"}, {}, {}]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("log.csv", "user_id,item_id\na,x\n", "has no column 'timestamp'; its columns are user_id, item_id"),
+        ("log.csv", "user_id,item_id,timestamp\na,x,1\na,,2\n", "row 2 has no item_id"),
+        ("log.csv", "user_id,item_id,timestamp\na,x,1\n,x,2\n", "row 2 has no user_id"),
+        ("log.csv", "user_id,item_id,timestamp\na,x,soon\n", "row 1, timestamp: 'soon' is no time"),
+        ("log.csv", "user_id,item_id,timestamp\na,x,nan\n", "row 1, timestamp: 'nan' is no time"),
+        ("log.csv", "user_id,item_id,timestamp\na,x,1,2\n", "cannot be read as CSV"),
+        ("log.csv", "", "cannot be read as CSV"),
+        ("log.parquet", "none", "cannot be read as Parquet"),
+        ("log.jsonl", '{"user_id": 1, "item_id": 2, "timestamp": 3}\n{"user_id"\n', "line 2: broken JSON"),
+        ("log.jsonl", '{"user_id": 1, "item_id": 2, "timestamp": 3}\n{"user_id": 1}\n', "line 2 has no 'item_id'"),
+        ("log.jsonl", '{"user_id": 1, "item_id": 2, "timestamp": null}', "row 1, timestamp: None is no time"),
+        ("log.jsonl", "[1, 2]\n", "line 1 is list"),
+        ("log.jsonl.gz", "not gzip", "after line 0: broken gzip"),
+        ("log.xlsx", "", "expected a file that ends in"),
+    ],
+)
+def test_table_names_file_and_row(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=rf"{name}.*{message}"):
+        read_table(tmp_path / name, k_core=1)
+
+
+def test_table_refuses(tmp_path):
+    path = log_file(tmp_path, ".csv")
+    with pytest.raises(FileNotFoundError, match="absent.csv"):
+        read_table(tmp_path / "absent.csv")
+    with pytest.raises(ValueError, match="no interaction is left"):
+        read_table(path, k_core=5)
+    with pytest.raises(ValueError, match="`text_columns` names 'price'"):
+        read_table(path, path, text_columns={"price": "price"}, k_core=1)
+    with pytest.raises(ValueError, match="has no column 'name'"):
+        read_table(path, path, text_columns={"title": "name"}, k_core=1)
+    with pytest.raises(ValueError, match="data set in memory has no column 'item_id'"):
+        read_table(Dataset.from_dict({"user_id": [1]}), k_core=1)
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(ValueError, match="no interactions to read"):
+        read_table(tmp_path / "empty.jsonl")
+
+
+def test_rows_of_a_later_batch_are_counted_from_the_start(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables_module, "BATCH_ROWS", 2)
+    path = log_file(tmp_path, ".jsonl", [*ROWS, ("a", "x", "later")])
+    with pytest.raises(ValueError, match="row 8, timestamp: 'later'"):
+        read_table(path, k_core=1)
+
+
+def test_amazon_2018(tmp_path):
+    reviews, meta = tmp_path / "Toys_5.json.gz", tmp_path / "meta_Toys.json.gz"
+    lines = [
+        {"reviewerID": "A", "asin": "B2", "unixReviewTime": 20, "reviewText": "x", "overall": 5.0},
+        {"reviewerID": "A", "asin": "B1", "unixReviewTime": 10, "reviewText": "y"},
+        {"reviewerID": "A", "asin": "B2", "unixReviewTime": 5, "reviewText": "z"},
+    ]
+    texts = [
+        {"asin": "B1", "title": "Red &amp; <b>blue</b>", "brand": "Br", "category": ["Toys", "Cars, Planes"],
+         "description": ["One.", "<br>Two."]},
+        {"asin": "B2", "title": "", "category": []},
+    ]  # fmt: skip
+    reviews.write_bytes(gzip.compress("".join(json.dumps(line) + "\n" for line in lines).encode()))
+    meta.write_bytes(gzip.compress("".join(json.dumps(line) + "\n" for line in texts).encode()))
+    with pytest.warns(UserWarning, match="1 of 2 items have no text"):
+        data = read_amazon(reviews, meta, version=2018, k_core=1)
+    assert data.item_ids == ["B1", "B2"] and data.histories == [[1, 0]] and data.timestamps == [[5, 10]]
+    assert data.items[0] == {
+        "title": "Red & blue", "description": "One. Two.", "brand": "Br", "categories": "Toys > Cars, Planes"
+    }  # fmt: skip
+
+
+def test_amazon_2023(tmp_path):
+    reviews = tmp_path / "Toys.csv"
+    reviews.write_text("user_id,parent_asin,rating,timestamp\nU,P1,5.0,1452647382000\nU,P0,4.0,1452647381999\n")
+    meta = Dataset.from_dict(
+        {"parent_asin": ["P1", "P0"], "title": ["One", None], "store": ["S", "S"], "categories": [["A", "B"], []],
+         "description": [[], ["d", "e"]], "price": ["1", None]}
+    )  # fmt: skip
+    data = read_amazon(reviews, meta, k_core=1)
+    assert data.item_ids == ["P0", "P1"] and data.histories == [[0, 1]]
+    assert data.items == [{"description": "d e", "brand": "S"}, {"title": "One", "brand": "S", "categories": "A > B"}]
+    with pytest.raises(ValueError, match="`version` is 2014"):
+        read_amazon(reviews, version=2014)
+
+
+@pytest.mark.parametrize(
+    ("timestamps", "message"),
+    [([[1.0]], "1 entries for 2"), ([[1.0], [1.0]], "'v' has 1 timestamps for 2"), ([[1.0], [2.0, 1.0]], "that fall")],
+)
+def test_timestamps_are_checked(timestamps, message):
+    with pytest.raises(ValueError, match=message):
+        Interactions(["a", "b"], [{}, {}], ["u", "v"], [[0], [1, 0]], timestamps=timestamps)

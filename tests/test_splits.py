@@ -1,12 +1,13 @@
 """Leave-one-out, and the samples of each part."""
 
+import json
 import warnings
 
 import numpy as np
 import pytest
 from datasets import List, Value
 
-from lasar_hf.data import Interactions, leave_one_out, read_lcrec, samples
+from lasar_hf.data import Interactions, describe, global_time, leave_one_out, read_lcrec, samples
 from lasar_hf.data import splits as splits_module
 
 
@@ -88,3 +89,69 @@ def test_real_counts(shared_data):
     split = leave_one_out(read_lcrec(shared_data / "scientific"))
     assert [len(samples(split, name)) for name in ("train", "validation", "test")] == [33541, 8317, 8317]
     assert len(samples(split, "train")) == sum(len(sequence) - 1 for sequence in split.train)
+
+
+def timed(**histories):
+    """A shop in which item `n` is taken at time `n` (and `n` may be shared by users)."""
+    items = 1 + max(max(history) for history in histories.values())
+    return Interactions(
+        [f"i{row}" for row in range(items)], [{}] * items, list(histories), list(histories.values()),
+        timestamps=[[float(item) for item in history] for history in histories.values()],
+    )  # fmt: skip
+
+
+def test_global_time():
+    split = global_time(timed(u=[0, 1, 2, 3, 8, 9], v=[4, 5], w=[6, 7]), 0.2, 0.2)
+    assert (split.validation_from, split.test_from) == (6.0, 8.0)
+    assert split.train == [[0, 1, 2, 3], [4, 5], []]
+    assert split.validation == [[], [], [6, 7]]
+    assert split.test == [[8, 9], [], []]
+    assert samples(split, "validation").to_dict() == {"user_id": ["w"], "history": [[6]], "target": [7]}
+    assert samples(split, "test").to_dict() == {
+        "user_id": ["u", "u"], "history": [[0, 1, 2, 3], [0, 1, 2, 3, 8]], "target": [8, 9]
+    }  # fmt: skip
+    assert samples(split, "train")["target"][:] == [1, 2, 3, 5]
+    assert samples(split, "train", targets="last")["target"][:] == [3, 5]
+
+
+def test_global_time_never_trains_on_what_is_later():
+    rng = np.random.default_rng(0)
+    histories = {f"u{user}": sorted(rng.choice(200, size=rng.integers(1, 9), replace=False)) for user in range(80)}
+    split = global_time(timed(**{user: [int(item) for item in items] for user, items in histories.items()}))
+    latest = {name: max(max(part, default=-1) for part in getattr(split, name)) for name in ("train", "validation")}
+    earliest = {name: min(min(part, default=999) for part in getattr(split, name)) for name in ("validation", "test")}
+    assert latest["train"] < split.validation_from <= earliest["validation"]
+    assert latest["validation"] < split.test_from <= earliest["test"]
+    for history, target in zip(samples(split, "test")["history"], samples(split, "test")["target"], strict=True):
+        assert max(history) < target
+
+
+@pytest.mark.parametrize(
+    ("shop_at_hand", "shares", "message"),
+    [
+        (shop([0, 1, 2]), (0.1, 0.1), "needs timestamps"),
+        (timed(u=[0, 1, 2]), (0.5, 0.5), "leave a training part"),
+        (timed(u=[0, 1, 2]), (0.0, 0.1), "must be above 0"),
+        (timed(u=[0, 0, 0, 0]), (0.2, 0.2), "too few distinct timestamps"),
+    ],
+)
+def test_global_time_refuses(shop_at_hand, shares, message):
+    with pytest.raises(ValueError, match=message):
+        global_time(shop_at_hand, *shares)
+
+
+def test_card():
+    data = timed(u=[0, 1, 2, 2, 9], v=[3, 4, 5])
+    card = describe(data, leave_one_out(data))
+    assert card["users"] == 2 and card["items"] == 10 and card["interactions"] == 8
+    assert card["history_length"] == {"min": 3, "median": 4.0, "mean": 4.0, "max": 5}
+    assert card["items_never_taken"] == 3 and card["items_without_text"] == 10
+    assert card["tied_neighbours"] == 1 / 6 and card["time"] == {"first": 0.0, "last": 9.0}
+    assert card["split"] == {
+        "kind": "leave-one-out", "users": 2, "users_skipped": 0, "train": 4, "validation": 2, "test": 2
+    }  # fmt: skip
+    assert describe(data, global_time(data, 0.25, 0.25))["split"] == {
+        "kind": "global time", "users": 2, "train": 4, "validation": 2, "test": 2, "validation_from": 3.0,
+        "test_from": 5.0,
+    }  # fmt: skip
+    assert json.loads(json.dumps(card)) == card

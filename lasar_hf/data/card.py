@@ -20,7 +20,8 @@ def describe(interactions: Interactions, split: Split | TimeSplit | None = None)
         `dict`: ready for JSON. `users`, `items`, `interactions`, `density`; `history_length` (`min`, `median`, `mean`,
         `max`); `items_never_taken`; `items_with` (each text field); `items_without_text`; with timestamps `time`
         (`first`, `last`) and `tied_neighbours`, the share of neighbours in a history with one time, whose order the
-        reader's tie rule decides; the reader's own counts as `reader`; with a split `split` (its kind and the size of each part).
+        reader's tie rule decides; the reader's own counts as `reader`; with a split `split` (its kind and the size of
+        each part).
     """
     lengths = np.array([len(history) for history in interactions.histories])
     taken = {item for history in interactions.histories for item in history}

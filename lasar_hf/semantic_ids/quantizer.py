@@ -120,13 +120,11 @@ class ResidualKMeans:
                 picked = torch.randperm(num_points, generator=generator)[: self.sample_size].sort().values
                 sample = residuals[picked.to(self.device)]
             centres, prices = self._fit_level(sample, generator)
-            if self.balanced:
-                capacity = -(-num_points // self.codebook_size)
-                codes[:, level] = _assign_within_capacity(residuals, centres, _half_norms(centres) - prices, capacity)
-                centres, _ = _means(residuals, codes[:, level], centres)
             self.codebooks[level, : len(centres)] = centres
             self.bias[level, : len(centres)] = _half_norms(centres) - prices
-            if not self.balanced:
+            if self.balanced:
+                codes[:, level] = _assign_within_capacity(residuals, self.codebooks[level], self.bias[level])
+            else:
                 codes[:, level] = _assign(residuals, self.codebooks[level], self.bias[level])[0]
             residuals -= self.codebooks[level][codes[:, level]]
         return codes.cpu().numpy()
@@ -389,10 +387,9 @@ def _balanced_lloyd(
     spread = (points[:CHUNK] @ centres.T - _half_norms(centres)).std(dim=1).mean()
     temperature = TEMPERATURE * spread.clamp(min=1e-12)
     prices = torch.zeros(len(centres), device=centres.device)
-    capacity = -(-len(points) // len(centres))
     for _ in range(max_iterations):
         prices = _sinkhorn(points, centres, prices, temperature, SINKHORN_STEPS)
-        codes = _assign_within_capacity(points, centres, _half_norms(centres) - prices, capacity)
+        codes = _assign_within_capacity(points, centres, _half_norms(centres) - prices)
         centres, _ = _means(points, codes, centres)
     for cooling in (
         1,
@@ -421,15 +418,14 @@ def _sinkhorn(
     return prices - prices.mean()
 
 
-def _assign_within_capacity(
-    points: torch.Tensor, centres: torch.Tensor, bias: torch.Tensor, capacity: int
-) -> torch.Tensor:
+def _assign_within_capacity(points: torch.Tensor, centres: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """
-    Codes `(N,)`, no code more often than `capacity`: the rounding of the transport plan.
+    Codes `(N,)`, none more often than `ceil(N / K)`: the rounding of the transport plan.
 
     Each round the points left over ask for their best open code, and a code with too little room takes those that
     would lose most by their second choice. A round places every point or fills a code, so there are at most K + 1.
     """
+    capacity = -(-len(points) // len(centres))
     codes = torch.empty(len(points), dtype=torch.long, device=points.device)
     room = torch.full((len(centres),), capacity, device=points.device)
     left = torch.arange(len(points), device=points.device)

@@ -1,0 +1,201 @@
+"""
+The whole of LASAR on a generated shop: no network, no GPU, a few minutes on two cores.
+
+    pip install -e ".[test]" && python examples/quickstart.py
+
+Toy shop -> Semantic IDs -> stage 1 -> stage 2 -> GRPO -> table of results -> one recommendation -> a plot of depth and
+reward over training in `outputs/quickstart`.
+"""
+
+import os
+import time
+from pathlib import Path
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs the network
+
+import datasets
+import matplotlib
+import numpy as np
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, set_seed
+from transformers.utils import logging as transformers_logging
+
+from lasar_hf import (
+    LasarForGenerativeRec,
+    LasarGRPOConfig,
+    LasarGRPOTrainer,
+    LasarSFTConfig,
+    LasarSFTTrainer,
+    SidCatalog,
+)
+from lasar_hf.data import (
+    PromptEncoder,
+    TemplateTeacher,
+    alignment_rows,
+    build_tokenizer,
+    checkpoint_hash,
+    encode_anchors,
+    grpo_rows,
+    history_rows,
+    leave_one_out,
+    reasoning_rows,
+    samples,
+    segment,
+    toy_shop,
+)
+from lasar_hf.evaluation import (
+    comparison_table,
+    evaluate_recommendations,
+    markov_ranking,
+    popularity_ranking,
+    recommend_samples,
+    save_report,
+)
+from lasar_hf.semantic_ids import (
+    build_semantic_ids,
+    collaborative_embeddings,
+    combine_views,
+    item_text,
+    text_embeddings,
+)
+
+
+matplotlib.use("Agg")
+
+SEED, LEVELS, CODES, STEPS, OUTPUT = 0, 4, 16, 4, Path("outputs/quickstart")
+COMMON = dict(
+    use_cpu=True, bf16=False, gradient_checkpointing=False, save_strategy="no", report_to="none", logging_steps=5,
+    lr_scheduler_type="cosine", seed=SEED, disable_tqdm=True,
+)
+
+
+def make_catalog(shop, split) -> SidCatalog:
+    """Item text and co-occurrence in training -> embeddings -> residual k-means -> one Semantic ID an item."""
+    texts = [item_text(item) for item in shop.items]
+    views = [text_embeddings(texts, 32, SEED), collaborative_embeddings(split.train, len(texts), 16, SEED)]
+    codes, _ = build_semantic_ids(combine_views(views), LEVELS, CODES, SEED)
+    return SidCatalog(codes, shop.item_ids)
+
+
+def make_model(shop):
+    """A small backbone from scratch, with a tokenizer fitted to the shop's texts."""
+    tokenizer = build_tokenizer([item_text(item) for item in shop.items], vocab_size=400)
+    config = GPTNeoXConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=512, hidden_dropout=0.1, tie_word_embeddings=True, pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+    )
+    backbone = AutoModelForCausalLM.from_config(config)
+    return LasarForGenerativeRec.from_backbone(backbone, tokenizer, LEVELS, CODES, STEPS), tokenizer
+
+
+def plot_history(sft_log, rl_log, path: Path) -> None:
+    """Depth over stage 2 and RL, reward over RL."""
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    for name, log in (("stage 2 (labels)", sft_log), ("GRPO (sampled)", rl_log)):
+        points = [(entry["step"], entry["mean_depth"]) for entry in log if "loss" in entry]
+        left.plot(*zip(*points, strict=True), label=name)
+    left.set(xlabel="step", ylabel="mean latent steps", title="Depth")
+    left.legend()
+    points = [(entry["step"], entry["rewards/exact_match/mean"]) for entry in rl_log if "loss" in entry]
+    right.plot(*zip(*points, strict=True), color="tab:green")
+    right.set(xlabel="step", ylabel="share of candidates that are the target", title="Reward")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path.with_suffix(".tmp.png"), dpi=120)
+    os.replace(path.with_suffix(".tmp.png"), path)
+
+
+def main() -> None:
+    """Run every stage and report."""
+    transformers_logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    set_seed(SEED)
+    begin = time.perf_counter()
+
+    def say(text: str) -> None:
+        print(f"[{time.perf_counter() - begin:5.0f} s] {text}", flush=True)
+
+    shop = toy_shop(num_users=600, num_items=192, seed=SEED)
+    split = leave_one_out(shop)
+    catalog = make_catalog(shop, split)
+    say(f"Toy shop: {len(split.user_ids)} users, {len(catalog)} items, Semantic IDs of {LEVELS} x {CODES} codes.")
+
+    model, tokenizer = make_model(shop)
+    encoder = PromptEncoder(tokenizer, catalog.codes.numpy(), instruction="")
+    rows = [history_rows(split, encoder), alignment_rows(shop, split, encoder, tasks=("title_to_sid", "sid_to_title"))]
+    args = LasarSFTConfig(
+        str(OUTPUT / "stage1"), num_train_epochs=30, learning_rate=4e-3, weight_decay=0.1, warmup_steps=0.05,
+        per_device_train_batch_size=32, train_sampling_strategy="group_by_length", **COMMON,
+    )
+    grounding = datasets.concatenate_datasets(rows).remove_columns("task")
+    LasarSFTTrainer(model, args, catalog, train_dataset=grounding, processing_class=tokenizer).train()
+    say("Stage 1: the model writes Semantic IDs.")
+
+    test = samples(split, "test")
+    table, targets = {}, np.array(test["target"])
+    markov = markov_ranking(split.train, [h[-1] for h in test["history"]], len(catalog), 20)
+    popular = np.tile(popularity_ranking(split.train, len(catalog), 20), (len(test), 1))
+    for name, predictions in (("popularity", popular), ("Markov", markov)):
+        table[name] = evaluate_recommendations(predictions, targets, len(catalog))
+
+    def evaluate(name: str, latent_steps: int | None = None) -> None:
+        result = recommend_samples(model, test, encoder, catalog, latent_steps=latent_steps)
+        table[name] = evaluate_recommendations(
+            result.items, targets, len(catalog), result.latent_steps, result.seconds
+        )
+
+    evaluate("direct", latent_steps=0)
+    train = samples(split, "train")
+    teacher = TemplateTeacher(shop, split)
+    chains = [teacher.chain_of_thought(h, t) for h, t in zip(train["history"], train["target"], strict=True)]
+    segments = segment(chains, max_segments=STEPS)
+    anchors = encode_anchors(model.model.backbone, tokenizer, segments, checkpoint_hash(model))
+    say(f"Teacher, segments and anchors: {anchors.depths.mean():.2f} steps on average. One chain of thought:")
+    print(*(f"          {step + 1}. {text}" for step, text in enumerate(segments[7])), sep="\n")
+
+    args = LasarSFTConfig(
+        str(OUTPUT / "stage2"), num_train_epochs=3, learning_rate=1e-3, per_device_train_batch_size=64,
+        alignment_weight=0.1, policy_weight=0.1, **COMMON,
+    )
+    stage2 = LasarSFTTrainer(
+        model, args, catalog, anchors, train_dataset=reasoning_rows(train, encoder, anchors.depths),
+        processing_class=tokenizer,
+    )
+    stage2.train()
+    evaluate("LASAR-SFT")
+    say("Stage 2: the model reasons in hidden states.")
+
+    args = LasarGRPOConfig(
+        str(OUTPUT / "grpo"), max_steps=100, learning_rate=1e-4, per_device_train_batch_size=64, num_generations=8,
+        **COMMON,
+    )
+    rl = LasarGRPOTrainer(
+        model, args, catalog, train_dataset=grpo_rows(train, encoder, anchors), processing_class=tokenizer
+    )
+    rl.train()
+    evaluate("LASAR-RL")
+    say("GRPO: quality and depth together.")
+
+    for part in (model, tokenizer, catalog):
+        part.save_pretrained(OUTPUT / "model")
+    plot_history(stage2.state.log_history, rl.state.log_history, OUTPUT / "training.png")
+    save_report(OUTPUT, table)
+    shown = ("HR@10", "NDCG@10", "mean_depth", "ms_per_user")
+    print("\n" + comparison_table({n: {k: v for k, v in row.items() if k in shown} for n, row in table.items()}))
+
+    user = 3
+    inputs = tokenizer(encoder.text(test[user]["history"]), return_tensors="pt", add_special_tokens=False)
+    result = model.recommend(inputs.input_ids, inputs.attention_mask, catalog, top_k=5)
+    print(f"User {test[user]['user_id']} bought:")
+    print(*(f"  {shop.items[item]['title']}" for item in test[user]["history"]), sep="\n")
+    print(f"After {int(result.latent_steps[0])} latent steps we recommend:")
+    for item, score in zip(result.items[0].tolist(), result.scores[0].tolist(), strict=True):
+        mark = "  <- bought next" if item == test[user]["target"] else ""
+        print(f"  {np.exp(score):6.1%}  {shop.items[item]['title']}{mark}")
+    say(f"Done. Model, report and plot are in {OUTPUT}.")
+
+
+if __name__ == "__main__":
+    main()

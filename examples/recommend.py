@@ -1,0 +1,42 @@
+"""
+Recommend with a checkpoint: item ids in, item ids out.
+
+    python examples/recommend.py outputs/quickstart/model 12 40 13
+"""
+
+import argparse
+
+from transformers import AutoTokenizer
+
+from lasar_hf import LasarForGenerativeRec, SidCatalog
+from lasar_hf.data import PromptEncoder
+
+
+def main() -> None:
+    """Read a history from the command line and print the items to recommend."""
+    parser = argparse.ArgumentParser(description="Recommend the next items of one user.")
+    parser.add_argument("model", help="checkpoint with model, tokenizer and catalogue")
+    parser.add_argument("history", nargs="+", help="item ids, oldest first")
+    parser.add_argument("--top_k", type=int, default=10, help="items to recommend")
+    parser.add_argument("--instruction", default="", help="text before the history, as in training")
+    args = parser.parse_args()
+
+    model = LasarForGenerativeRec.from_pretrained(args.model).eval()
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    catalog = SidCatalog.from_pretrained(args.model)
+    encoder = PromptEncoder(tokenizer, catalog.codes.numpy(), args.instruction)
+
+    row_of = {item_id: row for row, item_id in enumerate(catalog.item_ids)}
+    unknown = [item for item in args.history if item not in row_of]
+    if unknown:
+        parser.error(f"the catalogue has no item {unknown[0]!r}")
+    prompt = tokenizer(encoder.text([row_of[i] for i in args.history]), return_tensors="pt", add_special_tokens=False)
+    result = model.recommend(prompt.input_ids, prompt.attention_mask, catalog, top_k=args.top_k)
+    print(f"{int(result.latent_steps[0])} latent steps")
+    for row, score in zip(result.items[0].tolist(), result.scores[0].tolist(), strict=True):
+        if row >= 0:
+            print(f"{catalog.item_ids[row]}\t{score:.3f}")
+
+
+if __name__ == "__main__":
+    main()

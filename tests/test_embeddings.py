@@ -1,0 +1,121 @@
+"""Item text and the vectors made of it: fields, fallbacks, determinism, co-occurrence, combination of views."""
+
+import sys
+import types
+
+import numpy as np
+import pytest
+
+from lasar_hf.semantic_ids import collaborative_embeddings, combine_views, embeddings, item_text, text_embeddings
+
+
+def cosine(a: np.ndarray, b: np.ndarray) -> float:
+    return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+
+
+@pytest.mark.parametrize(
+    ("item", "text"),
+    [
+        ({"description": "Cuts.", "title": "Saw", "brand": "Acme", "categories": "Tools"}, "Saw. Acme. Tools. Cuts."),
+        ({"title": "  Saw\n", "brand": None, "categories": [["Tools", "Saws"], []]}, "Saw. Tools, Saws"),
+        ({"title": "", "description": [], "asin": "B0047"}, "B0047"),
+        ({"title": "", "asin": "B0047", "description": "red"}, "red"),
+        ({}, ""),
+    ],
+)
+def test_item_text(item, text):
+    assert item_text(item) == text
+
+
+def test_text_embeddings_are_deterministic_and_put_like_texts_together():
+    texts = ["red nail polish", "blue nail polish", "hard start relay", "capacitor relay start kit", "nail file"]
+    vectors = text_embeddings(texts, dim=4, seed=1)
+    assert vectors.shape == (5, 4) and vectors.dtype == np.float32
+    np.testing.assert_array_equal(vectors, text_embeddings(texts, dim=4, seed=1))
+    assert cosine(vectors[0], vectors[1]) > cosine(vectors[0], vectors[2]) + 0.2
+
+
+def test_text_embeddings_keep_their_width_when_there_is_little_text():
+    assert text_embeddings(["a b", "a c", "d"], dim=64).shape == (3, 64)
+    assert text_embeddings(["saw"], dim=8).shape == (1, 8)
+    np.testing.assert_array_equal(text_embeddings(["", "--"], dim=8), np.zeros((2, 8)))
+
+
+def test_item_without_text_gets_a_zero_row_beside_items_with_text():
+    vectors = text_embeddings(["saw blade", "", "saw handle"], dim=2)
+    assert not vectors[1].any() and vectors[0].any()
+
+
+def test_text_embeddings_refuse_what_is_no_text():
+    with pytest.raises(ValueError, match="row 1 is dict"):
+        text_embeddings(["saw", {"title": "saw"}])
+    with pytest.raises(ValueError, match="empty"):
+        text_embeddings([])
+
+
+def test_sentence_transformers_model_is_used_or_its_extra_named(monkeypatch):
+    class Encoder:
+        def __init__(self, name):
+            assert name == "some/model"
+
+        def encode(self, texts, batch_size, convert_to_numpy):
+            assert batch_size == 7 and convert_to_numpy
+            return np.array([[len(text), 1.0] for text in texts])
+
+    monkeypatch.setitem(sys.modules, "sentence_transformers", types.SimpleNamespace(SentenceTransformer=Encoder))
+    vectors = text_embeddings(["ab", "abc"], model="some/model", batch_size=7)
+    assert vectors.dtype == np.float32
+    np.testing.assert_array_equal(vectors, [[2, 1], [3, 1]])
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    with pytest.raises(ImportError, match=r"lasar_hf\[embed\]"):
+        text_embeddings(["ab"], model="some/model")
+
+
+def test_cooccurrence_equals_a_plain_loop():
+    rng = np.random.default_rng(0)
+    sequences = [rng.integers(0, 6, size=length).tolist() for length in (0, 1, 3, 9)]
+    expected = np.zeros((6, 6))
+    for sequence in sequences:
+        for i, first in enumerate(sequence):
+            for j in range(i + 1, min(i + embeddings.WINDOW + 1, len(sequence))):
+                if first != sequence[j]:
+                    expected[first, sequence[j]] += 1 / (j - i)
+                    expected[sequence[j], first] += 1 / (j - i)
+    np.testing.assert_allclose(embeddings._cooccurrence(sequences, 6).toarray(), expected)
+
+
+def test_collaborative_embeddings_separate_groups_and_leave_unseen_items_zero():
+    rng = np.random.default_rng(0)
+    sequences = [rng.permutation(5 + group * 5 - np.arange(5) - 1).tolist() for group in (0, 1) for _ in range(20)]
+    vectors = collaborative_embeddings(sequences, num_items=12, dim=6, seed=3)
+    assert vectors.shape == (12, 6) and vectors.dtype == np.float32
+    assert not vectors[10:].any()
+    assert cosine(vectors[0], vectors[1]) > 0.5 > 0.1 > abs(cosine(vectors[0], vectors[7]))
+    np.testing.assert_array_equal(vectors, collaborative_embeddings(sequences, num_items=12, dim=6, seed=3))
+
+
+def test_collaborative_embeddings_of_nothing_are_zero():
+    for sequences in ([], [[]], [[1], [2, 2]]):
+        np.testing.assert_array_equal(collaborative_embeddings(sequences, 3, dim=4), np.zeros((3, 4)))
+
+
+def test_collaborative_embeddings_name_the_sequence_with_an_unknown_item():
+    with pytest.raises(ValueError, match="row 1 holds item 3"):
+        collaborative_embeddings([[0, 1], [2, 3]], num_items=3)
+
+
+def test_combine_views_gives_each_view_the_length_of_its_weight():
+    views = [np.array([[3.0, 4.0], [0.0, 0.0]]), np.array([[0.0, 0.0, 2.0], [1.0, 0.0, 0.0]], dtype=np.float32)]
+    combined = combine_views(views, [1.0, 0.5])
+    assert combined.dtype == np.float32
+    np.testing.assert_allclose(combined, [[0.6, 0.8, 0, 0, 0.5], [0, 0, 0.5, 0, 0]], rtol=1e-6)
+    np.testing.assert_allclose(combine_views(views)[1], [0, 0, 1, 0, 0])
+
+
+def test_combine_views_refuses_views_that_do_not_match():
+    with pytest.raises(ValueError, match=r"number 1 has shape \(3, 2\), expected \(2, D\)"):
+        combine_views([np.ones((2, 2)), np.ones((3, 2))])
+    with pytest.raises(ValueError, match="2 entries for 1 views"):
+        combine_views([np.ones((2, 2))], [1, 2])
+    with pytest.raises(ValueError, match="empty"):
+        combine_views([])
