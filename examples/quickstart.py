@@ -69,16 +69,16 @@ COMMON = dict(
 )
 
 
-def make_catalog(shop, split) -> SidCatalog:
+def make_catalog(shop, split):
     """Item text and co-occurrence in training -> embeddings -> residual k-means -> one Semantic ID an item."""
     texts = [item_text(item) for item in shop.items]
     views = [text_embeddings(texts, 32, SEED), collaborative_embeddings(split.train, len(texts), 16, SEED)]
-    codes, _ = build_semantic_ids(combine_views(views), LEVELS, CODES, SEED)
-    return SidCatalog(codes, shop.item_ids)
+    codes, quantizer = build_semantic_ids(combine_views(views), LEVELS, CODES, SEED)
+    return SidCatalog(codes, shop.item_ids), quantizer
 
 
-def make_model(shop):
-    """A small backbone from scratch, with a tokenizer fitted to the shop's texts."""
+def make_model(shop, quantizer):
+    """A small backbone from scratch, with a tokenizer fitted to the shop's texts and SID tokens like the codebooks."""
     tokenizer = build_tokenizer([item_text(item) for item in shop.items], vocab_size=400)
     config = GPTNeoXConfig(
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
@@ -86,7 +86,9 @@ def make_model(shop):
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
     )
     backbone = AutoModelForCausalLM.from_config(config)
-    return LasarForGenerativeRec.from_backbone(backbone, tokenizer, LEVELS, CODES, STEPS), tokenizer
+    model = LasarForGenerativeRec.from_backbone(backbone, tokenizer, LEVELS, CODES, STEPS)
+    model.set_sid_embeddings(quantizer.codebooks)
+    return model, tokenizer
 
 
 def plot_history(sft_log, rl_log, path: Path) -> None:
@@ -119,12 +121,12 @@ def main() -> None:
 
     shop = toy_shop(num_users=600, num_items=192, seed=SEED)
     split = leave_one_out(shop)
-    catalog = make_catalog(shop, split)
+    catalog, quantizer = make_catalog(shop, split)
     say(f"Toy shop: {len(split.user_ids)} users, {len(catalog)} items, Semantic IDs of {LEVELS} x {CODES} codes.")
 
-    model, tokenizer = make_model(shop)
+    model, tokenizer = make_model(shop, quantizer)
     encoder = PromptEncoder(tokenizer, catalog.codes.numpy(), instruction="")
-    rows = [history_rows(split, encoder), alignment_rows(shop, split, encoder, tasks=("title_to_sid", "sid_to_title"))]
+    rows = [history_rows(split, encoder), alignment_rows(shop, split, encoder, tasks=("title_to_sid",))]
     args = LasarSFTConfig(
         str(OUTPUT / "stage1"), num_train_epochs=30, learning_rate=4e-3, weight_decay=0.1, warmup_steps=0.05,
         per_device_train_batch_size=32, train_sampling_strategy="group_by_length", **COMMON,
@@ -156,8 +158,8 @@ def main() -> None:
     print(*(f"          {step + 1}. {text}" for step, text in enumerate(segments[7])), sep="\n")
 
     args = LasarSFTConfig(
-        str(OUTPUT / "stage2"), num_train_epochs=3, learning_rate=1e-3, per_device_train_batch_size=64,
-        alignment_weight=0.1, policy_weight=0.1, **COMMON,
+        str(OUTPUT / "stage2"), num_train_epochs=10, learning_rate=2e-3, weight_decay=0.1, warmup_steps=0.05,
+        per_device_train_batch_size=64, alignment_weight=0.05, policy_weight=0.1, **COMMON,
     )
     stage2 = LasarSFTTrainer(
         model, args, catalog, anchors, train_dataset=reasoning_rows(train, encoder, anchors.depths),

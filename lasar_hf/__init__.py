@@ -4,9 +4,11 @@ from typing import TYPE_CHECKING
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from .catalog_lasar import SidCatalog
 from .configuration_lasar import LasarConfig
-from .decoding_lasar import RecommendOutput, SidCatalog
-from .modeling_lasar import LasarForGenerativeRec, LasarModel
+from .decoding_lasar import RecommendOutput
+from .modeling_lasar import LasarForGenerativeRec
+from .trunk_lasar import LasarModel
 
 
 __version__ = "0.1.0"

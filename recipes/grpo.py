@@ -7,14 +7,14 @@ Resumes from the last checkpoint in `output_dir` where there is one.
 """
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from transformers import AutoTokenizer, set_seed
 from transformers.trainer_utils import get_last_checkpoint
-from trl import ModelConfig, TrlParser, get_peft_config
+from trl import ModelConfig, TrlParser
 
 from lasar_hf import LasarForGenerativeRec, LasarGRPOConfig, LasarGRPOTrainer, SidCatalog
 from lasar_hf.data import AnchorStore, PreparedData, PromptEncoder, checkpoint_hash, grpo_rows
+from lasar_hf.trainers import lora_from_arguments, save_trained, whole_weights
 
 
 @dataclass
@@ -36,7 +36,8 @@ def terminal_anchors(script: GRPOScriptArguments) -> AnchorStore | None:
         return None
     if script.stage1_model is None:
         raise ValueError("anchors_dir is given without stage1_model: name the checkpoint that made the anchors.")
-    stage1 = LasarForGenerativeRec.from_pretrained(script.stage1_model)
+    with whole_weights():
+        stage1 = LasarForGenerativeRec.from_pretrained(script.stage1_model)
     return AnchorStore.load(script.anchors_dir, checkpoint_hash(stage1))
 
 
@@ -47,15 +48,18 @@ def main(script: GRPOScriptArguments, training_args: LasarGRPOConfig, model_args
     catalog = SidCatalog.from_pretrained(model_args.model_name_or_path)
     tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path)
     encoder = PromptEncoder(tokenizer, data.codes, script.instruction, script.max_history)
+    peft_config = None
+    if model_args.use_peft:
+        with whole_weights():
+            model = LasarForGenerativeRec.from_pretrained(model_args.model_name_or_path)
+        peft_config = lora_from_arguments(model, model_args)
     trainer = LasarGRPOTrainer(
         model_args.model_name_or_path, training_args, catalog,
         train_dataset=grpo_rows(data.samples["train"], encoder, terminal_anchors(script)),
-        processing_class=tokenizer, peft_config=get_peft_config(model_args),
+        processing_class=tokenizer, peft_config=peft_config,
     )
     trainer.train(resume_from_checkpoint=get_last_checkpoint(training_args.output_dir))
-    trainer.save_model()
-    if trainer.is_world_process_zero():
-        catalog.save_pretrained(training_args.output_dir)
+    save_trained(trainer)
 
 
 if __name__ == "__main__":

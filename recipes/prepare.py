@@ -1,33 +1,31 @@
 """
-Prepare a data set: read, split, Semantic IDs, chains of thought, segments.
+Prepare a data set: read, split, embed, Semantic IDs, chains of thought, segments, tokenizer, samples, data card.
 
     python recipes/prepare.py --config recipes/scientific/prepare.yaml
 
-Leaves `items/`, `samples/` (see `lasar_hf.data.PreparedData`), `catalog/`, `quantizer/`, `tokenizer/` (where one is
-fitted) and `data_card.json` in `output_dir`. A second run with the same arguments does nothing.
+Your own interactions, a CSV of three columns:
+
+    python recipes/prepare.py --output_dir outputs/mine/data --source table --interactions ratings.csv \
+        --user_column user --item_column item --time_column time --tokenizer_size 2000
+
+Each step leaves its files in `output_dir` and a mark in `steps/`. A second run does what is missing or what has other
+arguments or input files than before, and what follows from it; a run that was killed goes on where it was. Training
+reads `items/`, `samples/`, `split/` (`lasar_hf.data.PreparedData`), `catalog/`, `quantizer/` and `tokenizer/`.
 """
 
-import json
 import logging
-import os
+import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
+from itertools import chain
 from pathlib import Path
 
-from datasets import DatasetDict
+import numpy as np
 from trl import TrlParser
 
+import lasar_hf.data as data
 from lasar_hf import SidCatalog, __version__
-from lasar_hf.data import (
-    PreparedData,
-    TemplateTeacher,
-    build_tokenizer,
-    leave_one_out,
-    read_index,
-    read_lcrec,
-    samples,
-    segment,
-    toy_shop,
-)
 from lasar_hf.semantic_ids import (
     build_semantic_ids,
     collaborative_embeddings,
@@ -38,18 +36,18 @@ from lasar_hf.semantic_ids import (
 )
 
 
-logger = logging.getLogger("prepare")
-
-
 @dataclass
 class PrepareArguments:
-    """What to prepare and how."""
+    """What to make of the source."""
 
     output_dir: str = field(metadata={"help": "Folder to write."})
-    source: str = field(metadata={"help": "Folder in the .inter.json / .item.json layout, or `toy`."})
-    index: str | None = field(
-        default=None, metadata={"help": "Ready-made .index.json; Semantic IDs are built if not given."}
+    steps: list[str] | None = field(default=None, metadata={"help": "Run these steps only; all if not given."})
+    split: str = field(
+        default="leave_one_out", metadata={"help": "How to split.", "choices": ["leave_one_out", "global_time"]}
     )
+    validation_share: float = field(default=0.1, metadata={"help": "global_time: share of the validation part."})
+    test_share: float = field(default=0.1, metadata={"help": "global_time: share of the test part."})
+    index: str | None = field(default=None, metadata={"help": "Ready-made .index.json; else Semantic IDs are built."})
     num_sid_levels: int = field(default=4, metadata={"help": "Codes of one Semantic ID."})
     codebook_size: int = field(default=256, metadata={"help": "Codes a level."})
     embedding_model: str | None = field(
@@ -60,75 +58,101 @@ class PrepareArguments:
         default=64, metadata={"help": "Dimensions of the co-occurrence view (training part only); 0 leaves it out."}
     )
     collaborative_weight: float = field(default=1.0, metadata={"help": "Weight of the co-occurrence view."})
-    targets: str = field(
-        default="all", metadata={"help": "Training targets of a user.", "choices": ["all", "last"]}
+    targets: str = field(default="all", metadata={"help": "Training targets of a user.", "choices": ["all", "last"]})
+    teacher: str = field(
+        default="template", metadata={"help": "Who writes the chains of thought.", "choices": ["template", "openai"]}
     )
+    teacher_model: str | None = field(default=None, metadata={"help": "openai: name of the model."})
+    teacher_base_url: str = field(default="http://localhost:8000/v1", metadata={"help": "openai: the endpoint."})
+    teacher_concurrency: int = field(default=16, metadata={"help": "openai: requests at a time."})
     max_latent_steps: int = field(default=8, metadata={"help": "Most segments of a chain of thought."})
+    segment_model: str | None = field(
+        default=None, metadata={"help": "sentence-transformers model that finds segments; TF-IDF if not given."}
+    )
     tokenizer_size: int | None = field(
         default=None, metadata={"help": "Fit a BPE tokenizer of this size, for a backbone trained from scratch."}
     )
-    toy_users: int = field(default=600, metadata={"help": "Users of the toy shop."})
-    toy_items: int = field(default=192, metadata={"help": "Items of the toy shop."})
+    instruction: str = field(default="Recommend the next item.", metadata={"help": "The tokenizer is fitted to it."})
     seed: int = field(default=0, metadata={"help": "Seed of everything that is drawn."})
 
 
-def semantic_ids(args: PrepareArguments, interactions, split, folder: Path):
-    """Codes `(I, M)` and their quality report; the quantizer is saved when there is one."""
-    texts = [item_text(item) for item in interactions.items]
-    views, weights = [text_embeddings(texts, args.text_dim, args.seed, model=args.embedding_model)], [1.0]
-    if args.collaborative_dim:
-        view = collaborative_embeddings(split.train, len(texts), args.collaborative_dim, args.seed)
-        views, weights = [*views, view], [*weights, args.collaborative_weight]
-    embeddings = combine_views(views, weights)
-    if args.index is not None:
-        codes = read_index(args.index, interactions.item_ids, args.num_sid_levels, args.codebook_size)
-        return codes, quality_report(codes, embeddings)
-    codes, quantizer = build_semantic_ids(embeddings, args.num_sid_levels, args.codebook_size, args.seed)
-    quantizer.save_pretrained(folder / "quantizer")
-    return codes, quality_report(codes, embeddings, quantizer)
+def write_embeddings(folder: Path, out: Path, embedding_model: str | None, text_dim: int, seed: int) -> None:
+    """`embeddings.npy`: a vector an item, from its text or, where it has none, its id."""
+    table = data.load_interactions(folder / "interactions")
+    texts = [item_text(item | {"item_id": name}) for item, name in zip(table.items, table.item_ids, strict=True)]
+    np.save(out / "embeddings.npy", text_embeddings(texts, text_dim, seed, model=embedding_model))
 
 
-def prepare(args: PrepareArguments) -> None:
-    """Run the chain; `data_card.json` is written last and marks the folder as complete."""
-    folder, card_path = Path(args.output_dir), Path(args.output_dir, "data_card.json")
-    if card_path.exists() and json.loads(card_path.read_text())["arguments"] == asdict(args):
-        logger.info("%s is up to date.", folder)
-        return
-    card_path.unlink(missing_ok=True)
-    toy = args.source == "toy"
-    interactions = toy_shop(args.toy_users, args.toy_items, args.seed) if toy else read_lcrec(args.source)
-    split = leave_one_out(interactions)
-    logger.info("%d users, %d items; %d users skipped.", len(split.user_ids), len(interactions.items), split.num_skipped)
+def write_semantic_ids(
+    folder: Path, out: Path, index: str | None, num_sid_levels: int, codebook_size: int, collaborative_dim: int,
+    collaborative_weight: float, seed: int,
+) -> None:  # fmt: skip
+    """`catalog/`, `semantic_ids.json` (their quality) and, unless they are given, `quantizer/`."""
+    table, split = data.load_base(folder)
+    views, weights = [np.load(folder / "embeddings.npy")], [1.0]
+    if collaborative_dim:
+        views.append(collaborative_embeddings(split.train, len(table.items), collaborative_dim, seed))
+        weights.append(collaborative_weight)
+        if not any(map(item_text, table.items)):
+            warnings.warn("no item has text: Semantic IDs come from co-occurrence alone.", stacklevel=2)
+            del views[0], weights[0]
+    vectors, quantizer = combine_views(views, weights), None
+    if index is not None:
+        codes = data.read_index(index, table.item_ids, num_sid_levels, codebook_size)
+    else:
+        codes, quantizer = build_semantic_ids(vectors, num_sid_levels, codebook_size, seed)
+        quantizer.save_pretrained(out / "quantizer")
+    SidCatalog(codes, table.item_ids).save_pretrained(out / "catalog")
+    data.write_json(out / "semantic_ids.json", quality_report(codes, vectors, quantizer))
 
-    codes, report = semantic_ids(args, interactions, split, folder)
-    SidCatalog(codes, interactions.item_ids).save_pretrained(folder / "catalog")
-    if args.tokenizer_size:
-        texts = [item_text(item) for item in interactions.items]
-        build_tokenizer(texts, args.tokenizer_size).save_pretrained(folder / "tokenizer")
 
-    train = samples(split, "train", args.targets)
-    teacher = TemplateTeacher(interactions, split)
-    chains = [teacher.chain_of_thought(h, t) for h, t in zip(train["history"], train["target"], strict=True)]
-    segments = segment(chains, max_segments=args.max_latent_steps)
-    train = train.add_column("chain_of_thought", chains).add_column("segments", segments)
-    held_out = {name: samples(split, name) for name in ("validation", "test")}
-    table = PreparedData.item_table(interactions, codes)
-    PreparedData(table, DatasetDict(train=train, **held_out), args.codebook_size).save(folder)
+def write_tokenizer(folder: Path, out: Path, tokenizer_size: int | None, instruction: str) -> None:
+    """`tokenizer/`, where one is asked for: fitted to the items, the instructions and the segments."""
+    if tokenizer_size:
+        items = data.load_interactions(folder / "interactions").items
+        segments = data.load_texts(folder / "segments.parquet")
+        texts = [*data.INSTRUCTIONS.values(), instruction, *map(item_text, items)]
+        texts += dict.fromkeys(chain.from_iterable(segments))  # once each: repeated wording would crowd out the rest
+        data.build_tokenizer(texts, tokenizer_size).save_pretrained(out / "tokenizer")
 
-    depths = [len(parts) for parts in segments]
-    counts = {
-        "users": len(split.user_ids), "users_skipped": split.num_skipped, "items": len(interactions.items),
-        "interactions": interactions.num_interactions, "train_samples": len(train),
-        "mean_depth": round(sum(depths) / len(depths), 3),
-    }
-    card = {"arguments": asdict(args), "lasar_hf": __version__, "counts": counts, "semantic_ids": report}
-    partial = card_path.with_suffix(".tmp")
-    partial.write_text(json.dumps(card, indent=2, default=float) + "\n", encoding="utf-8")
-    os.replace(partial, card_path)
-    logger.info("%s", json.dumps(counts))
+
+def write_samples(folder: Path, out: Path, **settings: object) -> None:
+    """`items/`, `samples/` and `prepared.json`."""
+    data.write_samples(folder, out, SidCatalog.from_pretrained(folder / "catalog").codes.numpy(), **settings)
+
+
+def prepare(args: PrepareArguments, source: data.SourceArguments) -> list[str]:
+    """Run the steps that are not up to date; returns their names."""
+    if args.teacher == "openai" and not args.teacher_model:
+        raise ValueError("teacher is openai: name the endpoint's model by teacher_model.")
+    folder = Path(args.output_dir)
+
+    def step(run: Callable, after: str = "", names: str = "", bound: dict | None = None, **more: object) -> data.Step:
+        """A step gets the arguments named, and they are its fingerprint with `more`; `bound` only its function."""
+        settings = {name: getattr(args, name) for name in names.split()}
+        name = run.__name__.removeprefix("write_")
+        return data.Step(name, partial(run, folder, **settings, **bound or {}), settings | more, tuple(after.split()))
+
+    sids = "num_sid_levels codebook_size collaborative_dim collaborative_weight seed"
+    index = data.file_hash(args.index) if args.index else None
+    unsaid = ("output_dir", "steps", "teacher_base_url", "teacher_concurrency")  # they do not decide what is written
+    card = {"arguments": {k: v for k, v in (asdict(source) | asdict(args)).items() if k not in unsaid}}
+    card["lasar_hf"] = __version__
+    endpoint = {"base_url": args.teacher_base_url, "concurrency": args.teacher_concurrency}
+    read = {"source": source, "seed": args.seed}
+    return data.run_steps(folder, [
+        step(data.write_interactions, bound=read, **data.source_settings(source, args.seed)),
+        step(data.write_split, "interactions", "split validation_share test_share"),
+        step(write_embeddings, "interactions", "embedding_model text_dim seed"),
+        step(write_semantic_ids, "interactions split embeddings", sids, {"index": args.index}, index=index),
+        step(data.write_chains, "interactions split", "targets teacher teacher_model", endpoint),
+        step(data.write_segments, "chains", "max_latent_steps segment_model"),
+        step(write_tokenizer, "interactions segments", "tokenizer_size instruction"),
+        step(write_samples, "interactions split semantic_ids chains segments", "targets codebook_size"),
+        step(data.write_card, "samples tokenizer", bound=card, **card),
+    ], args.steps)  # fmt: skip
 
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    (arguments,) = TrlParser((PrepareArguments,)).parse_args_and_config()
-    prepare(arguments)
+    prepare(*TrlParser((PrepareArguments, data.SourceArguments)).parse_args_and_config())

@@ -20,7 +20,7 @@ from accelerate import PartialState
 from datasets import concatenate_datasets
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 from transformers.trainer_utils import get_last_checkpoint
-from trl import ModelConfig, TrlParser, get_peft_config
+from trl import ModelConfig, TrlParser
 
 from lasar_hf import LasarForGenerativeRec, LasarSFTConfig, LasarSFTTrainer, SidCatalog
 from lasar_hf.data import (
@@ -34,7 +34,9 @@ from lasar_hf.data import (
     reasoning_rows,
     sft_rows,
 )
-from lasar_hf.evaluation import RankingCallback
+from lasar_hf.evaluation import RankingEvaluator
+from lasar_hf.semantic_ids import ResidualKMeans
+from lasar_hf.trainers import lora_from_arguments, save_trained, whole_weights
 
 
 @dataclass
@@ -49,6 +51,9 @@ class SFTScriptArguments:
     max_latent_steps: int = field(default=8, metadata={"help": "Largest number of latent steps."})
     instruction: str = field(default="Recommend the next item.", metadata={"help": "Text before the history."})
     max_history: int = field(default=50, metadata={"help": "Most items of a history that are shown."})
+    codebook_init: bool = field(
+        default=False, metadata={"help": "Stage 1: start the Semantic-ID tokens from the quantizer's codebooks."}
+    )
     rows: list[str] = field(
         default_factory=lambda: ["next_item", "alignment"],
         metadata={"help": "Stage 1 rows: next_item (each sample), history (loss on every item of a user), alignment."},
@@ -74,6 +79,8 @@ def load_model(script: SFTScriptArguments, model_args: ModelConfig, data: Prepar
     model = LasarForGenerativeRec.from_backbone(
         backbone, tokenizer, data.codes.shape[1], data.codebook_size, script.max_latent_steps
     )
+    if script.codebook_init:
+        model.set_sid_embeddings(ResidualKMeans.from_pretrained(Path(script.data_dir, "quantizer")).codebooks)
     return model, tokenizer
 
 
@@ -106,7 +113,8 @@ def main(script: SFTScriptArguments, training_args: LasarSFTConfig, model_args: 
     set_seed(training_args.seed)
     data = PreparedData.load(script.data_dir)
     catalog = SidCatalog.from_pretrained(Path(script.data_dir, "catalog"))
-    model, tokenizer = load_model(script, model_args, data)
+    with whole_weights():
+        model, tokenizer = load_model(script, model_args, data)
     encoder = PromptEncoder(tokenizer, data.codes, script.instruction, script.max_history)
     anchors = None
     if script.stage == 1:
@@ -116,18 +124,16 @@ def main(script: SFTScriptArguments, training_args: LasarSFTConfig, model_args: 
         rows = reasoning_rows(data.samples["train"], encoder, anchors.depths)
     validation = data.samples["validation"]
     eval_samples = validation.shuffle(seed=0).select(range(min(script.eval_users, len(validation))))
-    callbacks = []
+    evaluator = None
     if script.eval_users:
-        callbacks = [RankingCallback(eval_samples, encoder, catalog, latent_steps=0 if script.stage == 1 else None)]
+        evaluator = RankingEvaluator(eval_samples, encoder, catalog, latent_steps=0 if script.stage == 1 else None)
     trainer = LasarSFTTrainer(
         model, training_args, catalog, anchors, train_dataset=rows,
         eval_dataset=sft_rows(eval_samples, encoder).remove_columns("task") if script.eval_users else None,
-        processing_class=tokenizer, callbacks=callbacks, peft_config=get_peft_config(model_args),
+        processing_class=tokenizer, ranking_evaluator=evaluator, peft_config=lora_from_arguments(model, model_args),
     )
     trainer.train(resume_from_checkpoint=get_last_checkpoint(training_args.output_dir))
-    trainer.save_model()
-    if trainer.is_world_process_zero():
-        catalog.save_pretrained(training_args.output_dir)
+    save_trained(trainer)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Anchors: batched and de-duplicated encoding equals one by one, and stale or torn stores are refused."""
 
 import json
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -81,7 +82,7 @@ def test_save_and_load(store, tmp_path):
     facts = json.loads((tmp_path / "anchors" / "anchors.json").read_text())
     assert facts == {
         "checkpoint_hash": store.checkpoint_hash, "hidden_size": 16, "num_vectors": 4, "num_segments": 6,
-        "num_samples": 3,
+        "num_samples": 3, "inputs_hash": store.inputs_hash,
     }  # fmt: skip
 
 
@@ -136,3 +137,111 @@ def test_checkpoint_hash_sees_every_bit():
 def test_nothing_to_encode(backbone, tokenizer, segments, message):
     with pytest.raises(ValueError, match=message):
         encode_anchors(backbone, tokenizer, segments, "")
+
+
+class Killed(BaseException):
+    """Stands for kill -9."""
+
+
+def many(count=23):
+    """More distinct segments than one shard holds, of lengths that are not in order."""
+    return [[f"Segment {row * 7 % count} {'very ' * (row * 5 % 9)}long.", "Tea."] for row in range(count)]
+
+
+def encode(backbone, tokenizer, folder, segments=None, fingerprint="stage1", **more):
+    options = {"batch_size": 2, "shard_size": 4} | more
+    return encode_anchors(backbone, tokenizer, segments or many(), fingerprint, folder=folder, **options)
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+class Counting(torch.nn.Module):
+    """A backbone that counts the sequences it is given, and dies before the `last`-th pass."""
+
+    def __init__(self, backbone, last=10**9):
+        super().__init__()
+        self.backbone, self.config, self.last, self.sequences = backbone, backbone.config, last, 0
+
+    def forward(self, input_ids, attention_mask):
+        self.last -= 1
+        if self.last < 0:
+            raise Killed
+        self.sequences += len(input_ids)
+        return self.backbone(input_ids=input_ids, attention_mask=attention_mask)
+
+
+def test_shards_on_disk_equal_memory(backbone, tokenizer, tmp_path):
+    on_disk = encode(backbone, tokenizer, tmp_path)
+    in_memory = encode_anchors(backbone, tokenizer, many(), "stage1", batch_size=2)
+    assert isinstance(on_disk.vectors, np.memmap) and len(on_disk) == 23
+    assert all(np.array_equal(on_disk[row], in_memory[row]) for row in range(23))
+    assert set(files(tmp_path)) == {"vectors.npy", "index.npy", "offsets.npy", "anchors.json"}
+    in_memory.save(tmp_path.parent / "saved")
+    assert files(tmp_path.parent / "saved") == files(tmp_path)
+
+
+def test_a_killed_encoding_goes_on(backbone, tokenizer, tmp_path):
+    encode(backbone, tokenizer, tmp_path / "calm")
+    for last in range(13):  # 24 distinct segments, two a pass
+        folder = tmp_path / str(last)
+        with pytest.raises(Killed) if last < 12 else nullcontext():
+            encode(Counting(backbone, last), tokenizer, folder)
+        if last < 12:
+            with pytest.raises(FileNotFoundError, match="no complete anchors"):
+                AnchorStore.load(folder, "stage1")
+        again = Counting(backbone)
+        encode(again, tokenizer, folder)
+        assert again.sequences == (24 - 4 * (last // 2) if last < 12 else 0)  # whole shards of four are kept
+        assert files(folder) == files(tmp_path / "calm")
+
+
+@pytest.mark.parametrize("change", [{"fingerprint": "other"}, {"segments": [*many(22), ["New.", "Tea."]]}, {"max_tokens": 3}])
+def test_other_inputs_are_encoded_anew(backbone, tokenizer, tmp_path, change):
+    encode(backbone, tokenizer, tmp_path)
+    again = Counting(backbone)
+    encode(again, tokenizer, tmp_path)
+    assert again.sequences == 0
+    encode(again, tokenizer, tmp_path, **change)
+    assert again.sequences >= 23
+    with pytest.raises(Killed):  # nor is a begun store of other inputs gone on with
+        encode(Counting(backbone, 5), tokenizer, tmp_path)
+    again = Counting(backbone)
+    encode(again, tokenizer, tmp_path, **change)
+    assert again.sequences >= 23
+
+
+def test_anchors_in_the_chain_see_the_prompt_and_what_came_before(backbone, tokenizer):
+    prompts = [[5, 6, 7], [8], [5, 6, 7]]
+    store = encode_anchors(backbone, tokenizer, SEGMENTS, "", batch_size=2, context="chain", prompts=prompts)
+    assert store.depths.tolist() == [2, 1, 3]
+    for sample, segments in enumerate(SEGMENTS):
+        ids = list(prompts[sample])
+        for step, text in enumerate(segments):
+            text = " " + text if step else text
+            ids += tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+            states = backbone.eval()(input_ids=torch.tensor([ids])).last_hidden_state
+            np.testing.assert_allclose(store[sample][step], states[0, -1].detach().numpy(), atol=1e-5)
+
+
+def test_equal_chains_after_equal_prompts_share_vectors(backbone, tokenizer):
+    counting = Counting(backbone)
+    segments, prompts = [["Tea.", "Red."]] * 3, [[5], [5], [6]]
+    store = encode_anchors(counting, tokenizer, segments, "", context="chain", prompts=prompts)
+    assert counting.sequences == 2 and store.vectors.shape == (4, 16)
+    assert np.array_equal(store[0], store[1]) and not np.allclose(store[0], store[2])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"context": "whole"}, "`context` is 'whole', expected 'segment' or 'chain'"),
+        ({"context": "chain"}, "`prompts` are needed for 'chain'"),
+        ({"prompts": [[1]] * 3}, "`prompts` are needed for 'chain', and for nothing else"),
+        ({"context": "chain", "prompts": [[1]]}, "`prompts` has 1 entries for 3 samples"),
+    ],
+)
+def test_contexts_that_do_not_fit(backbone, tokenizer, options, message):
+    with pytest.raises(ValueError, match=message):
+        encode_anchors(backbone, tokenizer, SEGMENTS, "", **options)

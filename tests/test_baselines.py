@@ -1,10 +1,9 @@
 """Popularity and Markov: by hand, against a slow count, and against reference numbers on real data."""
 
-import json
-
 import numpy as np
 import pytest
 
+from lasar_hf.data import leave_one_out, read_lcrec, samples
 from lasar_hf.evaluation import markov_ranking, popularity_ranking, ranking_metrics, ranks
 
 
@@ -53,12 +52,11 @@ def test_rows_outside_the_catalogue_are_named():
     ],
 )
 def test_reference_numbers_on_scientific(shared_data, part, model, reference):
-    users = json.loads((shared_data / "scientific" / "Scientific.inter.json").read_text()).values()
-    num_items = len(json.loads((shared_data / "scientific" / "Scientific.index.json").read_text()))
-    train = [items[:-2] for items in users]
-    contexts, targets = np.array([items[-2:] if part == "test" else items[-3:-1] for items in users]).T
+    interactions = read_lcrec(shared_data / "scientific")
+    split, num_items = leave_one_out(interactions), len(interactions.items)
+    users = samples(split, part)
     if model == "popularity":
-        rankings = np.tile(popularity_ranking(train, num_items, top_k=20), (len(targets), 1))
+        rankings = np.tile(popularity_ranking(split.train, num_items, top_k=20), (len(users), 1))
     else:
-        rankings = markov_ranking(train, contexts, num_items, top_k=20)
-    assert list(ranking_metrics(ranks(rankings, targets)).values()) == pytest.approx(reference, abs=2e-4)
+        rankings = markov_ranking(split.train, [history[-1] for history in users["history"]], num_items, top_k=20)
+    assert list(ranking_metrics(ranks(rankings, users["target"])).values()) == pytest.approx(reference, abs=2e-4)

@@ -1,5 +1,6 @@
 """Every item its own SID: optimal last codes, surplus moved up a level, new items, and the report on all that."""
 
+import json
 from itertools import permutations
 
 import numpy as np
@@ -12,8 +13,10 @@ from lasar_hf.semantic_ids import (
     assign_new_items,
     build_semantic_ids,
     format_report,
+    item_text,
     quality_report,
     resolve_collisions,
+    text_embeddings,
 )
 
 
@@ -88,6 +91,9 @@ def test_surplus_of_a_full_prefix_moves_its_worst_fit_to_the_next_best_code():
     x = np.array([[0.0], [1.0], [6.0], [2.0], [-1.0]])  # five items in the prefix of three: 6.0 and 2.0 fit worst
     resolved = resolve_collisions(np.array([[low, 0]] * 5), quantizer, x)
     assert resolved[:, 0].tolist() == [low, low, mid, mid, low]
+    resolved = resolve_collisions(np.array([[low, 0]] * 4), quantizer, x[:4])  # only 6.0 goes, alone where it arrives
+    np.testing.assert_array_equal(resolved[2], quantizer.encode(x[2:3], np.array([[mid]]))[0])
+    assert resolved[2, 1] != 0
     # With the middle prefix full as well, they go to the far one.
     x = np.concatenate([x, [[10.0], [10.1], [9.9]]])
     resolved = resolve_collisions(np.array([[low, 0]] * 5 + [[mid, 0]] * 3), quantizer, x)
@@ -136,6 +142,15 @@ def test_catalogue_with_identical_items_has_no_collision(balanced):
     codes, quantizer = build_semantic_ids(x, num_sid_levels=3, codebook_size=4, balanced=balanced)
     assert codes.shape == (60, 3) and codes.dtype == np.int64 and distinct(codes) == 60
     assert quantizer.encode(x).shape == (60, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["scientific/Scientific", "beauty/Beauty"])
+def test_real_catalogue_has_no_collision(shared_data, name):
+    items = json.loads((shared_data / f"{name}.item.json").read_text(encoding="utf-8")).values()
+    x = text_embeddings([item_text(item) for item in items], dim=64)
+    codes, quantizer = build_semantic_ids(x)
+    assert distinct(quantizer.encode(x)) < len(items) == distinct(codes)
 
 
 def test_report_counts_by_hand():

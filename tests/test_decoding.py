@@ -4,10 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.tiny import batch, row, sid_ids, tiny_catalog, tiny_model
 
 from lasar_hf import SidCatalog
 from lasar_hf.decoding_lasar import sample_items
+from tests.tiny import batch, row, sid_ids, tiny_catalog, tiny_model
 
 
 def score_every_item(model, prompt: list[int], depth: int, catalog: SidCatalog) -> torch.Tensor:
@@ -74,6 +74,25 @@ def test_narrow_beams_are_beam_search(data):
         **batch([prompt[: len(prompt) - depth]]), catalog=catalog, top_k=width, num_beams=width, latent_steps=depth
     )
     assert [codes[i] for i in wide.items[0].tolist() if i >= 0] == [beam[0] for beam in beams]
+
+
+def test_only_beams_with_a_choice_left_are_read(monkeypatch):
+    """One token closes the region, then those prefixes follow that still hold two items or more."""
+    model, _ = tiny_model()
+    codes = [[0, 0, 0], [0, 0, 1], [1, 2, 0], [1, 2, 3], [2, 1, 1], [3, 3, 3], [0, 1, 0]]
+    catalog, read = SidCatalog(codes, list("abcdefg")), []
+    plain = model.model.read
+    monkeypatch.setattr(
+        model.model, "read", lambda chain, ids, visible: (read.append(ids.shape[1]), plain(chain, ids, visible))[1]
+    )
+    prompt = row(model, 5, 0)
+    recommended = model.recommend(**batch([prompt]), catalog=catalog, top_k=7, latent_steps=1)
+    assert read == [1, 2, 2]  # a_2 and a_3 lead to one item each
+    expected = score_every_item(model, prompt, 1, catalog)
+    assert recommended.items[0].tolist() == expected.argsort(descending=True).tolist()
+    read.clear()
+    model.recommend(**batch([prompt]), catalog=SidCatalog(codes[3:6], list("abc")), top_k=3)
+    assert read == [1]
 
 
 def test_policy_head_chooses_the_depth():
@@ -145,9 +164,37 @@ def test_bad_requests_are_refused():
 def test_nan_logits_are_an_error():
     model, _ = tiny_model()
     with torch.no_grad():
-        model.lm_head.weight[model.config.sid_token_offset :] = torch.nan
+        model.lm_head.weight[model.config.sid_token_id(1, 0) :] = torch.nan
+    inputs, catalog = batch([row(model, 5, 0)]), tiny_catalog()
     with pytest.raises(ValueError, match="NaN"):
-        model.recommend(**batch([row(model, 5, 0)]), catalog=tiny_catalog())
+        model.recommend(**inputs, catalog=catalog)
+    with pytest.raises(ValueError, match="NaN"):
+        model.recommend(**inputs, catalog=catalog, deny=[[0, 1]])
+    for replacement in (True, False):
+        with pytest.raises(ValueError, match="NaN"), model.evaluating():
+            sample_items(model, model.think(**inputs), catalog.trie("cpu"), 4, replacement=replacement)
+
+
+def test_prompts_beyond_the_position_range_are_refused():
+    """The tiny backbones have 256 positions; prompt, latent steps, `<|latent_end|>` and 3 codes must fit."""
+    model, _ = tiny_model()
+    catalog, short = tiny_catalog(), row(model, 5, 0)
+    fits, too_long = row(model, 250, 0), row(model, 251, 0)
+    model.recommend(**batch([short, fits]), catalog=catalog, latent_steps=2)
+    message = "Row 1 needs 257 positions .* max_position_embeddings=256"
+    with pytest.raises(ValueError, match=message):
+        model.recommend(**batch([short, too_long]), catalog=catalog, latent_steps=torch.tensor([4, 2]))
+    model.recommend(**batch([short, row(model, 248, 0)]), catalog=catalog)
+    with pytest.raises(ValueError, match=message):  # the policy head may choose up to 4 steps
+        model.recommend(**batch([short, row(model, 249, 0)]), catalog=catalog)
+
+
+def test_an_empty_prompt_is_refused():
+    model, _ = tiny_model()
+    inputs = batch([row(model, 5, 0), row(model, 5, 0)])
+    inputs["attention_mask"][1] = 0
+    with pytest.raises(ValueError, match="prompt of row 1 does not end in"):
+        model.recommend(**inputs, catalog=tiny_catalog())
 
 
 def test_recommend_leaves_the_training_mode_alone():

@@ -5,10 +5,10 @@ import sys
 
 import pytest
 import torch
-from tests.tiny import batch, plain_loop, row, sid_ids, tiny_backbone, tiny_catalog, tiny_model, tiny_tokenizer
 from transformers import AutoModel, AutoModelForCausalLM, MistralConfig
 
 from lasar_hf import LasarConfig, LasarForGenerativeRec, SidCatalog
+from tests.tiny import batch, plain_loop, row, sid_ids, tiny_backbone, tiny_catalog, tiny_model, tiny_tokenizer
 
 
 BACKBONES = ["qwen3", "llama", "gpt_neox"]
@@ -147,7 +147,10 @@ def test_reentrant_checkpointing_is_refused():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda c: [3, c.latent_start_token_id, c.latent_token_id, 4, c.latent_token_id], "Row 1: the <|latent|> slots"),
+        (
+            lambda c: [3, c.latent_start_token_id, c.latent_token_id, 4, c.latent_token_id],
+            "Row 1: the <|latent|> slots",
+        ),
         (lambda c: [3, c.latent_token_id, 4], "Row 1: the <|latent|> slots"),
         (lambda c: [3, c.latent_start_token_id, 4, c.latent_token_id], "Row 1: the <|latent|> slots"),
         (lambda c: [3, c.latent_start_token_id] + [c.latent_token_id] * 5, "Row 1 has 5 latent slots"),
@@ -209,7 +212,7 @@ path, = sys.argv[1:]
 inputs = torch.load(f"{path}/inputs.pt")
 for auto_class in (AutoModel, AutoModelForCausalLM):
     model = auto_class.from_pretrained(path, trust_remote_code=True).eval()
-    decoding = import_module(type(model).__module__.replace("modeling_lasar", "decoding_lasar"))
+    decoding = import_module(type(model).__module__.replace("modeling_lasar", "catalog_lasar"))
     catalog = decoding.SidCatalog.from_pretrained(path)
     recommended = model.recommend(**inputs["prompts"], catalog=catalog, top_k=5, num_beams=20)
     torch.testing.assert_close(model(**inputs["batch"]).logits, inputs["logits"], atol=0, rtol=0)
@@ -252,3 +255,22 @@ def test_slots_after_a_cached_prefix_are_refused():
     prefix = model(**batch([row(model, 6, 2)]), use_cache=True)
     with pytest.raises(ValueError, match="cannot follow a cached prefix"):
         model(torch.tensor([[model.config.latent_token_id]]), past_key_values=prefix.past_key_values)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_sid_embeddings_keep_the_geometry_of_the_codebooks(tied):
+    model, _ = tiny_model(tie_word_embeddings=tied)
+    codebooks = torch.randn(3, 4, 40)
+    old = model.get_input_embeddings().weight.detach().clone()
+    model.set_sid_embeddings(codebooks, std=0.05)
+    start, count = model.config.sid_token_offset, 12
+    for weight in (model.get_input_embeddings().weight, model.lm_head.weight):
+        rows = weight[start : start + count]
+        assert rows.std().item() == pytest.approx(0.05, rel=1e-3)
+        # Twelve centres span at most twelve dimensions, so the hidden size of 16 keeps every angle.
+        expected = torch.nn.functional.normalize(codebooks.flatten(0, 1), dim=-1)
+        got = torch.nn.functional.normalize(rows, dim=-1)
+        torch.testing.assert_close(got @ got.T, expected @ expected.T, atol=1e-4, rtol=1e-4)
+    assert torch.equal(model.get_input_embeddings().weight[:start], old[:start])
+    with pytest.raises(ValueError, match="pass .M, K, D."):
+        model.set_sid_embeddings(codebooks[:2])

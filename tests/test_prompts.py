@@ -1,5 +1,7 @@
 """Prompts and answers in token ids, and the small tokenizer."""
 
+import time
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -132,3 +134,10 @@ def test_build_tokenizer_survives_saving(tmp_path):
 def test_build_tokenizer_too_small():
     with pytest.raises(ValueError, match="`vocab_size` is 257, expected at least 258"):
         build_tokenizer(["a"], 257)
+
+
+def test_build_tokenizer_takes_an_endless_word():
+    begin = time.perf_counter()
+    tokenizer = build_tokenizer(["x" * 100_000, "a red chair"], 300)
+    assert time.perf_counter() - begin < 3  # 7 s and more when the whole word is looked at
+    assert len(tokenizer("a red chair").input_ids) < 11

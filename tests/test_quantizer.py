@@ -154,6 +154,16 @@ def test_balanced_costs_little_and_encode_stays_nearly_balanced(points):
     assert np.bincount(plain_codes[:, 0]).max() > 55
 
 
+def test_balanced_centres_fit_the_rounded_codes():
+    rng = np.random.default_rng(0)
+    clumps = rng.normal(size=(10, 8))[rng.choice(10, 400, p=np.arange(1, 11) / 55)]  # of 7 to 70 points
+    x = clumps + 0.02 * rng.normal(size=(400, 8)) * rng.exponential(size=(400, 1))
+    model = kmeans(codebook_size=16, balanced=True)
+    codes = model.fit_encode(x)
+    errors = [np.square(x - model.decode(codes[:, :level])).sum() for level in range(4)]
+    assert all(later < 0.8 * earlier for earlier, later in zip(errors, errors[1:], strict=False))
+
+
 def test_rounding_places_every_point_and_keeps_those_that_would_lose_most():
     x = torch.tensor([[0.0], [0.1], [0.2], [5.0]])
     centres = torch.tensor([[0.0], [1.0]])

@@ -50,6 +50,12 @@ def test_half_a_surrogate_pair_does_not_reach_the_text(tmp_path):
     assert data.items == [{"title": "x ? y"}]
 
 
+def test_letters_that_hide_or_turn_text_become_spaces(tmp_path):
+    title = "a\x00b\x1bc\x85d\u202ee\u2066f\tg\nh\u200di\u00a0j"  # joiners, line ends and other spaces stay
+    data = read_lcrec(write(tmp_path, inter={"0": ["a"]}, item={"a": {"title": title}, "b": {"title": "\x00\u202e"}}))
+    assert data.items == [{"title": "a b c d e f\tg\nh\u200di\u00a0j"}, {}]
+
+
 def test_lcrec_without_text_file(tmp_path):
     data = read_lcrec(write(tmp_path, inter={"0": ["b", "a"]}))
     assert data.item_ids == ["a", "b"] and data.items == [{}, {}] and data.histories == [[1, 0]]

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from datasets import Dataset
 
 from lasar_hf.configuration_lasar import CONTROL_TOKENS, sid_tokens
 from lasar_hf.data import (
@@ -13,6 +14,7 @@ from lasar_hf.data import (
     grpo_rows,
     history_rows,
     leave_one_out,
+    mix_rows,
     reasoning_rows,
     samples,
     sft_rows,
@@ -177,3 +179,55 @@ def test_no_samples_is_an_error(encoder):
     nothing = samples(leave_one_out(Interactions(["a", "b", "c"], [{}] * 3, ["u"], [[0, 1, 2]])), "train")
     with pytest.raises(ValueError, match="no samples"):
         sft_rows(nothing, encoder)
+
+
+def numbered(name, count, **more):
+    return Dataset.from_dict({"row": [f"{name}{row}" for row in range(count)], "task": [name] * count} | more)
+
+
+TABLES = {"a": numbered("a", 10), "b": numbered("b", 4), "c": numbered("c", 3)}
+
+
+def test_mix_rows_counts():
+    rows = mix_rows(TABLES, {"b": 2.5, "c": 0, "a": 0.4})
+    names = list(rows["row"])
+    assert sorted(set(rows["task"])) == ["a", "b"] and len(rows) == 14
+    times = [names.count(f"b{row}") for row in range(4)]
+    assert sorted(times) == [2, 2, 3, 3]
+    drawn = [name for name in names if name[0] == "a"]
+    assert len(drawn) == len(set(drawn)) == 4
+
+
+def test_mix_rows_without_weights_is_all_rows_shuffled():
+    names = list(mix_rows(TABLES)["row"])
+    assert sorted(names) == sorted([*TABLES["a"]["row"], *TABLES["b"]["row"], *TABLES["c"]["row"]]) != names
+
+
+def test_mix_rows_is_seeded():
+    one, same, other = (list(mix_rows(TABLES, {"a": 0.5}, seed=seed)["row"]) for seed in (0, 0, 1))
+    assert one == same != other and sorted(one) != sorted(other)  # the draw differs too, not the order alone
+
+
+def test_mix_rows_keeps_the_columns_that_all_have():
+    assert mix_rows({"a": numbered("a", 2, extra=[1, 2]), "b": numbered("b", 2)}).column_names == ["row", "task"]
+
+
+def test_mix_rows_of_real_rows(encoder, split):
+    main, alignment = sft_rows(samples(split, "train"), encoder), alignment_rows(DATA, split, encoder)
+    rows = mix_rows({"next_item": main, "alignment": alignment}, {"alignment": 2})
+    assert len(rows) == 3 + 2 * 13 and rows.column_names == ["input_ids", "labels", "task"]
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({"d": 1}, "`weights` names 'd', which is no table: choose among a, b, c"),
+        ({"a": -1}, "the weight of 'a' is -1"),
+        ({"a": float("nan")}, "the weight of 'a' is nan"),
+        ({"a": float("inf")}, "the weight of 'a' is inf"),
+        ({"a": 0, "b": 0.0, "c": 0.1}, "the mix has no rows"),
+    ],
+)
+def test_mix_rows_refuses(weights, message):
+    with pytest.raises(ValueError, match=message):
+        mix_rows(TABLES, weights)

@@ -146,6 +146,8 @@ def test_card():
     assert card["users"] == 2 and card["items"] == 10 and card["interactions"] == 8
     assert card["history_length"] == {"min": 3, "median": 4.0, "mean": 4.0, "max": 5}
     assert card["items_never_taken"] == 3 and card["items_without_text"] == 10
+    assert card["order"] == "by time; interactions of one user at one time stay in the order of the file"
+    assert describe(shop([0, 1, 2]))["order"] == "as in the file, which gives no times"
     assert card["tied_neighbours"] == 1 / 6 and card["time"] == {"first": 0.0, "last": 9.0}
     assert card["split"] == {
         "kind": "leave-one-out", "users": 2, "users_skipped": 0, "train": 4, "validation": 2, "test": 2

@@ -84,6 +84,14 @@ def test_wording_is_deterministic_and_empty_history_refused():
         teacher.chain_of_thought([], 1)
 
 
+def test_chains_of_all_samples():
+    split = leave_one_out(Interactions(READER.item_ids, READER.items, ["u"], [[0, 3, 1, 4, 2]]))
+    teacher, part = TemplateTeacher(READER), samples(split, "train")
+    assert teacher.chains_of_thought(part) == [
+        teacher.chain_of_thought([0], 3), teacher.chain_of_thought([0, 3], 1)
+    ]  # fmt: skip
+
+
 def test_no_text_at_all_is_warned_of():
     with pytest.warns(UserWarning, match="2 of 2 items have no text"):
         assert TemplateTeacher(shop({}, {})).chain_of_thought([0], 1)

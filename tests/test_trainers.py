@@ -6,12 +6,19 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from tests.tiny import batch, row, sid_ids, tiny_catalog, tiny_model
 from trl import GRPOTrainer, SFTConfig, SFTTrainer
 
-from lasar_hf import LasarForGenerativeRec, LasarGRPOConfig, LasarGRPOTrainer, LasarSFTConfig, LasarSFTTrainer
+from lasar_hf import (
+    LasarForGenerativeRec,
+    LasarGRPOConfig,
+    LasarGRPOTrainer,
+    LasarSFTConfig,
+    LasarSFTTrainer,
+    SidCatalog,
+)
 from lasar_hf.data.anchors import AnchorStore
 from lasar_hf.trainers import add_catalog_head, alignment_loss, bidirectional_kl, reinforce_loss
+from tests.tiny import batch, row, sid_ids, tiny_catalog, tiny_model
 
 
 COMMON = dict(
@@ -206,8 +213,9 @@ def test_grpo_draws_valid_candidates_in_order_and_one_depth_a_group(tmp_path):
         depth = head.count(config.latent_token_id)
         assert 1 <= depth <= 4 and head[-1] == config.latent_end_token_id
         scores = [
-            trainer.model(**{k: v for k, v in batch([[*head, *ids]]).items()},
-                          labels=batch([[-100] * len(head) + ids])["input_ids"], fused_lm_head=True).log_probs.sum().item()
+            trainer.model(
+                **batch([[*head, *ids]]), labels=torch.tensor([[-100] * len(head) + ids]), fused_lm_head=True
+            ).log_probs.sum().item()
             for ids in drawn["completion_ids"][4 * group : 4 * group + 4]
         ]
         assert scores == sorted(scores, reverse=True)
@@ -260,7 +268,7 @@ def test_grpo_resumes_exactly_at_a_generation_boundary(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(save_strategy="steps", save_steps=3, steps_per_generation=2), "save_steps=3 falls between two generations"),
+        (dict(save_strategy="steps", save_steps=3, steps_per_generation=2), "save_steps=3 falls between two"),
         (dict(mask_truncated_completions=True), "no end token"),
         (dict(use_vllm=True), "latent loop"),
     ],
@@ -292,11 +300,14 @@ def test_stock_sft_trainer_runs_the_latent_loop(tmp_path):
 
 
 OVERRIDES = {
-    LasarSFTTrainer: (SFTTrainer, ["compute_loss", "_set_signature_columns_if_needed", "create_model_card"]),
+    LasarSFTTrainer: (
+        SFTTrainer,
+        ["compute_loss", "_set_signature_columns_if_needed", "evaluate", "_save", "create_model_card"],
+    ),
     LasarGRPOTrainer: (
         GRPOTrainer,
-        ["compute_loss", "_get_train_sampler", "_calculate_rewards", "_generate_and_score_completions", "_save_checkpoint",
-         "_load_optimizer_and_scheduler", "create_model_card"],
+        ["compute_loss", "_get_train_sampler", "_calculate_rewards", "_generate_and_score_completions",
+         "_save_checkpoint", "_load_optimizer_and_scheduler", "_save", "create_model_card"],
     ),
 }
 
@@ -311,7 +322,10 @@ def test_each_override_is_called_and_keeps_the_signature(tmp_path, monkeypatch, 
     monkeypatch.setattr(ours, name, lambda self, *a, **k: (calls.append(name), original(self, *a, **k))[1])
     make = sft_trainer if ours is LasarSFTTrainer else grpo_trainer
     options = dict(save_strategy="steps", save_steps=1, max_steps=1)
-    make(tmp_path, **options).train()
+    trainer = make(tmp_path, **options)
+    trainer.train()
+    if name == "evaluate":
+        trainer.evaluate(trainer.train_dataset)
     make(tmp_path, **{**options, "max_steps": 2}).train(resume_from_checkpoint=True)
     assert calls
 
@@ -324,3 +338,21 @@ def test_a_trainer_saves_a_model_that_loads(tmp_path):
     loaded = LasarForGenerativeRec.from_pretrained(tmp_path)
     assert torch.equal(loaded.lm_head.weight, trainer.model.lm_head.weight)
     assert "lasar" in (tmp_path / "README.md").read_text()
+    assert torch.equal(SidCatalog.from_pretrained(tmp_path).codes, trainer.catalog.codes)
+
+
+def test_ranking_metrics_join_the_evaluation(tmp_path):
+    model, tokenizer, catalog, rows, anchors = sft_setup()
+    options = dict(
+        save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1, load_best_model_at_end=True,
+        metric_for_best_model="eval_NDCG@10",
+    )
+    args = LasarSFTConfig(str(tmp_path), **{**COMMON, **options})
+    seen = iter([0.5, 0.25])
+    trainer = LasarSFTTrainer(
+        model, args, catalog, anchors, ranking_evaluator=lambda model: {"NDCG@10": next(seen)}, train_dataset=rows,
+        eval_dataset=rows.remove_columns("sample"), processing_class=tokenizer,  # held out: no anchors
+    )
+    trainer.train()
+    assert trainer.state.best_metric == 0.5 and trainer.state.best_model_checkpoint.endswith("checkpoint-1")
+    assert [entry["eval_NDCG@10"] for entry in trainer.state.log_history if "eval_NDCG@10" in entry] == [0.5, 0.25]

@@ -6,6 +6,11 @@ from .interactions import TEXT_FIELDS, Interactions
 from .splits import Split, TimeSplit
 
 
+_ORDER = {
+    True: "by time; interactions of one user at one time stay in the order of the file",
+    False: "as in the file, which gives no times",
+}
+
 def describe(interactions: Interactions, split: Split | TimeSplit | None = None) -> dict[str, object]:
     """
     Describe a data set for its data card.
@@ -18,10 +23,10 @@ def describe(interactions: Interactions, split: Split | TimeSplit | None = None)
 
     Returns:
         `dict`: ready for JSON. `users`, `items`, `interactions`, `density`; `history_length` (`min`, `median`, `mean`,
-        `max`); `items_never_taken`; `items_with` (each text field); `items_without_text`; with timestamps `time`
-        (`first`, `last`) and `tied_neighbours`, the share of neighbours in a history with one time, whose order the
-        reader's tie rule decides; the reader's own counts as `reader`; with a split `split` (its kind and the size of
-        each part).
+        `max`); `order` (what the histories are ordered by, and the tie rule); `items_never_taken`; `items_with` (each
+        text field); `items_without_text`; with timestamps `time` (`first`, `last`) and `tied_neighbours`, the share of
+        neighbours in a history with one time, whose order the tie rule decides; the reader's own counts as `reader`;
+        with a split `split` (its kind and the size of each part).
     """
     lengths = np.array([len(history) for history in interactions.histories])
     taken = {item for history in interactions.histories for item in history}
@@ -36,6 +41,7 @@ def describe(interactions: Interactions, split: Split | TimeSplit | None = None)
             "mean": float(lengths.mean()),
             "max": int(lengths.max()),
         },
+        "order": _ORDER[interactions.timestamps is not None],
         "items_never_taken": len(interactions.items) - len(taken),
         "items_with": {name: sum(name in item for item in interactions.items) for name in TEXT_FIELDS},
         "items_without_text": sum(not any(name in item for name in TEXT_FIELDS) for item in interactions.items),

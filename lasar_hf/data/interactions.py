@@ -15,6 +15,11 @@ from ..configuration_lasar import sid_token
 TEXT_FIELDS = ("title", "description", "brand", "categories")
 ID_FIELDS = ("asin", "parent_asin")  # what is left to tell an item without text from others
 CATEGORY_SEPARATOR = " > "
+# Control characters (but for white space) and those that turn the direction of writing: a title may not hide or
+# reorder what stands around it. Joiners stay, as scripts and emoji need them.
+_INVISIBLE = dict.fromkeys(
+    {*range(0x20), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)} - set(b"\t\n\r"), " "
+)
 
 
 @dataclass(frozen=True)
@@ -185,6 +190,7 @@ def item_fields(raw: dict) -> dict[str, str]:
     """
     Keep the known text and id fields of a raw item that are not empty, as strings. Category levels come as a list, or
     as text with commas between levels (a comma followed by a space belongs to a name: "Tapes, Adhesives & Sealants").
+    Control characters and marks that turn the direction of writing become spaces.
     """
     fields = {}
     for name in TEXT_FIELDS + ID_FIELDS:
@@ -195,7 +201,8 @@ def item_fields(raw: dict) -> dict[str, str]:
             parts = [str(part).strip() for part in value if part is not None]
             value = (CATEGORY_SEPARATOR if name == "categories" else " ").join(part for part in parts if part)
         # JSON may hold half a surrogate pair, which no tokenizer and no file takes.
-        text = "" if value is None else str(value).encode("utf-8", "replace").decode("utf-8").strip()
+        text = "" if value is None else str(value).encode("utf-8", "replace").decode("utf-8")
+        text = text.translate(_INVISIBLE).strip()
         if text:
             fields[name] = text
     return fields

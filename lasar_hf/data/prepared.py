@@ -4,17 +4,19 @@ import json
 import os
 import shutil
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
 from datasets import Dataset, DatasetDict
 
-from .interactions import Interactions
-from .splits import Split
+from .interactions import ID_FIELDS, TEXT_FIELDS, Interactions
+from .pipeline import write_json
+from .splits import Split, TimeSplit
+from .storage import load_split, save_split
 
 
-ITEM_FIELDS = ("title", "description", "brand", "categories")
+ITEM_FIELDS = TEXT_FIELDS + ID_FIELDS
 
 
 @dataclass(frozen=True)
@@ -24,19 +26,22 @@ class PreparedData:
 
     Args:
         items (`Dataset`):
-            One row an item: `item_id` (`str`), `title`, `description`, `brand`, `categories` (`str`, empty when unknown),
-            `codes` (list of `M` ints).
+            One row an item: `item_id` (`str`); `title`, `description`, `brand`, `categories`, `asin`, `parent_asin`
+            (`str`, empty when unknown); `codes` (list of `M` ints).
         samples (`DatasetDict`):
-            `train`, `validation` and `test` with the columns `user_id` (`str`), `history` (item rows, oldest first) and
-            `target` (item row); `train` also has `chain_of_thought` (`str`) and `segments` (list of `str`, as many as the
-            sample's depth label).
+            `train`, `validation` and `test` with the columns `user_id` (`str`), `history` (item rows, oldest first)
+            and `target` (item row); `train` also has `chain_of_thought` (`str`) and `segments` (list of `str`, as many
+            as the sample's depth label).
         codebook_size (`int`):
             Codes a level, `K`; not every code need be in use.
+        stored_split (`Split` or `TimeSplit`, *optional*):
+            What the samples were made of. A leave-one-out split is rebuilt from the samples if not given.
     """
 
     items: Dataset
     samples: DatasetDict
     codebook_size: int
+    stored_split: Split | TimeSplit | None = None
 
     @cached_property
     def codes(self) -> np.ndarray:
@@ -49,8 +54,10 @@ class PreparedData:
         return list(self.items["item_id"])
 
     @cached_property
-    def split(self) -> Split:
-        """Training sequences and held-out items of each user, rebuilt from the samples."""
+    def split(self) -> Split | TimeSplit:
+        """Training sequences and held-out items of each user."""
+        if self.stored_split is not None:
+            return self.stored_split
         validation, test = self.samples["validation"], self.samples["test"]
         return Split(
             user_ids=list(validation["user_id"]),
@@ -62,12 +69,16 @@ class PreparedData:
     @cached_property
     def interactions(self) -> Interactions:
         """Items and whole histories of the users that were kept."""
-        test = self.samples["test"]
         fields = [
             {field: value for field, value in item.items() if field in ITEM_FIELDS and value} for item in self.items
         ]
-        histories = [[*history, target] for history, target in zip(test["history"], test["target"], strict=True)]
-        return Interactions(self.item_ids, fields, list(test["user_id"]), histories)
+        split = self.split
+        if isinstance(split, Split):
+            held_out = zip(split.validation, split.test, strict=True)
+        else:
+            held_out = ([*one, *other] for one, other in zip(split.validation, split.test, strict=True))
+        histories = [[*train, *rest] for train, rest in zip(split.train, held_out, strict=True)]
+        return Interactions(self.item_ids, fields, split.user_ids, histories)
 
     @staticmethod
     def item_table(interactions: Interactions, codes: np.ndarray) -> Dataset:
@@ -90,7 +101,7 @@ class PreparedData:
 
     def save(self, folder: str | Path) -> None:
         """
-        Write `items/`, `samples/` and, last, `prepared.json`, each whole or not at all.
+        Write `items/`, `samples/`, `split/` and, last, `prepared.json`, each whole or not at all.
 
         Args:
             folder (`str` or `Path`):
@@ -99,20 +110,23 @@ class PreparedData:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "prepared.json").unlink(missing_ok=True)
-        for name, table in (("items", self.items), ("samples", self.samples)):
-            partial = folder / f".{name}.tmp"
-            shutil.rmtree(partial, ignore_errors=True)
-            table.save_to_disk(partial)
+        writers = {"items": self.items.save_to_disk, "samples": self.samples.save_to_disk}
+        if self.stored_split is not None:
+            writers["split"] = partial(save_split, self.stored_split)
+        for name in ("items", "samples", "split"):
+            scratch = folder / f".{name}.tmp"
+            shutil.rmtree(scratch, ignore_errors=True)
+            if name in writers:
+                writers[name](scratch)
             shutil.rmtree(folder / name, ignore_errors=True)
-            os.replace(partial, folder / name)
-        partial = folder / ".prepared.json.tmp"
-        partial.write_text(json.dumps({"codebook_size": self.codebook_size}) + "\n", encoding="utf-8")
-        os.replace(partial, folder / "prepared.json")
+            if name in writers:
+                os.replace(scratch, folder / name)
+        write_json(folder / "prepared.json", {"codebook_size": self.codebook_size})
 
     @classmethod
     def load(cls, folder: str | Path) -> "PreparedData":
         """
-        Open what [`~PreparedData.save`] wrote, memory-mapped.
+        Open what [`~PreparedData.save`] or `recipes/prepare.py` wrote, memory-mapped.
 
         Args:
             folder (`str` or `Path`):
@@ -128,7 +142,8 @@ class PreparedData:
             )
         facts = json.loads((folder / "prepared.json").read_text(encoding="utf-8"))
         items, samples = Dataset.load_from_disk(folder / "items"), DatasetDict.load_from_disk(folder / "samples")
-        return cls(items, samples, **facts)
+        split = load_split(folder / "split") if (folder / "split").exists() else None
+        return cls(items, samples, **facts, stored_split=split)
 
 
 def _as_text(value: str | list | None) -> str:

@@ -11,6 +11,7 @@ from ..configuration_lasar import CONTROL_TOKENS, LATENT_START_TOKEN, sid_token
 
 PAD_TOKEN = "<|pad|>"
 EOS_TOKEN = "<|endoftext|>"
+_LETTERS_FITTED = 5000  # of a text: a title may be one endless word, and time grows with the square of a word's length
 
 
 class PromptEncoder:
@@ -121,7 +122,8 @@ class PromptEncoder:
 
 def build_tokenizer(texts: Sequence[str], vocab_size: int = 2000) -> PreTrainedTokenizerFast:
     """
-    Fit a small byte-level BPE to the catalogue's text, for backbones trained from scratch. Any text can be encoded.
+    Fit a small byte-level BPE to the catalogue's text, for backbones trained from scratch. Any text can be encoded; of
+    each one here the first 5,000 letters are looked at.
 
     Args:
         texts (`Sequence[str]`):
@@ -148,7 +150,7 @@ def build_tokenizer(texts: Sequence[str], vocab_size: int = 2000) -> PreTrainedT
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator(texts, trainer)
+    backend.train_from_iterator((text[:_LETTERS_FITTED] for text in texts), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token=PAD_TOKEN, eos_token=EOS_TOKEN, bos_token=EOS_TOKEN
     )

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from datasets import Dataset
 
 from .interactions import CATEGORY_SEPARATOR, Interactions
 from .splits import Split
@@ -14,7 +15,7 @@ from .splits import Split
 
 _NUMBER = r"(?:\d{1,3}|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve)"
 _PART = re.compile(rf"^(?P<series>.*?\w)\W+(?:volume|vol|book|part|season|episode)\W*\s{_NUMBER}\b", re.IGNORECASE)
-_TOKENS = re.compile(r"<[a-z]_\d+>|<\|[^|<>]*\|>")  # SID and control tokens
+SPECIAL_TOKENS = re.compile(r"<[a-z]_\d+>|<\|[^|<>]*\|>")  # SID and control tokens
 _WORDS_OF_A_NAME = 10
 _NAMELESS = "an item without a name"
 _OFTEN = 2  # users who made a step before it counts as usual; below it may be this very sample
@@ -100,10 +101,10 @@ class TemplateTeacher:
         """
         if not len(history):
             raise ValueError(f"a chain of thought to item row {target} needs a history of at least one item.")
-        title = _fold(self._titles[target])
+        title = fold(self._titles[target])
         shown = [self._facts[item] for item in history]
         if title:  # taken before, or a part of the same name: its own name must not be quoted
-            shown = [replace(facts, name=_NAMELESS) if title in _fold(facts.name) else facts for facts in shown]
+            shown = [replace(facts, name=_NAMELESS) if title in fold(facts.name) else facts for facts in shown]
         goal = self._facts[target]
         rank, position = max((_relation(facts, goal), place) for place, facts in enumerate(shown))
         nearest = _relation(shown[-1], goal)
@@ -122,6 +123,20 @@ class TemplateTeacher:
         if rank < 4 and (history[-1], target) in self._usual:
             sentences.append("Other people took this very step too.")
         return _without(" ".join(sentences), title)
+
+    def chains_of_thought(self, samples: Dataset) -> list[str]:
+        """
+        Write the chain of each sample.
+
+        Args:
+            samples (`Dataset`):
+                From `samples`: columns `history` and `target`.
+
+        Returns:
+            `list[str]`: one chain a sample, in order.
+        """
+        pairs = zip(samples["history"], samples["target"], strict=True)
+        return [self.chain_of_thought(history, target) for history, target in pairs]
 
     def _continue(self, shown: list[_Facts], goal: _Facts, rank: int) -> list[str]:
         """The target continues the last item: say what they share."""
@@ -228,16 +243,16 @@ def _plain(text: str) -> str:
     return " ".join(re.sub(r"[.!?,;:]+$", "", word[:40]) for word in words[:_WORDS_OF_A_NAME]).strip()
 
 
-def _fold(text: str) -> str:
+def fold(text: str) -> str:
     """Text as it is compared with a title: in one case, with single spaces."""
     return " ".join(text.split()).casefold()
 
 
 def _without(text: str, title: str) -> str:
     """Take the folded title, SID and control tokens out, and again as long as a cut joins a new one."""
-    while (title and title in _fold(text)) or _TOKENS.search(text):
-        shorter = _TOKENS.sub(" ", re.sub(re.escape(title), " ", text, flags=re.IGNORECASE) if title else text)
+    while (title and title in fold(text)) or SPECIAL_TOKENS.search(text):
+        shorter = SPECIAL_TOKENS.sub(" ", re.sub(re.escape(title), " ", text, flags=re.IGNORECASE) if title else text)
         if shorter == text:  # letters whose case folds in an unusual way
-            shorter = _fold(text).replace(title, " ")
+            shorter = fold(text).replace(title, " ")
         text = " ".join(shorter.split())
     return text

@@ -2,14 +2,14 @@
 
 from .baselines import markov_ranking, popularity_ranking
 from .metrics import RankingMetrics, hits_per_user, ndcg_per_user, ranking_metrics, ranks, score_predictions
-from .recommendations import RankingCallback, Recommendations, recommend_samples
+from .recommendations import RankingEvaluator, Recommendations, recommend_samples
 from .report import comparison_table, evaluate_recommendations, save_report
 from .significance import BootstrapResult, paired_bootstrap
 
 
 __all__ = [
     "BootstrapResult",
-    "RankingCallback",
+    "RankingEvaluator",
     "RankingMetrics",
     "Recommendations",
     "comparison_table",

@@ -9,10 +9,9 @@ import torch
 from datasets import Dataset
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import TrainerCallback
 
+from ..catalog_lasar import SidCatalog
 from ..data import PromptEncoder
-from ..decoding_lasar import SidCatalog
 from ..modeling_lasar import LasarForGenerativeRec
 from .metrics import DEFAULT_KS
 from .report import evaluate_recommendations
@@ -50,6 +49,7 @@ def recommend_samples(
     latent_steps: int | None = None,
     batch_size: int = 64,
     progress: bool = False,
+    exclude_history: bool = False,
 ) -> Recommendations:
     """
     Recommend for every sample, sorted by length so that batches hold little padding.
@@ -73,11 +73,14 @@ def recommend_samples(
             Samples a batch.
         progress (`bool`, *optional*, defaults to `False`):
             Whether to show a progress bar.
+        exclude_history (`bool`, *optional*, defaults to `False`):
+            Whether items of a sample's history are never recommended to it.
 
     Returns:
         [`Recommendations`].
     """
-    prompts = [torch.tensor(encoder.prompt(history)) for history in samples["history"]]
+    histories = samples["history"]
+    prompts = [torch.tensor(encoder.prompt(history)) for history in histories]
     order = sorted(range(len(prompts)), key=lambda sample: len(prompts[sample]), reverse=True)
     items, scores = np.empty((len(prompts), top_k), dtype=np.int64), np.empty((len(prompts), top_k), dtype=np.float32)
     depths = np.empty(len(prompts), dtype=np.int64)
@@ -88,17 +91,17 @@ def recommend_samples(
         lengths = torch.tensor([len(prompts[row]) for row in rows])
         attention_mask = torch.arange(input_ids.shape[1]) >= input_ids.shape[1] - lengths[:, None]
         output = model.recommend(
-            input_ids.to(model.device), attention_mask.to(model.device), catalog, top_k, num_beams, latent_steps
+            input_ids.to(model.device), attention_mask.to(model.device), catalog, top_k, num_beams, latent_steps,
+            deny=[torch.tensor(histories[row]) for row in rows] if exclude_history else None, allow_empty=True,
         )
         items[rows], scores[rows] = output.items.cpu().numpy(), output.scores.float().cpu().numpy()
         depths[rows] = output.latent_steps.cpu().numpy()
     return Recommendations(items, scores, depths, time.perf_counter() - start_time)
 
 
-class RankingCallback(TrainerCallback):
+class RankingEvaluator:
     """
-    Adds HR, NDCG and mean depth on held-out users to a trainer's evaluations, so that `metric_for_best_model` can name
-    them (`eval_NDCG@10`). Every process recommends for all samples, since each picks the best checkpoint for itself.
+    HR, NDCG and mean depth on held-out users while a model trains, see `ranking_evaluator` of [`LasarSFTTrainer`].
 
     Args:
         samples (`Dataset`):
@@ -106,7 +109,7 @@ class RankingCallback(TrainerCallback):
         encoder ([`~lasar_hf.data.PromptEncoder`]):
             Writes the prompts.
         catalog ([`SidCatalog`]):
-            The items.
+            The items to choose from.
         num_beams (`int`, *optional*, defaults to `20`):
             Width of the beam search.
         latent_steps (`int`, *optional*):
@@ -127,16 +130,19 @@ class RankingCallback(TrainerCallback):
         self.samples, self.encoder, self.catalog = samples, encoder, catalog
         self.num_beams, self.latent_steps, self.ks = num_beams, latent_steps, ks
 
-    def on_evaluate(self, args, state, control, metrics=None, model=None, **kwargs):
-        """Called by the Trainer with the metrics of the evaluation, which this extends."""
+    def __call__(self, model: LasarForGenerativeRec) -> dict[str, float]:
+        """
+        Args:
+            model ([`LasarForGenerativeRec`]):
+                The model as it stands.
+
+        Returns:
+            `dict[str, float]`: `HR@k`, `NDCG@k` and `mean_depth`.
+        """
         recommended = recommend_samples(
             model, self.samples, self.encoder, self.catalog, max(self.ks), self.num_beams, self.latent_steps
         )
         row = evaluate_recommendations(
             recommended.items, self.samples["target"], len(self.catalog), recommended.latent_steps, ks=self.ks
         )
-        for name, value in row.items():
-            if name.startswith(("HR", "NDCG", "mean_depth")):
-                metrics[f"eval_{name}"] = value
-        if state.log_history and "eval_loss" in state.log_history[-1]:
-            state.log_history[-1].update({k: v for k, v in metrics.items() if k.startswith(("eval_HR", "eval_NDCG"))})
+        return {name: value for name, value in row.items() if name.startswith(("HR", "NDCG", "mean_depth"))}

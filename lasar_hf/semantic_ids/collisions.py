@@ -92,26 +92,30 @@ def _place(codes: np.ndarray, fixed: np.ndarray, quantizer: ResidualKMeans, x: n
     codes = codes.copy()
     for level in range(num_levels - 1):
         _move_surplus(codes, fixed, level, quantizer, x)
-    for rows, taken in _groups(codes, fixed, num_levels - 1):
-        used = np.concatenate([codes[rows, -1], fixed[taken, -1]])
-        if len(np.unique(used)) == len(used):
-            continue
+    for rows, taken in _crowded(codes, fixed, num_levels - 1, capacity=1):
         free = np.setdiff1d(np.arange(num_codes), fixed[taken, -1])
         cost = quantizer.distances(x[rows], codes[rows, :-1])[:, free]
         codes[rows, -1] = free[linear_sum_assignment(cost)[1]]
     return codes
 
 
-def _groups(codes: np.ndarray, fixed: np.ndarray, length: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Row numbers `(of codes, of fixed)` of each prefix of that length that some row of `codes` has."""
+def _crowded(codes: np.ndarray, fixed: np.ndarray, length: int, capacity: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """
+    The prefixes of `length` codes in which some next code has more than `capacity` items.
+
+    Returns for each the row numbers of all its items, `(of codes, of fixed)`.
+    """
     both = np.concatenate([codes, fixed])
-    key = np.zeros(len(both), dtype=np.int64)
+    prefix = np.zeros(len(both), dtype=np.int64)
     for level in range(length):  # numbered anew at each level: K^M may not fit an integer, items times K does
-        key = np.unique(key * (both[:, level].max() + 1) + both[:, level], return_inverse=True)[1]
-    order = np.argsort(key, kind="stable")
-    starts = np.flatnonzero(np.diff(key[order], prepend=-1))
+        prefix = np.unique(prefix * (both[:, level].max() + 1) + both[:, level], return_inverse=True)[1]
+    _, child, load = np.unique(
+        prefix * (both[:, length].max() + 1) + both[:, length], return_inverse=True, return_counts=True
+    )
+    crowded = np.flatnonzero(np.isin(prefix, prefix[load[child] > capacity]))
+    order = crowded[np.argsort(prefix[crowded], kind="stable")]
     groups = []
-    for members in np.split(order, starts[1:]):
+    for members in np.split(order, np.flatnonzero(np.diff(prefix[order])) + 1):
         own = np.searchsorted(members, len(codes))  # rows of `codes` come first
         if own:
             groups.append((members[:own], members[own:] - len(codes)))
@@ -127,12 +131,10 @@ def _move_surplus(codes: np.ndarray, fixed: np.ndarray, level: int, quantizer: R
     """
     num_codes = quantizer.codebook_size
     capacity = num_codes ** (quantizer.num_sid_levels - level - 1)
-    for rows, taken in _groups(codes, fixed, level):
+    for rows, taken in _crowded(codes, fixed, level, capacity):
         load = np.bincount(codes[rows, level], minlength=num_codes)
         room = [capacity - int(count) for count in load + np.bincount(fixed[taken, level], minlength=num_codes)]
         overfull = [code for code in range(num_codes) if room[code] < 0]
-        if not overfull:
-            continue
         candidates = rows[np.isin(codes[rows, level], overfull)]
         distance = quantizer.distances(x[candidates], codes[candidates, :level])
         own = codes[candidates, level]

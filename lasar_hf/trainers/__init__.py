@@ -3,10 +3,12 @@
 from .catalog_head import add_catalog_head
 from .grpo_config import LasarGRPOConfig
 from .grpo_trainer import LasarGRPOTrainer
+from .lora import lasar_lora_config, lora_from_arguments, save_trained
 from .losses import alignment_loss, bidirectional_kl, depth_entropy, exact_depth_loss, reinforce_loss
 from .rewards import ExactMatchReward, RankingReward
 from .sft_config import LasarSFTConfig
 from .sft_trainer import LasarDataCollator, LasarSFTTrainer
+from .sharding import call_gathered, whole_weights
 
 
 __all__ = [
@@ -20,7 +22,12 @@ __all__ = [
     "add_catalog_head",
     "alignment_loss",
     "bidirectional_kl",
+    "call_gathered",
     "depth_entropy",
     "exact_depth_loss",
+    "lasar_lora_config",
+    "lora_from_arguments",
     "reinforce_loss",
+    "save_trained",
+    "whole_weights",
 ]

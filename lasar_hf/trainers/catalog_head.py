@@ -1,7 +1,7 @@
-"""The catalogue-normalised head under TRL's protocol, so that TRL's trainers score items by the one policy distribution.
+"""The catalogue-normalised head under TRL's protocol: TRL's trainers score items by the one policy distribution.
 
-TRL's trainers call `model(..., labels=labels, fused_lm_head=True)` and read per-token log-probabilities. Giving a model
-this head in the place of TRL's own makes both trainers, their losses and their metrics use the distribution of
+TRL's trainers call `model(..., labels=labels, fused_lm_head=True)` and read per-token log-probabilities. Giving a
+model this head in the place of TRL's own makes both trainers, their losses and their metrics use the distribution of
 decoding_lasar: SID tokens are normalised over the codes that continue some item, text tokens over the vocabulary.
 """
 
@@ -12,7 +12,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from trl.trainer.utils import FusedCausalLMOutput, maybe_gather_lm_head_ctx, selective_log_softmax_and_entropy
 
-from ..decoding_lasar import SidCatalog, SidTrie, child_log_probs
+from ..catalog_lasar import SidCatalog, SidTrie
+from ..decoding_lasar import child_log_probs
 from ..modeling_lasar import LasarForGenerativeRec
 
 
@@ -72,8 +73,8 @@ def score_labels(
             Temperature the logits are divided by.
 
     Returns:
-        `FusedCausalLMOutput`: `log_probs`, `entropy`, `is_top1` and `label_mask`, `(B, L - 1)`, float32, and `loss`, the
-        mean negative log-probability.
+        `FusedCausalLMOutput`: `log_probs`, `entropy`, `is_top1` and `label_mask`, `(B, L - 1)`, float32, and `loss`,
+        the mean negative log-probability.
 
     Raises:
         `ValueError`: if the codes of a label continue no item.
@@ -86,22 +87,22 @@ def score_labels(
     level_of = torch.where(is_sid, sid // config.codebook_size, -1)
 
     scores = [hidden_states.new_zeros(targets.shape, dtype=torch.float32) for _ in range(3)]
-    weight, bias = model.lm_head.weight, model.lm_head.bias
+    weight = model.lm_head.weight
     if isinstance(weight, DTensor):
-        weight, bias = weight.full_tensor(), None if bias is None else bias.full_tensor()
-    with maybe_gather_lm_head_ctx(weight, bias):
+        weight = weight.full_tensor()
+    with maybe_gather_lm_head_ctx(weight):
         for level in range(config.num_sid_levels):
             places = (level_of == level).nonzero(as_tuple=True)
             start = config.sid_token_id(level, 0)
             rows = slice(start, start + config.codebook_size)
-            head = weight[rows], None if bias is None else bias[rows]
+            head = weight[rows], None
             nodes = _prefix_nodes(input_ids, places, level, trie, config)
-            part = _score_level(hidden_states[places], head, trie, level, nodes, sid[places] - level * config.codebook_size,
-                                temperature)
+            codes = sid[places] - level * config.codebook_size
+            part = _score_level(hidden_states[places], head, trie, level, nodes, codes, temperature)
             scores = [whole.index_put(places, values) for whole, values in zip(scores, part, strict=True)]
         places = (label_mask & ~is_sid).nonzero(as_tuple=True)
         if len(places[0]):
-            logits = nn.functional.linear(hidden_states[places], weight, bias).float() / temperature
+            logits = nn.functional.linear(hidden_states[places], weight).float() / temperature
             log_probs, entropy = selective_log_softmax_and_entropy(logits, targets[places])
             is_top1 = (logits.argmax(dim=-1) == targets[places]).float()
             part = (log_probs, entropy, is_top1)
@@ -132,8 +133,8 @@ def _score_level(hidden_states, head, trie: SidTrie, level: int, nodes, target_c
     if not is_target.any(dim=1).all():
         bad = int((~is_target.any(dim=1)).nonzero()[0])
         raise ValueError(
-            f"A label has code {int(target_codes[bad])} at level {level}, but no item of the catalogue continues so: the "
-            "training rows and the catalogue must come from the same Semantic IDs."
+            f"A label has code {int(target_codes[bad])} at level {level}, but no item of the catalogue continues so: "
+            "the training rows and the catalogue must come from the same Semantic IDs."
         )
     target = log_probs.gather(1, is_target.float().argmax(dim=1, keepdim=True))[:, 0]
     with torch.no_grad():

@@ -31,8 +31,8 @@ class LasarGRPOConfig(GRPOConfig):
     > - `loss_type`: Defaults to `"grpo"` instead of `"dapo"`: every answer has the same length.
     > - `learning_rate`: Defaults to `1e-5` instead of `1e-6`.
     > - `max_completion_length`: Defaults to `4` instead of `512`; the trainer sets it to the number of SID levels.
-    > - `disable_dropout`: Defaults to `True` instead of `False`: the policy that is scored must be the one that was drawn
-    >   from.
+    > - `disable_dropout`: Defaults to `True` instead of `False`: the policy that is scored must be the one that was
+    >   drawn from.
     """
 
     beta: float = field(default=0.04, metadata={"help": "Weight of the KL penalty to the stage-2 model."})

@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import warnings
+from functools import partial
 
 import torch
 from accelerate import PartialState
@@ -12,21 +14,24 @@ from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import RepeatSampler, pad
 
-from ..decoding_lasar import SidCatalog, sample_items
-from ..modeling_lasar import sampled_depth
+from ..catalog_lasar import SidCatalog
+from ..decoding_lasar import sample_items
+from ..trunk_lasar import sampled_depth
 from .catalog_head import add_catalog_head
 from .grpo_config import LasarGRPOConfig
 from .latent_metrics import TrunkRecorder, last_latent, latent_metrics, unwrap_lasar
+from .lora import refuse_zero3, train_policy_head
 from .losses import bidirectional_kl, reinforce_loss
 from .model_card import save_model_card
 from .rewards import ExactMatchReward, RankingReward
+from .sharding import call_gathered
 
 
 BASELINE_NAME = "depth_baseline.json"
 
 
 class EpochRepeatSampler(RepeatSampler):
-    """TRL's sampler, whose order depends on the epoch alone: a run that resumes in a later epoch sees the same prompts."""
+    """TRL's sampler, ordered by the epoch alone: a run that resumes in a later epoch sees the same prompts."""
 
     def set_epoch(self, epoch: int) -> None:
         """Called by the Trainer before each epoch."""
@@ -36,8 +41,8 @@ class EpochRepeatSampler(RepeatSampler):
 
 class LasarGRPOTrainer(GRPOTrainer):
     r"""
-    GRPO for LASAR. It differs from [`~trl.GRPOTrainer`] in how candidates are drawn and in two more losses; the rest is
-    inherited:
+    GRPO for LASAR. It differs from [`~trl.GRPOTrainer`] in how candidates are drawn and in two more losses; the rest
+    is inherited:
 
         L = L_GRPO + γ_KL · L_terminal + γ_RF · L_RF        (METHOD.md 5)
 
@@ -58,8 +63,8 @@ class LasarGRPOTrainer(GRPOTrainer):
             Reward functions; exact match and ranking if not given. They read `completion_ids`, since special tokens
             vanish from decoded text.
         train_dataset ([`~datasets.Dataset`]):
-            Columns `prompt` (text that ends in `<|latent_start|>`), `target` (row in the catalogue) and, for the terminal
-            anchor loss, `terminal_anchor` (`H` floats), see [`~lasar_hf.data.grpo_rows`].
+            Columns `prompt` (text that ends in `<|latent_start|>`), `target` (row in the catalogue) and, for the
+            terminal anchor loss, `terminal_anchor` (`H` floats), see [`~lasar_hf.data.grpo_rows`].
         kwargs:
             Passed to [`~trl.GRPOTrainer`].
 
@@ -83,6 +88,7 @@ class LasarGRPOTrainer(GRPOTrainer):
         **kwargs,
     ):
         _check_arguments(args)
+        refuse_zero3(model, args, kwargs.get("peft_config"))
         lasar_config = unwrap_lasar(model).config if not isinstance(model, str) else AutoConfig.from_pretrained(model)
         args.max_completion_length = lasar_config.num_sid_levels
         catalog.check_matches(lasar_config.num_sid_levels, lasar_config.codebook_size)
@@ -90,25 +96,29 @@ class LasarGRPOTrainer(GRPOTrainer):
             reward_funcs = [
                 ExactMatchReward(catalog, lasar_config), RankingReward(catalog, lasar_config, args.num_generations)
             ]
-        if args.beta > 0 and isinstance(model, PreTrainedModel):
+        # The reference of an adapter is the model without it.
+        is_reloaded = args.beta > 0 and kwargs.get("peft_config") is None
+        if is_reloaded and isinstance(model, PreTrainedModel):
             _snapshot_reference(model, os.path.join(args.output_dir, "reference_model"))
-        super().__init__(
-            model=model,
-            reward_funcs=reward_funcs,
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            rollout_func=self._draw_candidates,
-            **kwargs,
-        )
+        with warnings.catch_warnings():
+            # TRL warns that `rollout_func` is experimental; its version is pinned and its contract tested.
+            warnings.filterwarnings("ignore", message="You are using 'rollout_func'")
+            super().__init__(
+                model=model,
+                reward_funcs=reward_funcs,
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                rollout_func=self._draw_candidates,
+                **kwargs,
+            )
         self.catalog = catalog
         lasar = unwrap_lasar(self.model)
         for policy in (lasar, self.ref_model):
             if policy is not None:
                 add_catalog_head(self.accelerator.unwrap_model(policy), catalog, args.temperature)
-        # DDP waits for the gradient of every parameter that wants one.
-        lasar.model.policy_head.requires_grad_(args.depth_weight > 0)
+        train_policy_head(lasar, args.depth_weight > 0)
         self._recorder = TrunkRecorder(lasar.model)
         self._group_rewards: torch.Tensor | None = None
         self.reward_baseline: float | None = None  # b_EMA, the first batch's mean reward to begin with
@@ -124,14 +134,14 @@ class LasarGRPOTrainer(GRPOTrainer):
                 This trainer.
 
         Returns:
-            `dict` with `prompt_ids` (the latent slots included), `completion_ids` (`M` SID tokens, a group's candidates in
-            descending order of probability) and `logprobs` (`None`: there is no second engine to correct for).
+            `dict` with `prompt_ids` (the latent slots included), `completion_ids` (`M` SID tokens, a group's
+            candidates in descending order of probability) and `logprobs` (`None`: there is no second engine to
+            correct for).
         """
         group_size = self.num_generations if self.model.training else self.num_generations_eval
         ids = self.processing_class(prompts[::group_size], add_special_tokens=False).input_ids
         padded = pad([torch.tensor(row) for row in ids], padding_side="left").to(self.accelerator.device)
         mask = pad([torch.ones(len(row), dtype=torch.long) for row in ids], padding_side="left").to(padded.device)
-        trie = self.catalog.trie(padded.device)
         with (
             unwrap_model_for_generation(
                 self.model_wrapped, self.accelerator,
@@ -139,17 +149,23 @@ class LasarGRPOTrainer(GRPOTrainer):
             ) as unwrapped,
             unwrap_lasar(unwrapped).evaluating() as lasar,
         ):
-            chain = lasar.think(padded, mask, sampled_depth)
-            leaves, _ = sample_items(
-                lasar, chain, trie, group_size, self.temperature, replacement=self.args.sampling == "sample"
-            )
+            draw = partial(self._draw, lasar, padded, mask, group_size)
+            depths, items = call_gathered(unwrapped, draw)
         config = lasar.config
         levels = config.sid_token_id(0, 0) + config.codebook_size * torch.arange(config.num_sid_levels)
-        items = trie.items(leaves)[..., 0].cpu()
-        completions = (self.catalog.codes[items] + levels).flatten(0, 1).tolist()
-        slots = [[config.latent_token_id] * depth + [config.latent_end_token_id] for depth in chain.depths.tolist()]
+        completions = (self.catalog.codes[items.cpu()] + levels).flatten(0, 1).tolist()
+        slots = [[config.latent_token_id] * depth + [config.latent_end_token_id] for depth in depths.tolist()]
         prompt_ids = [row + slot for row, slot in zip(ids, slots, strict=True) for _ in range(group_size)]
         return {"prompt_ids": prompt_ids, "completion_ids": completions, "logprobs": None}
+
+    def _draw(self, lasar, prompt_ids, prompt_mask, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A depth `(B,)` and `G` items `(B, G)` for each prompt."""
+        trie = self.catalog.trie(prompt_ids.device)
+        chain = lasar.think(prompt_ids, prompt_mask, sampled_depth)
+        leaves, _ = sample_items(
+            lasar, chain, trie, group_size, self.temperature, replacement=self.args.sampling == "sample"
+        )
+        return chain.depths, trie.items(leaves)[..., 0]
 
     def _get_train_sampler(self, dataset=None):
         """TRL's order of prompts, made a function of the epoch."""
@@ -225,28 +241,38 @@ class LasarGRPOTrainer(GRPOTrainer):
             with open(os.path.join(checkpoint, BASELINE_NAME), encoding="utf-8") as file:
                 self.reward_baseline = json.load(file)["reward_baseline"]
 
+    def _save(self, output_dir=None, state_dict=None):
+        """The catalogue belongs beside the weights: a checkpoint alone can recommend."""
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            self.catalog.save_pretrained(output_dir or self.args.output_dir)
+
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):
         """Write the card from this package: TRL's template is found inside the trl package only."""
-        save_model_card(self, model_name, [*self._tag_names, *(tags or [])], "Reinforcement learning of LASAR with GRPO.")
+        tags = [*self._tag_names, *(tags or [])]
+        save_model_card(self, model_name, tags, "Reinforcement learning of LASAR with GRPO.")
 
 
 def _check_arguments(args: LasarGRPOConfig) -> None:
     if args.mask_truncated_completions:
         raise ValueError("Semantic IDs have no end token: mask_truncated_completions=True would mask every answer.")
+    is_zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
+    if is_zero3 and not args.ds3_gather_for_generation:
+        raise ValueError("Candidates are scored by rows of the head: under ZeRO-3 set ds3_gather_for_generation=True.")
     if args.use_vllm or args.use_transformers_continuous_batching:
         raise ValueError("Candidates come from the latent loop: set use_vllm and continuous batching to False.")
     local = args.per_device_train_batch_size * args.steps_per_generation
     if local % args.num_generations:
         raise ValueError(
-            f"A process draws {local} candidates at a time (per_device_train_batch_size x steps_per_generation), which is "
-            f"no multiple of num_generations={args.num_generations}: a group must not be split over processes."
+            f"A process draws {local} candidates at once (per_device_train_batch_size x steps_per_generation), which "
+            f"is no multiple of num_generations={args.num_generations}: a group must not be split over processes."
         )
     generate_every = args.steps_per_generation * args.num_iterations
     if args.save_strategy == "steps" and args.save_steps >= 1:
         if int(args.save_steps) * args.gradient_accumulation_steps % generate_every:
             raise ValueError(
-                f"save_steps={int(args.save_steps)} falls between two generations (every {generate_every} micro-batches), "
-                "where a run cannot be resumed exactly: choose a multiple of "
+                f"save_steps={int(args.save_steps)} falls between two generations (every {generate_every} "
+                "micro-batches), where no run resumes exactly: choose a multiple of "
                 f"{generate_every // math.gcd(generate_every, args.gradient_accumulation_steps)}."
             )
 

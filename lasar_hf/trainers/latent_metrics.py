@@ -5,7 +5,7 @@ from peft import PeftModel
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from ..modeling_lasar import LasarModel, LasarModelOutput
+from ..trunk_lasar import LasarModel, LasarModelOutput
 from .losses import depth_entropy
 
 
@@ -54,9 +54,9 @@ def latent_metrics(output: LasarModelOutput, embedding: nn.Embedding) -> dict[st
             The backbone's embedding matrix.
 
     Returns:
-        `dict[str, torch.Tensor]`: scalars `mean_depth` (steps), `depth_entropy` (nats) and `latent_norm_ratio`, the mean
-        norm of the inputs of the latent slots over that of the embeddings, whose growth is the known failure of latent
-        loops.
+        `dict[str, torch.Tensor]`: scalars `mean_depth` (steps), `depth_entropy` (nats) and `latent_norm_ratio`, the
+        mean norm of the inputs of the latent slots over that of the embeddings, whose growth is the known failure of
+        latent loops.
     """
     steps = output.latent_steps
     metrics = {"mean_depth": steps.float().mean(), "depth_entropy": depth_entropy(output.depth_logits).mean()}

@@ -2,8 +2,8 @@
 
 import math
 
+from ..catalog_lasar import SidCatalog
 from ..configuration_lasar import LasarConfig
-from ..decoding_lasar import SidCatalog
 
 
 class ExactMatchReward:
@@ -81,7 +81,6 @@ class RankingReward(ExactMatchReward):
         for start in range(0, len(hits), size):
             group = hits[start : start + size]
             holds_target = any(group)
-            rewards += [
-                penalty if holds_target and not hit else 0.0 for hit, penalty in zip(group, self.penalties, strict=True)
-            ]
+            pairs = zip(group, self.penalties, strict=True)
+            rewards += [penalty if holds_target and not hit else 0.0 for hit, penalty in pairs]
         return rewards

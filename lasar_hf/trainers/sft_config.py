@@ -12,8 +12,8 @@ class LasarSFTConfig(SFTConfig):
 
     Args:
         sid_loss (`str`, *optional*, defaults to `"catalog"`):
-            Normalisation of the cross-entropy at SID positions: over the codes that continue some item of the catalogue
-            (`"catalog"`), or over the whole vocabulary as in the paper (`"vocab"`).
+            Normalisation of the cross-entropy at SID positions: over the codes that continue some item of the
+            catalogue (`"catalog"`), or over the whole vocabulary as in the paper (`"vocab"`).
         alignment (`str`, *optional*, defaults to `"kl"`):
             Distance between latent states and semantic anchors: `"kl"`, `"cosine"`, `"mse"` or `"none"`.
         alignment_weight (`float`, *optional*, defaults to `0.1`):
@@ -23,8 +23,8 @@ class LasarSFTConfig(SFTConfig):
 
     > [!NOTE]
     > These parameters have default values different from [`~trl.SFTConfig`]:
-    > - `max_length`: Defaults to `None` instead of `1024`: cutting a row would cut off its answer. Prompts are limited by
-    >   the number of items they show.
+    > - `max_length`: Defaults to `None` instead of `1024`: cutting a row would cut off its answer. Prompts are limited
+    >   by the number of items they show.
     """
 
     max_length: int | None = field(

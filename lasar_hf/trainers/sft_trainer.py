@@ -1,20 +1,26 @@
 """Stage 1 (SID grounding) and stage 2 (latent reasoning with semantic anchors) on TRL's SFTTrainer."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
+from peft.utils.other import TrainableTokensWrapper
 from torch import nn
 from trl import SFTTrainer
+from trl.models import unwrap_model_for_generation
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from ..catalog_lasar import SidCatalog
 from ..data.anchors import AnchorStore
-from ..decoding_lasar import SidCatalog
 from .catalog_head import add_catalog_head
 from .latent_metrics import TrunkRecorder, latent_metrics, unwrap_lasar
+from .lora import refuse_zero3, train_policy_head
 from .losses import alignment_loss
 from .model_card import save_model_card
 from .sft_config import LasarSFTConfig
+from .sharding import call_gathered
 
 
 @dataclass
@@ -24,15 +30,15 @@ class LasarDataCollator(DataCollatorForLanguageModeling):
 
     Args:
         anchors ([`~lasar_hf.data.AnchorStore`], *optional*):
-            Anchors by sample; rows then carry a column `sample`. The batch gets `anchors` `(B, max N, H)`, zero beyond a
-            row's depth.
+            Anchors by sample; rows then carry a column `sample`. The batch gets `anchors` `(B, max N, H)`, zero
+            beyond a row's depth.
     """
 
     anchors: AnchorStore | None = field(default=None, kw_only=True)
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = super().torch_call(examples)
-        if self.anchors is not None:
+        if self.anchors is not None and "sample" in examples[0]:  # held-out rows have no chain of thought
             vectors = [torch.as_tensor(self.anchors[example["sample"]]) for example in examples]
             batch["anchors"] = nn.utils.rnn.pad_sequence(vectors, batch_first=True)
         return batch
@@ -56,16 +62,20 @@ class LasarSFTTrainer(SFTTrainer):
         catalog ([`SidCatalog`], *optional*):
             The items; needed for `sid_loss="catalog"`.
         anchors ([`~lasar_hf.data.AnchorStore`], *optional*):
-            Semantic anchors of the training samples; rows carry their number in a column `sample`. Without anchors there
-            is no alignment loss.
+            Semantic anchors of the training samples; rows carry their number in a column `sample`. Without anchors
+            there is no alignment loss.
+        ranking_evaluator (`Callable`, *optional*):
+            Called with the model at each evaluation; what it returns is logged and can name the best checkpoint, as
+            `metric_for_best_model="eval_NDCG@10"`. See [`~lasar_hf.evaluation.RankingEvaluator`]. Every process
+            calls it.
         train_dataset ([`~datasets.Dataset`]):
             Rows with `input_ids` and `labels`, see [`~lasar_hf.data.sft_rows`] and [`~lasar_hf.data.reasoning_rows`].
         kwargs:
             Passed to [`~trl.SFTTrainer`].
 
     Raises:
-        `ValueError`: if `sid_loss="catalog"` and there is no catalogue, an alignment is asked without anchors, or packing
-        or padding-free batches are asked for (a latent region needs its own row).
+        `ValueError`: if `sid_loss="catalog"` and there is no catalogue, or packing or padding-free batches are asked
+        for (a latent region needs its own row).
     """
 
     _tag_names = ["trl", "sft", "lasar"]
@@ -77,6 +87,7 @@ class LasarSFTTrainer(SFTTrainer):
         args: LasarSFTConfig,
         catalog: SidCatalog | None = None,
         anchors: AnchorStore | None = None,
+        ranking_evaluator: Callable[[nn.Module], dict[str, float]] | None = None,
         train_dataset=None,
         eval_dataset=None,
         processing_class=None,
@@ -86,6 +97,7 @@ class LasarSFTTrainer(SFTTrainer):
             raise ValueError('sid_loss="catalog" needs the items: pass catalog=SidCatalog(codes, item_ids).')
         if args.packing or args.padding_free:
             raise ValueError("LASAR cuts each row at its latent region: set packing=False and padding_free=False.")
+        refuse_zero3(model, args, kwargs.get("peft_config"))
         super().__init__(
             model=model,
             args=args,
@@ -95,7 +107,8 @@ class LasarSFTTrainer(SFTTrainer):
             **kwargs,
         )
         lasar = unwrap_lasar(self.model)
-        self.anchors = anchors
+        self.catalog = catalog
+        self.ranking_evaluator = ranking_evaluator
         if isinstance(self.data_collator, DataCollatorForLanguageModeling):
             self.data_collator = LasarDataCollator(
                 self.data_collator.pad_token_id,
@@ -104,11 +117,9 @@ class LasarSFTTrainer(SFTTrainer):
             )
         if args.sid_loss == "catalog":
             add_catalog_head(lasar, catalog)
-        if args.policy_weight == 0:
-            # DDP waits for the gradient of every parameter that wants one, and nothing in the loss would give it.
-            lasar.model.policy_head.requires_grad_(False)
-        elif not any(parameter.requires_grad for parameter in lasar.model.policy_head.parameters()):
-            lasar.model.policy_head.requires_grad_(True)
+        elif isinstance(lasar.lm_head, TrainableTokensWrapper):
+            lasar.lm_head.bias = None  # TRL's head reads it, and PEFT's wrapper passes the weight on alone
+        train_policy_head(lasar, args.policy_weight > 0)
         self._recorder = TrunkRecorder(lasar.model)
 
     def _set_signature_columns_if_needed(self):
@@ -151,6 +162,26 @@ class LasarSFTTrainer(SFTTrainer):
         for name, value in metrics.items():
             value = self.accelerator.gather_for_metrics(value.detach().float()).mean().item()
             self._metrics[mode][name].append(value)
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """The losses of TRL, then the ranking metrics of `ranking_evaluator`."""
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        if self.ranking_evaluator is not None:
+            ranking = {f"{metric_key_prefix}_{name}": value for name, value in self._rank().items()}
+            self.log(dict(ranking))
+            metrics |= ranking
+        return metrics
+
+    def _rank(self) -> dict[str, float]:
+        """What `ranking_evaluator` finds, on whole weights."""
+        with unwrap_model_for_generation(self.model_wrapped, self.accelerator) as model:
+            return call_gathered(model, partial(self.ranking_evaluator, unwrap_lasar(model)))
+
+    def _save(self, output_dir=None, state_dict=None):
+        """The catalogue belongs beside the weights: a checkpoint alone can recommend."""
+        super()._save(output_dir, state_dict)
+        if self.args.should_save and self.catalog is not None:
+            self.catalog.save_pretrained(output_dir or self.args.output_dir)
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):
         """Write the card from this package: TRL's template is found inside the trl package only."""

@@ -1,0 +1,81 @@
+"""
+The job of recipes/recommend.py on Ray Data, for clusters that run it: one actor a worker, each with its own model.
+
+    pip install "lasar_hf[ray]"
+    python examples/ray_recommend.py outputs/scientific/grpo histories.parquet recommendations --workers 2
+"""
+
+import argparse
+from pathlib import Path
+
+import ray
+from transformers import AutoTokenizer
+
+from lasar_hf import LasarForGenerativeRec, SidCatalog
+from lasar_hf.data import PromptEncoder
+from lasar_hf.evaluation import recommend_samples
+
+
+class Recommender:
+    """
+    Loads a checkpoint once and recommends for the batches that Ray hands it.
+
+    Args:
+        args (`argparse.Namespace`):
+            The command line.
+    """
+
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
+        self.catalog = SidCatalog.from_pretrained(args.model)
+        device = "cuda" if args.gpus_per_worker else "cpu"
+        self.model = LasarForGenerativeRec.from_pretrained(args.model).to(device).eval()
+        tokenizer = AutoTokenizer.from_pretrained(args.model)
+        self.encoder = PromptEncoder(tokenizer, self.catalog.codes.numpy(), args.instruction, args.max_history)
+
+    def __call__(self, batch: dict) -> dict:
+        """`user_id` and `history` (item ids, oldest first) to `user_id`, `item_ids`, `scores` and `latent_steps`."""
+        histories = [self.rows(*row) for row in zip(batch["user_id"], batch["history"], strict=True)]
+        found = recommend_samples(
+            self.model, {"history": histories}, self.encoder, self.catalog, self.args.top_k, self.args.num_beams,
+            self.args.latent_steps,
+        )
+        item_ids = [[self.catalog.item_ids[item] for item in row if item >= 0] for row in found.items]
+        scores = [row[: len(items)].tolist() for row, items in zip(found.scores, item_ids, strict=True)]
+        users = [str(user) for user in batch["user_id"]]
+        return {"user_id": users, "item_ids": item_ids, "scores": scores, "latent_steps": found.latent_steps}
+
+    def rows(self, user, history) -> list[int]:
+        """Item rows of a history."""
+        unknown = [item for item in map(str, history) if item not in self.catalog.row_of]
+        if unknown:
+            raise ValueError(f"User {str(user)!r} has the item {unknown[0]!r}, which the catalogue lacks.")
+        return [self.catalog.row_of[str(item)] for item in history]
+
+
+def main() -> None:
+    """Read the histories, recommend, write Parquet."""
+    parser = argparse.ArgumentParser(description=__doc__.strip().split("\n")[0])
+    parser.add_argument("model", help="Checkpoint with its tokenizer and catalogue.")
+    parser.add_argument("histories", help="`.parquet` or `.jsonl` with `user_id` and `history` (item ids).")
+    parser.add_argument("output_dir", help="Folder of the Parquet files.")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--gpus_per_worker", type=float, default=0)
+    parser.add_argument("--top_k", type=int, default=10)
+    parser.add_argument("--num_beams", type=int, default=50)
+    parser.add_argument("--latent_steps", type=int, help="Fixed depth; the policy head's choice if not given.")
+    parser.add_argument("--instruction", default="Recommend the next item.")
+    parser.add_argument("--max_history", type=int, default=50)
+    parser.add_argument("--batch_size", type=int, default=64)
+    args = parser.parse_args()
+    args.model = str(Path(args.model).resolve())  # workers have another working folder
+    read = ray.data.read_parquet if args.histories.endswith(".parquet") else ray.data.read_json
+    recommended = read(str(Path(args.histories).resolve())).map_batches(
+        Recommender, fn_constructor_args=(args,), batch_size=args.batch_size, batch_format="numpy",
+        compute=ray.data.ActorPoolStrategy(size=args.workers), num_gpus=args.gpus_per_worker,
+    )
+    recommended.write_parquet(str(Path(args.output_dir).resolve()))
+
+
+if __name__ == "__main__":
+    main()

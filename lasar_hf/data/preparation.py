@@ -1,0 +1,96 @@
+"""Steps of a preparation that need no model: each reads files of `folder` and writes to `out` (see `run_steps`)."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from datasets import DatasetDict
+
+from .card import describe
+from .interactions import Interactions
+from .pipeline import write_json
+from .prepared import PreparedData
+from .segments import segment, sentence_embedder
+from .sources import SourceArguments, read_source
+from .splits import Split, TimeSplit, global_time, leave_one_out, samples
+from .storage import load_interactions, load_split, load_texts, save_interactions, save_split, save_texts
+from .teacher import TemplateTeacher
+
+
+def load_base(folder: Path) -> tuple[Interactions, Split | TimeSplit]:
+    """What the first two steps left."""
+    return load_interactions(folder / "interactions"), load_split(folder / "split")
+
+
+def write_interactions(folder: Path, out: Path, source: SourceArguments, seed: int) -> None:
+    """`interactions/`: the source, read, checked and filtered."""
+    save_interactions(read_source(source, seed), out / "interactions")
+
+
+def write_split(folder: Path, out: Path, split: str, validation_share: float, test_share: float) -> None:
+    """`split/`: leave-one-out or global time."""
+    interactions = load_interactions(folder / "interactions")
+    by_time = split == "global_time"
+    parts = global_time(interactions, validation_share, test_share) if by_time else leave_one_out(interactions)
+    save_split(parts, out / "split")
+
+
+def write_chains(
+    folder: Path,
+    out: Path,
+    targets: str,
+    teacher: str,
+    teacher_model: str | None,
+    base_url: str = "",
+    concurrency: int = 16,
+) -> None:
+    """`chains.parquet` and `chains.json`: a chain of thought a training sample, and who wrote how many."""
+    interactions, split = load_base(folder)
+    train = samples(split, "train", targets)
+    template = TemplateTeacher(interactions, split)
+    if teacher == "template":
+        chains, counts = template.chains_of_thought(train), {"teacher": teacher, "requests": len(train)}
+    else:
+        from .openai_teacher import OpenAITeacher  # its HTTP client is slow to import
+
+        log_path = folder / "teacher_log.jsonl"  # not in `out`: it outlives a run that is killed
+        model = OpenAITeacher(interactions, teacher_model, base_url, log_path, template, concurrency)
+        chains = model.chains_of_thought(train)
+        counts = {"teacher": teacher, "model": teacher_model} | model.counts
+    save_texts(chains, out / "chains.parquet")
+    write_json(out / "chains.json", counts)
+
+
+def write_segments(folder: Path, out: Path, max_latent_steps: int, segment_model: str | None) -> None:
+    """`segments.parquet`: the chains, cut."""
+    embed = sentence_embedder(segment_model) if segment_model else None
+    segments = segment(load_texts(folder / "chains.parquet"), embed, max_latent_steps)
+    save_texts(segments, out / "segments.parquet")
+
+
+def write_samples(folder: Path, out: Path, codes: np.ndarray, targets: str, codebook_size: int) -> None:
+    """`items/`, `samples/` and `prepared.json`, see `PreparedData`."""
+    interactions, split = load_base(folder)
+    parts = {name: samples(split, name, targets) for name in ("train", "validation", "test")}
+    for column, name in (("chain_of_thought", "chains"), ("segments", "segments")):
+        parts["train"] = parts["train"].add_column(column, load_texts(folder / f"{name}.parquet"))
+    items = PreparedData.item_table(interactions, codes)
+    PreparedData(items, DatasetDict(parts), codebook_size).save(out)
+
+
+def write_card(folder: Path, out: Path, arguments: dict[str, object], lasar_hf: str) -> None:
+    """`data_card.json`: arguments, counts, order and split of the data, Semantic IDs, chains."""
+    interactions, split = load_base(folder)
+    prepared = PreparedData.load(folder)
+    depths = np.array([len(parts) for parts in prepared.samples["train"]["segments"]])
+    counts = {
+        "users": len(split.user_ids),
+        "items": len(interactions.items),
+        "interactions": interactions.num_interactions,
+        **{f"{name}_samples": len(part) for name, part in prepared.samples.items()},
+        "mean_depth": round(float(depths.mean()), 3),
+    }
+    card = {"arguments": arguments, "lasar_hf": lasar_hf, "counts": counts, "data": describe(interactions, split)}
+    for name in ("semantic_ids", "chains"):
+        card[name] = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    write_json(out / "data_card.json", card)

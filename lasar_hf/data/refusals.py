@@ -1,0 +1,52 @@
+"""Which answers of a language model cannot be chains of thought: giving the target away, or no text."""
+
+import re
+import unicodedata
+from collections import Counter
+
+from .teacher import SPECIAL_TOKENS, fold
+
+
+REFUSALS = {
+    "title": "It named the title of the next item",
+    "token": "It contained a code in angle brackets",
+    "empty": "It was empty or far too short",
+    "garbage": "It was not plain text",
+    "long": "It was far too long",
+    "endpoint": "The endpoint refused the request",
+}
+_FEWEST_LETTERS, _MOST_LETTERS, _SHARE_OF_LETTERS = 20, 4000, 0.7
+_UNREADABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufffd]")
+
+
+def refusal(text: str, title: str) -> str | None:
+    """
+    Why an answer cannot be used, or `None`.
+
+    Args:
+        text (`str`):
+            The answer.
+        title (`str`):
+            Title of the target; it is looked for in one case, with single spaces and without invisible letters.
+
+    Returns:
+        `str`, *optional*: a key of `REFUSALS`.
+    """
+    kinds = Counter(unicodedata.category(letter)[0] for letter in text)
+    if kinds["L"] < _FEWEST_LETTERS:
+        return "empty"
+    if len(text) > _MOST_LETTERS:
+        return "long"
+    if SPECIAL_TOKENS.search(text):
+        return "token"
+    if fold(title) and (fold(title) in fold(text) or _bare(title) in _bare(text)):
+        return "title"
+    if kinds["L"] + kinds["M"] < _SHARE_OF_LETTERS * sum(not letter.isspace() for letter in text):
+        return "garbage"
+    return "garbage" if _UNREADABLE.search(text) else None
+
+
+def _bare(text: str) -> str:
+    """Folded text in its plainest letters, without invisible ones."""
+    plain = unicodedata.normalize("NFKC", text)
+    return fold("".join(letter for letter in plain if unicodedata.category(letter) != "Cf"))

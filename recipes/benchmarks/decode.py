@@ -1,0 +1,273 @@
+"""
+Latency of recommending, on random weights: this engine against `generate`, latent steps against direct generation and
+against a written chain of thought, and the catalogue's index.
+
+    python recipes/benchmark.py decode --json
+    python recipes/benchmark.py decode --size qwen3-0.6b --rounds 1 --json
+
+`generate` is run as this field runs it: the prompt is expanded to every beam before it is read, and a dictionary from
+a hash of the prefix to the tokens that can follow is looked up in a Python loop over the beams.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from tqdm.auto import tqdm
+from transformers import LogitsProcessor, Qwen3Config
+
+from lasar_hf import LasarConfig, LasarForGenerativeRec, SidCatalog
+from lasar_hf.catalog_lasar import SidTrie
+from lasar_hf.decoding_lasar import child_log_probs
+
+
+LEVELS, CODES = 4, 256
+SIZES = {
+    "small": dict(
+        hidden_size=512, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4,
+        head_dim=64, vocab_size=151_669,
+    ),
+    "qwen3-0.6b": dict(
+        hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8,
+        head_dim=128, vocab_size=151_669,
+    ),
+}
+
+
+class HashedPrefixProcessor(LogitsProcessor):
+    """
+    The constraint of the field's recommenders: `dict[hash of the codes so far] -> tokens`, one look-up a beam.
+
+    Normalised over the tokens that can follow, as here, so that the scores can be compared.
+
+    Args:
+        catalog ([`SidCatalog`]):
+            The items.
+        config ([`LasarConfig`]):
+            Configuration of the model.
+    """
+
+    def __init__(self, catalog: SidCatalog, config: LasarConfig):
+        self.latent_end = config.latent_end_token_id
+        offsets = torch.arange(LEVELS) * CODES + config.sid_token_offset
+        allowed: dict[int, set[int]] = {}
+        for ids in (catalog.codes + offsets).tolist():
+            for level, token in enumerate(ids):
+                allowed.setdefault(hash(tuple(ids[:level])), set()).add(token)
+        self.allowed = {key: sorted(tokens) for key, tokens in allowed.items()}
+
+    def __call__(self, input_ids, scores):
+        """Scores `(B * W, V)` with `-inf` at every token that cannot follow."""
+        mask = torch.full_like(scores, -torch.inf)
+        for beam, ids in enumerate(input_ids.tolist()):
+            prefix = ids[len(ids) - ids[::-1].index(self.latent_end) :]
+            mask[beam, self.allowed[hash(tuple(prefix))]] = 0
+        return (scores + mask).log_softmax(dim=-1)
+
+
+def make_model(size: str, device: torch.device, dtype: torch.dtype) -> LasarForGenerativeRec:
+    """A recommender of that size with random weights."""
+    shape = dict(SIZES[size])
+    num_words = shape.pop("vocab_size")
+    backbone = Qwen3Config(
+        **shape, vocab_size=num_words + 3 + LEVELS * CODES, tie_word_embeddings=True, max_position_embeddings=4096,
+        pad_token_id=0, bos_token_id=None, eos_token_id=None,
+    )
+    config = LasarConfig(
+        backbone_config=backbone, num_sid_levels=LEVELS, codebook_size=CODES, sid_token_offset=num_words + 3,
+        latent_start_token_id=num_words, latent_token_id=num_words + 1, latent_end_token_id=num_words + 2,
+    )
+    return LasarForGenerativeRec(config).to(device, dtype).eval()
+
+
+def random_codes(num_items: int, seed: int = 0) -> torch.Tensor:
+    """Distinct Semantic IDs `(I, M)`, int32."""
+    generator = torch.Generator().manual_seed(seed)
+    keys = torch.randint(0, CODES**LEVELS, (num_items + num_items // 50 + 100,), generator=generator).unique()
+    keys = keys[torch.randperm(len(keys), generator=generator)[:num_items]]
+    return torch.stack([keys // CODES**level % CODES for level in range(LEVELS)], dim=1).int()
+
+
+def seconds_of(call: Callable, device: torch.device) -> tuple[float, object]:
+    """Wall-clock seconds of a call, and what it returned."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    result = call()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start, result
+
+
+def interleaved(calls: dict[str, tuple[Callable, int]], rounds: int, device: torch.device):
+    """
+    Median seconds and last result of each call `name: (call, times a round)`.
+
+    One follows the other in every round, so that a drift of the machine hits all alike; the first call of each is not
+    counted where there are several.
+    """
+    seconds, results = {name: [] for name in calls}, {}
+    for _ in tqdm(range(rounds), desc="Timing", disable=None):
+        for name, (call, times) in calls.items():
+            for _ in range(times):
+                elapsed, results[name] = seconds_of(call, device)
+                seconds[name].append(elapsed)
+    return {name: statistics.median(values[1:] or values) for name, values in seconds.items()}, results
+
+
+def make_prompt(model, length: int) -> torch.Tensor:
+    """A random prompt `(1, L)` that ends in `<|latent_start|>`."""
+    words = torch.randint(1, model.config.latent_start_token_id, (1, length - 1))
+    start = torch.tensor([[model.config.latent_start_token_id]])
+    return torch.cat([words, start], dim=1).to(model.device)
+
+
+def engine_call(model, catalog: SidCatalog, prompt: torch.Tensor, num_beams: int, steps: int | None) -> Callable:
+    """This engine at a depth, `None` for the policy head's."""
+    return lambda: model.recommend(prompt, catalog=catalog, top_k=num_beams, num_beams=num_beams, latent_steps=steps)
+
+
+def generate_call(model, processor, prompt: torch.Tensor, num_beams: int, steps: int, share: bool) -> Callable:
+    """`generate` at a depth; `share` lets this model read the equal prompts of the beams once, which peers' cannot."""
+    config = model.config
+    slots = [config.latent_token_id] * steps + [config.latent_end_token_id]
+    ids = torch.cat([prompt, prompt.new_tensor([slots])], dim=1)
+
+    def generate():
+        model.model.share_prefixes = share
+        output = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), logits_processor=[processor], max_new_tokens=LEVELS,
+            num_beams=num_beams, num_return_sequences=num_beams, do_sample=False, length_penalty=0.0,
+            return_dict_in_generate=True, output_scores=True,
+        )
+        model.model.share_prefixes = True
+        return output
+
+    return generate
+
+
+def measure_latency(model, catalog: SidCatalog, args, device) -> dict:
+    """This engine, `generate` and a written chain of thought on one prompt, and whether they agree."""
+    prompt, width, config = make_prompt(model, args.prompt_length), args.num_beams, model.config
+    policy = int(engine_call(model, catalog, prompt, width, None)().latent_steps)
+    steps = {"direct": 0, "latent 2": 2, "latent 3": 3, "policy": None}
+    calls = {name: (engine_call(model, catalog, prompt, width, n), 4) for name, n in steps.items()}
+    processor = HashedPrefixProcessor(catalog, config)
+    calls["generate, direct"] = generate_call(model, processor, prompt, width, 0, share=False), 1
+    calls["generate, policy"] = generate_call(model, processor, prompt, width, policy, share=False), 1
+    calls["generate, prompt shared"] = generate_call(model, processor, prompt, width, 0, share=True), 1
+    calls["text"] = (lambda: model.recommend_with_text(prompt, None, catalog, width, width, args.text_length)), 1
+    seconds, results = interleaved(calls, args.rounds, device)
+    if results["text"].text_ids.shape[1] < args.text_length:
+        raise SystemExit("The random model ended its text early: choose another --seed.")
+    row_of = {tuple(codes): row for row, codes in enumerate(catalog.codes.tolist())}
+    same, difference = True, 0.0
+    for name in ("direct", "policy"):
+        theirs = results[f"generate, {name}"]
+        codes = (theirs.sequences[:, -LEVELS:] - config.sid_token_offset) % CODES
+        same &= [row_of[tuple(sid)] for sid in codes.tolist()] == results[name].items[0].tolist()
+        difference = max(difference, (theirs.sequences_scores - results[name].scores[0]).abs().max().item())
+    latent = (seconds["latent 2"] + seconds["latent 3"]) / 2
+    return {
+        "policy_steps": policy,
+        "speedup_vs_generate": seconds["generate, direct"] / seconds["direct"],
+        "speedup_vs_generate_at_policy_depth": seconds["generate, policy"] / seconds["policy"],
+        "same_items": same,
+        "max_score_difference": difference,
+        "latency_ratio_latent_n2.5_over_direct": latent / seconds["direct"],
+        "explicit_cot_over_latent": seconds["text"] / latent,
+        "seconds": seconds,
+    }
+
+
+def measure_catalog(num_items: int, users: int, width: int, device) -> dict:
+    """Build time, bytes an item, and the slowest constraint step for all beams of all users."""
+    codes = random_codes(num_items)
+    ids = list(map(str, range(num_items)))
+    build, catalog = seconds_of(lambda: SidCatalog(codes, ids), device)
+    index, trie = seconds_of(lambda: SidTrie(codes.to(device)), device)
+    steps = []
+    hidden = torch.zeros(users, width, 1, device=device)
+    head = torch.zeros(CODES, 1, device=device), None  # one column: the product costs nothing beside the constraint
+    for level in range(1, LEVELS):
+        nodes = torch.randint(0, trie.num_nodes[level], (users, width), device=device)
+        times = [
+            seconds_of(lambda n=nodes, lv=level: child_log_probs(hidden, head, trie, lv, n), device)[0]
+            for _ in range(5)
+        ]
+        steps.append(statistics.median(times))
+    return {
+        "items": num_items, "catalog_seconds": build, "index_seconds": index,
+        "bytes_an_item": trie.num_bytes / num_items, "constraint_step_ms": 1000 * max(steps),
+    }
+
+
+@torch.no_grad()
+def measure_pass(model, users: int, width: int, device) -> float:
+    """Seconds of one decode pass for all beams of all users, on short prompts (long ones only cost more)."""
+    chain = model.think(make_prompt(model, 8).expand(users, -1), latent_steps=0)
+    tokens = torch.full((users, width), model.config.sid_token_offset, device=device)
+    alone = torch.eye(width, dtype=torch.bool, device=device).expand(users, -1, -1)
+    return seconds_of(lambda: model.model.read(chain, tokens, alone), device)[0]
+
+
+def benchmark(args) -> dict:
+    """Every measurement of one run on one set of weights."""
+    torch.manual_seed(args.seed)
+    device = torch.device(args.device)
+    model = make_model(args.size, device, getattr(torch, args.dtype))
+    catalog = SidCatalog(random_codes(args.items), list(map(str, range(args.items))))
+    report = {
+        "size": args.size, "dtype": args.dtype, "device": args.device, "threads": torch.get_num_threads(),
+        "torch": torch.__version__, "machine": platform.machine(), "prompt_length": args.prompt_length,
+        "num_beams": args.num_beams, "items": args.items, **measure_latency(model, catalog, args, device),
+    }
+    sizes = [10**4, 10**5, 10**6] + [10**7] * args.ten_million
+    report["catalog"] = [measure_catalog(size, args.users, args.num_beams, device) for size in sizes]
+    report["decode_pass_ms"] = 1000 * measure_pass(model, args.users, args.num_beams, device)
+    for row in report["catalog"]:
+        row["constraint_step_over_decode_pass"] = row["constraint_step_ms"] / report["decode_pass_ms"]
+    return report
+
+
+def show(report: dict) -> None:
+    """The report as two tables."""
+    for name, value in report.items():
+        if name not in ("catalog", "seconds"):
+            print(f"{name:40} {value:.4g}" if isinstance(value, float) else f"{name:40} {value}")
+    for name, value in report["seconds"].items():
+        print(f"{'ms, ' + name:40} {1000 * value:.1f}")
+    print("\n| " + " | ".join(report["catalog"][0]) + " |")
+    print("|" + "---|" * len(report["catalog"][0]))
+    for row in report["catalog"]:
+        print("| " + " | ".join(f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values())
+              + " |")
+
+
+def main(argv: list[str]) -> None:
+    """Read the options, measure, print."""
+    parser = argparse.ArgumentParser(prog="benchmark.py decode", description=__doc__.strip().split("\n\n")[0])
+    parser.add_argument("--json", action="store_true", help="Print one JSON object.")
+    parser.add_argument("--size", choices=sorted(SIZES), default="small", help="Layer sizes of the model.")
+    parser.add_argument("--prompt_length", type=int, default=128, help="Tokens of the prompt.")
+    parser.add_argument("--num_beams", type=int, default=50, help="Width of the search.")
+    parser.add_argument("--text_length", type=int, default=128, help="Tokens of the written chain of thought.")
+    parser.add_argument("--items", type=int, default=100_000, help="Items to choose from in the comparison.")
+    parser.add_argument("--users", type=int, default=64, help="Users of one constraint step.")
+    parser.add_argument("--rounds", type=int, default=3, help="Rounds of the timing; medians count.")
+    parser.add_argument("--ten_million", action="store_true", help="Also index 10^7 items (about 6 GiB).")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda.")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="Data type.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of the weights and the prompt.")
+    args = parser.parse_args(argv)
+    report = benchmark(args)
+    print(json.dumps(report, indent=1)) if args.json else show(report)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

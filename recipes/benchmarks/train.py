@@ -1,0 +1,221 @@
+"""
+What a latent step and a repeated prompt cost in training.
+
+    python recipes/benchmark.py train [--json]
+
+One run, the same weights and batches throughout: a stage-2 step against a stage-1 step of the same tokens, for several
+depths; forward and backward of GRPO with shared prompts against without; a whole GRPO step against stock
+`trl.GRPOTrainer` on the same prompts and completions. Times are medians over interleaved repeats.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
+from trl import GRPOConfig, GRPOTrainer
+
+from lasar_hf import LasarForGenerativeRec, LasarGRPOConfig, LasarGRPOTrainer, SidCatalog
+from lasar_hf.trainers import add_catalog_head, alignment_loss
+
+
+WORDS = 1000
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Sizes; the defaults are those of the table in the README."""
+    parser = argparse.ArgumentParser(prog="benchmark.py train", description=__doc__)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--hidden_size", type=int, default=512)
+    parser.add_argument("--vocab_size", type=int, default=WORDS, help="words of the backbone, before SID tokens")
+    parser.add_argument("--prompt_length", type=int, default=256)
+    parser.add_argument("--rows", type=int, default=32, help="rows of an SFT batch")
+    parser.add_argument("--prompts", type=int, default=2, help="prompts of a GRPO batch")
+    parser.add_argument("--candidates", type=int, default=8)
+    parser.add_argument("--depths", type=int, nargs="+", default=[0, 1, 2, 4, 8])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    return parser.parse_args(argv)
+
+
+def build(args: argparse.Namespace):
+    """A model with random weights, its tokenizer and a catalogue of random items."""
+    torch.manual_seed(0)
+    core = Tokenizer(models.WordLevel({f"w{i}": i for i in range(args.vocab_size)}, unk_token="w0"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="w1", eos_token="w2", padding_side="left")
+    heads = max(args.hidden_size // 64, 1)
+    config = Qwen3Config(
+        vocab_size=args.vocab_size, hidden_size=args.hidden_size, intermediate_size=3 * args.hidden_size,
+        num_hidden_layers=args.layers, num_attention_heads=heads, num_key_value_heads=max(heads // 2, 1), head_dim=64,
+        max_position_embeddings=2048, pad_token_id=1, eos_token_id=2, tie_word_embeddings=True,
+    )
+    model = LasarForGenerativeRec.from_backbone(AutoModelForCausalLM.from_config(config), tokenizer)
+    codes = np.unique(np.random.default_rng(0).integers(0, 256, (5000, 4)), axis=0)
+    model = model.to(args.device, getattr(torch, args.dtype))
+    return model, tokenizer, SidCatalog(codes, [str(i) for i in range(len(codes))])
+
+
+def make_rows(args, model, catalog, depth: int, count: int, repeat: int = 1) -> dict[str, torch.Tensor]:
+    """`count` prompts of the full length, each `repeat` times with its own answer."""
+    generator = torch.Generator().manual_seed(depth)
+    config = model.config
+    prompts = torch.randint(3, args.vocab_size, (count, args.prompt_length - 1), generator=generator)
+    items = torch.randint(len(catalog), (count * repeat,), generator=generator)
+    offsets = torch.tensor([config.sid_token_id(level, 0) for level in range(config.num_sid_levels)])
+    region = [config.latent_start_token_id] + [config.latent_token_id] * depth + [config.latent_end_token_id]
+    fixed = torch.cat([prompts, torch.tensor(region).expand(count, -1)], dim=1).repeat_interleave(repeat, dim=0)
+    answers = catalog.codes[items] + offsets
+    input_ids = torch.cat([fixed, answers], dim=1)
+    labels = torch.cat([torch.full_like(fixed, -100), answers], dim=1)
+    return {"input_ids": input_ids.to(args.device), "labels": labels.to(args.device)}
+
+
+def median_times(args, tasks: dict[str, Callable[[], None]]) -> dict[str, float]:
+    """Median seconds of each task; the tasks take turns, after one warm-up round."""
+    times = {name: [] for name in tasks}
+    for repeat in range(args.repeats + 1):
+        for name, task in tasks.items():
+            if args.device != "cpu":
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            task()
+            if args.device != "cpu":
+                torch.cuda.synchronize()
+            if repeat > 0:
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def sft_steps(args, model, catalog) -> dict[str, float]:
+    """Forward and backward of both stages for each depth."""
+    add_catalog_head(model, catalog)
+    state = {}
+    hook = model.model.register_forward_hook(lambda module, inputs, output: state.update(output=output))
+
+    def stage1(depth: int) -> None:
+        rows = make_rows(args, model, catalog, 0, args.rows)
+        # The same number of tokens: a plain token in the place of each latent slot.
+        extra = rows["input_ids"][:, :depth]
+        labels = torch.cat([torch.full_like(extra, -100), rows["labels"]], dim=1)
+        model.zero_grad()
+        model(torch.cat([extra, rows["input_ids"]], dim=1), labels=labels, fused_lm_head=True).loss.backward()
+
+    def stage2(depth: int) -> None:
+        rows = make_rows(args, model, catalog, depth, args.rows)
+        model.zero_grad()
+        loss = model(**rows, fused_lm_head=True).loss
+        output = state["output"]
+        if depth:
+            latents = output.latent_states[:, 1:]
+            mask = torch.ones(latents.shape[:2], dtype=torch.bool, device=latents.device)
+            loss = loss + 0.1 * alignment_loss(latents, torch.zeros_like(latents), mask)
+        loss = loss + 0.1 * output.depth_logits.float().log_softmax(-1)[:, max(depth, 1) - 1].neg().mean()
+        loss.backward()
+
+    tasks = {}
+    for depth in args.depths:
+        tasks[f"stage1_n{depth}"] = lambda depth=depth: stage1(depth)
+        tasks[f"stage2_n{depth}"] = lambda depth=depth: stage2(depth)
+    times = median_times(args, tasks)
+    hook.remove()
+    return times
+
+
+def grpo_pass(args, model, catalog) -> dict[str, float]:
+    """Forward and backward of a policy-gradient loss, with shared prompts and without; and how far they differ."""
+    rows = make_rows(args, model, catalog, 3, args.prompts, args.candidates)
+    torch.manual_seed(1)
+    advantages = torch.randn(len(rows["labels"]), 1, device=args.device)
+    results = {}
+
+    def run(share: bool) -> None:
+        model.model.share_prefixes = share
+        model.zero_grad()
+        loss = -(model(**rows, fused_lm_head=True).log_probs * advantages).sum() / len(advantages)
+        loss.backward()
+        results[share] = loss.item(), {n: p.grad.float() for n, p in model.named_parameters() if p.grad is not None}
+
+    times = median_times(args, {"shared": lambda: run(True), "unshared": lambda: run(False)})
+    model.model.share_prefixes = True
+    (shared_loss, shared), (unshared_loss, unshared) = results[True], results[False]
+    difference = sum((shared[n] - unshared[n]).pow(2).sum() for n in shared).sqrt()
+    norm = sum(g.pow(2).sum() for g in unshared.values()).sqrt()
+    return {
+        "grpo_speedup_vs_unshared": times["unshared"] / times["shared"],
+        "loss_difference": abs(shared_loss - unshared_loss) / max(abs(unshared_loss), 1e-9),
+        "grad_difference": float(difference / norm),
+    }
+
+
+def grpo_step(args, model, tokenizer, catalog) -> float:
+    """Whole training step of stock TRL over ours, on the same prompts and completions."""
+    rows = make_rows(args, model, catalog, 3, args.prompts, args.candidates)
+    levels = model.config.num_sid_levels
+    ids = rows["input_ids"].tolist()
+    rollout = {"prompt_ids": [r[:-levels] for r in ids], "completion_ids": [r[-levels:] for r in ids]}
+    rollout["logprobs"] = None
+
+    def reward(completion_ids, **kwargs):
+        return [float(completion[0] % 7) for completion in completion_ids]
+
+    size = args.prompts * args.candidates
+    data = Dataset.from_list([{"prompt": f"w{i}<|latent_start|>", "target": 0} for i in range(args.prompts)])
+    examples = [data[i // args.candidates] for i in range(size)]
+    trainers = {}
+    for name, config_class, trainer_class in (
+        ("ours", LasarGRPOConfig, LasarGRPOTrainer), ("stock", GRPOConfig, GRPOTrainer)
+    ):
+        options = {
+            "use_cpu": args.device == "cpu", "bf16": False, "report_to": "none", "beta": 0.0, "loss_type": "grpo",
+            "per_device_train_batch_size": size, "num_generations": args.candidates, "gradient_checkpointing": False,
+            "max_completion_length": levels, "save_strategy": "no",
+        }
+        extra = {"catalog": catalog} if name == "ours" else {"rollout_func": lambda prompts, trainer: rollout}
+        folder = tempfile.mkdtemp()
+        trainer = trainer_class(
+            model=model, reward_funcs=[reward], args=config_class(folder, **options), train_dataset=data,
+            processing_class=tokenizer, **extra,
+        )
+        trainer.rollout_func = lambda prompts, trainer: rollout
+        trainer.current_gradient_accumulation_steps = 1
+        forward = model.forward  # each trainer patched its own head; put it back when its turn comes
+        trainers[name] = trainer, forward
+
+    def step(name: str) -> None:
+        trainer, forward = trainers[name]
+        model.forward, model.model.share_prefixes = forward, name == "ours"
+        model.train()
+        model.zero_grad()
+        trainer._step = 0  # every step is a generation step
+        trainer.training_step(model, [dict(example) for example in examples], None)
+
+    times = median_times(args, {name: lambda name=name: step(name) for name in trainers})
+    model.model.share_prefixes = True
+    return times["stock"] / times["ours"]
+
+
+def main(argv: list[str]) -> None:
+    """Measure and print."""
+    args = parse(argv)
+    model, tokenizer, catalog = build(args)
+    times = sft_steps(args, model, catalog)
+    result = {f"stage2_over_stage1_n{d}": times[f"stage2_n{d}"] / times[f"stage1_n{d}"] for d in args.depths}
+    result |= grpo_pass(args, model, catalog)
+    result["grpo_speedup_vs_stock_trl"] = grpo_step(args, model, tokenizer, catalog)
+    result["parameters"] = sum(p.numel() for p in model.parameters())
+    if args.json:
+        print(json.dumps({**result, "arguments": vars(args)}))
+        return
+    print("| measure | value |\n|---|---:|")
+    for name, value in result.items():
+        print(f"| {name} | {value:.3g} |" if isinstance(value, float) else f"| {name} | {value:,} |")

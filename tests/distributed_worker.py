@@ -1,0 +1,134 @@
+"""
+One process of the distributed tests: trains tiny models for a few steps and writes down the losses.
+
+    torchrun --nproc_per_node 2 -m tests.distributed_worker out trainer fsdp2
+
+A way is `trainer` (whatever the launcher set up) or `fsdp2` (torch's fully_shard in a loop of our own, since
+accelerate quietly runs DDP in its place on a CPU).
+"""
+
+import itertools
+import json
+import os
+import sys
+import zlib
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from torch.distributed.fsdp import fully_shard
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+from lasar_hf import LasarGRPOConfig, LasarGRPOTrainer, LasarSFTConfig, LasarSFTTrainer
+from lasar_hf.trainers import whole_weights
+from tests.test_trainers import COMMON, first_code, grpo_setup, sft_setup
+from tests.tiny import batch, row
+
+
+STEPS = 4
+GLOBAL_BATCH = 8
+DEPTHS = [1, 1, 1, 1, 4, 3, 4, 2, 2, 2, 2, 2, 1, 1, 1, 1]  # dealt to the ranks by fours: their depths differ
+
+
+class FixedDraws(LasarGRPOTrainer):
+    """Draws each group under a seed made of its prompt, so that the draws do not depend on the number of processes."""
+
+    def _draw_candidates(self, prompts, trainer):
+        group_size, parts = self.num_generations, []
+        for start in range(0, len(prompts), group_size):
+            torch.manual_seed(zlib.crc32(prompts[start].encode()) + self.state.global_step)
+            parts.append(super()._draw_candidates(prompts[start : start + group_size], trainer))
+        drawn = {name: sum((part[name] for part in parts), []) for name in ("prompt_ids", "completion_ids")}
+        return {**drawn, "logprobs": None}
+
+
+def arguments(folder: Path) -> dict:
+    """SGD, since Adam's first steps take the sign of gradients that are rounding errors."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    return {
+        **COMMON, "output_dir": str(folder), "max_steps": STEPS, "per_device_train_batch_size": GLOBAL_BATCH // world,
+        "ddp_backend": "gloo" if world > 1 else None, "gradient_checkpointing": True, "optim": "sgd",
+        "learning_rate": 0.05,
+    }
+
+
+def shard_everything(args) -> None:
+    """ZeRO-3 leaves small weights whole, which would be all of a tiny model's."""
+    if args.deepspeed_plugin is not None:
+        zero = args.deepspeed_plugin.deepspeed_config["zero_optimization"]
+        zero["stage3_param_persistence_threshold"] = 0
+
+
+def sft_trainer(folder: Path) -> LasarSFTTrainer:
+    """Stage 2; the checkpoint that it starts from is made whole."""
+    args = LasarSFTConfig(**arguments(folder), policy_weight=0.1, train_sampling_strategy="sequential")
+    shard_everything(args)
+    with whole_weights():
+        model, tokenizer, catalog, rows, anchors = sft_setup(DEPTHS)
+    prompts = batch([row(model, 5, 0), row(model, 8, 0, seed=1)])
+    return LasarSFTTrainer(
+        model, args, catalog, anchors, train_dataset=rows, processing_class=tokenizer,
+        ranking_evaluator=lambda lasar: {"scores": lasar.recommend(**prompts, catalog=catalog).scores.tolist()},
+    )
+
+
+def grpo_trainer(folder: Path) -> LasarGRPOTrainer:
+    """RL with a reference model; both are loaded from a path, which ZeRO-3 splits while it loads."""
+    args = LasarGRPOConfig(**arguments(folder), num_generations=4, shuffle_dataset=False, beta=0.1)
+    shard_everything(args)
+    with whole_weights():
+        model, tokenizer, catalog, rows = grpo_setup()
+        path = str(folder / "model")
+        model.save_pretrained(path)  # by the main process
+    PartialState().wait_for_everyone()
+    return FixedDraws(path, args, catalog, [first_code], train_dataset=rows, processing_class=tokenizer)
+
+
+def by_trainer(trainer) -> list[dict]:
+    """The Trainer's own loop."""
+    trainer.train()
+    if is_deepspeed_zero3_enabled():
+        assert all(parameter.numel() == 0 for parameter in trainer.model.parameters()), "nothing was sharded"
+    return [log for log in trainer.state.log_history if "loss" in log]
+
+
+def by_fsdp2(trainer) -> list[dict]:
+    """What the Trainer's loop does, on a model under fully_shard."""
+    model = trainer.model
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for layer in model.model.backbone.layers:
+        fully_shard(layer)
+    trainer.model_wrapped = fully_shard(model)
+    trainer.current_gradient_accumulation_steps = 1
+    rate, logs = trainer.args.learning_rate, []
+    batches = itertools.chain.from_iterable(itertools.repeat(trainer.get_train_dataloader()))
+    for step in range(STEPS):
+        optimizer = torch.optim.SGD(model.parameters(), lr=rate * (1 - step / STEPS))
+        optimizer.zero_grad()
+        trainer.state.global_step = step
+        loss = trainer.training_step(model, next(batches), None)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), trainer.args.max_grad_norm)
+        optimizer.step()
+        logs.append({"loss": trainer.accelerator.gather(loss).mean().item(), "grad_norm": norm.full_tensor().item()})
+    return logs
+
+
+def run(task: str, way: str, folder: Path) -> list[dict]:
+    """The losses of one training."""
+    trainer = {"sft": sft_trainer, "grpo": grpo_trainer}[task](folder)
+    logs = {"trainer": by_trainer, "fsdp2": by_fsdp2}[way](trainer)
+    if task == "sft":
+        logs.append(trainer._rank())  # as at an evaluation
+    return logs
+
+
+def main(out: str, *ways: str) -> None:
+    """Train in each way and write what the main process logs."""
+    for task, way in itertools.product(("sft", "grpo"), ways):
+        logs = run(task, way, Path(out, f"{task}-{way}"))
+        if PartialState().is_main_process:
+            Path(out, f"{task}-{way}.json").write_text(json.dumps(logs))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,218 @@
+"""The catalogue as an index: size and order of the trie, adding and removing items, allow and deny lists."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lasar_hf import SidCatalog
+from lasar_hf.catalog_lasar import ItemFilter, SidTrie
+from tests.test_decoding import score_every_item
+from tests.tiny import batch, row, tiny_catalog, tiny_model
+
+
+def paths(trie: SidTrie) -> dict[tuple[int, ...], list[int]]:
+    """Every Semantic ID a trie holds, in its order, with its item rows."""
+    prefixes = [((), 0)]
+    for level in range(trie.num_levels):
+        grown = []
+        for prefix, node in prefixes:
+            codes, child = trie.children(level, torch.tensor(node))
+            grown += [((*prefix, c), n) for c, n in zip(codes.tolist(), child.tolist(), strict=True) if n >= 0]
+        prefixes = grown
+    return {prefix: [i for i in trie.items(torch.tensor(node)).tolist() if i >= 0] for prefix, node in prefixes}
+
+
+def expected_paths(codes: torch.Tensor, rows=None) -> dict[tuple[int, ...], list[int]]:
+    held = {}
+    for i in range(len(codes)) if rows is None else rows:
+        held.setdefault(tuple(codes[i].tolist()), []).append(i)
+    return dict(sorted(held.items()))
+
+
+def random_codes(data, levels: int = 3, codebook_size: int = 4) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 9999)))
+    return torch.randint(0, codebook_size, (data.draw(st.integers(1, 40)), levels), generator=generator)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_trie_holds_collisions_gaps_and_wide_codes(data):
+    """Also where a whole Semantic ID does not fit one integer key, and where only some rows are held."""
+    codes = random_codes(data)
+    scale = data.draw(st.sampled_from([1, 10_000, 2**24]))  # int16 codes, int32 codes, keys wider than 63 bits
+    kept = data.draw(st.lists(st.booleans(), min_size=len(codes), max_size=len(codes)))
+    rows = torch.tensor(kept).nonzero()[:, 0] if any(kept) else torch.arange(len(codes))
+    trie = SidTrie(codes * scale, rows)
+    found, expected = paths(trie), expected_paths(codes * scale, rows.tolist())
+    assert list(found.items()) == list(expected.items())
+    for level in range(trie.num_levels + 1):
+        first = trie.first_place(level, torch.arange(trie.num_nodes[level] + 1))
+        assert first[0] == 0 and first[-1] == len(rows) and (first.diff() > 0).all()
+    assert trie.item_places[trie.item_rows.long()].tolist() == list(range(len(rows)))
+
+
+def test_an_item_takes_at_most_24_bytes():
+    codes = torch.randint(0, 256, (100_000, 4), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    trie = SidTrie(codes)
+    assert trie.num_bytes / len(codes) <= 24
+    assert all(tensor.dtype == torch.int16 for tensor in trie.child_code)
+    moved = trie.to("meta")  # every tensor goes along
+    assert moved.num_bytes == trie.num_bytes
+    tensors = [moved.item_rows, moved.item_places, moved.leaf_ptr, *moved.child_code, *moved.child_ptr]
+    assert {tensor.device.type for tensor in tensors} == {"meta"} and trie.leaf_ptr.device.type == "cpu"
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_add_and_remove_keep_rows(data):
+    codes = random_codes(data)
+    ids = [f"item-{i}" for i in range(len(codes))]
+    split = data.draw(st.integers(1, len(codes)))
+    catalog = SidCatalog(codes[:split], ids[:split], allow_collisions=True)
+    if split < len(codes):
+        catalog = catalog.add(codes[split:], ids[split:])
+    assert torch.equal(catalog.codes, codes.int()) and catalog.item_ids == ids
+    gone = data.draw(st.sets(st.integers(0, len(codes) - 1), max_size=len(codes) - 1))
+    smaller = catalog.remove([ids[i] for i in gone])
+    kept = [i for i in range(len(codes)) if i not in gone]
+    assert paths(catalog.trie("cpu")) == expected_paths(codes)  # the old one stays as it is
+    assert paths(smaller.trie("cpu")) == expected_paths(codes, kept)
+    assert (len(smaller), smaller.num_items) == (len(codes), len(kept))
+    assert smaller.row_of == {item_id: i for i, item_id in enumerate(ids)}
+    # A removed item returns to its row, with new codes; another one is appended.
+    back = sorted(gone)[:1]
+    again = smaller.add([[3, 3, 3]] * (len(back) + 1), [*[ids[i] for i in back], "another"])
+    changed = torch.cat([codes, torch.full((1, 3), 3)])
+    changed[back] = 3
+    assert paths(again.trie("cpu")) == expected_paths(changed, sorted([*kept, *back, len(codes)]))
+    assert again.item_ids == [*ids, "another"]
+
+
+def test_removed_items_are_gone_as_if_they_had_never_been():
+    model, _ = tiny_model()
+    catalog = tiny_catalog(num_items=12)
+    kept = [i for i in range(12) if i not in (2, 7)]
+    fresh = SidCatalog(catalog.codes[kept], [catalog.item_ids[i] for i in kept])
+    inputs = batch([row(model, 5, 0), row(model, 7, 0, seed=1)])
+    smaller = model.recommend(**inputs, catalog=catalog.remove(["item-2", "item-7"]), top_k=12)
+    expected = model.recommend(**inputs, catalog=fresh, top_k=12)
+    assert smaller.items[:, :10].tolist() == [[kept[i] for i in items] for items in expected.items[:, :10].tolist()]
+    assert torch.equal(smaller.scores, expected.scores) and (smaller.items[:, 10:] == -1).all()
+
+
+def test_round_trip_with_removed_items(tmp_path):
+    catalog = tiny_catalog().remove(["item-3"])
+    catalog.save_pretrained(tmp_path)
+    loaded = SidCatalog.from_pretrained(tmp_path)
+    assert torch.equal(loaded.removed, catalog.removed) and loaded.num_items == 19
+    assert paths(loaded.trie("cpu")) == paths(catalog.trie("cpu"))
+    assert loaded.add(catalog.codes[3:4], ["item-3"]).num_items == 20
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.add([[0, 0, 9]], ["item-1"]), "holds the item 'item-1' already"),
+        (lambda c: c.add([[0, 0, 9], [0, 1, 9]], ["x", "x"]), "'x' appears twice"),
+        (lambda c: c.add([[0, 0]], ["x"]), "3 levels but the new codes have 2"),
+        (lambda c: c.add(c.codes[4:5], ["x"]), "'item-4' and 'x' share the Semantic ID"),
+        (lambda c: c.remove(["nothing"]), "holds no item 'nothing'"),
+        (lambda c: c.remove(["item-1"]).remove(["item-1"]), "holds no item 'item-1'"),
+        (lambda c: c.remove(c.item_ids), "at least one item must stay"),
+        (lambda c: SidCatalog([[0.5, 1.0]], ["x"]), "integers below"),
+        (lambda c: SidCatalog([[0, 2**31]], ["x"]), "integers below"),
+        (lambda c: SidCatalog([[0, 1]], ["x"], removed=torch.tensor([True, False])), "one flag a row"),
+    ],
+)
+def test_bad_changes_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        change(tiny_catalog())
+
+
+def draw_lists(data, size: int, num_items: int):
+    one = st.none() | st.sets(st.integers(0, num_items - 1))
+    lists = data.draw(st.none() | st.lists(one, min_size=size, max_size=size))
+    return lists and [None if chosen is None else torch.tensor(sorted(chosen, reverse=True)) for chosen in lists]
+
+
+@settings(max_examples=10, deadline=None)
+@given(data=st.data())
+def test_lists_equal_scoring_every_item_and_filtering(data):
+    """Scores stay those of the whole catalogue, with collisions, removed items and both lists in one batch."""
+    model, _ = tiny_model(seed=data.draw(st.integers(0, 3)))
+    codes = random_codes(data)[:20]
+    num_items, size = len(codes), data.draw(st.integers(1, 3))
+    whole = SidCatalog(codes, [f"item-{i}" for i in range(num_items)], allow_collisions=True)
+    catalog = whole.remove(["item-0"]) if num_items > 1 and data.draw(st.booleans()) else whole
+    allow, deny = draw_lists(data, size, num_items), draw_lists(data, size, num_items)
+    prompts = [row(model, 4 + i, 0, seed=i) for i in range(size)]
+    recommended = model.recommend(
+        **batch(prompts), catalog=catalog, top_k=num_items, num_beams=64, latent_steps=1, allow=allow, deny=deny,
+        allow_empty=True,
+    )
+    kept = [i for i in range(num_items) if not catalog.removed[i]]
+    alive = SidCatalog(codes[kept], kept, allow_collisions=True)
+    for i, prompt in enumerate(prompts):
+        scores = torch.full((num_items,), -torch.inf, dtype=torch.double)
+        scores[kept] = score_every_item(model, prompt, 1, alive).double()
+        permitted = set(kept) if allow is None or allow[i] is None else set(kept) & set(allow[i].tolist())
+        permitted -= set() if deny is None or deny[i] is None else set(deny[i].tolist())
+        order = sorted(permitted, key=lambda item: (-round(scores[item].item(), 5), item))
+        assert recommended.items[i].tolist() == order + [-1] * (num_items - len(order))
+        torch.testing.assert_close(recommended.scores[i, : len(order)].double(), scores[order], atol=2e-5, rtol=2e-5)
+        assert (recommended.scores[i, len(order) :] == -torch.inf).all()
+
+
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_no_beam_is_spent_on_a_dead_prefix(data):
+    """One beam finds an allowed item, however unlikely, and `k` beams find `k`."""
+    model, _ = tiny_model(seed=data.draw(st.integers(0, 3)))
+    catalog = tiny_catalog(num_items=30, seed=data.draw(st.integers(0, 99)))
+    inputs = batch([row(model, 5, 0), row(model, 6, 0, seed=1)])
+    everything = model.recommend(**inputs, catalog=catalog, top_k=30, num_beams=64).items
+    worst = everything[:, -3:]
+    allowed = model.recommend(**inputs, catalog=catalog, top_k=3, num_beams=3, allow=list(worst))
+    assert torch.equal(allowed.items, worst)
+    denied = model.recommend(**inputs, catalog=catalog, top_k=3, num_beams=3, deny=list(everything[:, :-3]))
+    assert torch.equal(denied.items, worst)
+    single = model.recommend(**inputs, catalog=catalog, top_k=1, num_beams=1, allow=[worst[0, -1:], None])
+    assert single.items[0, 0] == worst[0, -1]
+    assert single.items[1, 0] == model.recommend(**inputs, catalog=catalog, top_k=1, num_beams=1).items[1, 0]
+
+
+def test_a_denied_twin_vanishes_and_the_other_stays():
+    model, _ = tiny_model()
+    catalog = SidCatalog([[0, 1, 2], [3, 0, 0], [0, 1, 2]], ["a", "b", "c"], allow_collisions=True)
+    inputs = batch([row(model, 5, 0)])
+    assert sorted(model.recommend(**inputs, catalog=catalog, top_k=3, deny=[[0]]).items[0].tolist()) == [-1, 1, 2]
+    assert sorted(model.recommend(**inputs, catalog=catalog, top_k=3, allow=[[2]]).items[0].tolist()) == [-1, -1, 2]
+
+
+def test_a_row_without_any_item():
+    model, _ = tiny_model()
+    catalog, inputs = tiny_catalog(), batch([row(model, 5, 0), row(model, 6, 0, seed=1)])
+    everything = torch.arange(20)
+    for lists in (
+        dict(allow=[None, []]), dict(deny=[None, everything]), dict(allow=[None, [1, 2]], deny=[None, [2, 1]]),
+    ):
+        with pytest.raises(ValueError, match="Row 1 may get no item"):
+            model.recommend(**inputs, catalog=catalog, **lists)
+        empty = model.recommend(**inputs, catalog=catalog, **lists, top_k=4, allow_empty=True)
+        assert (empty.items[1] == -1).all() and (empty.scores[1] == -torch.inf).all()
+        assert torch.equal(empty.items[0], model.recommend(**inputs, catalog=catalog, top_k=4).items[0])
+
+
+@pytest.mark.parametrize(
+    ("lists", "message"),
+    [
+        (dict(allow=[[1]]), "allow has 1 lists for 2 rows"),
+        (dict(deny=[None, [3, 20]]), "deny list of row 1 must .* 0 … 19"),
+        (dict(allow=[[-1], None]), "allow list of row 0"),
+        (dict(deny=torch.zeros(2, 3, 1)), "deny list of row 0 must be one-dimensional"),
+    ],
+)
+def test_bad_lists_are_refused(lists, message):
+    with pytest.raises(ValueError, match=message):
+        ItemFilter(tiny_catalog().trie("cpu"), 2, **lists)

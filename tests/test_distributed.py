@@ -1,0 +1,94 @@
+"""Two processes train as one does: DDP, ZeRO-2, ZeRO-3 and FSDP2, with ranks whose depths differ."""
+
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+
+from tests import distributed_worker
+
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = ROOT / "recipes" / "accelerate_configs"
+TASKS = ("sft", "grpo")
+NAMES = {
+    "loss", "grad_norm", "mean_depth", "align_loss", "policy_loss", "kl", "reward", "depth_loss", "terminal_loss",
+    "scores",
+}
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    """Logs of each task, trained by this process alone."""
+    folder = tmp_path_factory.mktemp("one")
+    return {task: distributed_worker.run(task, "trainer", folder / task) for task in TASKS}
+
+
+def two_processes(launcher: list[str], out: Path, *ways: str) -> dict[tuple[str, str], list[dict]]:
+    """Logs of each task and way, trained by the processes of a launcher."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", *launcher, "-m", "tests.distributed_worker", str(out), *ways],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500,
+    )
+    assert done.returncode == 0, done.stderr[-6000:]
+    return {(task, way): json.loads((out / f"{task}-{way}.json").read_text()) for task in TASKS for way in ways}
+
+
+def assert_same_series(got: list[dict], expected: list[dict]):
+    """Every step's loss, its terms where they are logged, and the scores of recommended items at the end."""
+    assert len(got) == len(expected) >= distributed_worker.STEPS
+    for step, (one, two) in enumerate(zip(expected, got, strict=True)):
+        assert two.keys() >= ({"loss", "grad_norm"} if step < distributed_worker.STEPS else {"scores"})
+        for name in NAMES & one.keys() & two.keys():
+            assert np.asarray(two[name]) == pytest.approx(np.asarray(one[name]), rel=1e-4, abs=1e-5), (step, name)
+
+
+@pytest.mark.distributed
+def test_ddp_and_fsdp2_train_as_one_process_does(one_process, tmp_path):
+    launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    logs = two_processes(launcher, tmp_path, "trainer", "fsdp2")
+    for (task, _), series in logs.items():
+        assert_same_series(series, one_process[task])
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_trains_as_one_process_does(one_process, tmp_path, stage):
+    """Under the recipe's own configuration, but for the device and the number of processes."""
+    if importlib.util.find_spec("deepspeed") is None:
+        pytest.skip('deepspeed is not installed: pip install -e ".[deepspeed]"')
+    config = yaml.safe_load((CONFIGS / f"zero{stage}.yaml").read_text())
+    config |= {"use_cpu": True, "num_processes": 2, "mixed_precision": "no"}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    launcher = [
+        "accelerate.commands.launch", "--config_file", str(tmp_path / "config.yaml"), "--main_process_port", str(port)
+    ]
+    logs = two_processes(launcher, tmp_path, "trainer")
+    for (task, _), series in logs.items():
+        assert_same_series(series, one_process[task])
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "processes"),
+    [("cpu", "NO", 1), ("single_gpu", "NO", 1), ("ddp", "MULTI_GPU", 8), ("zero2", "DEEPSPEED", 8),
+     ("zero3", "DEEPSPEED", 8), ("fsdp2", "FSDP", 8)],
+)
+def test_accelerate_reads_each_configuration(name, kind, processes):
+    path = CONFIGS / f"{name}.yaml"
+    config = load_config_from_file(str(path))  # refuses unknown keys
+    assert (str(config.distributed_type).split(".")[-1], config.num_processes) == (kind, processes)
+    assert config.use_cpu == (name == "cpu")
+    assert f"accelerate launch --config_file recipes/accelerate_configs/{name}.yaml" in path.read_text()

@@ -1,0 +1,187 @@
+"""Hugging Face `generate` under the catalogue's constraint, the pinned generation config, chains of thought."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
+
+from lasar_hf import LasarForGenerativeRec, SidCatalog
+from lasar_hf.decoding_lasar import SidLogitsProcessor
+from tests.test_decoding import score_every_item
+from tests.tiny import batch, row, sid_ids, tiny_backbone, tiny_catalog, tiny_model, tiny_tokenizer
+
+
+def with_slots(model, prompts: list[list[int]], depths: list[int], closed: bool = True) -> dict[str, torch.Tensor]:
+    """Left-padded prompts with their latent slots and, if closed, `<|latent_end|>`."""
+    config = model.config
+    slots = [[config.latent_token_id] * depth + [config.latent_end_token_id] * closed for depth in depths]
+    return batch([prompt + slot for prompt, slot in zip(prompts, slots, strict=True)])
+
+
+def items_of(model, catalog: SidCatalog, sequences: torch.Tensor) -> list[int]:
+    """Item rows of sequences that end in Semantic IDs, -1 where one is none."""
+    row_of = {tuple(sid_ids(model, codes)): i for i, codes in enumerate(catalog.codes.tolist())}
+    return [row_of.get(tuple(ids), -1) for ids in sequences[:, -catalog.num_levels :].tolist()]
+
+
+@settings(max_examples=20, deadline=None)
+@given(data=st.data())
+def test_generate_returns_what_recommend_returns(data):
+    """Random catalogues, depths, paddings, widths and batches, with and without cache, region open or closed."""
+    model, _ = tiny_model(data.draw(st.sampled_from(["qwen3", "gpt_neox"])), seed=data.draw(st.integers(0, 3)))
+    catalog = tiny_catalog(num_items=data.draw(st.integers(1, 40)), seed=data.draw(st.integers(0, 99)))
+    size, width = data.draw(st.integers(1, 3)), data.draw(st.integers(2, 8))
+    depths = data.draw(st.lists(st.integers(0, 4), min_size=size, max_size=size))
+    prompts = [row(model, data.draw(st.integers(2, 9)), 0, seed=i) for i in range(size)]
+    closed = data.draw(st.booleans())
+    recommended = model.recommend(
+        **batch(prompts, data.draw(st.sampled_from(["left", "right"]))), catalog=catalog, top_k=width, num_beams=width,
+        latent_steps=torch.tensor(depths),
+    )
+    generated = model.generate(
+        **with_slots(model, prompts, depths, closed), logits_processor=[SidLogitsProcessor(catalog, model.config)],
+        max_new_tokens=catalog.num_levels + (not closed), num_beams=width, num_return_sequences=width,
+        length_penalty=0.0, use_cache=data.draw(st.booleans()), return_dict_in_generate=True, output_scores=True,
+    )
+    items = torch.tensor(items_of(model, catalog, generated.sequences)).view(size, width)
+    scores = generated.sequences_scores.view(size, width)
+    found = scores > -1e8  # with fewer items than beams `generate` pads with anything
+    assert torch.equal(found, recommended.items >= 0)
+    assert torch.equal(torch.where(found, items, -1), recommended.items)
+    torch.testing.assert_close(scores[found], recommended.scores[found], atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_greedy_is_one_beam(use_cache):
+    model, _ = tiny_model()
+    catalog, prompts, depths = tiny_catalog(), [row(model, 6, 0), row(model, 4, 0, seed=1)], [2, 0]
+    one = model.recommend(**batch(prompts), catalog=catalog, top_k=1, num_beams=1, latent_steps=torch.tensor(depths))
+    # Two tokens more than a Semantic ID has: only the end of the text can follow.
+    generated = model.generate(
+        **with_slots(model, prompts, depths), logits_processor=[SidLogitsProcessor(catalog, model.config)],
+        max_new_tokens=5, use_cache=use_cache,
+    )
+    assert generated.shape[1] == len(prompts[0]) + 2 + 1 + 3 + 1
+    assert (generated[:, -1] == model.config.backbone_config.eos_token_id).all()
+    assert items_of(model, catalog, generated[:, :-1]) == one.items[:, 0].tolist()
+
+
+def test_sampling_draws_from_the_policy():
+    """With 60 codes a level, of which all can be drawn."""
+    torch.manual_seed(0)
+    model, _ = tiny_model(codebook_size=60)
+    catalog = SidCatalog([[i, 0, 0] for i in range(60)], [str(i) for i in range(60)])
+    prompt = row(model, 5, 0)
+    generated = model.generate(
+        **with_slots(model, [prompt], [1]), logits_processor=[SidLogitsProcessor(catalog, model.config)],
+        max_new_tokens=3, do_sample=True, top_k=0, num_return_sequences=2000,
+    )
+    counts = torch.bincount(torch.tensor(items_of(model, catalog, generated)), minlength=60).double() / 2000
+    expected = score_every_item(model, prompt, 1, catalog).exp()
+    assert (counts - expected).abs().max() < 0.03
+    assert (counts > 0).sum() > 50
+
+
+def test_the_processor_leaves_plain_text_alone():
+    model, _ = tiny_model()
+    processor = SidLogitsProcessor(tiny_catalog(), model.config)
+    config, scores = model.config, torch.randn(3, model.config.vocab_size)
+    plain, opened, history = [3, 4, 5], [3, 4, config.latent_start_token_id], [3, *sid_ids(model, (1, 2))]
+    processed = processor(torch.tensor([plain, opened, history]), scores)
+    assert torch.equal(processed[[0, 2]], scores[[0, 2]])
+    assert processed[1].isfinite().nonzero().tolist() == [[config.latent_end_token_id]]
+    assert processed[1].max() == 0
+
+
+def test_the_processor_never_lets_an_invalid_prefix_pass():
+    model, _ = tiny_model()
+    catalog = SidCatalog([[0, 1, 2], [3, 0, 0]], ["a", "b"])
+    processor, config = SidLogitsProcessor(catalog, model.config), model.config
+    good, bad = ([config.latent_end_token_id, *sid_ids(model, codes)] for codes in ((0, 1), (0, 2)))
+    with pytest.raises(ValueError, match="in row 1 begin no item"):
+        processor(torch.tensor([good, bad]), torch.zeros(2, config.vocab_size))
+    with pytest.raises(ValueError, match="NaN"):
+        processor(torch.tensor([good]), torch.full((1, config.vocab_size), torch.nan))
+    with pytest.raises(ValueError, match="levels"):
+        SidLogitsProcessor(tiny_catalog(num_items=5, num_sid_levels=2), config)
+    whole = torch.tensor([[config.latent_end_token_id, *sid_ids(model, (0, 1, 2))]])
+    processor.eos_token_ids = []
+    with pytest.raises(ValueError, match="set max_new_tokens"):
+        processor(whole, torch.zeros(1, config.vocab_size))
+
+
+def test_no_leftover_of_the_backbone_survives(tmp_path):
+    leftovers = dict(
+        do_sample=True, temperature=0.6, top_k=2, top_p=0.5, min_p=0.3, typical_p=0.5, repetition_penalty=1.5,
+        no_repeat_ngram_size=2, length_penalty=2.0, num_beams=3,
+    )
+    backbone = tiny_backbone()
+    backbone.save_pretrained(tmp_path / "backbone")
+    (tmp_path / "backbone" / "generation_config.json").write_text(json.dumps(leftovers))
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "backbone").generation_config.top_k == 2
+    model = LasarForGenerativeRec.from_backbone(
+        str(tmp_path / "backbone"), tiny_tokenizer(), num_sid_levels=3, codebook_size=4
+    ).eval()
+    model.save_pretrained(tmp_path / "model")
+    loaded = LasarForGenerativeRec.from_pretrained(tmp_path / "model").eval()
+    neutral = dict(
+        do_sample=False, temperature=1.0, top_k=50, top_p=1.0, typical_p=1.0, repetition_penalty=1.0,
+        no_repeat_ngram_size=0, length_penalty=1.0, num_beams=1,
+    )  # top_k and length_penalty: transformers' own
+    for config in (model.generation_config, loaded.generation_config):
+        used, _ = loaded._prepare_generation_config(config)
+        assert {name: getattr(used, name) for name in neutral} == neutral
+        assert not used.min_p
+        assert used.suppress_tokens == [model.config.latent_start_token_id, model.config.latent_token_id]
+
+
+def by_hand(model, prompt: list[int], max_new_tokens: int) -> list[int]:
+    """Greedy text, one whole forward pass a token, until `<|latent_start|>` or the end of the text."""
+    config, text = model.config, []
+    while len(text) < max_new_tokens:
+        logits = model(torch.tensor([prompt + text])).logits[0, -1].clone()
+        logits[[config.latent_token_id, config.latent_end_token_id]] = -torch.inf
+        token = int(logits.argmax())
+        if token in (config.latent_start_token_id, config.backbone_config.eos_token_id):
+            break
+        text.append(token)
+    return text
+
+
+@pytest.mark.parametrize("max_new_tokens", [1, 5])
+@pytest.mark.parametrize("seed", range(6))
+def test_text_then_item(seed, max_new_tokens):
+    """Rows whose text ends early, at once or not at all, on either side padded, equal one row at a time by hand."""
+    model, _ = tiny_model(seed=seed)
+    catalog, config = tiny_catalog(), model.config
+    stops = [config.latent_start_token_id, config.backbone_config.eos_token_id]
+    with torch.no_grad():  # make an early end likely
+        model.lm_head.weight[stops[seed % 2]] += 0.6 * model.lm_head.weight[: config.latent_start_token_id].mean(0)
+    prompts = [row(model, length, 0, seed=7 * seed + length) for length in (4, 7, 5, 3)]
+    output = model.recommend_with_text(
+        **batch(prompts, ["left", "right", "left", "left"]), catalog=catalog, top_k=20, num_beams=64,
+        max_new_tokens=max_new_tokens,
+    )
+    assert output.latent_steps.tolist() == [0] * 4
+    for i, prompt in enumerate(prompts):
+        text = by_hand(model, prompt[:-1], max_new_tokens)
+        assert output.text_ids[i].tolist() == text + [0] * (output.text_ids.shape[1] - len(text))
+        expected = score_every_item(model, prompt[:-1] + text + prompt[-1:], 0, catalog)
+        order = expected.argsort(descending=True)
+        assert output.items[i].tolist() == order.tolist()
+        torch.testing.assert_close(output.scores[i].double(), expected[order], atol=2e-5, rtol=2e-5)
+
+
+def test_text_checks_its_prompt_and_takes_lists():
+    model, _ = tiny_model()
+    catalog, inputs = tiny_catalog(), batch([row(model, 5, 0)])
+    denied = model.recommend_with_text(**inputs, catalog=catalog, top_k=20, max_new_tokens=3, deny=[[4]]).items[0]
+    assert 4 not in denied and denied[-1] == -1
+    with pytest.raises(ValueError, match="Row 1 has no prompt before"):
+        start = [model.config.latent_start_token_id]
+        model.recommend_with_text(**batch([row(model, 5, 0), start]), catalog=catalog)
+    with pytest.raises(ValueError, match="Row 0 needs 309 positions .* max_position_embeddings=256"):
+        model.recommend_with_text(**inputs, catalog=catalog, max_new_tokens=300)

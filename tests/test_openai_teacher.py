@@ -1,0 +1,325 @@
+"""The teacher behind an endpoint, against a local server that is slow, broken, busy and hostile."""
+
+import json
+import threading
+import time
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lasar_hf.data import Interactions, TemplateTeacher, leave_one_out, samples
+from lasar_hf.data.openai_teacher import OpenAITeacher
+from lasar_hf.data.refusals import REFUSALS, refusal
+from lasar_hf.data.teacher_log import TeacherLog
+
+
+GOOD = "The person keeps to cups. A cup of another colour is due."
+SHOP = Interactions(
+    [f"i{row}" for row in range(6)],
+    [{"title": f"Cup Number {row} <a_{row}>", "brand": "Hill"} for row in range(6)],
+    ["u", "v"], [[0, 1, 2, 3, 4, 5], [0, 1, 2, 3]],
+)  # fmt: skip
+SPLIT = leave_one_out(SHOP)
+TRAIN = samples(SPLIT, "train")  # 0 > 1, 01 > 2, 012 > 3; 0 > 1 again
+TEMPLATE = TemplateTeacher(SHOP, SPLIT)
+
+
+def answer(text, **more):
+    usage = {"prompt_tokens": 10, "completion_tokens": 3}
+    return 200, {}, json.dumps({"choices": [{"message": {"content": text}}], "usage": usage} | more).encode()
+
+
+class Endpoint(ThreadingHTTPServer):
+    """Answers as `reply(prompt, n)` says, for the n-th request with that prompt's items: status, headers, body."""
+
+    daemon_threads = True
+
+    def __init__(self, reply):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.reply, self.lock = reply, threading.Lock()
+        self.asked, self.prompts, self.headers, self.busy, self.most_busy = Counter(), [], [], 0, 0
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_port}/v1"
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_POST(self):
+        server = self.server
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        prompt = body["messages"][0]["content"]
+        items = next(line for line in prompt.splitlines() if line.startswith("{"))
+        with server.lock:
+            nth = server.asked[items]
+            server.asked[items] += 1
+            server.prompts.append(prompt)
+            server.headers.append((self.path, dict(self.headers), body))
+            server.busy += 1
+            server.most_busy = max(server.most_busy, server.busy)
+        reply = server.reply(prompt, nth)
+        with server.lock:
+            server.busy -= 1
+        if reply is None:  # hang up without a word
+            self.close_connection = True
+            return
+        status, headers, content = reply
+        try:
+            self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+        except OSError:  # the client did not wait
+            pass
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def endpoint(monkeypatch):
+    """Start a server with a given behaviour."""
+    for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "OPENAI_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    servers = []
+
+    def start(reply):
+        servers.append(Endpoint(reply))
+        threading.Thread(target=servers[-1].serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def teacher(server, tmp_path, **options):
+    options = {"backoff": 0.01, "timeout": 5.0} | options
+    url = server if isinstance(server, str) else server.url
+    return OpenAITeacher(SHOP, "tiny", url, tmp_path / "log.jsonl", TEMPLATE, **options)
+
+
+def next_title(prompt):
+    return json.loads(next(line for line in prompt.splitlines() if line.startswith("{")))["next"]["title"]
+
+
+def test_chains_in_order_each_request_once(endpoint, tmp_path):
+    server = endpoint(lambda prompt, nth: answer(GOOD + "!" * int(next_title(prompt)[-1])))
+    one = teacher(server, tmp_path)
+    chains = one.chains_of_thought(TRAIN)
+    assert chains == [GOOD + "!" * number for number in (1, 2, 3, 1)]
+    assert set(server.asked.values()) == {1} and len(server.asked) == 3
+    assert one.counts == {
+        "requests": 3, "accepted": 3, "replaced": 0, "prompt_tokens": 30, "completion_tokens": 9
+    }  # fmt: skip
+    path, headers, body = server.headers[0]
+    assert path == "/v1/chat/completions" and body["model"] == "tiny" and "Authorization" not in headers
+    assert "never write its title" in body["messages"][0]["content"].lower()
+    assert "<a_" not in body["messages"][0]["content"] and '"Cup Number 0"' in body["messages"][0]["content"]
+
+
+def test_the_key_comes_from_the_environment(endpoint, tmp_path, monkeypatch):
+    server = endpoint(lambda prompt, nth: answer(GOOD))
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    monkeypatch.setenv("HF_TOKEN", "hf_not_for_this_endpoint")
+    teacher(server, tmp_path).chains_of_thought(TRAIN)
+    assert {headers["Authorization"] for _, headers, _ in server.headers} == {"Bearer secret"}
+    assert "secret" not in (tmp_path / "log.jsonl").read_text()
+    monkeypatch.delenv("OPENAI_API_KEY")
+    (tmp_path / "log.jsonl").unlink()
+    server.headers.clear()
+    teacher(server, tmp_path).chains_of_thought(TRAIN)
+    assert not any("Authorization" in headers for _, headers, _ in server.headers)
+
+
+def test_no_more_requests_at_a_time_than_allowed(endpoint, tmp_path):
+    shop = Interactions(
+        [f"i{row}" for row in range(12)], [{"title": f"Cup Number {row}"} for row in range(12)], ["u"],
+        [list(range(12))],
+    )  # fmt: skip
+    train = samples(leave_one_out(shop), "train")
+    for limit in (1, 3):
+        together = threading.Barrier(limit, timeout=20)  # no answer before so many requests are there
+
+        def reply(prompt, nth, together=together):
+            together.wait()
+            return answer(GOOD)
+
+        server = endpoint(reply)
+        OpenAITeacher(shop, "tiny", server.url, tmp_path / f"{limit}", TEMPLATE, limit).chains_of_thought(train)
+        assert server.most_busy == limit and len(server.asked) == 9
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    [(429, {"Retry-After": "0.01"}, b"slow down"), (500, {}, b""), (503, {"Retry-After": "soon"}, b"<html>"), None],
+)
+def test_busy_and_broken_connections_are_tried_again(endpoint, tmp_path, trouble):
+    server = endpoint(lambda prompt, nth: trouble if nth < 2 else answer(GOOD))
+    one = teacher(server, tmp_path)
+    assert one.chains_of_thought(TRAIN) == [GOOD] * 4
+    assert set(server.asked.values()) == {3} and one.counts["accepted"] == 3
+
+
+def test_the_endpoint_says_how_long_to_wait(endpoint, tmp_path):
+    server = endpoint(lambda prompt, nth: (429, {"Retry-After": "0.4"}, b"") if nth < 1 else answer(GOOD))
+    begin = time.perf_counter()
+    teacher(server, tmp_path).chains_of_thought(TRAIN)
+    assert time.perf_counter() - begin > 0.4
+
+
+def test_slow_answers_are_tried_again(endpoint, tmp_path):
+    def reply(prompt, nth):
+        time.sleep(0.0 if nth else 1.0)
+        return answer(GOOD)
+
+    server = endpoint(reply)
+    assert teacher(server, tmp_path, timeout=0.3).chains_of_thought(TRAIN) == [GOOD] * 4
+    assert set(server.asked.values()) == {2}
+
+
+def test_a_dead_endpoint_stops_the_run(tmp_path, endpoint):
+    server = endpoint(lambda prompt, nth: None)
+    with pytest.raises(ConnectionError, match=r"gave no answer in 2 tries .* run again to go on"):
+        teacher(server, tmp_path, max_tries=2).chains_of_thought(TRAIN)
+    with pytest.raises(ConnectionError, match=r"gave no answer in 2 tries \(last: ClientConnectorError"):
+        teacher("http://127.0.0.1:9/v1", tmp_path, max_tries=2).chains_of_thought(TRAIN)
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_a_wrong_key_or_model_stops_at_once(endpoint, tmp_path, status):
+    server = endpoint(lambda prompt, nth: (status, {}, b'{"error": "who are you"}'))
+    with pytest.raises(PermissionError, match=rf"refuses 'tiny' \(status {status}\): .*who are you"):
+        teacher(server, tmp_path).chains_of_thought(TRAIN)
+    assert set(server.asked.values()) == {1}
+
+
+HOSTILE = {
+    "title": [lambda title: answer(f"The person keeps to cups, so {title.upper().replace(' ', '  ')} follows now.")],
+    "token": [answer(GOOD + " <b_3>"), answer(GOOD + " <|latent|>")],
+    "empty": [
+        answer(""), answer("  \n"), answer("Cup."), answer("<think>Cups, cups and more cups follow.</think>"),
+        answer(None), answer(["a", "list"]),
+    ],
+    "garbage": [
+        answer("x\x00y" * 20), answer("0101 " * 30 + "and some letters for the look"), answer("\ufffd" + GOOD),
+        (200, {}, b"<html>gateway</html>"), (200, {}, b"[]"), (200, {}, b'{"choices": []}'), (200, {}, b"\xff"),
+        (200, {}, b'{"choices": [{"message": null}]}'),
+    ],
+    "long": [answer("cup " * 3000)],
+    "endpoint": [(400, {}, b'{"error": "filtered"}'), (422, {}, b"")],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("reason", "bad"), [(reason, bad) for reason, all_bad in HOSTILE.items() for bad in all_bad])
+def test_unusable_answers_are_asked_for_again_saying_why(endpoint, tmp_path, reason, bad):
+    shop = Interactions(SHOP.item_ids, [{"title": f"Cup of {name}"} for name in "abcdef"], ["u"], SHOP.histories[:1])
+
+    def reply(prompt, nth):
+        if nth:
+            return answer(f"<think>{next_title(prompt)} <a_1></think> {GOOD}\n")
+        return bad(next_title(prompt)) if callable(bad) else bad
+
+    server = endpoint(reply)
+    one = OpenAITeacher(shop, "tiny", server.url, tmp_path / "log.jsonl", TEMPLATE, backoff=0.01)
+    assert one.chains_of_thought(TRAIN) == [GOOD] * 4
+    assert one.counts[f"refused_{reason}"] == one.counts["accepted"] == 3
+    assert len([prompt for prompt in server.prompts if REFUSALS[reason] in prompt]) == 3
+
+
+def test_the_template_writes_what_the_model_does_not(endpoint, tmp_path):
+    server = endpoint(lambda prompt, nth: answer("no") if next_title(prompt).endswith("2") else answer(GOOD))
+    one = teacher(server, tmp_path, max_answers=2)
+    with pytest.warns(UserWarning, match="1 of 3 chains of thought are the template's: tiny gave no answer"):
+        chains = one.chains_of_thought(TRAIN)
+    assert chains == [GOOD, TEMPLATE.chain_of_thought([0, 1], 2), GOOD, GOOD]
+    assert one.counts == {
+        "requests": 3, "accepted": 2, "replaced": 1, "refused_empty": 2, "prompt_tokens": 40, "completion_tokens": 12
+    }  # fmt: skip
+    asked = server.asked.total()
+    with pytest.warns(UserWarning, match="the template's"):  # known: not asked for again
+        assert teacher(server, tmp_path, max_answers=2).chains_of_thought(TRAIN) == chains
+    assert server.asked.total() == asked
+
+
+def test_an_endpoint_of_garbage_stops_the_run(endpoint, tmp_path):
+    shop = Interactions([str(row) for row in range(40)], [{"title": f"Cup {row} x"} for row in range(40)], ["u"],
+                        [list(range(40))])  # fmt: skip
+    server = endpoint(lambda prompt, nth: (200, {}, b"welcome to this network, please log in"))
+    one = OpenAITeacher(shop, "tiny", server.url, tmp_path / "log.jsonl", TEMPLATE, max_answers=1)
+    with pytest.raises(ConnectionError, match=r"no answer that could be used to 20 requests .*not plain text"):
+        one.chains_of_thought(samples(leave_one_out(shop), "train"))
+
+
+def test_a_stopped_run_goes_on_and_asks_nothing_twice(endpoint, tmp_path):
+    server = endpoint(lambda prompt, nth: (401, {}, b"") if next_title(prompt).endswith("3") else answer(GOOD + "1"))
+    with pytest.raises(PermissionError):
+        teacher(server, tmp_path, concurrency=1).chains_of_thought(TRAIN)
+    log = tmp_path / "log.jsonl"
+    assert len(log.read_text().splitlines()) == 2
+    with log.open("a") as file:
+        file.write('{"key": "torn')  # what a kill may leave
+    server.reply = lambda prompt, nth: answer(GOOD + "2")
+    server.asked.clear()
+    one = teacher(server, tmp_path)
+    assert one.chains_of_thought(TRAIN) == [GOOD + "1", GOOD + "1", GOOD + "2", GOOD + "1"]
+    assert len(server.asked) == 1 and one.counts["prompt_tokens"] == 30
+    assert [sorted(json.loads(line)) for line in log.read_text().splitlines()] == [
+        ["chain", "completion_tokens", "key", "prompt_tokens"]
+    ] * 3
+    other = OpenAITeacher(SHOP, "other", server.url, log, TEMPLATE)  # another model is another request
+    assert other.chains_of_thought(TRAIN) == [GOOD + "2"] * 4
+
+
+def test_each_answer_is_on_the_disk_before_the_next_request(endpoint, tmp_path):
+    known = []
+
+    def reply(prompt, nth):
+        known.append(len((tmp_path / "log.jsonl").read_bytes().splitlines()))
+        return answer(GOOD)
+
+    teacher(endpoint(reply), tmp_path, concurrency=1).chains_of_thought(TRAIN)
+    assert known == [0, 1, 2]
+
+
+def test_a_broken_line_inside_the_log_is_named(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"key": "k", "chain": "c", "prompt_tokens": 1, "completion_tokens": 1}\n{"key": 1\nx\n')
+    with pytest.raises(ValueError, match=r"log.jsonl: line 2 is no answer"):
+        TeacherLog(path)
+
+
+@pytest.mark.parametrize("options", [{"concurrency": 0}, {"max_answers": 0}, {"max_tries": 0}])
+def test_bad_arguments(tmp_path, options):
+    with pytest.raises(ValueError, match=f"`{next(iter(options))}` is 0"):
+        teacher("http://127.0.0.1:9", tmp_path, **options)
+    with pytest.raises(ValueError, match="`base_url` is 'localhost:8000'"):
+        teacher("localhost:8000", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text", [GOOD, "Der Nächste ist ein Band der Reihe.", "这个人一直在买同一个系列的书，下一本也来自这个系列。"]
+)
+def test_text_of_any_language_is_good(text):
+    assert refusal(text, "Silent Harbor, Volume Six") is None
+
+
+@pytest.mark.parametrize(
+    "name", ["Sil\u200bent\u00a0HARBOR, volume six", "Ｓilent Harbor, Volume Six", "silent\nharbor, VOLUME  SIX"]
+)
+def test_a_title_in_other_letters_is_seen(name):
+    assert refusal(f"So the next is {name}, of course.", "Silent Harbor, Volume Six") == "title"
+
+
+@given(st.text(max_size=60), st.text(min_size=1, max_size=12), st.text(max_size=60))
+@settings(max_examples=200, deadline=None)
+def test_a_title_inside_any_text_is_refused(before, title, after):
+    folded = " ".join(title.split()).casefold()
+    if folded:
+        assert refusal(f"{before} {title} {after} and then some more words follow", title) is not None

@@ -1,0 +1,161 @@
+"""What a preparation puts out: hostile items come through as text, and nothing of the future is told."""
+
+import json
+import random
+import re
+
+import pytest
+
+from lasar_hf.configuration_lasar import CONTROL_TOKENS
+from lasar_hf.data import PreparedData, alignment_rows, history_rows, load_interactions, read_lcrec, toy_shop
+from lasar_hf.data.teacher import SPECIAL_TOKENS, _plain, fold
+from tests.preparing import encoder_of, run
+
+
+HOSTILE = {
+    "0": {"title": "Silent <a_1><b_2> Harbor <|latent_start|>", "brand": "Hill"},
+    "1": {"title": "x" * 100_000, "brand": "Hill"},
+    "2": {"title": "zero\x00 width\u202e turn \x1b[31m end", "brand": "Hill"},
+    "3": {"title": "<|latent|>", "brand": "Hill"},
+    "4": {"asin": "B00ASIN"},
+    "5": {},
+    "6": {"title": "word " * 20_000, "description": "\u2066\ud83d half"},
+}
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hostile")
+    histories = {str(user): [(user + step * (1 + user % 3)) % 7 for step in range(5)] for user in range(20)}
+    (folder / "Shop.inter.json").write_text(json.dumps(histories))
+    (folder / "Shop.item.json").write_text(json.dumps(HOSTILE))
+    run(folder / "out", folder)
+    return folder
+
+
+def test_hostile_items_come_through(hostile):
+    data = PreparedData.load(hostile / "out")
+    assert data.items["asin"][4] == "B00ASIN" and data.interactions.items[4] == {"asin": "B00ASIN"}
+    assert data.interactions.items[5] == {}
+    assert data.items["title"][2].split() == ["zero", "width", "turn", "[31m", "end"]
+    encoder = encoder_of(hostile / "out", data)
+    special = {*range(len(encoder.tokenizer) - len(CONTROL_TOKENS) - 32, len(encoder.tokenizer))}
+    for row in alignment_rows(data.interactions, data.split, encoder, ["sid_to_title"]):
+        sid, text = row["input_ids"], [token for token in row["labels"] if token != -100]
+        assert len(text) <= 65 and not special & set(text) and len(special & set(sid)) <= 4
+    for row in data.samples["train"]:
+        assert not SPECIAL_TOKENS.search(row["chain_of_thought"]) and len(row["chain_of_thought"]) < 2000
+        assert row["chain_of_thought"].isprintable()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("Shop.inter.json", '{"0": [1, 2],\n "1": [3,, 4]}', r"Shop\.inter\.json: line 2: broken JSON"),
+        ("Shop.inter.json", '{"0": [1], "0": [2]}', r"Shop\.inter\.json: the key '0' appears twice"),
+        ("Shop.item.json", '{"1": {"title": "x"}, "1": {}}', r"Shop\.item\.json: the key '1' appears twice"),
+    ],
+)
+def test_broken_files_are_named_and_nothing_is_left(tmp_path, name, text, message):
+    (tmp_path / "Shop.inter.json").write_text('{"0": [1, 2, 3]}')
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path / "out", tmp_path)
+    assert {path.name for path in (tmp_path / "out").iterdir()} <= {"steps", ".interactions.partial"}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("log.jsonl", '{"u": 1, "i": 2, "t": 3}\n{"u": 1, "i"\n', r"log\.jsonl: line 2: broken JSON"),
+        ("log.jsonl", '{"u": 1, "i": 2, "t": 3}\n{"u": 1, "i": 2}\n', r"log\.jsonl: line 2 has no 't'"),
+        ("log.csv", "u,i\n1,2\n", r"log\.csv has no column 't'; its columns are u, i"),
+    ],
+)
+def test_broken_tables_are_named(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    columns = {"user_column": "u", "item_column": "i", "time_column": "t", "interactions": [str(tmp_path / name)]}
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path / "out", "table", **columns)
+
+
+def test_times_that_fall_are_sorted_and_ties_keep_the_order_of_the_file(tmp_path):
+    taken = list(zip("wxyz", (9, 1, 5, 5), strict=True))
+    lines = ["u,i,t"] + [f"{user},{item},{moment}" for user in "abc" for item, moment in taken]
+    (tmp_path / "log.csv").write_text("\n".join(lines))
+    columns = {"user_column": "u", "item_column": "i", "time_column": "t", "k_core": 1}
+    with pytest.warns(UserWarning):
+        run(tmp_path / "out", "table", interactions=[str(tmp_path / "log.csv")], **columns)
+    data = PreparedData.load(tmp_path / "out")
+    assert [[data.item_ids[item] for item in history] for history in data.interactions.histories] == [list("xyzw")] * 3
+    card = json.loads((tmp_path / "out" / "data_card.json").read_text())["data"]
+    assert card["order"].endswith("stay in the order of the file") and card["tied_neighbours"] == pytest.approx(1 / 3)
+
+
+def future_in_output(folder, sequences, max_history=6):
+    """
+    Check all that a model will see against the raw sequences `{user: items}`: each prompt is made of the items before
+    its target, and no chain or segment holds the target's title, a SID, or the name of an item to come.
+    """
+    data = PreparedData.load(folder)
+    encoder = encoder_of(folder, data, max_history)
+    row_of = {tuple(codes): row for row, codes in enumerate(data.codes.tolist())}
+    titles = [fold(item.get("title", "")) for item in data.interactions.items]
+    names = [_plain(item.get("title", "")).casefold() for item in data.interactions.items]
+
+    def items_in(text):
+        codes = [int(code) for code in re.findall(r"<[a-z]_(\d+)>", text)]
+        return [row_of[tuple(codes[start : start + 4])] for start in range(0, len(codes), 4)]
+
+    last = {"train": -2, "validation": -1, "test": None}
+    seen = 0
+    for part, samples in data.samples.items():
+        places = {}
+        for row in samples:
+            sequence = sequences[row["user_id"]]
+            place = len(row["history"])
+            assert sequence[:place] == row["history"] and sequence[place] == row["target"]
+            assert place < len(sequence[: last[part]]) and places.setdefault(row["user_id"], 0) < place
+            places[row["user_id"]] = place
+            assert items_in(encoder.text(row["history"])) == sequence[:place][-max_history:]
+            for text in [row["chain_of_thought"], *row["segments"]] if part == "train" else []:
+                assert not titles[row["target"]] or titles[row["target"]] not in fold(text)
+                assert not SPECIAL_TOKENS.search(text)
+                past = [names[item] for item in row["history"]]
+                for item in set(sequence[place:]) - set(row["history"]):
+                    told = names[item] and f'"{names[item]}"' in text.casefold()
+                    assert not told or names[item] in past
+                seen += 1
+    for row in history_rows(data.split, encoder):
+        shown = items_in(encoder.tokenizer.decode(row["input_ids"]))
+        assert any(shown == sequence[:-2][-max_history - 1 :] for sequence in sequences.values())
+    return seen
+
+
+def test_nothing_of_the_future_in_the_toy_shop(tmp_path):
+    shop = toy_shop(30, 48)
+    run(tmp_path)
+    assert future_in_output(tmp_path, dict(zip(shop.user_ids, shop.histories, strict=True))) > 300
+
+
+def test_the_source_is_stored_as_it_was_read(hostile):
+    assert load_interactions(hostile / "out" / "interactions") == read_lcrec(hostile)
+
+
+def test_nothing_of_the_future_among_hostile_items(hostile):
+    raw = json.loads((hostile / "Shop.inter.json").read_text())
+    assert future_in_output(hostile / "out", raw) > 20
+
+
+def test_nothing_of_the_future_on_real_items(tmp_path, shared_data):
+    whole = shared_data / "scientific"
+    users = json.loads((whole / "Scientific.inter.json").read_text())
+    chosen = {user: users[user] for user in random.Random(0).sample(sorted(users), 60)}
+    texts = json.loads((whole / "Scientific.item.json").read_text())
+    taken = {str(item) for items in chosen.values() for item in items}
+    (tmp_path / "S.inter.json").write_text(json.dumps(chosen))
+    (tmp_path / "S.item.json").write_text(json.dumps({item: texts[item] for item in taken if item in texts}))
+    run(tmp_path / "out", tmp_path, index=str(whole / "Scientific.index.json"), codebook_size=256)
+    rows = {item: row for row, item in enumerate(PreparedData.load(tmp_path / "out").item_ids)}
+    assert future_in_output(tmp_path / "out", {u: [rows[str(item)] for item in i] for u, i in chosen.items()}) > 100
+    assert not (tmp_path / "out" / "quantizer").exists()

@@ -1,0 +1,54 @@
+"""The recipes' YAML files name arguments that exist, and unknown ones are refused."""
+
+import dataclasses
+import functools
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from trl import ModelConfig
+
+from lasar_hf import LasarGRPOConfig, LasarSFTConfig
+from lasar_hf.data import SourceArguments
+
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT_OF = {"stage1": "sft", "stage2": "sft"}
+SHARED = {
+    "prepare": (SourceArguments,), "sft": (LasarSFTConfig, ModelConfig), "grpo": (LasarGRPOConfig, ModelConfig)
+}
+FILES = sorted(path for path in (ROOT / "recipes").glob("*/*.yaml") if path.parent.name != "accelerate_configs")
+
+
+@functools.cache
+def arguments_of(script: str) -> set[str]:
+    """Every key that a recipe's parser knows."""
+    names = runpy.run_path(str(ROOT / "recipes" / f"{script}.py"))
+    own = [part for name, part in names.items() if name.endswith("Arguments") and dataclasses.is_dataclass(part)]
+    assert own, f"recipes/{script}.py defines no arguments"
+    return {field.name for part in (*own, *SHARED.get(script, ())) for field in dataclasses.fields(part)}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_every_key_is_an_argument(path):
+    script = SCRIPT_OF.get(path.stem, path.stem)
+    unknown = set(yaml.safe_load(path.read_text())) - arguments_of(script)
+    assert not unknown
+    # The header is the literal command.
+    assert f"recipes/{script}.py --config recipes/{path.parent.name}/{path.name}" in path.read_text().splitlines()[0]
+
+
+def test_an_unknown_key_is_refused(tmp_path):
+    config = tmp_path / "stage1.yaml"
+    config.write_text((ROOT / "recipes/toy/stage1.yaml").read_text() + "lerning_rate: 0.1\n")
+    command = [sys.executable, str(ROOT / "recipes/sft.py"), "--config", str(config)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, timeout=300,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode != 0 and "lerning_rate" in done.stderr
+    assert not (tmp_path / "outputs").exists()
