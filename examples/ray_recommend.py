@@ -61,6 +61,8 @@ def main() -> None:
     parser.add_argument("output_dir", help="Folder of the Parquet files.")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--gpus_per_worker", type=float, default=0)
+    # Workers that claim every core of a cluster leave none to read and to write: Ray would wait for ever.
+    parser.add_argument("--cpus_per_worker", type=float, default=0.5)
     parser.add_argument("--top_k", type=int, default=10)
     parser.add_argument("--num_beams", type=int, default=50)
     parser.add_argument("--latent_steps", type=int, help="Fixed depth; the policy head's choice if not given.")
@@ -72,7 +74,8 @@ def main() -> None:
     read = ray.data.read_parquet if args.histories.endswith(".parquet") else ray.data.read_json
     recommended = read(str(Path(args.histories).resolve())).map_batches(
         Recommender, fn_constructor_args=(args,), batch_size=args.batch_size, batch_format="numpy",
-        compute=ray.data.ActorPoolStrategy(size=args.workers), num_gpus=args.gpus_per_worker,
+        compute=ray.data.ActorPoolStrategy(size=args.workers), num_cpus=args.cpus_per_worker,
+        num_gpus=args.gpus_per_worker,
     )
     recommended.write_parquet(str(Path(args.output_dir).resolve()))
 

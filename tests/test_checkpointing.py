@@ -159,7 +159,7 @@ def test_checkpointing_lowers_the_memory(depth):
     model.activation_checkpointing_enable()
     kept_replaying, peak_replaying = measure(model, 48, depth, with_peak=True)
     assert kept_replaying < 0.3 * kept
-    assert peak_replaying < 0.5 * peak
+    assert peak_replaying < 0.65 * peak  # one of the two layers is made again at a time
 
 
 def bytes_of_a_step(model, prompt_length):

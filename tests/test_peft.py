@@ -148,6 +148,17 @@ def test_save_load_and_merge_recommend_the_same(tmp_path, tied):
     assert sum(value.shape == (rows, width) for value in saved.values()) == (1 if tied else 2)
 
 
+def test_sft_of_an_adapter_resumes_bit_exactly(tmp_path):
+    options = dict(max_steps=4, policy_weight=0.1, save_strategy="steps", save_steps=2)
+    whole = sft_trainer(tmp_path / "whole", **options)
+    whole.train()
+    resumed = sft_trainer(tmp_path / "again", **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    expected = state(whole.model)
+    for name, parameter in resumed.model.named_parameters():
+        assert torch.equal(parameter, expected[name]), name
+
+
 def test_checkpointing_changes_no_gradient_of_the_adapter():
     model, _ = tiny_model()
     inputs = batch(mixed_rows(model), SIDES)
