@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import pytest
 
@@ -103,6 +104,7 @@ def test_killed_between_any_two_file_operations(tmp_path, monkeypatch):
     run_steps(tmp_path / "calm", chain(tmp_path / "calm"))
     run_steps(tmp_path / "calm", chain(tmp_path / "calm", two=3, extra=False))
     expected = files(tmp_path / "calm")
+    run_steps(tmp_path / "old", chain(tmp_path / "old"))
     operations = [(pipeline_module.os, name) for name in ("replace", "unlink", "rmdir", "mkdir")]
     for at in range(1000):
         folder = tmp_path / str(at)
@@ -116,8 +118,11 @@ def test_killed_between_any_two_file_operations(tmp_path, monkeypatch):
                     assert (folder / "two" / "text").read_text() in (folder / "last" / "text").read_text()
             else:
                 break
+        back = shutil.copytree(folder, tmp_path / f"{at}-back")
         run_steps(folder, chain(folder, two=3, extra=False))
         assert files(folder) == expected, at
+        run_steps(back, chain(back))  # or one thinks better of it
+        assert files(back) == files(tmp_path / "old"), at
     assert at > 20
 
 
