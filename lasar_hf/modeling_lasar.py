@@ -137,6 +137,7 @@ class LasarForGenerativeRec(LasarPreTrainedModel, GenerationMixin):
         if isinstance(backbone, str):
             backbone = AutoModelForCausalLM.from_pretrained(backbone, **kwargs)
         _check_backbone(backbone.base_model)
+        _check_plain_head(backbone)
         if backbone.get_output_embeddings().bias is not None:
             raise ValueError(
                 f"The head of {type(backbone).__name__} has a bias, which a checkpoint would lose: use a backbone "
@@ -515,6 +516,23 @@ class LasarForGenerativeRec(LasarPreTrainedModel, GenerationMixin):
         leaves, scores = beam_search(self, chain, trie, max(num_beams, top_k), item_filter)
         items, scores = rank_items(leaves, scores, trie, top_k, item_filter)
         return RecommendOutput(items=items, scores=scores, latent_steps=chain.depths)
+
+
+@torch.no_grad()
+def _check_plain_head(language_model: PreTrainedModel) -> None:
+    """Refuse heads that scale or cap their logits: LASAR scores the rows of a level by themselves."""
+    ids = torch.arange(4, device=language_model.device)[None]
+    was_training = language_model.training
+    language_model.eval()
+    hidden_states = language_model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    plain = language_model.get_output_embeddings()(hidden_states).float()
+    logits = language_model(input_ids=ids, use_cache=False).logits.float()
+    language_model.train(was_training)
+    if not torch.allclose(logits, plain, rtol=0, atol=1e-2 * float(plain.abs().max())):
+        raise ValueError(
+            f"{type(language_model).__name__} scales or caps its logits, which LASAR does not: use a backbone whose "
+            "head is a plain matrix, such as Qwen3 or Llama."
+        )
 
 
 @torch.no_grad()

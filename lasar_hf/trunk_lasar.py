@@ -250,7 +250,7 @@ class LasarModel(LasarPreTrainedModel):
             past_key_values=past_key_values, use_cache=bool(use_cache), **kwargs,
         )
         hidden_states = outputs.last_hidden_state
-        start = layout._columns().gather(1, layout.prompt_length[:, None] - 1)
+        start = layout._columns().gather(1, (layout.prompt_length[:, None] - 1).clamp(min=0))
         start_states = hidden_states.gather(1, start[..., None].expand(-1, -1, hidden_states.shape[-1]))
         return LasarModelOutput(
             last_hidden_state=hidden_states,

@@ -59,6 +59,7 @@ def evaluate_model(args: EvaluateArguments, data: PreparedData, samples, locatio
     model = LasarForGenerativeRec.from_pretrained(path).to(state.device).eval()
     encoder = PromptEncoder(AutoTokenizer.from_pretrained(path), data.codes, args.instruction, args.max_history)
     catalog = SidCatalog.from_pretrained(path)
+    data.check_catalog(catalog.item_ids, catalog.codes, path)
     mine = np.array_split(np.arange(len(samples)), state.num_processes)[state.process_index]
     part = recommend_samples(
         model, samples.select(mine), encoder, catalog, 20, args.num_beams, int(depth) if depth else None,

@@ -46,6 +46,7 @@ def main(script: GRPOScriptArguments, training_args: LasarGRPOConfig, model_args
     set_seed(training_args.seed)
     data = PreparedData.load(script.data_dir)
     catalog = SidCatalog.from_pretrained(model_args.model_name_or_path)
+    data.check_catalog(catalog.item_ids, catalog.codes, model_args.model_name_or_path)
     tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path)
     encoder = PromptEncoder(tokenizer, data.codes, script.instruction, script.max_history)
     peft_config = None

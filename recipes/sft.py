@@ -64,6 +64,10 @@ class SFTScriptArguments:
 def load_model(script: SFTScriptArguments, model_args: ModelConfig, data: PreparedData):
     """The stage-1 checkpoint of stage 2; for stage 1 a pre-trained backbone, or one from scratch."""
     if script.stage == 2:
+        if model_args.model_name_or_path is None:
+            raise ValueError("Stage 2 continues stage 1: name its checkpoint in model_name_or_path.")
+        catalog = SidCatalog.from_pretrained(model_args.model_name_or_path)
+        data.check_catalog(catalog.item_ids, catalog.codes, model_args.model_name_or_path)
         model = LasarForGenerativeRec.from_pretrained(model_args.model_name_or_path)
         return model, AutoTokenizer.from_pretrained(model_args.model_name_or_path)
     if script.backbone_config is None:
@@ -101,9 +105,9 @@ def stage2_anchors(model, tokenizer, data: PreparedData, folder: Path) -> Anchor
     """Anchors by the stage-1 checkpoint, computed by the main process and read by all."""
     stage1 = checkpoint_hash(model)
     state = PartialState()
-    if state.is_main_process and not (folder / "anchors.json").exists():
+    if state.is_main_process:  # resumes, and does nothing where the same segments were encoded
         segments = data.samples["train"]["segments"]
-        encode_anchors(model.model.backbone, tokenizer, segments, stage1, device=state.device).save(folder)
+        encode_anchors(model.model.backbone, tokenizer, segments, stage1, device=state.device, folder=folder)
     state.wait_for_everyone()
     return AnchorStore.load(folder, stage1)
 

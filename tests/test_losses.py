@@ -83,3 +83,16 @@ def test_rewards():
     weights = [1 / math.log2(rank + 1) for rank in (1, 2, 3)]
     expected = [-weights[0] / sum(weights), 0, -weights[2] / sum(weights), 0, 0, 0]
     assert RankingReward(catalog, model.config, 3)(completions, target) == pytest.approx(expected)
+
+
+def test_alignment_refuses_anchors_of_another_depth():
+    latents, mask = torch.randn(2, 3, 4), torch.ones(2, 3, dtype=torch.bool)
+    with pytest.raises(ValueError, match="its own anchor"):
+        alignment_loss(latents, torch.randn(2, 1, 4), mask)
+
+
+def test_rewards_refuse_a_target_outside_the_catalogue():
+    model, _ = tiny_model()
+    catalog = tiny_catalog()
+    with pytest.raises(ValueError, match="target is -3"):
+        ExactMatchReward(catalog, model.config)([sid_ids(model, catalog.codes[0])], [-3])

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, MistralConfig
+from transformers import AutoModel, AutoModelForCausalLM, GraniteConfig, MistralConfig
 
 from lasar_hf import LasarConfig, LasarForGenerativeRec, SidCatalog
 from tests.tiny import batch, plain_loop, row, sid_ids, tiny_backbone, tiny_catalog, tiny_model, tiny_tokenizer
@@ -274,3 +274,12 @@ def test_sid_embeddings_keep_the_geometry_of_the_codebooks(tied):
     assert torch.equal(model.get_input_embeddings().weight[:start], old[:start])
     with pytest.raises(ValueError, match="pass .M, K, D."):
         model.set_sid_embeddings(codebooks[:2])
+
+
+def test_a_backbone_that_scales_its_logits_is_refused():
+    config = GraniteConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, logits_scaling=4.0,
+    )
+    with pytest.raises(ValueError, match="GraniteForCausalLM scales or caps its logits"):
+        LasarForGenerativeRec.from_backbone(AutoModelForCausalLM.from_config(config), tiny_tokenizer())

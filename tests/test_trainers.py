@@ -271,6 +271,8 @@ def test_grpo_resumes_exactly_at_a_generation_boundary(tmp_path):
         (dict(save_strategy="steps", save_steps=3, steps_per_generation=2), "save_steps=3 falls between two"),
         (dict(mask_truncated_completions=True), "no end token"),
         (dict(use_vllm=True), "latent loop"),
+        (dict(num_generations_eval=2), "num_generations_eval=2 differs"),
+        (dict(sampling="stochastic_beams", num_generations=32, per_device_train_batch_size=32), "from 20 items"),
     ],
 )
 def test_grpo_refuses_what_cannot_work(tmp_path, options, message):

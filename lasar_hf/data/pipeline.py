@@ -68,6 +68,8 @@ def run_steps(folder: str | Path, steps: Sequence[Step], only: Sequence[str] | N
         if name not in names:
             raise ValueError(f"there is no step {name!r}: choose among {', '.join(names)}.")
     (folder / _MARKS).mkdir(parents=True, exist_ok=True)
+    for path in (folder / _MARKS).glob(".*.partial"):  # of a run that was killed
+        path.unlink()
     fingerprints: dict[str, str] = {}
     ran = []
     for position, step in enumerate(steps):

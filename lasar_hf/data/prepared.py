@@ -80,6 +80,27 @@ class PreparedData:
         histories = [[*train, *rest] for train, rest in zip(split.train, held_out, strict=True)]
         return Interactions(self.item_ids, fields, split.user_ids, histories)
 
+    def check_catalog(self, item_ids: list[str], codes, source: str) -> None:
+        """
+        Check that a checkpoint's catalogue is this data's: the same items with the same Semantic IDs.
+
+        Args:
+            item_ids (`list[str]`):
+                Item ids of the catalogue.
+            codes (array of shape `(I, M)`):
+                Its Semantic IDs.
+            source (`str`):
+                Where the catalogue lies, for the message.
+
+        Raises:
+            `ValueError`: if they differ.
+        """
+        if list(item_ids) != self.item_ids or not np.array_equal(np.asarray(codes), self.codes):
+            raise ValueError(
+                f"The catalogue in {source} holds other items or other Semantic IDs than the prepared data: train "
+                "again on this data, or name the data that the checkpoint was trained on."
+            )
+
     @staticmethod
     def item_table(interactions: Interactions, codes: np.ndarray) -> Dataset:
         """

@@ -91,6 +91,11 @@ class LasarGRPOTrainer(GRPOTrainer):
         refuse_zero3(model, args, kwargs.get("peft_config"))
         lasar_config = unwrap_lasar(model).config if not isinstance(model, str) else AutoConfig.from_pretrained(model)
         args.max_completion_length = lasar_config.num_sid_levels
+        if args.sampling == "stochastic_beams" and args.num_generations > len(catalog):
+            raise ValueError(
+                f"num_generations={args.num_generations} candidates without replacement from {len(catalog)} items: "
+                'lower it, or set sampling="sample".'
+            )
         catalog.check_matches(lasar_config.num_sid_levels, lasar_config.codebook_size)
         if reward_funcs is None:
             reward_funcs = [
@@ -266,6 +271,11 @@ def _check_arguments(args: LasarGRPOConfig) -> None:
         raise ValueError(
             f"A process draws {local} candidates at once (per_device_train_batch_size x steps_per_generation), which "
             f"is no multiple of num_generations={args.num_generations}: a group must not be split over processes."
+        )
+    if args.num_generations_eval not in (None, args.num_generations):
+        raise ValueError(
+            f"num_generations_eval={args.num_generations_eval} differs from num_generations={args.num_generations}, "
+            "which the ranking reward counts by: leave it out."
         )
     generate_every = args.steps_per_generation * args.num_iterations
     if args.save_strategy == "steps" and args.save_steps >= 1:

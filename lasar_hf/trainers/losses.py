@@ -55,6 +55,11 @@ def alignment_loss(
     Returns:
         `torch.Tensor`: scalar mean over the rows that have a step; 0 if none has.
     """
+    if latents.shape != anchors.shape:
+        raise ValueError(
+            f"latents has shape {tuple(latents.shape)} but anchors has {tuple(anchors.shape)}: each latent step needs "
+            "its own anchor."
+        )
     steps = DISTANCES[distance](latents, anchors.detach()).masked_fill(~mask, 0)
     rows = steps.sum(dim=1) / mask.sum(dim=1).clamp(min=1)
     return rows.sum() / mask.any(dim=1).sum().clamp(min=1)

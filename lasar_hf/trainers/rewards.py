@@ -36,6 +36,9 @@ class ExactMatchReward:
         Returns:
             `list[float]`: rewards.
         """
+        outside = next((item for item in target if not 0 <= item < len(self.sid_ids)), None)
+        if outside is not None:
+            raise ValueError(f"target is {outside}, but the catalogue has the rows 0 … {len(self.sid_ids) - 1}.")
         return [
             float(list(ids) == self.sid_ids[item]) for ids, item in zip(completion_ids, target, strict=True)
         ]

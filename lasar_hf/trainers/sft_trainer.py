@@ -143,7 +143,7 @@ class LasarSFTTrainer(SFTTrainer):
         if anchors is not None:
             latents = output.latent_states[:, 1:]
             mask = torch.arange(latents.shape[1], device=latents.device) < output.latent_steps[:, None]
-            align = alignment_loss(latents, anchors[:, : latents.shape[1]], mask, self.args.alignment)
+            align = alignment_loss(latents, anchors, mask, self.args.alignment)
             metrics["align_loss"] = align.detach()
             loss = loss + self.args.alignment_weight * align
         if self.args.policy_weight > 0:
