@@ -14,11 +14,11 @@ from pathlib import Path
 # Python puts a script's folder first on the path, where this folder's evaluate.py would hide the `evaluate` package.
 sys.path[:] = [entry for entry in sys.path if entry != str(Path(__file__).resolve().parent)]
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from accelerate import PartialState
 from datasets import concatenate_datasets
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, TrlParser
 
@@ -75,6 +75,11 @@ def load_model(script: SFTScriptArguments, model_args: ModelConfig, data: Prepar
         backbone = AutoModelForCausalLM.from_pretrained(model_args.model_name_or_path, dtype=model_args.dtype)
     else:
         tokenizer = AutoTokenizer.from_pretrained(Path(script.data_dir, "tokenizer"))
+        config_class = CONFIG_MAPPING[script.backbone_config["model_type"]]
+        known = {"model_type", *config_class.attribute_map, *(part.name for part in fields(config_class))}
+        unknown = sorted(set(script.backbone_config) - known)
+        if unknown:
+            raise ValueError(f"backbone_config holds {unknown}, which {config_class.__name__} does not have.")
         config = AutoConfig.for_model(
             **script.backbone_config, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id,
             bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
