@@ -215,7 +215,8 @@ class LasarModel(LasarPreTrainedModel):
         return LasarModelOutput(
             last_hidden_state=hidden_states,
             past_key_values=past_key_values if use_cache else None,
-            latent_states=chain.latent_states()[groups.group],
+            # Other processes may reason longer: what is returned must not depend on them.
+            latent_states=chain.latent_states()[groups.group, : 1 + layout.max_depth],
             latent_steps=layout.depth,
             depth_logits=chain.depth_logits[groups.group],
         )
