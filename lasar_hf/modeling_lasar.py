@@ -326,9 +326,9 @@ class LasarForGenerativeRec(LasarPreTrainedModel, GenerationMixin):
             [`LatentChain`], for [`~decoding_lasar.beam_search`] and [`~decoding_lasar.sample_items`].
 
         Raises:
-            `ValueError`: if a prompt does not end in `<|latent_start|>`, a depth lies outside `0 … max_latent_steps`,
-            or prompt, latent steps and answer are longer than the backbone's positions. Where the policy head chooses,
-            `max_latent_steps` must fit.
+            `ValueError`: if a prompt does not end in `<|latent_start|>`, a depth is no integer or outside
+            `0 … max_latent_steps`, or prompt, latent steps and answer are longer than the backbone's positions. Where
+            the policy head chooses, `max_latent_steps` must fit.
         """
         valid = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         layout = self._prompt_layout(input_ids, valid)
@@ -362,7 +362,14 @@ class LasarForGenerativeRec(LasarPreTrainedModel, GenerationMixin):
             )
 
     def _checked_depths(self, latent_steps: int | torch.Tensor, batch_size: int, device) -> torch.Tensor:
-        latent_steps = torch.as_tensor(latent_steps, device=device).expand(batch_size)
+        latent_steps = torch.as_tensor(latent_steps, device=device)
+        is_integer = not latent_steps.is_floating_point() and latent_steps.dtype != torch.bool
+        if not is_integer or latent_steps.shape not in ((), (batch_size,)):
+            raise ValueError(
+                f"latent_steps has type {latent_steps.dtype} and shape {tuple(latent_steps.shape)}: pass an integer, "
+                f"or one for each of the {batch_size} rows."
+            )
+        latent_steps = latent_steps.expand(batch_size)
         outside = (latent_steps < 0) | (latent_steps > self.config.max_latent_steps)
         if outside.any():
             row = int(outside.nonzero()[0])

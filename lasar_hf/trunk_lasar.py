@@ -224,6 +224,9 @@ class LasarModel(LasarPreTrainedModel):
     def _continue(self, input_ids, attention_mask, position_ids, past_key_values, **kwargs) -> LasarModelOutput:
         if (input_ids == self.config.latent_token_id).any():
             raise ValueError("<|latent|> slots cannot follow a cached prefix: pass the prompt and its slots together.")
+        if position_ids is None and attention_mask is not None:
+            # A backbone would count padding as positions, which the first pass did not.
+            position_ids = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
         outputs = self.backbone(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
             past_key_values=past_key_values, use_cache=True, **kwargs,

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 
 from transformers import AutoTokenizer, set_seed
 from transformers.trainer_utils import get_last_checkpoint
-from trl import ModelConfig, TrlParser
+from trl import TrlParser
 
 from lasar_hf import LasarForGenerativeRec, LasarGRPOConfig, LasarGRPOTrainer, SidCatalog
 from lasar_hf.data import AnchorStore, PreparedData, PromptEncoder, checkpoint_hash, grpo_rows
-from lasar_hf.trainers import lora_from_arguments, save_trained, whole_weights
+from lasar_hf.trainers import LasarModelConfig, lora_from_arguments, save_trained, whole_weights
 
 
 @dataclass
@@ -30,18 +30,18 @@ class GRPOScriptArguments:
     max_history: int = field(default=50, metadata={"help": "Most items of a history that are shown."})
 
 
-def terminal_anchors(script: GRPOScriptArguments) -> AnchorStore | None:
+def terminal_anchors(script: GRPOScriptArguments, dtype: str) -> AnchorStore | None:
     """The anchors of stage 2, checked against the checkpoint that made them."""
     if script.anchors_dir is None:
         return None
     if script.stage1_model is None:
         raise ValueError("anchors_dir is given without stage1_model: name the checkpoint that made the anchors.")
     with whole_weights():
-        stage1 = LasarForGenerativeRec.from_pretrained(script.stage1_model)
+        stage1 = LasarForGenerativeRec.from_pretrained(script.stage1_model, dtype=dtype)
     return AnchorStore.load(script.anchors_dir, checkpoint_hash(stage1))
 
 
-def main(script: GRPOScriptArguments, training_args: LasarGRPOConfig, model_args: ModelConfig) -> None:
+def main(script: GRPOScriptArguments, training_args: LasarGRPOConfig, model_args: LasarModelConfig) -> None:
     """Train and save model, tokenizer and catalogue together."""
     set_seed(training_args.seed)
     data = PreparedData.load(script.data_dir)
@@ -49,14 +49,15 @@ def main(script: GRPOScriptArguments, training_args: LasarGRPOConfig, model_args
     data.check_catalog(catalog.item_ids, catalog.codes, model_args.model_name_or_path)
     tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path)
     encoder = PromptEncoder(tokenizer, data.codes, script.instruction, script.max_history)
+    training_args.model_init_kwargs = model_args.init_kwargs | (training_args.model_init_kwargs or {})
     peft_config = None
     if model_args.use_peft:
         with whole_weights():
-            model = LasarForGenerativeRec.from_pretrained(model_args.model_name_or_path)
+            model = LasarForGenerativeRec.from_pretrained(model_args.model_name_or_path, **model_args.init_kwargs)
         peft_config = lora_from_arguments(model, model_args)
     trainer = LasarGRPOTrainer(
         model_args.model_name_or_path, training_args, catalog,
-        train_dataset=grpo_rows(data.samples["train"], encoder, terminal_anchors(script)),
+        train_dataset=grpo_rows(data.samples["train"], encoder, terminal_anchors(script, model_args.dtype)),
         processing_class=tokenizer, peft_config=peft_config,
     )
     trainer.train(resume_from_checkpoint=get_last_checkpoint(training_args.output_dir))
@@ -64,4 +65,4 @@ def main(script: GRPOScriptArguments, training_args: LasarGRPOConfig, model_args
 
 
 if __name__ == "__main__":
-    main(*TrlParser((GRPOScriptArguments, LasarGRPOConfig, ModelConfig)).parse_args_and_config())
+    main(*TrlParser((GRPOScriptArguments, LasarGRPOConfig, LasarModelConfig)).parse_args_and_config())

@@ -20,7 +20,7 @@ from accelerate import PartialState
 from datasets import concatenate_datasets
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 from transformers.trainer_utils import get_last_checkpoint
-from trl import ModelConfig, TrlParser
+from trl import TrlParser
 
 from lasar_hf import LasarForGenerativeRec, LasarSFTConfig, LasarSFTTrainer, SidCatalog
 from lasar_hf.data import (
@@ -36,7 +36,7 @@ from lasar_hf.data import (
 )
 from lasar_hf.evaluation import RankingEvaluator
 from lasar_hf.semantic_ids import ResidualKMeans
-from lasar_hf.trainers import lora_from_arguments, save_trained, whole_weights
+from lasar_hf.trainers import LasarModelConfig, lora_from_arguments, save_trained, whole_weights
 
 
 @dataclass
@@ -61,18 +61,18 @@ class SFTScriptArguments:
     eval_users: int = field(default=0, metadata={"help": "Validation users to rank at each evaluation; 0 for none."})
 
 
-def load_model(script: SFTScriptArguments, model_args: ModelConfig, data: PreparedData):
+def load_model(script: SFTScriptArguments, model_args: LasarModelConfig, data: PreparedData):
     """The stage-1 checkpoint of stage 2; for stage 1 a pre-trained backbone, or one from scratch."""
     if script.stage == 2:
         if model_args.model_name_or_path is None:
             raise ValueError("Stage 2 continues stage 1: name its checkpoint in model_name_or_path.")
         catalog = SidCatalog.from_pretrained(model_args.model_name_or_path)
         data.check_catalog(catalog.item_ids, catalog.codes, model_args.model_name_or_path)
-        model = LasarForGenerativeRec.from_pretrained(model_args.model_name_or_path)
+        model = LasarForGenerativeRec.from_pretrained(model_args.model_name_or_path, **model_args.init_kwargs)
         return model, AutoTokenizer.from_pretrained(model_args.model_name_or_path)
     if script.backbone_config is None:
         tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path)
-        backbone = AutoModelForCausalLM.from_pretrained(model_args.model_name_or_path, dtype=model_args.dtype)
+        backbone = AutoModelForCausalLM.from_pretrained(model_args.model_name_or_path, **model_args.init_kwargs)
     else:
         tokenizer = AutoTokenizer.from_pretrained(Path(script.data_dir, "tokenizer"))
         config_class = CONFIG_MAPPING[script.backbone_config["model_type"]]
@@ -84,7 +84,7 @@ def load_model(script: SFTScriptArguments, model_args: ModelConfig, data: Prepar
             **script.backbone_config, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id,
             bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
         )
-        backbone = AutoModelForCausalLM.from_config(config)
+        backbone = AutoModelForCausalLM.from_config(config, **model_args.from_config_kwargs)
     model = LasarForGenerativeRec.from_backbone(
         backbone, tokenizer, data.codes.shape[1], data.codebook_size, script.max_latent_steps
     )
@@ -117,7 +117,7 @@ def stage2_anchors(model, tokenizer, data: PreparedData, folder: Path) -> Anchor
     return AnchorStore.load(folder, stage1)
 
 
-def main(script: SFTScriptArguments, training_args: LasarSFTConfig, model_args: ModelConfig) -> None:
+def main(script: SFTScriptArguments, training_args: LasarSFTConfig, model_args: LasarModelConfig) -> None:
     """Train one stage and save model, tokenizer and catalogue together."""
     set_seed(training_args.seed)
     data = PreparedData.load(script.data_dir)
@@ -146,4 +146,4 @@ def main(script: SFTScriptArguments, training_args: LasarSFTConfig, model_args: 
 
 
 if __name__ == "__main__":
-    main(*TrlParser((SFTScriptArguments, LasarSFTConfig, ModelConfig)).parse_args_and_config())
+    main(*TrlParser((SFTScriptArguments, LasarSFTConfig, LasarModelConfig)).parse_args_and_config())

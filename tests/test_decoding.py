@@ -159,6 +159,9 @@ def test_bad_requests_are_refused():
         model.recommend(**batch([good]), catalog=catalog, latent_steps=5)
     with pytest.raises(ValueError, match="latent_steps is -1 for row 1"):
         model.recommend(**batch([good, good]), catalog=catalog, latent_steps=torch.tensor([1, -1]))
+    for wrong in (2.0, True, torch.tensor([1, 2, 3]), torch.tensor([[1, 2]])):
+        with pytest.raises(ValueError, match="pass an integer, or one for each of the 2 rows"):
+            model.recommend(**batch([good, good]), catalog=catalog, latent_steps=wrong)
 
 
 def test_nan_logits_are_an_error():

@@ -250,6 +250,21 @@ def test_generate_with_slots_equals_generate_without_cache(num_beams):
     assert torch.equal(cached, uncached)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_cache_continues_by_hand(side):
+    """Positions follow the mask: padding takes none."""
+    model, _ = tiny_model()
+    answers = [sid_ids(model, (1, 2, 3)), sid_ids(model, (0, 1, 2))]
+    end = [model.config.latent_end_token_id]
+    heads = [row(model, 5, 0) + end, row(model, 9, 3, seed=1) + end]
+    whole = [model(torch.tensor([head + answer])).logits[0, -3:] for head, answer in zip(heads, answers, strict=True)]
+    first = batch(heads, side)
+    outputs = model(**first, use_cache=True)
+    mask = torch.cat([first["attention_mask"], torch.ones(2, 3, dtype=torch.long)], dim=1)
+    logits = model(torch.tensor(answers), mask, past_key_values=outputs.past_key_values).logits
+    torch.testing.assert_close(logits, torch.stack(whole), atol=1e-5, rtol=1e-5)
+
+
 def test_slots_after_a_cached_prefix_are_refused():
     model, _ = tiny_model()
     prefix = model(**batch([row(model, 6, 2)]), use_cache=True)

@@ -10,16 +10,18 @@ from pathlib import Path
 
 import pytest
 import yaml
-from trl import ModelConfig
 
 from lasar_hf import LasarGRPOConfig, LasarSFTConfig
 from lasar_hf.data import SourceArguments
+from lasar_hf.trainers import LasarModelConfig
 
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT_OF = {"stage1": "sft", "stage2": "sft"}
 SHARED = {
-    "prepare": (SourceArguments,), "sft": (LasarSFTConfig, ModelConfig), "grpo": (LasarGRPOConfig, ModelConfig)
+    "prepare": (SourceArguments,),
+    "sft": (LasarSFTConfig, LasarModelConfig),
+    "grpo": (LasarGRPOConfig, LasarModelConfig),
 }
 FILES = sorted(path for path in (ROOT / "recipes").glob("*/*.yaml") if path.parent.name != "accelerate_configs")
 
@@ -42,13 +44,14 @@ def test_every_key_is_an_argument(path):
     assert f"recipes/{script}.py --config recipes/{path.parent.name}/{path.name}" in path.read_text().splitlines()[0]
 
 
-def test_an_unknown_key_is_refused(tmp_path):
+@pytest.mark.parametrize("key", ["lerning_rate: 0.1", "load_in_4bit: true"])
+def test_an_unknown_key_is_refused(tmp_path, key):
     config = tmp_path / "stage1.yaml"
-    config.write_text((ROOT / "recipes/toy/stage1.yaml").read_text() + "lerning_rate: 0.1\n")
+    config.write_text((ROOT / "recipes/toy/stage1.yaml").read_text() + f"{key}\n")
     command = [sys.executable, str(ROOT / "recipes/sft.py"), "--config", str(config)]
     done = subprocess.run(
         command, capture_output=True, text=True, cwd=tmp_path, timeout=300,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
-    assert done.returncode != 0 and "lerning_rate" in done.stderr
+    assert done.returncode != 0 and key.split(":")[0] in done.stderr
     assert not (tmp_path / "outputs").exists()

@@ -265,10 +265,19 @@ def test_grpo_resumes_exactly_at_a_generation_boundary(tmp_path):
         assert torch.equal(parameter, dict(whole.model.named_parameters())[name]), name
 
 
+def test_grpo_does_not_resume_inside_a_generation(tmp_path):
+    """The last checkpoint of a run may lie there, whatever `save_steps` is."""
+    options = dict(save_strategy="steps", save_steps=2, steps_per_generation=2)
+    grpo_trainer(tmp_path, **options, max_steps=3).train()
+    with pytest.raises(ValueError, match="checkpoint-3 was written 1 micro-batches behind a generation"):
+        grpo_trainer(tmp_path, **options, max_steps=4).train(resume_from_checkpoint=True)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (dict(save_strategy="steps", save_steps=3, steps_per_generation=2), "save_steps=3 falls between two"),
+        (dict(save_strategy="steps", save_steps=0.5), "save_steps=0.5 is a share"),
         (dict(mask_truncated_completions=True), "no end token"),
         (dict(use_vllm=True), "latent loop"),
         (dict(num_generations_eval=2), "num_generations_eval=2 differs"),

@@ -5,6 +5,7 @@ from .grpo_config import LasarGRPOConfig
 from .grpo_trainer import LasarGRPOTrainer
 from .lora import lasar_lora_config, lora_from_arguments, save_trained
 from .losses import alignment_loss, bidirectional_kl, depth_entropy, exact_depth_loss, reinforce_loss
+from .model_config import LasarModelConfig
 from .rewards import ExactMatchReward, RankingReward
 from .sft_config import LasarSFTConfig
 from .sft_trainer import LasarDataCollator, LasarSFTTrainer
@@ -16,6 +17,7 @@ __all__ = [
     "LasarDataCollator",
     "LasarGRPOConfig",
     "LasarGRPOTrainer",
+    "LasarModelConfig",
     "LasarSFTConfig",
     "LasarSFTTrainer",
     "RankingReward",

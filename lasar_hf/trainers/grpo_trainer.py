@@ -27,7 +27,7 @@ from .rewards import ExactMatchReward, RankingReward
 from .sharding import call_gathered
 
 
-BASELINE_NAME = "depth_baseline.json"
+STATE_NAME = "lasar_state.json"
 
 
 class EpochRepeatSampler(RepeatSampler):
@@ -231,20 +231,27 @@ class LasarGRPOTrainer(GRPOTrainer):
         return loss + extra / (self.current_gradient_accumulation_steps if mode == "train" else 1)
 
     def _save_checkpoint(self, model, trial):
-        """The running mean of the rewards belongs to the state of the run."""
+        """The running mean of the rewards belongs to the state of the run, and so does its place in a generation."""
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
             folder = os.path.join(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-            path = os.path.join(folder, BASELINE_NAME)
+            path = os.path.join(folder, STATE_NAME)
+            micro_batch = self._step % (self.args.steps_per_generation * self.num_iterations)
             with open(path + ".tmp", "w", encoding="utf-8") as file:
-                json.dump({"reward_baseline": self.reward_baseline}, file)
+                json.dump({"reward_baseline": self.reward_baseline, "micro_batch": micro_batch}, file)
             os.replace(path + ".tmp", path)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            with open(os.path.join(checkpoint, BASELINE_NAME), encoding="utf-8") as file:
-                self.reward_baseline = json.load(file)["reward_baseline"]
+            with open(os.path.join(checkpoint, STATE_NAME), encoding="utf-8") as file:
+                state = json.load(file)
+            if state["micro_batch"] > 0:
+                raise ValueError(
+                    f"{checkpoint} was written {state['micro_batch']} micro-batches behind a generation, whose "
+                    "candidates are gone: resume from a checkpoint between generations."
+                )
+            self.reward_baseline = state["reward_baseline"]
 
     def _save(self, output_dir=None, state_dict=None):
         """The catalogue belongs beside the weights: a checkpoint alone can recommend."""
@@ -277,14 +284,23 @@ def _check_arguments(args: LasarGRPOConfig) -> None:
             f"num_generations_eval={args.num_generations_eval} differs from num_generations={args.num_generations}, "
             "which the ranking reward counts by: leave it out."
         )
+    if args.save_strategy == "steps":
+        _check_save_steps(args)
+
+
+def _check_save_steps(args: LasarGRPOConfig) -> None:
     generate_every = args.steps_per_generation * args.num_iterations
-    if args.save_strategy == "steps" and args.save_steps >= 1:
-        if int(args.save_steps) * args.gradient_accumulation_steps % generate_every:
-            raise ValueError(
-                f"save_steps={int(args.save_steps)} falls between two generations (every {generate_every} "
-                "micro-batches), where no run resumes exactly: choose a multiple of "
-                f"{generate_every // math.gcd(generate_every, args.gradient_accumulation_steps)}."
-            )
+    boundary = generate_every // math.gcd(generate_every, args.gradient_accumulation_steps)
+    if args.save_steps < 1:
+        raise ValueError(
+            f"save_steps={args.save_steps} is a share of the run, which may fall between two generations, where no "
+            f"run resumes exactly: give a number of steps, a multiple of {boundary}."
+        )
+    if int(args.save_steps) % boundary:
+        raise ValueError(
+            f"save_steps={int(args.save_steps)} falls between two generations (every {generate_every} "
+            f"micro-batches), where no run resumes exactly: choose a multiple of {boundary}."
+        )
 
 
 def _snapshot_reference(model: PreTrainedModel, folder: str) -> None:

@@ -6,9 +6,9 @@ from peft import LoraConfig, PeftConfig, PeftModel
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 from transformers import Trainer, TrainingArguments
-from trl import ModelConfig
 
 from ..modeling_lasar import LasarForGenerativeRec
+from .model_config import LasarModelConfig
 
 
 def lasar_lora_config(
@@ -71,7 +71,7 @@ def lasar_lora_config(
     )
 
 
-def lora_from_arguments(model: LasarForGenerativeRec, arguments: ModelConfig) -> LoraConfig | None:
+def lora_from_arguments(model: LasarForGenerativeRec, arguments: LasarModelConfig) -> LoraConfig | None:
     """
     [`lasar_lora_config`] with the recipe's `use_peft`, `lora_r`, `lora_alpha`, `lora_dropout`, `lora_target_modules`,
     `use_rslora` and `use_dora`.
@@ -79,7 +79,7 @@ def lora_from_arguments(model: LasarForGenerativeRec, arguments: ModelConfig) ->
     Args:
         model ([`LasarForGenerativeRec`]):
             The model to adapt.
-        arguments ([`~trl.ModelConfig`]):
+        arguments ([`LasarModelConfig`]):
             The recipe's arguments.
 
     Returns:
