@@ -17,8 +17,8 @@ sys.path[:] = [entry for entry in sys.path if entry != str(Path(__file__).resolv
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
-import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from transformers import AutoTokenizer
 from trl import TrlParser
 
@@ -52,23 +52,39 @@ class EvaluateArguments:
     max_history: int = field(default=50, metadata={"help": "Most items of a history that are shown."})
 
 
-def evaluate_model(args: EvaluateArguments, data: PreparedData, samples, location: str):
+def parse_models(entries: list[str]) -> dict[str, tuple[str, int | None]]:
+    """From the name of each model to its path and its fixed depth, if it has one."""
+    models = {}
+    for entry in entries:
+        name, _, location = entry.partition("=")
+        path, _, depth = location.partition("@")
+        if not path or not (depth or "0").isdecimal():
+            raise ValueError(f"The model {entry!r} is not name=path or name=path@N with a fixed depth N.")
+        if name in ("popularity", "Markov", *models):
+            raise ValueError(f"Two rows of the table would be named {name!r}: give each model its own name.")
+        models[name] = path, int(depth) if depth else None
+    return models
+
+
+def choose_users(samples, users: int):
+    """The first so many users, all if 0."""
+    if not 0 <= users <= len(samples):
+        raise ValueError(f"users is {users}, but the split has {len(samples)}: pass 0 for all of them.")
+    return samples.select(range(users)) if users else samples
+
+
+def evaluate_model(args: EvaluateArguments, data: PreparedData, samples, path: str, depth: int | None):
     """Item rows `(U, 20)` and the row of numbers of one model; users are shared among the processes."""
-    path, _, depth = location.partition("@")
     state = PartialState()
     model = LasarForGenerativeRec.from_pretrained(path).to(state.device).eval()
     encoder = PromptEncoder(AutoTokenizer.from_pretrained(path), data.codes, args.instruction, args.max_history)
     catalog = SidCatalog.from_pretrained(path)
     data.check_catalog(catalog.item_ids, catalog.codes, path)
-    mine = np.array_split(np.arange(len(samples)), state.num_processes)[state.process_index]
-    part = recommend_samples(
-        model, samples.select(mine), encoder, catalog, 20, args.num_beams, int(depth) if depth else None,
-        args.batch_size, progress=state.is_main_process,
-    )
-    parts = [part]
-    if state.num_processes > 1:
-        parts = [None] * state.num_processes
-        torch.distributed.all_gather_object(parts, part)
+    mine = samples.select(np.array_split(np.arange(len(samples)), state.num_processes)[state.process_index])
+    options = (encoder, catalog, 20, args.num_beams, depth, args.batch_size)
+    recommend_samples(model, mine.select(range(min(len(mine), args.batch_size))), *options)  # not timed: warms up
+    part = recommend_samples(model, mine, *options, progress=state.is_main_process)
+    parts = gather_object([part])
     items, steps = (np.concatenate([getattr(p, name) for p in parts]) for name in ("items", "latent_steps"))
     seconds = max(p.seconds for p in parts)
     return items, evaluate_recommendations(items, samples["target"], len(catalog), steps, seconds)
@@ -76,9 +92,9 @@ def evaluate_model(args: EvaluateArguments, data: PreparedData, samples, locatio
 
 def main(args: EvaluateArguments) -> None:
     """Evaluate the baselines and every model; write and print the report."""
+    models = parse_models(args.models)
     data = PreparedData.load(args.data_dir)
-    samples = data.samples[args.split]
-    samples = samples.select(range(args.users)) if args.users else samples
+    samples = choose_users(data.samples[args.split], args.users)
     train, num_items = data.split.train, len(data.items)
     contexts = [history[-1] for history in samples["history"]]
     popular = popularity_ranking(train, num_items, 20)
@@ -86,9 +102,8 @@ def main(args: EvaluateArguments) -> None:
         "popularity": np.tile(popular, (len(samples), 1)), "Markov": markov_ranking(train, contexts, num_items, 20)
     }
     rows = {name: evaluate_recommendations(p, samples["target"], num_items) for name, p in predictions.items()}
-    for entry in args.models:
-        name, _, location = entry.partition("=")
-        predictions[name], rows[name] = evaluate_model(args, data, samples, location)
+    for name, (path, depth) in models.items():
+        predictions[name], rows[name] = evaluate_model(args, data, samples, path, depth)
     hits = {name: hits_per_user(ranks(p, samples["target"]), 10) for name, p in predictions.items()}
     if PartialState().is_main_process:
         pairs = list(zip(list(hits)[1:], list(hits)[:-1], strict=True))  # each recommender against the row before
