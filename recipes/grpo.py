@@ -62,6 +62,7 @@ def main(script: GRPOScriptArguments, training_args: LasarGRPOConfig, model_args
     )
     trainer.train(resume_from_checkpoint=get_last_checkpoint(training_args.output_dir))
     save_trained(trainer)
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

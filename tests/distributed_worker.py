@@ -128,6 +128,8 @@ def main(out: str, *ways: str) -> None:
         logs = run(task, way, Path(out, f"{task}-{way}"))
         if PartialState().is_main_process:
             Path(out, f"{task}-{way}.json").write_text(json.dumps(logs))
+    PartialState().wait_for_everyone()
+    PartialState().destroy_process_group()  # its threads would abort a process that ends before they do
 
 
 if __name__ == "__main__":
