@@ -110,8 +110,8 @@ def main(args: EvaluateArguments) -> None:
         tests = {f"{a} - {b}": asdict(paired_bootstrap(hits[a], hits[b])) for a, b in pairs}
         save_report(Path(args.output_dir), rows, {"arguments": asdict(args), "HR@10_against_the_row_before": tests})
         print(comparison_table(rows))
-    PartialState().destroy_process_group()
 
 
 if __name__ == "__main__":
     main(*TrlParser((EvaluateArguments,)).parse_args_and_config())
+    PartialState().destroy_process_group()

@@ -126,8 +126,8 @@ def main(args: RecommendArguments) -> None:
         pq.write_table(table, folder / f"{path.name}.tmp")
         os.replace(folder / f"{path.name}.tmp", path)
     state.wait_for_everyone()
-    state.destroy_process_group()
 
 
 if __name__ == "__main__":
     main(*TrlParser((RecommendArguments,)).parse_args_and_config())
+    PartialState().destroy_process_group()
