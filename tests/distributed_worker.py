@@ -19,7 +19,14 @@ from accelerate import PartialState
 from torch.distributed.fsdp import fully_shard
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from lasar_hf import LasarGRPOConfig, LasarGRPOTrainer, LasarSFTConfig, LasarSFTTrainer
+from lasar_hf import (
+    LasarForGenerativeRec,
+    LasarGRPOConfig,
+    LasarGRPOTrainer,
+    LasarSFTConfig,
+    LasarSFTTrainer,
+    SidCatalog,
+)
 from lasar_hf.trainers import whole_weights
 from tests.test_trainers import COMMON, first_code, grpo_setup, sft_setup
 from tests.tiny import batch, row
@@ -59,16 +66,20 @@ def shard_everything(args) -> None:
         zero["stage3_param_persistence_threshold"] = 0
 
 
+def prompt_scores(lasar: LasarForGenerativeRec, catalog: SidCatalog) -> list[list[float]]:
+    """Scores of what is recommended for two prompts."""
+    return lasar.recommend(**batch([row(lasar, 5, 0), row(lasar, 8, 0, seed=1)]), catalog=catalog).scores.tolist()
+
+
 def sft_trainer(folder: Path) -> LasarSFTTrainer:
     """Stage 2; the checkpoint that it starts from is made whole."""
     args = LasarSFTConfig(**arguments(folder), policy_weight=0.1, train_sampling_strategy="sequential")
     shard_everything(args)
     with whole_weights():
         model, tokenizer, catalog, rows, anchors = sft_setup(DEPTHS)
-    prompts = batch([row(model, 5, 0), row(model, 8, 0, seed=1)])
     return LasarSFTTrainer(
         model, args, catalog, anchors, train_dataset=rows, processing_class=tokenizer,
-        ranking_evaluator=lambda lasar: {"scores": lasar.recommend(**prompts, catalog=catalog).scores.tolist()},
+        ranking_evaluator=lambda lasar: {"scores": prompt_scores(lasar, catalog)},
     )
 
 
@@ -119,6 +130,12 @@ def run(task: str, way: str, folder: Path) -> list[dict]:
     logs = {"trainer": by_trainer, "fsdp2": by_fsdp2}[way](trainer)
     if task == "sft":
         logs.append(trainer._rank())  # as at an evaluation
+    if way == "trainer":
+        trainer.save_model(str(folder / "saved"))
+        trainer.accelerator.wait_for_everyone()
+        with whole_weights():
+            saved = LasarForGenerativeRec.from_pretrained(folder / "saved")
+        logs.append({"saved_scores": prompt_scores(saved, trainer.catalog)})
     return logs
 
 
