@@ -47,6 +47,16 @@ def sid_tokens(num_sid_levels: int, codebook_size: int) -> list[str]:
     return [sid_token(level, code) for level in range(num_sid_levels) for code in range(codebook_size)]
 
 
+def check_sizes(num_sid_levels: int, codebook_size: int, max_latent_steps: int) -> None:
+    """Refuse numbers of levels, codes and latent steps that no model can have."""
+    if not 1 <= num_sid_levels <= len(string.ascii_lowercase):
+        raise ValueError(f"num_sid_levels is {num_sid_levels}: Semantic IDs have 1 to 26 levels (a to z).")
+    if codebook_size < 1:
+        raise ValueError(f"codebook_size is {codebook_size}: a level needs at least one code.")
+    if max_latent_steps < 1:
+        raise ValueError(f"max_latent_steps is {max_latent_steps}: the policy head needs at least one class.")
+
+
 class LasarConfig(PreTrainedConfig):
     r"""
     Configuration of a [`LasarForGenerativeRec`].
@@ -102,10 +112,7 @@ class LasarConfig(PreTrainedConfig):
         }
         self.auto_map = kwargs.pop("auto_map", None) or auto_map
         super().__post_init__(**kwargs)
-        if self.num_sid_levels > len(string.ascii_lowercase):
-            raise ValueError(f"num_sid_levels is {self.num_sid_levels}: Semantic IDs have at most 26 levels (a to z).")
-        if self.max_latent_steps < 1:
-            raise ValueError(f"max_latent_steps is {self.max_latent_steps}: the policy head needs at least one class.")
+        check_sizes(self.num_sid_levels, self.codebook_size, self.max_latent_steps)
         self.tie_word_embeddings = self.backbone_config.tie_word_embeddings
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:

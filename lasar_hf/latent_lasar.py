@@ -160,6 +160,20 @@ class LatentChain:
         return states.masked_fill(~inside, 0)
 
 
+def _valid_tokens(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """Which tokens `(B, L)` are not padding; refuses what is not a batch of rows and its mask."""
+    if input_ids.ndim != 2 or len(input_ids) == 0:
+        raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: pass a batch (B, L) of at least one row.")
+    if attention_mask is None:
+        return torch.ones_like(input_ids, dtype=torch.bool)
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            "attention_mask must mark the tokens of input_ids, (B, L): masks of another shape, as a static cache "
+            "makes them, cannot be used with latent steps."
+        )
+    return attention_mask.bool()
+
+
 class _Layout:
     """
     How the rows of a batch are cut: `X … <|latent_start|>` (prompt), `<|latent|>` x N, answer.
@@ -231,6 +245,9 @@ class _Groups:
     """
     Rows of equal (prompt, depth): one trunk row for each group, the members' answers are its branches.
 
+    Every group is padded to the branches of the largest. Where few prompts repeat often and many do not, that would
+    cost more than it saves, so equal rows are dealt to as many groups as make the fewest tokens in all.
+
     Args:
         prompt_ids (`torch.Tensor` of shape `(B, P)`):
             Left-padded prompts.
@@ -238,11 +255,15 @@ class _Groups:
             Their mask.
         depth (`torch.Tensor` of shape `(B,)`):
             Latent steps of each row.
+        answer_length (`int`):
+            Tokens of a branch.
         share (`bool`):
             Whether to look for equal rows at all.
     """
 
-    def __init__(self, prompt_ids: torch.Tensor, prompt_mask: torch.Tensor, depth: torch.Tensor, share: bool):
+    def __init__(
+        self, prompt_ids: torch.Tensor, prompt_mask: torch.Tensor, depth: torch.Tensor, answer_length: int, share: bool
+    ):
         batch_size, device = len(depth), depth.device
         rows = torch.arange(batch_size, device=device)
         self.num_groups = batch_size
@@ -251,12 +272,20 @@ class _Groups:
         if not share or batch_size == 1:
             return
         keys = torch.cat([prompt_ids.masked_fill(~prompt_mask, -1), depth[:, None]], dim=1)
-        unique, group, counts = torch.unique(keys, dim=0, return_inverse=True, return_counts=True)
+        unique, equal_to, counts = torch.unique(keys, dim=0, return_inverse=True, return_counts=True)
         if len(unique) == batch_size:
             return
-        self.num_groups, self.group, self.num_branches = len(unique), group, int(counts.max())
-        members = torch.argsort(group, stable=True)  # group after group
+        sizes = torch.cat([counts.new_ones(1), counts]).unique()  # branches a group may have at most
+        groups_of = (counts + sizes[:, None] - 1) // sizes[:, None]  # (sizes, unique)
+        tokens = groups_of.sum(dim=1) * (prompt_ids.shape[1] + answer_length * sizes)
+        best = int(tokens.argmin())
+        self.num_branches, self.num_groups = int(sizes[best]), int(groups_of[best].sum())
+        members = torch.argsort(equal_to, stable=True)  # equal rows after equal rows
         begin = counts.cumsum(0) - counts
-        self.first = members[begin]
-        self.branch = torch.empty_like(rows)
-        self.branch[members] = rows - begin[group[members]]
+        place = torch.empty_like(rows)  # of each row among its equals
+        place[members] = rows - begin[equal_to[members]]
+        first_group = groups_of[best].cumsum(0) - groups_of[best]
+        self.group = first_group[equal_to] + place // self.num_branches
+        self.branch = place % self.num_branches
+        self.first = torch.empty(self.num_groups, dtype=rows.dtype, device=device)
+        self.first[self.group] = rows  # any member will do

@@ -22,9 +22,9 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import ModelOutput
 
 from .catalog_lasar import ItemFilter, SidCatalog
-from .configuration_lasar import CONTROL_TOKENS, LATENT_START_TOKEN, LasarConfig, sid_tokens
+from .configuration_lasar import CONTROL_TOKENS, LATENT_START_TOKEN, LasarConfig, check_sizes, sid_tokens
 from .decoding_lasar import RecommendOutput, beam_search, rank_items
-from .latent_lasar import LatentChain, LinkedCache, _Layout
+from .latent_lasar import LatentChain, LinkedCache, _Layout, _valid_tokens
 from .trunk_lasar import DepthPolicyHead, LasarModel, LasarPreTrainedModel, _check_backbone, most_likely_depth
 
 
@@ -131,11 +131,12 @@ class LasarForGenerativeRec(LasarPreTrainedModel, GenerationMixin):
             [`LasarForGenerativeRec`]: the model; new embedding rows are drawn around the mean of the old ones.
 
         Raises:
-            `ValueError`: if the tokenizer holds the Semantic-ID tokens elsewhere than in one contiguous run, or the
-            backbone has sliding-window, recurrent or encoder-decoder layers.
+            `ValueError`: if a number is out of range, the tokenizer holds the Semantic-ID tokens elsewhere than in one
+            contiguous run, or the backbone has sliding-window, recurrent or encoder-decoder layers.
         """
         if isinstance(backbone, str):
             backbone = AutoModelForCausalLM.from_pretrained(backbone, **kwargs)
+        check_sizes(num_sid_levels, codebook_size, max_latent_steps)
         _check_backbone(backbone.base_model)
         _check_plain_head(backbone)
         if backbone.get_output_embeddings().bias is not None:
@@ -295,14 +296,15 @@ class LasarForGenerativeRec(LasarPreTrainedModel, GenerationMixin):
 
     @contextmanager
     def evaluating(self):
-        """Without gradients and in evaluation mode; the mode of before afterwards."""
-        was_training = self.training
+        """Without gradients and in evaluation mode; every part is in the mode of before afterwards."""
+        was_training = [part for part in self.modules() if part.training]
         self.eval()
         try:
             with torch.no_grad():
                 yield self
         finally:
-            self.train(was_training)
+            for part in was_training:
+                part.training = True
 
     def think(
         self,
@@ -330,8 +332,7 @@ class LasarForGenerativeRec(LasarPreTrainedModel, GenerationMixin):
             `0 … max_latent_steps`, or prompt, latent steps and answer are longer than the backbone's positions. Where
             the policy head chooses, `max_latent_steps` must fit.
         """
-        valid = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        layout = self._prompt_layout(input_ids, valid)
+        layout = self._prompt_layout(input_ids, attention_mask)
         if latent_steps is None:
             latent_steps = most_likely_depth
         if callable(latent_steps):
@@ -341,8 +342,8 @@ class LasarForGenerativeRec(LasarPreTrainedModel, GenerationMixin):
             self._check_positions(layout.length + latent_steps)
         return self.model.reason(*layout.prompts(), latent_steps)
 
-    def _prompt_layout(self, input_ids: torch.LongTensor, valid: torch.Tensor) -> _Layout:
-        layout = _Layout(input_ids, valid, self.config)
+    def _prompt_layout(self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None) -> _Layout:
+        layout = _Layout(input_ids, _valid_tokens(input_ids, attention_mask), self.config)
         last = layout._columns().gather(1, (layout.length[:, None] - 1).clamp(min=0))
         unfinished = (input_ids.gather(1, last)[:, 0] != self.config.latent_start_token_id) | (layout.length == 0)
         if unfinished.any():
@@ -472,8 +473,7 @@ class LasarForGenerativeRec(LasarPreTrainedModel, GenerationMixin):
     def _think_in_text(self, input_ids, attention_mask, max_new_tokens: int) -> tuple[LatentChain, torch.Tensor]:
         """Write the chain of thought and continue on its cache. Returns the chain and the text `(B, T)`."""
         config = self.config
-        valid = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        layout = self._prompt_layout(input_ids, valid)
+        layout = self._prompt_layout(input_ids, attention_mask)
         if (layout.length < 2).any():
             raise ValueError(f"Row {int((layout.length < 2).nonzero()[0])} has no prompt before {LATENT_START_TOKEN}.")
         self._check_positions(layout.length + max_new_tokens)

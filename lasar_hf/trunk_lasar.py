@@ -26,7 +26,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
 from .configuration_lasar import LasarConfig
-from .latent_lasar import LatentChain, LinkedCache, _Groups, _Layout
+from .latent_lasar import LatentChain, LinkedCache, _Groups, _Layout, _valid_tokens
 
 
 @dataclass
@@ -196,10 +196,9 @@ class LasarModel(LasarPreTrainedModel):
         if past_key_values is not None and past_key_values.get_seq_length() > 0:
             return self._continue(input_ids, attention_mask, position_ids, past_key_values, **kwargs)
 
-        valid = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        layout = _Layout(input_ids, valid, self.config)
+        layout = _Layout(input_ids, _valid_tokens(input_ids, attention_mask), self.config)
         prompt_ids, prompt_mask = layout.prompts()
-        groups = _Groups(prompt_ids, prompt_mask, layout.depth, self.share_prefixes)
+        groups = _Groups(prompt_ids, prompt_mask, layout.depth, layout.max_answer, self.share_prefixes)
         is_shared = groups.num_groups < len(input_ids)
         max_depth, is_shared = self._agree(layout.max_depth, is_shared)
         if use_cache and past_key_values is None:

@@ -94,12 +94,21 @@ def test_rows_without_a_latent_region_are_plain_text():
     torch.testing.assert_close(outputs.logits[0, : len(text)], expected[0], atol=1e-5, rtol=1e-5)
 
 
-def test_equal_prompts_are_run_once_and_change_nothing():
+@pytest.mark.parametrize(
+    ("lengths", "repeats", "rows_run"),
+    [
+        ((30, 34, 34), (3, 1, 1), 3),  # each prompt once
+        ((12, 12, 11), (8, 2, 2), 6),  # eight branches everywhere would cost more than reading the first four times
+        ((4, 4, 4), (1, 1, 4), 6),  # sharing saves nothing
+    ],
+)
+def test_equal_prompts_are_run_once_and_change_nothing(lengths, repeats, rows_run):
     model, _ = tiny_model()
-    answers = [[0, 1, 2], [0, 1, 3], [2, 2, 1], [1, 0, 0], [3, 1, 1]]
-    prompts = [(5, 2, 0), (7, 3, 1), (5, 2, 0), (7, 1, 1), (5, 2, 0)]  # rows 0, 2 and 4 share prompt and depth
-    rows = [row(model, p, n, sid_ids(model, a), seed=s) for (p, n, s), a in zip(prompts, answers, strict=True)]
-    inputs = batch(rows, ["left", "right", "right", "left", "left"])
+    seeds = [seed for seed, count in enumerate(repeats) for _ in range(count)]
+    order = torch.randperm(len(seeds), generator=torch.Generator().manual_seed(0)).tolist()
+    answers = [sid_ids(model, [i % 4, i // 4, (i + 1) % 4]) for i in range(len(seeds))]
+    rows = [row(model, lengths[seeds[i]], 2, answers[i], seed=seeds[i]) for i in order]
+    inputs = batch(rows, [SIDES[i % 2] for i in order])
     real = inputs["attention_mask"].bool()
     rows_read = []
     hook = model.model.backbone.register_forward_pre_hook(
@@ -112,7 +121,7 @@ def test_equal_prompts_are_run_once_and_change_nothing():
         rows_read.clear()
         outputs = model(**inputs)
         results[share] = outputs, gradients(model, functional(outputs.logits[real], outputs.latent_states))
-        assert set(rows_read) == ({3} if share else {5})
+        assert set(rows_read) == ({rows_run} if share else {len(rows)})
     hook.remove()
     (shared, shared_gradients), (unshared, unshared_gradients) = results[True], results[False]
     torch.testing.assert_close(shared.logits[real], unshared.logits[real], atol=1e-5, rtol=1e-5)
@@ -120,6 +129,35 @@ def test_equal_prompts_are_run_once_and_change_nothing():
     for name, expected in unshared_gradients.items():
         scale = expected.abs().max().clamp(min=1)
         torch.testing.assert_close(shared_gradients[name] / scale, expected / scale, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda model: model(torch.zeros(0, 3, dtype=torch.long)), "at least one row"),
+        (lambda model: model(torch.tensor([5, 6])), "pass a batch"),
+        (lambda model: model(torch.tensor([[5, 6]]), torch.ones(1, 3)), "attention_mask must mark"),
+        (lambda model: model.generate(**batch([row(model, 6, 2)]), cache_implementation="static", max_new_tokens=2),
+         "static cache"),
+        (lambda model: LasarForGenerativeRec.from_backbone(tiny_backbone(), tiny_tokenizer(), max_latent_steps=0),
+         "max_latent_steps is 0"),
+        (lambda model: LasarForGenerativeRec.from_backbone(tiny_backbone(), tiny_tokenizer(), num_sid_levels=27),
+         "1 to 26 levels"),
+        (lambda model: LasarConfig(codebook_size=0), "at least one code"),
+    ],
+)
+def test_bad_arguments_are_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(tiny_model()[0])
+
+
+def test_evaluating_leaves_each_part_in_its_mode():
+    model, _ = tiny_model()
+    model.train()
+    model.model.policy_head.eval()
+    with model.evaluating():
+        assert not any(part.training for part in model.modules())
+    assert model.training and not model.model.policy_head.training and model.model.backbone.training
 
 
 @pytest.mark.parametrize("kind", BACKBONES)
