@@ -23,6 +23,7 @@ from transformers import AutoTokenizer
 from trl import TrlParser
 
 from lasar_hf import LasarForGenerativeRec, SidCatalog
+from lasar_hf.arguments import check_choices
 from lasar_hf.data import PreparedData, PromptEncoder
 from lasar_hf.evaluation import (
     comparison_table,
@@ -50,6 +51,9 @@ class EvaluateArguments:
     batch_size: int = field(default=64, metadata={"help": "Users a batch."})
     instruction: str = field(default="Recommend the next item.", metadata={"help": "Text before the history."})
     max_history: int = field(default=50, metadata={"help": "Most items of a history that are shown."})
+
+    def __post_init__(self):
+        check_choices(self)
 
 
 def parse_models(entries: list[str]) -> dict[str, tuple[str, int | None]]:

@@ -6,15 +6,21 @@ Reinforcement learning of quality and depth together.
 Resumes from the last checkpoint in `output_dir` where there is one.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from transformers import AutoTokenizer, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 from trl import TrlParser
 
 from lasar_hf import LasarForGenerativeRec, LasarGRPOConfig, LasarGRPOTrainer, SidCatalog
 from lasar_hf.data import AnchorStore, PreparedData, PromptEncoder, checkpoint_hash, grpo_rows
-from lasar_hf.trainers import LasarModelConfig, lora_from_arguments, save_trained, whole_weights
+from lasar_hf.trainers import (
+    LasarModelConfig,
+    checkpoint_to_resume,
+    content_hashes,
+    lora_from_arguments,
+    save_trained,
+    whole_weights,
+)
 
 
 @dataclass
@@ -45,6 +51,10 @@ def main(script: GRPOScriptArguments, training_args: LasarGRPOConfig, model_args
     """Train and save model, tokenizer and catalogue together."""
     set_seed(training_args.seed)
     data = PreparedData.load(script.data_dir)
+    checkpoint = checkpoint_to_resume(
+        training_args, **asdict(script), **asdict(model_args), data=content_hashes(script.data_dir, "**/*.arrow"),
+        start=content_hashes(model_args.model_name_or_path, "*.safetensors"),
+    )
     catalog = SidCatalog.from_pretrained(model_args.model_name_or_path)
     data.check_catalog(catalog.item_ids, catalog.codes, model_args.model_name_or_path)
     tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path)
@@ -60,7 +70,7 @@ def main(script: GRPOScriptArguments, training_args: LasarGRPOConfig, model_args
         train_dataset=grpo_rows(data.samples["train"], encoder, terminal_anchors(script, model_args.dtype)),
         processing_class=tokenizer, peft_config=peft_config,
     )
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(training_args.output_dir))
+    trainer.train(resume_from_checkpoint=checkpoint)
     save_trained(trainer)
     trainer.accelerator.end_training()
 

@@ -26,6 +26,7 @@ from trl import TrlParser
 
 import lasar_hf.data as data
 from lasar_hf import SidCatalog, __version__
+from lasar_hf.arguments import check_choices
 from lasar_hf.semantic_ids import (
     build_semantic_ids,
     collaborative_embeddings,
@@ -74,6 +75,9 @@ class PrepareArguments:
     )
     instruction: str = field(default="Recommend the next item.", metadata={"help": "The tokenizer is fitted to it."})
     seed: int = field(default=0, metadata={"help": "Seed of everything that is drawn."})
+
+    def __post_init__(self):
+        check_choices(self)
 
 
 def write_embeddings(folder: Path, out: Path, embedding_model: str | None, text_dim: int, seed: int) -> None:

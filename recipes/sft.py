@@ -14,15 +14,15 @@ from pathlib import Path
 # Python puts a script's folder first on the path, where this folder's evaluate.py would hide the `evaluate` package.
 sys.path[:] = [entry for entry in sys.path if entry != str(Path(__file__).resolve().parent)]
 
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 
 from accelerate import PartialState
 from datasets import concatenate_datasets
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 from trl import TrlParser
 
 from lasar_hf import LasarForGenerativeRec, LasarSFTConfig, LasarSFTTrainer, SidCatalog
+from lasar_hf.arguments import check_choices
 from lasar_hf.data import (
     AnchorStore,
     PreparedData,
@@ -36,7 +36,14 @@ from lasar_hf.data import (
 )
 from lasar_hf.evaluation import RankingEvaluator
 from lasar_hf.semantic_ids import ResidualKMeans
-from lasar_hf.trainers import LasarModelConfig, lora_from_arguments, save_trained, whole_weights
+from lasar_hf.trainers import (
+    LasarModelConfig,
+    checkpoint_to_resume,
+    content_hashes,
+    lora_from_arguments,
+    save_trained,
+    whole_weights,
+)
 
 
 @dataclass
@@ -60,6 +67,9 @@ class SFTScriptArguments:
     )
     eval_users: int = field(default=0, metadata={"help": "Validation users to rank at each evaluation; 0 for none."})
 
+    def __post_init__(self):
+        check_choices(self)
+
 
 def load_model(script: SFTScriptArguments, model_args: LasarModelConfig, data: PreparedData):
     """The stage-1 checkpoint of stage 2; for stage 1 a pre-trained backbone, or one from scratch."""
@@ -71,6 +81,8 @@ def load_model(script: SFTScriptArguments, model_args: LasarModelConfig, data: P
         model = LasarForGenerativeRec.from_pretrained(model_args.model_name_or_path, **model_args.init_kwargs)
         return model, AutoTokenizer.from_pretrained(model_args.model_name_or_path)
     if script.backbone_config is None:
+        if model_args.model_name_or_path is None:
+            raise ValueError("Stage 1 starts from a backbone: give model_name_or_path or backbone_config.")
         tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path)
         backbone = AutoModelForCausalLM.from_pretrained(model_args.model_name_or_path, **model_args.init_kwargs)
     else:
@@ -121,6 +133,10 @@ def main(script: SFTScriptArguments, training_args: LasarSFTConfig, model_args: 
     """Train one stage and save model, tokenizer and catalogue together."""
     set_seed(training_args.seed)
     data = PreparedData.load(script.data_dir)
+    checkpoint = checkpoint_to_resume(
+        training_args, **asdict(script), **asdict(model_args), data=content_hashes(script.data_dir, "**/*.arrow"),
+        start=content_hashes(model_args.model_name_or_path, "*.safetensors"),
+    )
     catalog = SidCatalog.from_pretrained(Path(script.data_dir, "catalog"))
     with whole_weights():
         model, tokenizer = load_model(script, model_args, data)
@@ -141,7 +157,7 @@ def main(script: SFTScriptArguments, training_args: LasarSFTConfig, model_args: 
         eval_dataset=sft_rows(eval_samples, encoder).remove_columns("task") if script.eval_users else None,
         processing_class=tokenizer, ranking_evaluator=evaluator, peft_config=lora_from_arguments(model, model_args),
     )
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(training_args.output_dir))
+    trainer.train(resume_from_checkpoint=checkpoint)
     save_trained(trainer)
     trainer.accelerator.end_training()
 

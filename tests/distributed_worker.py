@@ -45,8 +45,8 @@ class FixedDraws(LasarGRPOTrainer):
         for start in range(0, len(prompts), group_size):
             torch.manual_seed(zlib.crc32(prompts[start].encode()) + self.state.global_step)
             parts.append(super()._draw_candidates(prompts[start : start + group_size], trainer))
-        drawn = {name: sum((part[name] for part in parts), []) for name in ("prompt_ids", "completion_ids")}
-        return {**drawn, "logprobs": None}
+        names = ("prompt_ids", "completion_ids", "depth_log_prob")
+        return {**{name: sum((part[name] for part in parts), []) for name in names}, "logprobs": None}
 
 
 def arguments(folder: Path) -> dict:

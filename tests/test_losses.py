@@ -51,6 +51,18 @@ def test_reinforce_loss():
     torch.testing.assert_close(loss, expected)
 
 
+def test_reinforce_with_depths_of_another_policy_is_unbiased():
+    """Weighed by the ratio, the gradient expected under the drawing policy is the one expected under π."""
+    torch.manual_seed(0)
+    logits, drawn = torch.randn(1, 4, requires_grad=True), torch.randn(4).log_softmax(-1)
+    depths, rewards = torch.arange(1, 5), torch.rand(4)
+    rows = [reinforce_loss(logits, depths[i : i + 1], rewards[i : i + 1], 0.2, 0.1, 0.0, drawn[i]) for i in range(4)]
+    (got,) = torch.autograd.grad((drawn.exp() * torch.stack(rows)).sum(), logits)
+    value = (logits.softmax(-1)[0] * (rewards - 0.2 - 0.1 * depths)).sum()
+    (expected,) = torch.autograd.grad(-value, logits)
+    torch.testing.assert_close(got, expected)
+
+
 def test_exact_depth_gradient_is_the_gradient_of_the_expected_value():
     torch.manual_seed(0)
     logits, rewards = torch.randn(4, 5, requires_grad=True), torch.rand(4, 5)

@@ -116,6 +116,22 @@ def test_grpo_takes_the_model_without_the_adapter_as_reference(tmp_path, wrap):
     assert not any(".ref." in name for name in trained)
 
 
+def test_an_adapter_that_was_trained_before_is_its_own_reference(tmp_path):
+    model, tokenizer, catalog, rows = grpo_setup()
+    adapted = get_peft_model(model, lasar_lora_config(model, r=4, lora_dropout=0.0))
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.3)
+    args = LasarGRPOConfig(
+        str(tmp_path), **{**COMMON, "per_device_train_batch_size": 8, "num_generations": 4, "beta": 0.1}
+    )
+    trainer = LasarGRPOTrainer(
+        adapted, args, catalog, [first_code], train_dataset=rows, processing_class=tokenizer
+    )
+    trainer.train()
+    assert trainer.state.log_history[0]["kl"] == pytest.approx(0, abs=1e-6)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_save_load_and_merge_recommend_the_same(tmp_path, tied):
     base = sft_setup(tie_word_embeddings=tied)[0]

@@ -44,7 +44,7 @@ def test_every_key_is_an_argument(path):
     assert f"recipes/{script}.py --config recipes/{path.parent.name}/{path.name}" in path.read_text().splitlines()[0]
 
 
-@pytest.mark.parametrize("key", ["lerning_rate: 0.1", "load_in_4bit: true"])
+@pytest.mark.parametrize("key", ["lerning_rate: 0.1", "load_in_4bit: true", "stage: 3", "sid_loss: Catalog"])
 def test_an_unknown_key_is_refused(tmp_path, key):
     config = tmp_path / "stage1.yaml"
     config.write_text((ROOT / "recipes/toy/stage1.yaml").read_text() + f"{key}\n")

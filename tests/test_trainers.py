@@ -17,7 +17,14 @@ from lasar_hf import (
     SidCatalog,
 )
 from lasar_hf.data.anchors import AnchorStore
-from lasar_hf.trainers import add_catalog_head, alignment_loss, bidirectional_kl, reinforce_loss
+from lasar_hf.trainers import (
+    add_catalog_head,
+    alignment_loss,
+    bidirectional_kl,
+    checkpoint_to_resume,
+    depth_entropy,
+    reinforce_loss,
+)
 from tests.tiny import batch, row, sid_ids, tiny_catalog, tiny_model
 
 
@@ -279,6 +286,9 @@ def test_grpo_does_not_resume_inside_a_generation(tmp_path):
         (dict(save_strategy="steps", save_steps=3, steps_per_generation=2), "save_steps=3 falls between two"),
         (dict(save_strategy="steps", save_steps=0.5), "save_steps=0.5 is a share"),
         (dict(mask_truncated_completions=True), "no end token"),
+        (dict(sampling="Sample"), "sampling is 'Sample': choose among sample, stochastic_beams"),
+        (dict(top_p=0.9), "top_p=0.9 would draw from another policy"),
+        (dict(top_k=5), "leave it at 0"),
         (dict(use_vllm=True), "latent loop"),
         (dict(num_generations_eval=2), "num_generations_eval=2 differs"),
         (dict(sampling="stochastic_beams", num_generations=32, per_device_train_batch_size=32), "from 20 items"),
@@ -289,7 +299,75 @@ def test_grpo_refuses_what_cannot_work(tmp_path, options, message):
         grpo_trainer(tmp_path, **options)
 
 
+def test_grpo_counts_the_items_that_are_not_hidden_and_keeps_eval_groups_whole(tmp_path):
+    model, tokenizer, catalog, rows = grpo_setup()
+    options = dict(processing_class=tokenizer, train_dataset=rows)
+    args = LasarGRPOConfig(
+        str(tmp_path), **COMMON, per_device_train_batch_size=8, num_generations=4, sampling="stochastic_beams"
+    )
+    few = catalog.remove(catalog.item_ids[3:])
+    with pytest.raises(ValueError, match="without replacement from 3 items"):
+        LasarGRPOTrainer(model, args, few, **options)
+    args.per_device_eval_batch_size = 6
+    with pytest.raises(ValueError, match="per_device_eval_batch_size=6 is no multiple of num_generations=4"):
+        LasarGRPOTrainer(model, args, catalog, eval_dataset=rows, **options)
+    assert not (tmp_path / "reference_model").exists()
+
+
+def test_grpo_scores_without_the_dropout_of_the_layers(tmp_path):
+    """Attention has a rate of its own, which is no module: with it the ratio would not be 1."""
+    trainer = grpo_trainer(tmp_path, model_kwargs=dict(attention_dropout=0.5), num_iterations=2, max_steps=1)
+    trainer.train()
+    logs = trainer.state.log_history[0]
+    assert logs["clip_ratio/region_mean"] == 0 and logs["kl"] == pytest.approx(0, abs=1e-6)
+
+
+def test_depths_of_an_earlier_policy_are_weighed(tmp_path):
+    trainer = grpo_trainer(tmp_path, depth_weight=1.0, terminal_weight=0.0, beta=0.0)
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1
+    inputs = trainer._generate_and_score_completions([trainer.train_dataset[i // 4] for i in range(8)])
+    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+    outputs = trainer.model(ids, torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1))
+    chosen = outputs.depth_logits.log_softmax(-1).gather(1, outputs.latent_steps[:, None] - 1)[:, 0]
+    torch.testing.assert_close(inputs["depth_log_prob"], chosen, atol=1e-5, rtol=1e-5)
+    inputs["group_reward"] = torch.arange(2.0).repeat_interleave(4)
+    weighed = []
+    for shift in (0.0, 1.0):
+        trainer.compute_loss(trainer.model, {**inputs, "depth_log_prob": chosen.detach() - shift})
+        weighed.append(trainer._metrics["train"]["depth_loss"][-1])
+    bonus = 0.01 * depth_entropy(outputs.depth_logits).mean().item()
+    assert weighed[1] + bonus == pytest.approx((weighed[0] + bonus) * np.e, rel=1e-4)
+
+
+def test_a_run_resumes_its_own_whole_checkpoints_only(tmp_path):
+    args = LasarSFTConfig(str(tmp_path), use_cpu=True, bf16=False, learning_rate=1e-3)
+    assert checkpoint_to_resume(args, data={"a": "1"}) is None
+    for step in (2, 10, 12):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "model.safetensors").touch()
+        if step < 12:  # killed while it was written
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").touch()
+    args.max_steps = 50
+    assert checkpoint_to_resume(args, data={"a": "1"}) == str(tmp_path / "checkpoint-10")
+    args.learning_rate = 1e-4
+    with pytest.raises(ValueError, match="of a run with another data, learning_rate: choose another output_dir"):
+        checkpoint_to_resume(args, data={"a": "2"})
+
+
+def test_rows_and_anchors_of_other_depths_are_refused(tmp_path):
+    trainer = sft_trainer(tmp_path)
+    rows = [dict(trainer.train_dataset[i]) for i in (0, 1)]
+    rows[0]["sample"], rows[1]["sample"] = 1, 0  # their largest depth stays the same
+    with pytest.raises(ValueError, match="A row of sample 1 has 1 latent slots, but the sample has 3 anchors"):
+        trainer.data_collator(rows)
+
+
 def test_sft_refuses_what_cannot_work(tmp_path):
+    with pytest.raises(ValueError, match="sid_loss is 'Catalog': choose among catalog, vocab"):
+        sft_trainer(tmp_path, sid_loss="Catalog")
+    with pytest.raises(ValueError, match="label_smoothing_factor=0"):
+        sft_trainer(tmp_path, label_smoothing_factor=0.1)
     model, tokenizer, catalog, rows, _ = sft_setup()
     with pytest.raises(ValueError, match="pass catalog="):
         LasarSFTTrainer(model, LasarSFTConfig(str(tmp_path), **COMMON), train_dataset=rows, processing_class=tokenizer)

@@ -151,10 +151,7 @@ def reasoning_rows(
         raise ValueError(f"the depth of sample {depths.argmin()} is {depths.min()}, expected at least 1.")
     if anchors is not None:
         _same_length(anchors, samples)
-        differs = np.flatnonzero(anchors.depths != depths)
-        if len(differs):
-            row = differs[0]
-            raise ValueError(f"sample {row} has depth {depths[row]}, but {anchors.depths[row]} anchors.")
+        _same_depths(anchors, depths)
     features = Features(
         {name: _ROW[name] for name in ("input_ids", "labels")} | {"depth": Value("int64"), "sample": Value("int64")}
     )
@@ -196,6 +193,8 @@ def grpo_rows(samples: Dataset, encoder: PromptEncoder, anchors: AnchorStore | N
     features = Features({"prompt": Value("string"), "target": Value("int64")})
     if anchors is not None:
         _same_length(anchors, samples)
+        if "segments" in samples.column_names:
+            _same_depths(anchors, np.array([len(segments) for segments in samples["segments"]]))
         features["terminal_anchor"] = List(Value("float32"))
 
     def build(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
@@ -298,6 +297,13 @@ def _title_histories(
             for name, values in row.items():
                 rows[name] += values
     return Dataset.from_dict(rows, features=_ROW)
+
+
+def _same_depths(anchors: AnchorStore, depths: np.ndarray) -> None:
+    differs = np.flatnonzero(anchors.depths != depths)
+    if len(differs):
+        row = differs[0]
+        raise ValueError(f"sample {row} has depth {depths[row]}, but {anchors.depths[row]} anchors.")
 
 
 def _same_length(anchors: AnchorStore, samples: Dataset) -> None:

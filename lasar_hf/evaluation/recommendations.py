@@ -78,7 +78,12 @@ def recommend_samples(
 
     Returns:
         [`Recommendations`].
+
+    Raises:
+        `ValueError`: if the prompts are written with other Semantic IDs than the catalogue's.
     """
+    if not np.array_equal(encoder.codes, catalog.codes.numpy()):
+        raise ValueError("encoder and catalog hold other Semantic IDs: make both from the same codes.")
     histories = samples["history"]
     prompts = [torch.tensor(encoder.prompt(history)) for history in histories]
     order = sorted(range(len(prompts)), key=lambda sample: len(prompts[sample]), reverse=True)

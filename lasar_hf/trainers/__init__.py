@@ -6,6 +6,7 @@ from .grpo_trainer import LasarGRPOTrainer
 from .lora import lasar_lora_config, lora_from_arguments, save_trained
 from .losses import alignment_loss, bidirectional_kl, depth_entropy, exact_depth_loss, reinforce_loss
 from .model_config import LasarModelConfig
+from .resume import checkpoint_to_resume, content_hashes
 from .rewards import ExactMatchReward, RankingReward
 from .sft_config import LasarSFTConfig
 from .sft_trainer import LasarDataCollator, LasarSFTTrainer
@@ -25,6 +26,8 @@ __all__ = [
     "alignment_loss",
     "bidirectional_kl",
     "call_gathered",
+    "checkpoint_to_resume",
+    "content_hashes",
     "depth_entropy",
     "exact_depth_loss",
     "lasar_lora_config",

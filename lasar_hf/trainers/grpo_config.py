@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 
 from trl import GRPOConfig
 
+from ..arguments import check_choices
+
 
 @dataclass
 class LasarGRPOConfig(GRPOConfig):
@@ -55,3 +57,7 @@ class LasarGRPOConfig(GRPOConfig):
     step_cost: float = field(default=0.005, metadata={"help": "Cost of one latent step in units of reward, lambda."})
     depth_entropy_weight: float = field(default=0.01, metadata={"help": "Entropy bonus of the depth policy, eta."})
     baseline_decay: float = field(default=0.95, metadata={"help": "Decay of the running mean of the group rewards."})
+
+    def __post_init__(self):
+        check_choices(self)
+        super().__post_init__()

@@ -8,6 +8,8 @@ from functools import partial
 
 import torch
 from accelerate import PartialState
+from peft import PeftModel
+from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
@@ -20,7 +22,7 @@ from ..trunk_lasar import sampled_depth
 from .catalog_head import add_catalog_head
 from .grpo_config import LasarGRPOConfig
 from .latent_metrics import TrunkRecorder, last_latent, latent_metrics, unwrap_lasar
-from .lora import refuse_zero3, train_policy_head
+from .lora import complete_reference, refuse_zero3, train_policy_head
 from .losses import bidirectional_kl, reinforce_loss
 from .model_card import save_model_card
 from .rewards import ExactMatchReward, RankingReward
@@ -88,13 +90,18 @@ class LasarGRPOTrainer(GRPOTrainer):
         **kwargs,
     ):
         _check_arguments(args)
+        if eval_dataset is not None and args.per_device_eval_batch_size % args.num_generations:
+            raise ValueError(
+                f"per_device_eval_batch_size={args.per_device_eval_batch_size} is no multiple of num_generations="
+                f"{args.num_generations}: a group must not be split over processes."
+            )
         refuse_zero3(model, args, kwargs.get("peft_config"))
         lasar_config = unwrap_lasar(model).config if not isinstance(model, str) else AutoConfig.from_pretrained(model)
         args.max_completion_length = lasar_config.num_sid_levels
-        if args.sampling == "stochastic_beams" and args.num_generations > len(catalog):
+        if args.sampling == "stochastic_beams" and args.num_generations > catalog.num_items:
             raise ValueError(
-                f"num_generations={args.num_generations} candidates without replacement from {len(catalog)} items: "
-                'lower it, or set sampling="sample".'
+                f"num_generations={args.num_generations} candidates without replacement from {catalog.num_items} "
+                'items: lower it, or set sampling="sample".'
             )
         catalog.check_matches(lasar_config.num_sid_levels, lasar_config.codebook_size)
         if reward_funcs is None:
@@ -119,10 +126,14 @@ class LasarGRPOTrainer(GRPOTrainer):
                 **kwargs,
             )
         self.catalog = catalog
+        if isinstance(self.model, PeftModel):
+            complete_reference(self.model)
         lasar = unwrap_lasar(self.model)
         for policy in (lasar, self.ref_model):
             if policy is not None:
                 add_catalog_head(self.accelerator.unwrap_model(policy), catalog, args.temperature)
+                if args.disable_dropout:
+                    disable_functional_dropout(policy)
         train_policy_head(lasar, args.depth_weight > 0)
         self._recorder = TrunkRecorder(lasar.model)
         self._group_rewards: torch.Tensor | None = None
@@ -140,8 +151,8 @@ class LasarGRPOTrainer(GRPOTrainer):
 
         Returns:
             `dict` with `prompt_ids` (the latent slots included), `completion_ids` (`M` SID tokens, a group's
-            candidates in descending order of probability) and `logprobs` (`None`: there is no second engine to
-            correct for).
+            candidates in descending order of probability), `logprobs` (`None`: there is no second engine to correct
+            for) and `depth_log_prob` (`log π(N | h_0)` of the depth drawn).
         """
         group_size = self.num_generations if self.model.training else self.num_generations_eval
         ids = self.processing_class(prompts[::group_size], add_special_tokens=False).input_ids
@@ -155,22 +166,26 @@ class LasarGRPOTrainer(GRPOTrainer):
             unwrap_lasar(unwrapped).evaluating() as lasar,
         ):
             draw = partial(self._draw, lasar, padded, mask, group_size)
-            depths, items = call_gathered(unwrapped, draw)
+            depths, log_probs, items = call_gathered(unwrapped, draw)
         config = lasar.config
         levels = config.sid_token_id(0, 0) + config.codebook_size * torch.arange(config.num_sid_levels)
         completions = (self.catalog.codes[items.cpu()] + levels).flatten(0, 1).tolist()
         slots = [[config.latent_token_id] * depth + [config.latent_end_token_id] for depth in depths.tolist()]
         prompt_ids = [row + slot for row, slot in zip(ids, slots, strict=True) for _ in range(group_size)]
-        return {"prompt_ids": prompt_ids, "completion_ids": completions, "logprobs": None}
+        return {
+            "prompt_ids": prompt_ids, "completion_ids": completions, "logprobs": None,
+            "depth_log_prob": log_probs.repeat_interleave(group_size).tolist(),
+        }
 
-    def _draw(self, lasar, prompt_ids, prompt_mask, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """A depth `(B,)` and `G` items `(B, G)` for each prompt."""
+    def _draw(self, lasar, prompt_ids, prompt_mask, group_size: int) -> tuple[torch.Tensor, ...]:
+        """A depth `(B,)` with its log-probability `(B,)` and `G` items `(B, G)` for each prompt."""
         trie = self.catalog.trie(prompt_ids.device)
         chain = lasar.think(prompt_ids, prompt_mask, sampled_depth)
         leaves, _ = sample_items(
             lasar, chain, trie, group_size, self.temperature, replacement=self.args.sampling == "sample"
         )
-        return chain.depths, trie.items(leaves)[..., 0]
+        log_probs = chain.depth_logits.float().log_softmax(dim=-1).gather(1, chain.depths[:, None] - 1)[:, 0]
+        return chain.depths, log_probs, trie.items(leaves)[..., 0]
 
     def _get_train_sampler(self, dataset=None):
         """TRL's order of prompts, made a function of the epoch."""
@@ -192,17 +207,18 @@ class LasarGRPOTrainer(GRPOTrainer):
         """Send what the extra losses need along with the candidates, through TRL's shuffling and splitting."""
         output = super()._generate_and_score_completions(inputs)
         rewards, mean = self._group_rewards, self._group_rewards.mean().item()
-        if self.reward_baseline is None:
-            self.reward_baseline = mean
+        baseline = mean if self.reward_baseline is None else self.reward_baseline
         start = self.accelerator.process_index * len(inputs)
         output["group_reward"] = rewards[start : start + len(inputs)]
-        output["reward_baseline"] = torch.full_like(output["group_reward"], self.reward_baseline)
+        output["reward_baseline"] = torch.full_like(output["group_reward"], baseline)
+        # TRL handed what the rollout returned on to the examples.
+        output["depth_log_prob"] = rewards.new_tensor([example["depth_log_prob"] for example in inputs])
         if "terminal_anchor" in inputs[0]:
             anchors = torch.tensor([example["terminal_anchor"] for example in inputs])
             output["terminal_anchor"] = anchors.to(rewards.device)
         if self.model.training:
             decay = self.args.baseline_decay
-            self.reward_baseline = decay * self.reward_baseline + (1 - decay) * mean
+            self.reward_baseline = decay * baseline + (1 - decay) * mean
         return output
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -218,7 +234,7 @@ class LasarGRPOTrainer(GRPOTrainer):
         if self.args.depth_weight > 0:
             depth = reinforce_loss(
                 output.depth_logits, output.latent_steps, inputs["group_reward"], inputs["reward_baseline"],
-                self.args.step_cost, self.args.depth_entropy_weight,
+                self.args.step_cost, self.args.depth_entropy_weight, inputs["depth_log_prob"],
             )
             metrics["depth_loss"] = depth
             extra = extra + self.args.depth_weight * depth
@@ -232,14 +248,15 @@ class LasarGRPOTrainer(GRPOTrainer):
 
     def _save_checkpoint(self, model, trial):
         """The running mean of the rewards belongs to the state of the run, and so does its place in a generation."""
-        super()._save_checkpoint(model, trial)
-        if self.args.should_save:
+        if self.args.should_save:  # before all else: a checkpoint is whole when TRL's last file is there
             folder = os.path.join(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+            os.makedirs(folder, exist_ok=True)
             path = os.path.join(folder, STATE_NAME)
             micro_batch = self._step % (self.args.steps_per_generation * self.num_iterations)
             with open(path + ".tmp", "w", encoding="utf-8") as file:
                 json.dump({"reward_baseline": self.reward_baseline, "micro_batch": micro_batch}, file)
             os.replace(path + ".tmp", path)
+        super()._save_checkpoint(model, trial)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -273,6 +290,7 @@ def _check_arguments(args: LasarGRPOConfig) -> None:
         raise ValueError("Candidates are scored by rows of the head: under ZeRO-3 set ds3_gather_for_generation=True.")
     if args.use_vllm or args.use_transformers_continuous_batching:
         raise ValueError("Candidates come from the latent loop: set use_vllm and continuous batching to False.")
+    _check_sampling(args)
     local = args.per_device_train_batch_size * args.steps_per_generation
     if local % args.num_generations:
         raise ValueError(
@@ -288,6 +306,17 @@ def _check_arguments(args: LasarGRPOConfig) -> None:
         _check_save_steps(args)
 
 
+def _check_sampling(args: LasarGRPOConfig) -> None:
+    """Candidates come from the policy that is scored: only its temperature can be set."""
+    unused = {"top_k": 0, "top_p": 1.0, "min_p": None, "repetition_penalty": 1.0, "generation_kwargs": None}
+    for name, default in unused.items():
+        if getattr(args, name) != default:
+            raise ValueError(
+                f"{name}={getattr(args, name)} would draw from another policy than the one that is scored: leave it "
+                f"at {default}, only the temperature can be set."
+            )
+
+
 def _check_save_steps(args: LasarGRPOConfig) -> None:
     generate_every = args.steps_per_generation * args.num_iterations
     boundary = generate_every // math.gcd(generate_every, args.gradient_accumulation_steps)
@@ -301,6 +330,20 @@ def _check_save_steps(args: LasarGRPOConfig) -> None:
             f"save_steps={int(args.save_steps)} falls between two generations (every {generate_every} "
             f"micro-batches), where no run resumes exactly: choose a multiple of {boundary}."
         )
+
+
+def disable_functional_dropout(model: nn.Module) -> None:
+    """
+    Switch off the dropout that layers apply by a rate of their own, attention's mostly; TRL switches off modules only.
+
+    Args:
+        model (`nn.Module`):
+            The policy or its reference.
+    """
+    for part in model.modules():
+        for name, value in vars(part).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(part, name, 0.0)
 
 
 def _snapshot_reference(model: PreTrainedModel, folder: str) -> None:

@@ -2,6 +2,7 @@
 
 import os
 
+import torch
 from peft import LoraConfig, PeftConfig, PeftModel
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
@@ -115,6 +116,24 @@ def train_policy_head(lasar: LasarForGenerativeRec, trainable: bool) -> None:
             "peft_config=lasar_lora_config(model), or add modules_to_save=['policy_head'] to your own."
         )
     head.requires_grad_(trainable)
+
+
+@torch.no_grad()
+def complete_reference(model: PeftModel) -> None:
+    """
+    Give TRL's reference adapter the token rows that it leaves out.
+
+    For an adapter that was trained before, TRL keeps a frozen copy `ref` as the reference. It copies parameters with
+    `.default.` in their name, but the name of trainable token rows ends there.
+
+    Args:
+        model ([`~peft.PeftModel`]):
+            The policy; without an adapter `ref` nothing happens.
+    """
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        if name.endswith(".ref"):
+            parameter.copy_(parameters[f"{name.removesuffix('.ref')}.default"])
 
 
 def save_trained(trainer: Trainer) -> None:

@@ -87,11 +87,14 @@ def reinforce_loss(
     baseline: float | torch.Tensor,
     step_cost: float,
     entropy_weight: float,
+    drawn_log_probs: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
     REINFORCE on the depth policy (METHOD.md 5):
 
         L_RF = −E_{N~π}[ (R_group − b_EMA − λ N) · log π(N | h_0) ] − η · H(π)
+
+    Depths that are used for several updates come from an earlier policy; the ratio of the two then weighs each row.
 
     Args:
         depth_logits (`torch.Tensor` of shape `(B, N_max)`):
@@ -106,6 +109,8 @@ def reinforce_loss(
             Cost of a step, `λ`.
         entropy_weight (`float`):
             Weight of the entropy bonus, `η`.
+        drawn_log_probs (`torch.Tensor` of shape `(B,)`, *optional*):
+            `log π(N | h_0)` of the policy that the depths were drawn from; the present one if not given.
 
     Returns:
         `torch.Tensor`: scalar mean over the rows.
@@ -113,6 +118,8 @@ def reinforce_loss(
     log_policy = depth_logits.float().log_softmax(dim=-1)
     chosen = log_policy.gather(1, depths[:, None] - 1)[:, 0]
     advantages = (rewards - baseline - step_cost * depths).detach()
+    if drawn_log_probs is not None:
+        advantages = advantages * (chosen.detach() - drawn_log_probs).exp()
     return -(advantages * chosen).mean() - entropy_weight * depth_entropy(depth_logits).mean()
 
 

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..arguments import check_choices
+
 
 @dataclass
 class LasarModelConfig:
@@ -54,6 +56,9 @@ class LasarModelConfig:
     )
     use_rslora: bool = field(default=False, metadata={"help": "LoRA: scale by lora_alpha / sqrt(lora_r)."})
     use_dora: bool = field(default=False, metadata={"help": "LoRA: adapt magnitude and direction apart."})
+
+    def __post_init__(self):
+        check_choices(self)
 
     @property
     def init_kwargs(self) -> dict[str, Any]:

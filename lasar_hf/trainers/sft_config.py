@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 
 from trl import SFTConfig
 
+from ..arguments import check_choices
+
 
 @dataclass
 class LasarSFTConfig(SFTConfig):
@@ -47,3 +49,7 @@ class LasarSFTConfig(SFTConfig):
     policy_weight: float = field(
         default=0.0, metadata={"help": "Weight of the depth policy's cross-entropy, beta; 0 freezes the policy head."}
     )
+
+    def __post_init__(self):
+        check_choices(self)
+        super().__post_init__()

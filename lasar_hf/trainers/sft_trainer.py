@@ -32,16 +32,30 @@ class LasarDataCollator(DataCollatorForLanguageModeling):
         anchors ([`~lasar_hf.data.AnchorStore`], *optional*):
             Anchors by sample; rows then carry a column `sample`. The batch gets `anchors` `(B, max N, H)`, zero
             beyond a row's depth.
+        latent_token_id (`int`, *optional*):
+            Id of `<|latent|>`, to check that a row has as many latent slots as its sample has anchors.
     """
 
     anchors: AnchorStore | None = field(default=None, kw_only=True)
+    latent_token_id: int | None = field(default=None, kw_only=True)
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = super().torch_call(examples)
         if self.anchors is not None and "sample" in examples[0]:  # held-out rows have no chain of thought
-            vectors = [torch.as_tensor(self.anchors[example["sample"]]) for example in examples]
+            vectors = [self._anchors_of(example) for example in examples]
             batch["anchors"] = nn.utils.rnn.pad_sequence(vectors, batch_first=True)
         return batch
+
+    def _anchors_of(self, example: dict[str, Any]) -> torch.Tensor:
+        """Anchors `(N, H)` of a row's sample."""
+        vectors = torch.as_tensor(self.anchors[example["sample"]])
+        slots = sum(token == self.latent_token_id for token in example["input_ids"])
+        if slots != len(vectors):
+            raise ValueError(
+                f"A row of sample {example['sample']} has {slots} latent slots, but the sample has {len(vectors)} "
+                "anchors: make rows and anchors from the same segments."
+            )
+        return vectors
 
 
 class LasarSFTTrainer(SFTTrainer):
@@ -97,6 +111,11 @@ class LasarSFTTrainer(SFTTrainer):
             raise ValueError('sid_loss="catalog" needs the items: pass catalog=SidCatalog(codes, item_ids).')
         if args.packing or args.padding_free:
             raise ValueError("LASAR cuts each row at its latent region: set packing=False and padding_free=False.")
+        if args.label_smoothing_factor > 0 or kwargs.get("compute_loss_func") is not None:
+            raise ValueError(
+                "Smoothed labels and loss functions of your own are computed in a pass without the latent losses: set "
+                "label_smoothing_factor=0 and leave compute_loss_func out."
+            )
         refuse_zero3(model, args, kwargs.get("peft_config"))
         super().__init__(
             model=model,
@@ -114,6 +133,7 @@ class LasarSFTTrainer(SFTTrainer):
                 self.data_collator.pad_token_id,
                 pad_to_multiple_of=self.data_collator.pad_to_multiple_of,
                 anchors=anchors if args.alignment != "none" else None,
+                latent_token_id=lasar.config.latent_token_id,
             )
         if args.sid_loss == "catalog":
             add_catalog_head(lasar, catalog)
@@ -160,7 +180,7 @@ class LasarSFTTrainer(SFTTrainer):
     def _record(self, metrics: dict[str, torch.Tensor]) -> None:
         mode = "train" if self.model.training else "eval"
         for name, value in metrics.items():
-            value = self.accelerator.gather_for_metrics(value.detach().float()).mean().item()
+            value = self.accelerator.gather(value.detach().float()).mean().item()
             self._metrics[mode][name].append(value)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
