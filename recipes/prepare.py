@@ -84,7 +84,8 @@ def write_embeddings(folder: Path, out: Path, embedding_model: str | None, text_
     """`embeddings.npy`: a vector an item, from its text or, where it has none, its id."""
     table = data.load_interactions(folder / "interactions")
     texts = [item_text(item | {"item_id": name}) for item, name in zip(table.items, table.item_ids, strict=True)]
-    np.save(out / "embeddings.npy", text_embeddings(texts, text_dim, seed, model=embedding_model))
+    cache = folder / "embedding_cache"  # not in `out`: it outlives a run that is killed
+    np.save(out / "embeddings.npy", text_embeddings(texts, text_dim, seed, model=embedding_model, cache_dir=cache))
 
 
 def write_semantic_ids(

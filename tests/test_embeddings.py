@@ -6,7 +6,15 @@ import types
 import numpy as np
 import pytest
 
-from lasar_hf.semantic_ids import collaborative_embeddings, combine_views, embeddings, item_text, text_embeddings
+from lasar_hf.semantic_ids import (
+    collaborative_embeddings,
+    combine_views,
+    embedding_cache,
+    embeddings,
+    item_text,
+    text_embeddings,
+)
+from tests.preparing import files
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> float:
@@ -53,22 +61,67 @@ def test_text_embeddings_refuse_what_is_no_text():
         text_embeddings([])
 
 
-def test_sentence_transformers_model_is_used_or_its_extra_named(monkeypatch):
+@pytest.fixture
+def encoder(monkeypatch):
+    """A stand-in for sentence-transformers: what it was asked to embed, and the vectors of the texts' lengths."""
+
     class Encoder:
+        asked, loaded, dies_at = [], 0, None
+
         def __init__(self, name):
-            assert name == "some/model"
+            assert name in ("some/model", "other/model")
+            Encoder.loaded += 1
 
         def encode(self, texts, batch_size, convert_to_numpy):
             assert batch_size == 7 and convert_to_numpy
+            if len(self.asked) == self.dies_at:
+                raise KeyboardInterrupt
+            self.asked.append(texts)
             return np.array([[len(text), 1.0] for text in texts])
 
     monkeypatch.setitem(sys.modules, "sentence_transformers", types.SimpleNamespace(SentenceTransformer=Encoder))
-    vectors = text_embeddings(["ab", "abc"], model="some/model", batch_size=7)
+    return Encoder
+
+
+def embed(texts, cache_dir=None, model="some/model"):
+    return text_embeddings(texts, model=model, batch_size=7, cache_dir=cache_dir)
+
+
+def test_sentence_transformers_model_is_used_or_its_extra_named(encoder, monkeypatch):
+    vectors = embed(["ab", "abc"])
     assert vectors.dtype == np.float32
     np.testing.assert_array_equal(vectors, [[2, 1], [3, 1]])
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
     with pytest.raises(ImportError, match=r"lasar_hf\[embed\]"):
-        text_embeddings(["ab"], model="some/model")
+        embed(["ab"])
+
+
+def test_texts_that_were_embedded_once_are_not_embedded_again(encoder, tmp_path):
+    expected = [[2, 1], [3, 1], [2, 1]]
+    for _ in range(2):
+        vectors = embed(["ab", "abc", "ab"], tmp_path)
+        np.testing.assert_array_equal(vectors, expected)
+        assert vectors.dtype == np.float32
+    assert encoder.asked == [["ab", "abc"]] and encoder.loaded == 1
+    np.testing.assert_array_equal(embed(["new one", "abc", "\ud800"], tmp_path), [[7, 1], [3, 1], [1, 1]])
+    assert encoder.asked[1:] == [["new one", "\ud800"]]
+    embed(["abc"], tmp_path, "other/model")  # another model has other vectors
+    assert encoder.asked[2:] == [["abc"]]
+
+
+def test_a_killed_embedding_goes_on_with_the_same_bytes(encoder, tmp_path, monkeypatch):
+    monkeypatch.setattr(embedding_cache, "SHARD", 2)
+    texts = ["a", "bb", "ccc", "dddd", "eeeee"]
+    calm = embed(texts, tmp_path / "calm")
+    for dies_at in range(3):
+        encoder.asked, encoder.dies_at = [], dies_at
+        with pytest.raises(KeyboardInterrupt):
+            embed(texts, tmp_path / str(dies_at))
+        (tmp_path / str(dies_at) / ".half.partial").write_bytes(b"x")
+        encoder.dies_at = None
+        np.testing.assert_array_equal(embed(texts, tmp_path / str(dies_at)), calm)
+        assert encoder.asked == [["a", "bb"], ["ccc", "dddd"], ["eeeee"]]  # each once
+        assert files(tmp_path / str(dies_at)) == files(tmp_path / "calm")
 
 
 def test_cooccurrence_equals_a_plain_loop():

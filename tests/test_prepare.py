@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import huggingface_hub
 import numpy as np
@@ -32,6 +33,7 @@ from lasar_hf.data import (
     sft_rows,
     toy_shop,
 )
+from lasar_hf.semantic_ids import item_text
 from tests.preparing import ALL, RECIPE, encoder_of, files, run
 from tests.test_openai_teacher import GOOD, answer, endpoint  # noqa: F401
 
@@ -304,3 +306,20 @@ def test_a_folder_without_split_is_leave_one_out(toy, tmp_path):
     assert PreparedData.load(tmp_path).split == load_split(toy / "split")
     data.save(tmp_path)
     assert (tmp_path / "split").exists() and PreparedData.load(tmp_path).interactions == data.interactions
+
+
+def test_item_text_is_embedded_once(tmp_path, monkeypatch):
+    asked = []
+
+    def encode(texts, batch_size, convert_to_numpy):
+        asked.extend(texts)
+        return np.array([[len(text), text.count("e")] for text in texts])
+
+    package = types.SimpleNamespace(SentenceTransformer=lambda name: types.SimpleNamespace(encode=encode))
+    monkeypatch.setitem(sys.modules, "sentence_transformers", package)
+    run(tmp_path, embedding_model="some/model")
+    texts = list(map(item_text, load_interactions(tmp_path / "interactions").items))
+    assert asked == list(dict.fromkeys(texts))
+    assert np.load(tmp_path / "embeddings.npy")[:, 0].tolist() == list(map(len, texts))
+    assert run(tmp_path, embedding_model="some/model", toy_users=31) == ALL  # other users, the same items
+    assert len(asked) == len(set(asked))

@@ -1,11 +1,15 @@
 """Item vectors: text embeddings, a collaborative view from training sequences, and their combination."""
 
+import functools
+import os
 from collections.abc import Sequence
 
 import numpy as np
 from scipy import sparse
 from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfVectorizer
+
+from .embedding_cache import cached_vectors
 
 
 TEXT_FIELDS = ("title", "brand", "categories", "description")
@@ -44,7 +48,12 @@ def item_text(item: dict) -> str:
 
 
 def text_embeddings(
-    texts: Sequence[str], dim: int = 256, seed: int = 0, model: str | None = None, batch_size: int = 64
+    texts: Sequence[str],
+    dim: int = 256,
+    seed: int = 0,
+    model: str | None = None,
+    batch_size: int = 64,
+    cache_dir: str | os.PathLike | None = None,
 ) -> np.ndarray:
     """
     One vector a text.
@@ -60,6 +69,9 @@ def text_embeddings(
             Name or path of a sentence-transformers model. `None` uses TF-IDF + truncated SVD, without any download.
         batch_size (`int`, *optional*, defaults to `64`):
             Texts a batch of the sentence-transformers model.
+        cache_dir (`str` or `os.PathLike`, *optional*):
+            Folder that keeps the vectors of the sentence-transformers model by content: a run that was killed goes on
+            where it was, and texts that were embedded once are not embedded again. Nothing is kept if not given.
 
     Returns:
         `np.ndarray` of shape `(I, D)`, float32. With TF-IDF `D == dim`: when the texts have less variety than `dim`
@@ -75,7 +87,7 @@ def text_embeddings(
         if not isinstance(text, str):
             raise ValueError(f"`texts` row {row} is {type(text).__name__}, expected str (see `item_text`).")
     if model is not None:
-        return _sentence_embeddings(texts, model, batch_size)
+        return _sentence_embeddings(texts, model, batch_size, cache_dir)
     # Lone characters count as words: sizes and model numbers ("M 6") tell products apart.
     vectorizer = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2), max_features=100_000, token_pattern=r"(?u)\w+")
     try:
@@ -85,7 +97,20 @@ def text_embeddings(
     return _svd(counts, dim, seed)
 
 
-def _sentence_embeddings(texts: Sequence[str], model: str, batch_size: int) -> np.ndarray:
+def _sentence_embeddings(
+    texts: Sequence[str], model: str, batch_size: int, cache_dir: str | os.PathLike | None
+) -> np.ndarray:
+    # Loaded once for all the parts of a catalogue, and not at all when the cache holds every text.
+    encoder = functools.cache(lambda: _load_encoder(model))
+
+    def embed(part: Sequence[str]) -> np.ndarray:
+        vectors = encoder().encode(list(part), batch_size=batch_size, convert_to_numpy=True)
+        return np.asarray(vectors, dtype=np.float32)
+
+    return embed(texts) if cache_dir is None else cached_vectors(texts, model, embed, cache_dir)
+
+
+def _load_encoder(model: str):
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError as error:
@@ -93,8 +118,7 @@ def _sentence_embeddings(texts: Sequence[str], model: str, batch_size: int) -> n
             f"Embedding with {model!r} needs sentence-transformers: `pip install 'lasar_hf[embed]'`, or leave `model` "
             "unset for TF-IDF vectors."
         ) from error
-    encoder = SentenceTransformer(model)
-    return np.asarray(encoder.encode(list(texts), batch_size=batch_size, convert_to_numpy=True), dtype=np.float32)
+    return SentenceTransformer(model)
 
 
 def _svd(matrix: sparse.csr_matrix, dim: int, seed: int) -> np.ndarray:
