@@ -31,6 +31,7 @@ from lasar_hf.semantic_ids import (
     build_semantic_ids,
     collaborative_embeddings,
     combine_views,
+    format_report,
     item_text,
     quality_report,
     text_embeddings,
@@ -108,7 +109,9 @@ def write_semantic_ids(
         codes, quantizer = build_semantic_ids(vectors, num_sid_levels, codebook_size, seed)
         quantizer.save_pretrained(out / "quantizer")
     SidCatalog(codes, table.item_ids).save_pretrained(out / "catalog")
-    data.write_json(out / "semantic_ids.json", quality_report(codes, vectors, quantizer))
+    report = quality_report(codes, vectors, quantizer)
+    logging.info("%s", format_report(report))
+    data.write_json(out / "semantic_ids.json", report)
 
 
 def write_tokenizer(folder: Path, out: Path, tokenizer_size: int | None, instruction: str) -> None:

@@ -33,7 +33,7 @@ from lasar_hf.data import (
     sft_rows,
     toy_shop,
 )
-from lasar_hf.semantic_ids import item_text
+from lasar_hf.semantic_ids import format_report, item_text
 from tests.preparing import ALL, RECIPE, encoder_of, files, run
 from tests.test_openai_teacher import GOOD, answer, endpoint  # noqa: F401
 
@@ -69,6 +69,12 @@ def test_the_card(toy):
     assert card["semantic_ids"]["collisions"] == 0
     assert card["chains"] == {"teacher": "template", "requests": card["counts"]["train_samples"]}
     assert str(toy) not in json.dumps(card)  # a folder that moves stays the same
+
+
+def test_the_quality_of_the_semantic_ids_is_shown(tmp_path, caplog):
+    caplog.set_level("INFO")
+    run(tmp_path, steps=["interactions", "split", "embeddings", "semantic_ids"])
+    assert format_report(json.loads((tmp_path / "semantic_ids.json").read_text())) in caplog.text
 
 
 def test_the_tokenizer_knows_the_words_of_every_row(toy, tmp_path):
