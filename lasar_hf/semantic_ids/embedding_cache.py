@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 
-SHARD = 1024  # texts embedded between two writes: what a kill costs at most
+SHARD = 256  # texts embedded between two writes: what a kill costs at most, under a minute on a slow CPU
 
 
 def cached_vectors(
@@ -26,7 +26,7 @@ def cached_vectors(
         model (`str`):
             Name of the model. The cache cannot see weights that change under the same name: delete it then.
         embed (`Callable[[list[str]], np.ndarray]`):
-            From at most 1,024 texts to as many vectors of width `D`; not called when every text is known.
+            From at most 256 texts to as many vectors of width `D`; not called when every text is known.
         folder (`str` or `os.PathLike`):
             The cache, made if missing.
 
