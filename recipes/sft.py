@@ -15,15 +15,16 @@ from pathlib import Path
 sys.path[:] = [entry for entry in sys.path if entry != str(Path(__file__).resolve().parent)]
 
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 
 from accelerate import PartialState
-from datasets import concatenate_datasets
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import TrlParser
 
 from lasar_hf import LasarForGenerativeRec, LasarSFTConfig, LasarSFTTrainer, SidCatalog
 from lasar_hf.arguments import check_choices
 from lasar_hf.data import (
+    ALIGNMENT_TASKS,
     AnchorStore,
     PreparedData,
     PromptEncoder,
@@ -31,6 +32,7 @@ from lasar_hf.data import (
     checkpoint_hash,
     encode_anchors,
     history_rows,
+    mix_rows,
     reasoning_rows,
     sft_rows,
 )
@@ -63,7 +65,11 @@ class SFTScriptArguments:
     )
     rows: list[str] = field(
         default_factory=lambda: ["next_item", "alignment"],
-        metadata={"help": "Stage 1 rows: next_item (each sample), history (loss on every item of a user), alignment."},
+        metadata={
+            "help": "Stage 1 rows: next_item (each sample), history (loss on every item of a user), alignment or some "
+            "of its tasks title_to_sid, description_to_sid, sid_to_title, titles_to_sid. A weight is how often a row "
+            "is seen in an epoch: next_item=2 is twice, alignment=0.5 a half of the rows, the same in every epoch."
+        },
     )
     eval_users: int = field(default=0, metadata={"help": "Validation users to rank at each evaluation; 0 for none."})
 
@@ -105,17 +111,34 @@ def load_model(script: SFTScriptArguments, model_args: LasarModelConfig, data: P
     return model, tokenizer
 
 
+def row_weights(rows: list[str]) -> dict[str, float]:
+    """Weight of each kind of row: `["next_item", "alignment=0.5"]` is 1 and 0.5."""
+    weights = {}
+    for entry in rows:
+        name, sign, weight = entry.partition("=")
+        if name in weights:
+            raise ValueError(f"rows holds {name!r} twice: give it once, with a weight.")
+        try:
+            weights[name] = float(weight) if sign else 1.0
+        except ValueError:
+            raise ValueError(f"rows holds {entry!r}: expected a name, or name=weight with a number.") from None
+    return weights
+
+
 def stage1_rows(script: SFTScriptArguments, data: PreparedData, encoder: PromptEncoder):
-    """The rows asked for, mixed; each with `input_ids` and `labels`."""
+    """The rows asked for, mixed by their weights; each with `input_ids` and `labels`."""
     makers = {
         "next_item": lambda: sft_rows(data.samples["train"], encoder),
         "history": lambda: history_rows(data.split, encoder),
         "alignment": lambda: alignment_rows(data.interactions, data.split, encoder),
     }
-    unknown = set(script.rows) - set(makers)
+    for task in ALIGNMENT_TASKS:
+        makers[task] = partial(alignment_rows, data.interactions, data.split, encoder, [task])
+    weights = row_weights(script.rows)
+    unknown = set(weights) - set(makers)
     if unknown:
         raise ValueError(f"rows holds {sorted(unknown)}: choose among {sorted(makers)}.")
-    return concatenate_datasets([makers[name]() for name in script.rows]).select_columns(["input_ids", "labels"])
+    return mix_rows({name: makers[name]() for name in weights}, weights).select_columns(["input_ids", "labels"])
 
 
 def stage2_anchors(model, tokenizer, data: PreparedData, folder: Path) -> AnchorStore:

@@ -12,8 +12,16 @@ import pytest
 import yaml
 
 from lasar_hf import LasarGRPOConfig, LasarSFTConfig
-from lasar_hf.data import SourceArguments
+from lasar_hf.data import (
+    ALIGNMENT_TASKS,
+    PreparedData,
+    SourceArguments,
+    alignment_rows,
+    history_rows,
+    sft_rows,
+)
 from lasar_hf.trainers import LasarModelConfig
+from tests.preparing import encoder_of, run
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,3 +63,51 @@ def test_an_unknown_key_is_refused(tmp_path, key):
     )
     assert done.returncode != 0 and key.split(":")[0] in done.stderr
     assert not (tmp_path / "outputs").exists()
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("toy")
+    run(folder, toy_users=12)
+    data = PreparedData.load(folder)
+    return data, encoder_of(folder, data)
+
+
+def stage1(prepared, *rows):
+    """What recipes/sft.py trains on, as pairs of tuples."""
+    names = runpy.run_path(str(ROOT / "recipes/sft.py"))
+    script = names["SFTScriptArguments"](data_dir="", rows=list(rows))
+    return pairs(names["stage1_rows"](script, *prepared))
+
+
+def pairs(*tables):
+    return [(tuple(row["input_ids"]), tuple(row["labels"])) for table in tables for row in table]
+
+
+def test_rows_of_stage_1_are_mixed_by_weights(prepared):
+    data, encoder = prepared
+    main, history = sft_rows(data.samples["train"], encoder), history_rows(data.split, encoder)
+    alignment = alignment_rows(data.interactions, data.split, encoder)
+    assert stage1(prepared, "history", "alignment") == pairs(history, alignment)  # no weight: each row once, in order
+    mixed = stage1(prepared, "next_item=2", "alignment=0.5", "history=0")
+    assert mixed[: 2 * len(main)] == 2 * pairs(main)
+    drawn = mixed[2 * len(main) :]
+    assert len(drawn) == round(len(alignment) / 2) and set(drawn) < set(pairs(alignment))
+    assert sorted(stage1(prepared, *ALIGNMENT_TASKS)) == sorted(pairs(alignment))
+    titles = alignment_rows(data.interactions, data.split, encoder, ["title_to_sid"])
+    assert stage1(prepared, "title_to_sid") == pairs(titles)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (["next_itme"], r"rows holds \['next_itme'\]: choose among"),
+        (["history=much"], "rows holds 'history=much': expected a name, or name=weight"),
+        (["history", "history=2"], "rows holds 'history' twice"),
+        (["history=-1"], "the weight of 'history' is -1"),
+        (["history=0"], "the mix has no rows"),
+    ],
+)
+def test_rows_that_are_refused(prepared, rows, message):
+    with pytest.raises(ValueError, match=message):
+        stage1(prepared, *rows)

@@ -198,14 +198,13 @@ def test_mix_rows_counts():
     assert len(drawn) == len(set(drawn)) == 4
 
 
-def test_mix_rows_without_weights_is_all_rows_shuffled():
-    names = list(mix_rows(TABLES)["row"])
-    assert sorted(names) == sorted([*TABLES["a"]["row"], *TABLES["b"]["row"], *TABLES["c"]["row"]]) != names
+def test_mix_rows_without_weights_is_all_rows_in_order():
+    assert list(mix_rows(TABLES)["row"]) == [*TABLES["a"]["row"], *TABLES["b"]["row"], *TABLES["c"]["row"]]
 
 
 def test_mix_rows_is_seeded():
     one, same, other = (list(mix_rows(TABLES, {"a": 0.5}, seed=seed)["row"]) for seed in (0, 0, 1))
-    assert one == same != other and sorted(one) != sorted(other)  # the draw differs too, not the order alone
+    assert one == same != other
 
 
 def test_mix_rows_keeps_the_columns_that_all_have():

@@ -218,10 +218,10 @@ def mix_rows(tables: Mapping[str, Dataset], weights: Mapping[str, float] | None 
             the rows (drawn by `seed`), `1.5` each row once and half of them again, `0` none. A table without a weight
             has `1`.
         seed (`int`, *optional*, defaults to `0`):
-            Seed of the draws and of the order.
+            Seed of the draws.
 
     Returns:
-        `Dataset`: the rows, shuffled.
+        `Dataset`: the rows of one table after those of another; trainers shuffle them anew in each epoch.
 
     Raises:
         ValueError: a weight of an unknown table, one that is negative or not finite, or no row left.
@@ -240,7 +240,7 @@ def mix_rows(tables: Mapping[str, Dataset], weights: Mapping[str, float] | None 
     if not sum(map(len, parts)):
         raise ValueError("the mix has no rows: give a table with rows a weight above 0.")
     columns = [column for column in parts[0].column_names if all(column in part.column_names for part in parts)]
-    return concatenate_datasets([part.select_columns(columns) for part in parts]).shuffle(seed)
+    return concatenate_datasets([part.select_columns(columns) for part in parts])
 
 
 def _map(samples: Dataset, build: Callable, features: Features, with_indices: bool = False) -> Dataset:
