@@ -52,6 +52,7 @@ class PrepareArguments:
     index: str | None = field(default=None, metadata={"help": "Ready-made .index.json; else Semantic IDs are built."})
     num_sid_levels: int = field(default=4, metadata={"help": "Codes of one Semantic ID."})
     codebook_size: int = field(default=256, metadata={"help": "Codes a level."})
+    balanced: bool = field(default=False, metadata={"help": "Use the codes of a level equally often."})
     embedding_model: str | None = field(
         default=None, metadata={"help": "sentence-transformers model for item text; TF-IDF and SVD if not given."}
     )
@@ -90,8 +91,8 @@ def write_embeddings(folder: Path, out: Path, embedding_model: str | None, text_
 
 
 def write_semantic_ids(
-    folder: Path, out: Path, index: str | None, num_sid_levels: int, codebook_size: int, collaborative_dim: int,
-    collaborative_weight: float, seed: int,
+    folder: Path, out: Path, index: str | None, num_sid_levels: int, codebook_size: int, balanced: bool,
+    collaborative_dim: int, collaborative_weight: float, seed: int,
 ) -> None:  # fmt: skip
     """`catalog/`, `semantic_ids.json` (their quality) and, unless they are given, `quantizer/`."""
     table, split = data.load_base(folder)
@@ -106,7 +107,7 @@ def write_semantic_ids(
     if index is not None:
         codes = data.read_index(index, table.item_ids, num_sid_levels, codebook_size)
     else:
-        codes, quantizer = build_semantic_ids(vectors, num_sid_levels, codebook_size, seed)
+        codes, quantizer = build_semantic_ids(vectors, num_sid_levels, codebook_size, seed, balanced)
         quantizer.save_pretrained(out / "quantizer")
     SidCatalog(codes, table.item_ids).save_pretrained(out / "catalog")
     report = quality_report(codes, vectors, quantizer)
@@ -141,7 +142,7 @@ def prepare(args: PrepareArguments, source: data.SourceArguments) -> list[str]:
         name = run.__name__.removeprefix("write_")
         return data.Step(name, partial(run, folder, **settings, **bound or {}), settings | more, tuple(after.split()))
 
-    sids = "num_sid_levels codebook_size collaborative_dim collaborative_weight seed"
+    sids = "num_sid_levels codebook_size balanced collaborative_dim collaborative_weight seed"
     index = data.file_hash(args.index) if args.index else None
     unsaid = ("output_dir", "steps", "teacher_base_url", "teacher_concurrency")  # they do not decide what is written
     card = {"arguments": {k: v for k, v in (asdict(source) | asdict(args)).items() if k not in unsaid}}

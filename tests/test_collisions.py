@@ -100,6 +100,12 @@ def test_surplus_of_a_full_prefix_moves_its_worst_fit_to_the_next_best_code():
     assert resolved[:, 0].tolist() == [low, low, high, high, low, mid, mid, mid]
 
 
+def test_more_codes_than_items_is_told():
+    x = np.random.default_rng(0).normal(size=(6, 3))
+    with pytest.warns(UserWarning, match="6 items have 6 codes at the first level: .* lower codebook_size"):
+        build_semantic_ids(x, num_sid_levels=2, codebook_size=6)
+
+
 def test_more_items_than_sids_is_an_error():
     quantizer = QUANTIZERS[3, 2]
     with pytest.raises(ValueError, match="9 items do not fit into 3 levels of 2 codes"):

@@ -71,10 +71,20 @@ def test_the_card(toy):
     assert str(toy) not in json.dumps(card)  # a folder that moves stays the same
 
 
-def test_the_quality_of_the_semantic_ids_is_shown(tmp_path, caplog):
+def test_counts_and_the_quality_of_the_semantic_ids_are_shown(tmp_path, caplog):
     caplog.set_level("INFO")
-    run(tmp_path, steps=["interactions", "split", "embeddings", "semantic_ids"])
-    assert format_report(json.loads((tmp_path / "semantic_ids.json").read_text())) in caplog.text
+    columns = {"user_column": "user", "item_column": "item", "time_column": "time"}
+    with pytest.warns(UserWarning, match="no text"):
+        run(tmp_path / "out", "table", interactions=[str(ratings(tmp_path))], **columns)
+    assert "40 users, 25 items, 320 interactions, 320 rows read, 0 repeats dropped, 0 below core" in caplog.text
+    assert format_report(json.loads((tmp_path / "out" / "semantic_ids.json").read_text())) in caplog.text
+    assert "25 items, 320 interactions, 200 train samples, 40 validation samples, 40 test samples" in caplog.text
+
+
+def test_balanced_semantic_ids(toy, tmp_path):
+    assert run(shutil.copytree(toy, tmp_path / "b"), balanced=True) == ["semantic_ids", "samples", "card"]
+    first_codes = PreparedData.load(tmp_path / "b").codes[:, 0]
+    assert np.bincount(first_codes).tolist() == [6] * 8  # 48 items on 8 codes
 
 
 def test_the_tokenizer_knows_the_words_of_every_row(toy, tmp_path):

@@ -11,6 +11,7 @@ _ORDER = {
     False: "as in the file, which gives no times",
 }
 
+
 def describe(interactions: Interactions, split: Split | TimeSplit | None = None) -> dict[str, object]:
     """
     Describe a data set for its data card.

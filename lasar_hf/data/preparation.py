@@ -1,6 +1,7 @@
 """Steps of a preparation that need no model: each reads files of `folder` and writes to `out` (see `run_steps`)."""
 
 import json
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,9 @@ from .storage import load_interactions, load_split, load_texts, save_interaction
 from .teacher import TemplateTeacher
 
 
+logger = logging.getLogger(__name__)
+
+
 def load_base(folder: Path) -> tuple[Interactions, Split | TimeSplit]:
     """What the first two steps left."""
     return load_interactions(folder / "interactions"), load_split(folder / "split")
@@ -24,7 +28,9 @@ def load_base(folder: Path) -> tuple[Interactions, Split | TimeSplit]:
 
 def write_interactions(folder: Path, out: Path, source: SourceArguments, seed: int) -> None:
     """`interactions/`: the source, read, checked and filtered."""
-    save_interactions(read_source(source, seed), out / "interactions")
+    interactions = read_source(source, seed)
+    _show(_sizes(interactions) | interactions.counts)
+    save_interactions(interactions, out / "interactions")
 
 
 def write_split(folder: Path, out: Path, split: str, validation_share: float, test_share: float) -> None:
@@ -84,13 +90,25 @@ def write_card(folder: Path, out: Path, arguments: dict[str, object], lasar_hf: 
     prepared = PreparedData.load(folder)
     depths = np.array([len(parts) for parts in prepared.samples["train"]["segments"]])
     counts = {
+        **_sizes(interactions),
         "users": len(split.user_ids),
-        "items": len(interactions.items),
-        "interactions": interactions.num_interactions,
         **{f"{name}_samples": len(part) for name, part in prepared.samples.items()},
         "mean_depth": round(float(depths.mean()), 3),
     }
+    _show(counts)
     card = {"arguments": arguments, "lasar_hf": lasar_hf, "counts": counts, "data": describe(interactions, split)}
     for name in ("semantic_ids", "chains"):
         card[name] = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
     write_json(out / "data_card.json", card)
+
+
+def _sizes(interactions: Interactions) -> dict[str, int]:
+    return {
+        "users": len(interactions.user_ids),
+        "items": len(interactions.items),
+        "interactions": interactions.num_interactions,
+    }
+
+
+def _show(counts: dict[str, float]) -> None:
+    logger.info(", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items()))

@@ -1,5 +1,7 @@
 """Semantic IDs: item text and training sequences → vectors → codes, one SID an item."""
 
+import warnings
+
 import numpy as np
 
 from .collisions import assign_new_items, resolve_collisions
@@ -33,6 +35,12 @@ def build_semantic_ids(
     Returns:
         `tuple`: codes `(I, M)` int64, all rows different, and the fitted [`ResidualKMeans`], which encodes new items.
     """
+    if codebook_size >= len(embeddings):
+        warnings.warn(
+            f"{len(embeddings)} items have {codebook_size} codes at the first level: each gets its own, and its other "
+            "codes say nothing; lower codebook_size.",
+            stacklevel=2,
+        )
     quantizer = ResidualKMeans(num_sid_levels, codebook_size, seed=seed, balanced=balanced)
     codes = quantizer.fit_encode(embeddings)
     return resolve_collisions(codes, quantizer, embeddings), quantizer

@@ -73,7 +73,7 @@ def _levels(codes: np.ndarray, embeddings: np.ndarray, seed: int) -> list[dict]:
         levels.append(
             {
                 "codes_used": len(share),
-                "entropy_bits": float(-(share * np.log2(share)).sum()),
+                "entropy_bits": float(share @ np.log2(1 / share)),
                 "prefixes": len(prefixes),
                 "neighbours_kept": float(kept[:, :, level].mean()) if kept.size else 0.0,
                 "neighbours_by_chance": float((prefixes * (prefixes - 1)).sum() / pairs) if pairs else 0.0,
