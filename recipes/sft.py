@@ -71,6 +71,13 @@ class SFTScriptArguments:
             "is seen in an epoch: next_item=2 is twice, alignment=0.5 a half of the rows, the same in every epoch."
         },
     )
+    anchor_context: str = field(
+        default="segment",
+        metadata={
+            "help": "Stage 2: encode a segment alone (segment; the paper) or after prompt and earlier ones (chain).",
+            "choices": ["segment", "chain"],
+        },
+    )
     eval_users: int = field(default=0, metadata={"help": "Validation users to rank at each evaluation; 0 for none."})
 
     def __post_init__(self):
@@ -141,13 +148,20 @@ def stage1_rows(script: SFTScriptArguments, data: PreparedData, encoder: PromptE
     return mix_rows({name: makers[name]() for name in weights}, weights).select_columns(["input_ids", "labels"])
 
 
-def stage2_anchors(model, tokenizer, data: PreparedData, folder: Path) -> AnchorStore:
+def stage2_anchors(
+    script: SFTScriptArguments, model, data: PreparedData, encoder: PromptEncoder, folder: Path
+) -> AnchorStore:
     """Anchors by the stage-1 checkpoint, computed by the main process and read by all."""
     stage1 = checkpoint_hash(model)
     state = PartialState()
     if state.is_main_process:  # resumes, and does nothing where the same segments were encoded
-        segments = data.samples["train"]["segments"]
-        encode_anchors(model.model.backbone, tokenizer, segments, stage1, device=state.device, folder=folder)
+        samples, prompts = data.samples["train"], None
+        if script.anchor_context == "chain":
+            prompts = [encoder.prompt(history) for history in samples["history"]]
+        encode_anchors(
+            model.model.backbone, encoder.tokenizer, samples["segments"], stage1, device=state.device, folder=folder,
+            context=script.anchor_context, prompts=prompts,
+        )
     state.wait_for_everyone()
     return AnchorStore.load(folder, stage1)
 
@@ -168,7 +182,7 @@ def main(script: SFTScriptArguments, training_args: LasarSFTConfig, model_args: 
     if script.stage == 1:
         rows = stage1_rows(script, data, encoder)
     else:
-        anchors = stage2_anchors(model, tokenizer, data, Path(training_args.output_dir, "anchors"))
+        anchors = stage2_anchors(script, model, data, encoder, Path(training_args.output_dir, "anchors"))
         rows = reasoning_rows(data.samples["train"], encoder, anchors.depths)
     validation = data.samples["validation"]
     eval_samples = validation.shuffle(seed=0).select(range(min(script.eval_users, len(validation))))

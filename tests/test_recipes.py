@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -17,11 +18,13 @@ from lasar_hf.data import (
     PreparedData,
     SourceArguments,
     alignment_rows,
+    encode_anchors,
     history_rows,
     sft_rows,
 )
 from lasar_hf.trainers import LasarModelConfig
 from tests.preparing import encoder_of, run
+from tests.tiny import tiny_model
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -96,6 +99,21 @@ def test_rows_of_stage_1_are_mixed_by_weights(prepared):
     assert sorted(stage1(prepared, *ALIGNMENT_TASKS)) == sorted(pairs(alignment))
     titles = alignment_rows(data.interactions, data.split, encoder, ["title_to_sid"])
     assert stage1(prepared, "title_to_sid") == pairs(titles)
+
+
+@pytest.mark.parametrize("context", ["segment", "chain"])
+def test_anchors_of_stage_2(prepared, tmp_path, context):
+    data, encoder = prepared
+    model, _ = tiny_model()
+    model.resize_token_embeddings(len(encoder.tokenizer))
+    names = runpy.run_path(str(ROOT / "recipes/sft.py"))
+    script = names["SFTScriptArguments"](data_dir="", anchor_context=context)
+    store = names["stage2_anchors"](script, model, data, encoder, tmp_path)
+    samples = data.samples["train"]
+    prompts = [encoder.prompt(history) for history in samples["history"]] if context == "chain" else None
+    options = {"context": context, "prompts": prompts}
+    expected = encode_anchors(model.model.backbone, encoder.tokenizer, samples["segments"], "", **options)
+    assert all(np.array_equal(one, other) for one, other in zip(store, expected, strict=True))
 
 
 @pytest.mark.parametrize(
