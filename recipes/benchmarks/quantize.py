@@ -43,7 +43,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--collisions", type=int, metavar="N", help="also fit N points and resolve their collisions; faiss has no such"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.codes.bit_count() != 1:
+        parser.error(f"--codes is {args.codes}: faiss takes powers of two.")
+    return args
 
 
 def make_points(data: str, num_points: int, dim: int, seed: int) -> np.ndarray:
