@@ -52,7 +52,7 @@ def main(script: GRPOScriptArguments, training_args: LasarGRPOConfig, model_args
     set_seed(training_args.seed)
     data = PreparedData.load(script.data_dir)
     checkpoint = checkpoint_to_resume(
-        training_args, **asdict(script), **asdict(model_args), data=content_hashes(script.data_dir, "**/*.arrow"),
+        training_args, **asdict(script), **asdict(model_args), data=content_hashes(script.data_dir, "**/data-*.arrow"),
         start=content_hashes(model_args.model_name_or_path, "*.safetensors"),
     )
     catalog = SidCatalog.from_pretrained(model_args.model_name_or_path)

@@ -15,7 +15,6 @@ from pathlib import Path
 sys.path[:] = [entry for entry in sys.path if entry != str(Path(__file__).resolve().parent)]
 
 from dataclasses import asdict, dataclass, field, fields
-from functools import partial
 
 from accelerate import PartialState
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
@@ -24,17 +23,14 @@ from trl import TrlParser
 from lasar_hf import LasarForGenerativeRec, LasarSFTConfig, LasarSFTTrainer, SidCatalog
 from lasar_hf.arguments import check_choices
 from lasar_hf.data import (
-    ALIGNMENT_TASKS,
     AnchorStore,
     PreparedData,
     PromptEncoder,
-    alignment_rows,
     checkpoint_hash,
     encode_anchors,
-    history_rows,
-    mix_rows,
     reasoning_rows,
     sft_rows,
+    stage1_rows,
 )
 from lasar_hf.evaluation import RankingEvaluator
 from lasar_hf.semantic_ids import ResidualKMeans
@@ -114,38 +110,10 @@ def load_model(script: SFTScriptArguments, model_args: LasarModelConfig, data: P
         backbone, tokenizer, data.codes.shape[1], data.codebook_size, script.max_latent_steps
     )
     if script.codebook_init:
+        if not Path(script.data_dir, "quantizer").exists():
+            raise ValueError(f"codebook_init needs a quantizer, but {script.data_dir} has none: unset it.")
         model.set_sid_embeddings(ResidualKMeans.from_pretrained(Path(script.data_dir, "quantizer")).codebooks)
     return model, tokenizer
-
-
-def row_weights(rows: list[str]) -> dict[str, float]:
-    """Weight of each kind of row: `["next_item", "alignment=0.5"]` is 1 and 0.5."""
-    weights = {}
-    for entry in rows:
-        name, sign, weight = entry.partition("=")
-        if name in weights:
-            raise ValueError(f"rows holds {name!r} twice: give it once, with a weight.")
-        try:
-            weights[name] = float(weight) if sign else 1.0
-        except ValueError:
-            raise ValueError(f"rows holds {entry!r}: expected a name, or name=weight with a number.") from None
-    return weights
-
-
-def stage1_rows(script: SFTScriptArguments, data: PreparedData, encoder: PromptEncoder):
-    """The rows asked for, mixed by their weights; each with `input_ids` and `labels`."""
-    makers = {
-        "next_item": lambda: sft_rows(data.samples["train"], encoder),
-        "history": lambda: history_rows(data.split, encoder),
-        "alignment": lambda: alignment_rows(data.interactions, data.split, encoder),
-    }
-    for task in ALIGNMENT_TASKS:
-        makers[task] = partial(alignment_rows, data.interactions, data.split, encoder, [task])
-    weights = row_weights(script.rows)
-    unknown = set(weights) - set(makers)
-    if unknown:
-        raise ValueError(f"rows holds {sorted(unknown)}: choose among {sorted(makers)}.")
-    return mix_rows({name: makers[name]() for name in weights}, weights).select_columns(["input_ids", "labels"])
 
 
 def stage2_anchors(
@@ -171,7 +139,7 @@ def main(script: SFTScriptArguments, training_args: LasarSFTConfig, model_args: 
     set_seed(training_args.seed)
     data = PreparedData.load(script.data_dir)
     checkpoint = checkpoint_to_resume(
-        training_args, **asdict(script), **asdict(model_args), data=content_hashes(script.data_dir, "**/*.arrow"),
+        training_args, **asdict(script), **asdict(model_args), data=content_hashes(script.data_dir, "**/data-*.arrow"),
         start=content_hashes(model_args.model_name_or_path, "*.safetensors"),
     )
     catalog = SidCatalog.from_pretrained(Path(script.data_dir, "catalog"))
@@ -180,7 +148,7 @@ def main(script: SFTScriptArguments, training_args: LasarSFTConfig, model_args: 
     encoder = PromptEncoder(tokenizer, data.codes, script.instruction, script.max_history)
     anchors = None
     if script.stage == 1:
-        rows = stage1_rows(script, data, encoder)
+        rows = stage1_rows(data, encoder, script.rows)
     else:
         anchors = stage2_anchors(script, model, data, encoder, Path(training_args.output_dir, "anchors"))
         rows = reasoning_rows(data.samples["train"], encoder, anchors.depths)

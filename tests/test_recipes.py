@@ -21,6 +21,7 @@ from lasar_hf.data import (
     encode_anchors,
     history_rows,
     sft_rows,
+    stage1_rows,
 )
 from lasar_hf.trainers import LasarModelConfig
 from tests.preparing import encoder_of, run
@@ -78,9 +79,7 @@ def prepared(tmp_path_factory):
 
 def stage1(prepared, *rows):
     """What recipes/sft.py trains on, as pairs of tuples."""
-    names = runpy.run_path(str(ROOT / "recipes/sft.py"))
-    script = names["SFTScriptArguments"](data_dir="", rows=list(rows))
-    return pairs(names["stage1_rows"](script, *prepared))
+    return pairs(stage1_rows(*prepared, rows))
 
 
 def pairs(*tables):

@@ -4,6 +4,7 @@ from .anchor_encoding import encode_anchors
 from .anchors import AnchorStore, checkpoint_hash
 from .card import describe
 from .interactions import Interactions, read_index, read_lcrec
+from .mixture import mix_rows, stage1_rows
 from .pipeline import Step, file_hash, run_steps, write_json
 from .preparation import (
     load_base,
@@ -23,7 +24,6 @@ from .rows import (
     alignment_rows,
     grpo_rows,
     history_rows,
-    mix_rows,
     reasoning_rows,
     sft_rows,
 )
@@ -77,6 +77,7 @@ __all__ = [
     "sentence_embedder",
     "sft_rows",
     "source_settings",
+    "stage1_rows",
     "tfidf_embedder",
     "toy_shop",
     "write_card",

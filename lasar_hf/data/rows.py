@@ -1,6 +1,6 @@
 """Training rows: samples in token ids with labels, for each stage of training and for the alignment tasks."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from datasets import Dataset, Features, List, Value, concatenate_datasets
@@ -204,43 +204,6 @@ def grpo_rows(samples: Dataset, encoder: PromptEncoder, anchors: AnchorStore | N
         return rows
 
     return _map(samples, build, features, with_indices=True)
-
-
-def mix_rows(tables: Mapping[str, Dataset], weights: Mapping[str, float] | None = None, seed: int = 0) -> Dataset:
-    """
-    Mix tables of rows, such as the main task and the alignment tasks, by weights.
-
-    Args:
-        tables (`Mapping[str, Dataset]`):
-            Rows by name; columns that not all tables have are left out.
-        weights (`Mapping[str, float]`, *optional*):
-            How often each row of a table is seen in a pass over the mix: `2` gives each row twice, `0.25` a quarter of
-            the rows (drawn by `seed`), `1.5` each row once and half of them again, `0` none. A table without a weight
-            has `1`.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the draws.
-
-    Returns:
-        `Dataset`: the rows of one table after those of another; trainers shuffle them anew in each epoch.
-
-    Raises:
-        ValueError: a weight of an unknown table, one that is negative or not finite, or no row left.
-    """
-    weights = dict.fromkeys(tables, 1.0) | dict(weights or {})
-    parts = []
-    for number, (name, weight) in enumerate(weights.items()):
-        if name not in tables:
-            raise ValueError(f"`weights` names {name!r}, which is no table: choose among {', '.join(tables)}.")
-        if not 0 <= weight < np.inf:
-            raise ValueError(f"the weight of {name!r} is {weight}, expected a number of 0 or more.")
-        size = len(tables[name])
-        whole, part = divmod(weight, 1)
-        drawn = np.random.default_rng([seed, number]).permutation(size)[: round(part * size)]
-        parts.append(tables[name].select(np.concatenate([np.tile(np.arange(size), int(whole)), np.sort(drawn)])))
-    if not sum(map(len, parts)):
-        raise ValueError("the mix has no rows: give a table with rows a weight above 0.")
-    columns = [column for column in parts[0].column_names if all(column in part.column_names for part in parts)]
-    return concatenate_datasets([part.select_columns(columns) for part in parts])
 
 
 def _map(samples: Dataset, build: Callable, features: Features, with_indices: bool = False) -> Dataset:

@@ -32,7 +32,7 @@ def content_hashes(folder: str | Path | None, pattern: str) -> dict[str, str]:
         folder (`str` or `Path`, *optional*):
             The folder; one that is not given or does not exist (a name on the Hub) has no files.
         pattern (`str`):
-            Which files, `"**/*.arrow"` for instance.
+            Which files: `"**/data-*.arrow"` are those of saved `Dataset`s, without the caches that are made of them.
 
     Returns:
         `dict[str, str]`: hexadecimal digests.
