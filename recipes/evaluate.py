@@ -17,6 +17,7 @@ sys.path[:] = [entry for entry in sys.path if entry != str(Path(__file__).resolv
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
+import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from transformers import AutoTokenizer
@@ -78,25 +79,32 @@ def choose_users(samples, users: int):
 
 
 def evaluate_model(args: EvaluateArguments, data: PreparedData, samples, path: str, depth: int | None):
-    """Item rows `(U, 20)` and the row of numbers of one model; users are shared among the processes."""
+    """Item rows `(U, 20)` and the row of numbers of one model; batches are dealt to the processes."""
     state = PartialState()
     model = LasarForGenerativeRec.from_pretrained(path).to(state.device).eval()
     encoder = PromptEncoder(AutoTokenizer.from_pretrained(path), data.codes, args.instruction, args.max_history)
     catalog = SidCatalog.from_pretrained(path)
     data.check_catalog(catalog.item_ids, catalog.codes, path)
-    mine = samples.select(np.array_split(np.arange(len(samples)), state.num_processes)[state.process_index])
+    # Whole batches of users in the order of recommend_samples: one process has the same, and with them all rounding.
+    lengths = [len(encoder.prompt(history)) for history in samples["history"]]
+    order = sorted(range(len(samples)), key=lengths.__getitem__, reverse=True)
+    batches = [order[start : start + args.batch_size] for start in range(0, len(order), args.batch_size)]
+    mine = [user for batch in batches[state.process_index :: state.num_processes] for user in batch]
     options = (encoder, catalog, 20, args.num_beams, depth, args.batch_size)
-    recommend_samples(model, mine.select(range(min(len(mine), args.batch_size))), *options)  # not timed: warms up
-    part = recommend_samples(model, mine, *options, progress=state.is_main_process)
-    parts = gather_object([part])
-    items, steps = (np.concatenate([getattr(p, name) for p in parts]) for name in ("items", "latent_steps"))
-    seconds = max(p.seconds for p in parts)
+    recommend_samples(model, samples.select(mine[: args.batch_size]), *options)  # not timed: warms up
+    part = recommend_samples(model, samples.select(mine), *options, progress=state.is_main_process)
+    parts = gather_object([(mine, part)])
+    items, steps = np.full((len(samples), 20), -1), np.zeros(len(samples), dtype=np.int64)
+    for users, found in parts:
+        items[users], steps[users] = found.items, found.latent_steps
+    seconds = max(found.seconds for _, found in parts)
     return items, evaluate_recommendations(items, samples["target"], len(catalog), steps, seconds)
 
 
 def main(args: EvaluateArguments) -> None:
     """Evaluate the baselines and every model; write and print the report."""
     models = parse_models(args.models)
+    PartialState(cpu=not torch.accelerator.is_available())  # else every process would be alone on a CPU
     data = PreparedData.load(args.data_dir)
     samples = choose_users(data.samples[args.split], args.users)
     train, num_items = data.split.train, len(data.items)

@@ -25,6 +25,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.json
 import pyarrow.parquet as pq
+import torch
 from accelerate import PartialState
 from datasets import Dataset
 from tqdm.auto import tqdm
@@ -93,7 +94,8 @@ def check_request(args: RecommendArguments, folder: Path) -> None:
 
 def main(args: RecommendArguments) -> None:
     """Recommend for every user whose shard is not there yet."""
-    state, folder = PartialState(), Path(args.output_dir)
+    state = PartialState(cpu=not torch.accelerator.is_available())  # else every process would be alone on a CPU
+    folder = Path(args.output_dir)
     catalog = SidCatalog.from_pretrained(args.model)
     users, histories = read_histories(Path(args.histories), catalog)
     folder.mkdir(parents=True, exist_ok=True)

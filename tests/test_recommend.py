@@ -130,11 +130,12 @@ def test_a_missing_column_is_named(recipe, checkpoint, tmp_path):
         )
 
 
-def run(command: list[str], **variables) -> None:
+def run(command: list[str], **variables) -> str:
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, **variables}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
+    return done.stderr
 
 
 def test_processes_share_the_shards(recipe, checkpoint, tmp_path, monkeypatch):
@@ -147,7 +148,7 @@ def test_processes_share_the_shards(recipe, checkpoint, tmp_path, monkeypatch):
             process_index=index, num_processes=2, is_main_process=index == 0, device="cpu",
             wait_for_everyone=lambda: None,
         )
-        monkeypatch.setattr(recipe, "PartialState", lambda state=state: state)
+        monkeypatch.setattr(recipe, "PartialState", lambda state=state, **_: state)
         recipe.main(recipe.RecommendArguments(**args))
         written.append(sorted(shards(tmp_path / "two")))
     assert written[0] == ["part-00000.parquet", "part-00002.parquet"] and len(written[1]) == 4
@@ -162,7 +163,8 @@ def test_two_processes_write_what_one_writes(recipe, checkpoint, tmp_path):
     args["output_dir"] = str(tmp_path / "two")
     options = [part for name, value in args.items() for part in (f"--{name}", str(value))]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    run([*launch, "recipes/recommend.py", *options], ACCELERATE_USE_CPU="true")
+    shown = run([*launch, "recipes/recommend.py", *options])
+    assert shown.count("Shards:   0%") == 1  # each process alone would do everything, and show it
     assert len(shards(tmp_path / "two")) == 4
     assert shards(tmp_path / "two") == shards(tmp_path / "out")
 
