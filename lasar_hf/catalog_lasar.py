@@ -1,8 +1,4 @@
-"""The catalogue of Semantic IDs: its items, its trie as flat tensors, and what a request may get.
-
-The trie is held as compressed rows with the children in code order, so that a step of the constraint is a gather,
-never a Python loop.
-"""
+"""The catalogue of Semantic IDs: its items, and what a request may get of them."""
 
 import copy
 import json
@@ -14,171 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from .trie_lasar import SidTrie
+
 
 CATALOG_WEIGHTS_NAME = "sid_catalog.safetensors"
 CATALOG_CONFIG_NAME = "sid_catalog.json"
-
-
-def _lexicographic_order(codes: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """`rows` `(n,)` in the order of their codes, level after level, equal codes by row number."""
-    num_levels = codes.shape[1]
-    bits = max(int(codes.max()).bit_length(), 1)
-    if bits * num_levels <= 63:  # one integer holds the whole Semantic ID
-        keys = torch.zeros(len(rows), dtype=torch.long, device=codes.device)
-        for level in range(num_levels):
-            keys = (keys << bits) | codes[rows, level]
-        return rows[torch.sort(keys, stable=True).indices]
-    for level in reversed(range(num_levels)):  # least significant level first
-        rows = rows[torch.sort(codes[rows, level], stable=True).indices]
-    return rows
-
-
-class SidTrie:
-    """
-    Trie of a catalogue's Semantic IDs as flat tensors, about 20 bytes an item at 4 levels of 256 codes.
-
-    Items stand in the order of their codes, each at its place `0 … I' - 1`. Node `n` of depth `l` (a prefix of `l`
-    codes) owns the children `child_ptr[l][n] … child_ptr[l][n + 1]` of depth `l + 1`, in ascending order of code; a
-    leaf owns a run of places in the same manner. So every node stands for one run of places.
-
-    Args:
-        codes (`torch.Tensor` of shape `(I, M)`):
-            Codes of the items, on the device where the trie shall live.
-        rows (`torch.Tensor` of shape `(I',)`, *optional*):
-            Ascending row numbers of the items to hold, all of them if not given.
-    """
-
-    def __init__(self, codes: torch.Tensor, rows: torch.Tensor | None = None):
-        self.num_levels = codes.shape[1]
-        if rows is None:
-            rows = torch.arange(len(codes), device=codes.device)
-        order = _lexicographic_order(codes, rows)
-        ordered, num_items = codes[order], len(order)
-        places = torch.arange(num_items, dtype=torch.int32, device=codes.device)
-
-        self.item_rows = order.to(torch.int32)  # row number of the item at each place
-        self.item_places = torch.full((len(codes),), num_items, dtype=torch.int32, device=codes.device)
-        self.item_places[order] = places  # place of each row's item, `I'` of a row that is not held
-        self.child_code: list[torch.Tensor] = []
-        self.child_ptr: list[torch.Tensor] = []
-        code_type = torch.int16 if int(codes.max()) < 2**15 else torch.int32
-        first = places[:1]  # first place of each node, here of the root
-        is_first = places == 0
-        for level in range(self.num_levels):
-            is_first[1:] |= ordered[1:, level] != ordered[:-1, level]
-            child_first = places[is_first]
-            self.child_code.append(ordered[child_first, level].to(code_type))
-            self.child_ptr.append(self._pointers(first, child_first))
-            first = child_first
-        self.leaf_ptr = torch.cat([first, first.new_tensor([num_items])])
-        self.num_nodes = [1] + [len(code) for code in self.child_code]
-        pointers = [*self.child_ptr, self.leaf_ptr]
-        # Widest fan-out a level, and most items that share one Semantic ID: the shapes of every later gather.
-        self.fan_out = [int((pointer[1:] - pointer[:-1]).max()) for pointer in pointers]
-
-    @staticmethod
-    def _pointers(first: torch.Tensor, child_first: torch.Tensor) -> torch.Tensor:
-        starts = torch.searchsorted(child_first, first, out_int32=True)
-        return torch.cat([starts, starts.new_tensor([len(child_first)])])
-
-    @property
-    def num_bytes(self) -> int:
-        """Memory of the trie's tensors, in bytes."""
-        tensors = [self.item_rows, self.item_places, self.leaf_ptr, *self.child_code, *self.child_ptr]
-        return sum(tensor.nbytes for tensor in tensors)
-
-    def to(self, device: torch.device | str) -> "SidTrie":
-        """
-        The trie on another device.
-
-        Args:
-            device (`torch.device` or `str`):
-                The device.
-
-        Returns:
-            [`SidTrie`]: a copy there.
-        """
-        moved = copy.copy(self)
-        moved.item_rows, moved.item_places = self.item_rows.to(device), self.item_places.to(device)
-        moved.leaf_ptr = self.leaf_ptr.to(device)
-        moved.child_code = [tensor.to(device) for tensor in self.child_code]
-        moved.child_ptr = [tensor.to(device) for tensor in self.child_ptr]
-        return moved
-
-    def first_place(self, level: int, nodes: torch.Tensor) -> torch.Tensor:
-        """
-        Where the run of places of each node begins.
-
-        Args:
-            level (`int`):
-                Depth of the nodes.
-            nodes (`torch.Tensor` of shape `(...)`):
-                Node numbers; the number of nodes gives the end of the last run.
-
-        Returns:
-            `torch.Tensor` of shape `(...)`, int32: places; the run of node `n` ends where that of `n + 1` begins.
-        """
-        for pointer in self.child_ptr[level:]:
-            nodes = pointer[nodes].long()
-        return self.leaf_ptr[nodes]
-
-    def children(self, level: int, nodes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """
-        Children of nodes.
-
-        Args:
-            level (`int`):
-                Depth `l` of the nodes, `0` for the root.
-            nodes (`torch.Tensor` of shape `(...)`):
-                Node numbers.
-
-        Returns:
-            `tuple` of two `torch.Tensor` of shape `(..., F)`, `F` the widest fan-out of that depth: the children's
-            codes (0 where there is none) and their node numbers (-1 where there is none).
-        """
-        pointer = self.child_ptr[level]
-        start, end = pointer[nodes].long(), pointer[nodes + 1].long()
-        child = start[..., None] + torch.arange(self.fan_out[level], device=nodes.device)
-        exists = child < end[..., None]
-        codes = self.child_code[level][torch.where(exists, child, 0)].long()
-        return torch.where(exists, codes, 0), torch.where(exists, child, -1)
-
-    def descend(self, level: int, nodes: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-        """
-        The child of each node by code.
-
-        Args:
-            level (`int`):
-                Depth of the nodes.
-            nodes (`torch.Tensor` of shape `(n,)`):
-                Node numbers; -1 stays -1.
-            codes (`torch.Tensor` of shape `(n,)`):
-                Code to follow from each node.
-
-        Returns:
-            `torch.Tensor` of shape `(n,)`: node numbers of depth `level + 1`, -1 where the catalogue has no such
-            prefix.
-        """
-        child_codes, child = self.children(level, nodes.clamp(min=0))
-        match = (child_codes == codes[:, None]) & (child >= 0) & (nodes >= 0)[:, None]
-        return torch.where(match, child, -1).max(dim=1).values
-
-    def items(self, leaves: torch.Tensor) -> torch.Tensor:
-        """
-        Items of leaves.
-
-        Args:
-            leaves (`torch.Tensor` of shape `(...)`):
-                Leaf numbers.
-
-        Returns:
-            `torch.Tensor` of shape `(..., C)`, `C` the most items that share one Semantic ID: item row numbers in
-            ascending order, -1 where there is none.
-        """
-        start, end = self.leaf_ptr[leaves].long(), self.leaf_ptr[leaves + 1].long()
-        place = start[..., None] + torch.arange(self.fan_out[-1], device=leaves.device)
-        exists = place < end[..., None]
-        return torch.where(exists, self.item_rows[torch.where(exists, place, 0)].long(), -1)
 
 
 class SidCatalog:
@@ -238,9 +74,12 @@ class SidCatalog:
         self.num_items = len(self.codes) - int(self.removed.sum())
         self._max_code = int(self.codes.max())
         self._trie = SidTrie(self.codes, (~self.removed).nonzero()[:, 0])
-        if self._trie.fan_out[-1] > 1 and not allow_collisions:
+        self._check_collisions()
+
+    def _check_collisions(self) -> None:
+        if self._trie.fan_out[-1] > 1 and not self.allow_collisions:
             leaf = int((self._trie.leaf_ptr.diff() > 1).nonzero()[0])
-            first, second = self._trie.items(torch.tensor(leaf))[:2].tolist()
+            first, second = self._trie.items(self._trie.leaf_ptr.new_tensor(leaf).long())[:2].tolist()
             raise ValueError(
                 f"Items {self.item_ids[first]!r} and {self.item_ids[second]!r} share the Semantic ID "
                 f"{self.codes[first].tolist()}: resolve the collision, or pass allow_collisions=True."
@@ -257,7 +96,7 @@ class SidCatalog:
     @cached_property
     def row_of(self) -> dict[str, int]:
         """Row number of each item id, hidden rows included."""
-        return {item_id: row for row, item_id in enumerate(self.item_ids)}
+        return dict(zip(self.item_ids, range(len(self)), strict=True))
 
     def trie(self, device: torch.device | str) -> SidTrie:
         """
@@ -277,6 +116,8 @@ class SidCatalog:
     def add(self, codes, item_ids: Sequence[str]) -> "SidCatalog":
         """
         A catalogue with more items. Rows keep their numbers; an item that was removed returns to its old row.
+
+        The index is not built again: only the new items are sorted.
 
         Args:
             codes (`torch.Tensor` or array of shape `(A, M)`):
@@ -299,18 +140,19 @@ class SidCatalog:
         for item_id, row in zip(item_ids, rows, strict=True):
             if row >= 0 and not self.removed[row]:
                 raise ValueError(f"The catalogue holds the item {item_id!r} already: remove it to change its codes.")
-        rows = torch.tensor(rows)
-        is_new = rows < 0
-        all_codes = torch.cat([self.codes, codes[is_new]])
-        removed = torch.cat([self.removed, self.removed.new_zeros(int(is_new.sum()))])
-        all_codes[rows[~is_new]] = codes[~is_new]
-        removed[rows[~is_new]] = False
-        new_ids = [item_id for item_id, new in zip(item_ids, is_new.tolist(), strict=True) if new]
-        return SidCatalog(all_codes, self.item_ids + new_ids, self.allow_collisions, removed)
+        new_ids = [item_id for item_id, row in zip(item_ids, rows, strict=True) if row < 0]
+        row_of = {**self.row_of, **dict(zip(new_ids, range(len(self), len(self) + len(new_ids)), strict=True))}
+        rows = torch.tensor([row_of[item_id] for item_id in item_ids])
+        all_codes = torch.cat([self.codes, self.codes.new_empty(len(new_ids), self.num_levels)])
+        removed = torch.cat([self.removed, self.removed.new_empty(len(new_ids))])
+        all_codes[rows], removed[rows] = codes, False
+        device = self._trie.item_rows.device
+        trie = self._trie.including(codes.to(device), rows.to(device), len(all_codes))
+        return self._changed(trie, removed, codes=all_codes, item_ids=self.item_ids + new_ids, row_of=row_of)
 
     def remove(self, item_ids: Sequence[str]) -> "SidCatalog":
         """
-        A catalogue in which some rows are hidden. All rows keep their numbers.
+        A catalogue in which some rows are hidden. All rows keep their numbers, and the index is not built again.
 
         Args:
             item_ids (`list[str]`):
@@ -322,13 +164,25 @@ class SidCatalog:
         Raises:
             `ValueError`: if the catalogue does not hold an item, or none would be left.
         """
-        removed = self.removed.clone()
+        removed, rows = self.removed.clone(), []
         for item_id in map(str, item_ids):
-            row = self.row_of.get(item_id, -1)
-            if row < 0 or removed[row]:
+            rows.append(self.row_of.get(item_id, -1))
+            if rows[-1] < 0 or removed[rows[-1]]:
                 raise ValueError(f"The catalogue holds no item {item_id!r} that could be removed.")
-            removed[row] = True
-        return SidCatalog(self.codes, self.item_ids, self.allow_collisions, removed)
+            removed[rows[-1]] = True
+        if removed.all():
+            raise ValueError("All items would be removed: at least one item must stay.")
+        rows = torch.tensor(rows, dtype=torch.long, device=self._trie.item_rows.device)
+        return self._changed(self._trie.without(rows), removed)
+
+    def _changed(self, trie: SidTrie, removed: torch.Tensor, **parts) -> "SidCatalog":
+        """This catalogue with another trie and what else is new; the rest is shared, not checked again."""
+        changed = copy.copy(self)
+        vars(changed).update(parts, _trie=trie, removed=removed)
+        changed.num_items = len(trie.item_rows)
+        changed._max_code = int(changed.codes.max())
+        changed._check_collisions()
+        return changed
 
     def check_matches(self, num_sid_levels: int, codebook_size: int) -> None:
         """

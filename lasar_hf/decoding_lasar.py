@@ -19,8 +19,9 @@ from torch import nn
 from transformers import LogitsProcessor
 from transformers.utils import ModelOutput
 
-from .catalog_lasar import ItemFilter, SidCatalog, SidTrie
+from .catalog_lasar import ItemFilter, SidCatalog
 from .configuration_lasar import LasarConfig
+from .trie_lasar import SidTrie
 
 
 @dataclass

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lasar_hf import SidCatalog
-from lasar_hf.catalog_lasar import ItemFilter, SidTrie
+from lasar_hf.catalog_lasar import ItemFilter
+from lasar_hf.trie_lasar import SidTrie
 from tests.test_decoding import score_every_item
 from tests.tiny import batch, row, tiny_catalog, tiny_model
 
@@ -87,6 +88,62 @@ def test_add_and_remove_keep_rows(data):
     changed[back] = 3
     assert paths(again.trie("cpu")) == expected_paths(changed, sorted([*kept, *back, len(codes)]))
     assert again.item_ids == [*ids, "another"]
+
+
+def assert_same_trie(got: SidTrie, expected: SidTrie):
+    assert vars(got).keys() == vars(expected).keys()
+    for name, value in vars(expected).items():
+        other = getattr(got, name)
+        if isinstance(value, torch.Tensor):
+            value, other = [value], [other]
+        if isinstance(value, list) and isinstance(value[0], torch.Tensor):
+            assert all(torch.equal(one.long(), two.long()) for one, two in zip(value, other, strict=True))
+        else:
+            assert value == other, name
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_changes_equal_building_anew(data):
+    """Any chain of changes leaves the very tensors that the constructor makes: a trie is only moved, never sorted."""
+    levels, size = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 5))
+    scale = data.draw(st.sampled_from([1, 10_000, 2**24]))
+    seeds = st.integers(0, 9999).map(lambda seed: torch.Generator().manual_seed(seed))
+
+    def draw(count: int) -> torch.Tensor:
+        return scale * torch.randint(0, size, (count, levels), generator=data.draw(seeds))
+
+    count = data.draw(st.integers(1, 12))
+    catalog = SidCatalog(draw(count), [str(i) for i in range(count)], allow_collisions=True)
+    for _ in range(data.draw(st.integers(1, 4))):
+        held = [item_id for item_id, gone in zip(catalog.item_ids, catalog.removed.tolist(), strict=True) if not gone]
+        if data.draw(st.booleans()):
+            catalog = catalog.remove(data.draw(st.permutations(held))[1 : 1 + data.draw(st.integers(0, 8))])
+        else:  # some come back, with other codes, among some that are new
+            back = [item_id for item_id in catalog.item_ids if item_id not in held][: data.draw(st.integers(0, 3))]
+            new = [str(len(catalog) + i) for i in range(data.draw(st.integers(not back, 8)))]
+            ids = data.draw(st.permutations(back + new))
+            catalog = catalog.add(draw(len(ids)), ids)
+        anew = SidCatalog(catalog.codes, catalog.item_ids, True, catalog.removed)
+        assert_same_trie(catalog.trie("cpu"), anew.trie("cpu"))
+        assert (catalog.num_items, catalog.row_of) == (anew.num_items, anew.row_of)
+        assert catalog._max_code == anew._max_code
+
+
+def test_changes_build_nothing_anew(monkeypatch):
+    catalog = tiny_catalog()
+    codes = catalog.codes[3:4]
+    for name in ("SidTrie.__init__", "SidCatalog.__init__"):
+        monkeypatch.setattr(f"lasar_hf.catalog_lasar.{name}", lambda *args: pytest.fail("built anew"))
+    changed = catalog.remove(["item-3", "item-5"]).add(codes, ["new"])
+    assert (changed.num_items, len(changed), catalog.num_items) == (19, 21, 20)
+
+
+def test_a_wide_code_can_come_later():
+    catalog = SidCatalog([[0, 1], [2, 3]], ["a", "b"]).add([[2, 70_000], [1, 0]], ["c", "d"])
+    assert paths(catalog.trie("cpu")) == {(0, 1): [0], (1, 0): [3], (2, 3): [1], (2, 70_000): [2]}
+    with pytest.raises(ValueError, match="'c' .row 2. has the codes .2, 70000., but .* 4 entries"):
+        catalog.check_matches(2, 4)
 
 
 def test_removed_items_are_gone_as_if_they_had_never_been():

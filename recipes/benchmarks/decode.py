@@ -22,8 +22,8 @@ from tqdm.auto import tqdm
 from transformers import LogitsProcessor, Qwen3Config
 
 from lasar_hf import LasarConfig, LasarForGenerativeRec, SidCatalog
-from lasar_hf.catalog_lasar import SidTrie
 from lasar_hf.decoding_lasar import child_log_probs
+from lasar_hf.trie_lasar import SidTrie
 
 
 LEVELS, CODES = 4, 256
