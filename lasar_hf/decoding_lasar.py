@@ -248,8 +248,7 @@ def sample_items(
     """
     select = _select_independent(num_samples) if replacement else _select_perturbed(num_samples)
     beams = _search(model, chain, trie, select, temperature, width_limit=not replacement)
-    scores = beams.scores.masked_fill(beams.key == -torch.inf, -torch.inf)
-    scores, order = scores.sort(dim=1, descending=True, stable=True)
+    scores, order = beams.scores.sort(dim=1, descending=True, stable=True)
     return beams.nodes.gather(1, order), scores
 
 

@@ -94,7 +94,12 @@ class DepthPolicyHead(nn.Module):
 
 
 def most_likely_depth(depth_logits: torch.Tensor) -> torch.Tensor:
-    """Latent steps `(B,)` that the policy head finds most likely, from its logits `(B, N_max)`."""
+    """Latent steps `(B,)` that the policy head finds most likely, from its logits `(B, N_max)`; NaN is an error."""
+    if depth_logits.isnan().any():
+        raise ValueError(
+            "The policy head's logits hold NaN: check the weights and the data type (bfloat16 or float32), or pass "
+            "latent_steps."
+        )
     return depth_logits.argmax(dim=-1) + 1
 
 

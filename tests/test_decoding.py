@@ -26,19 +26,37 @@ def score_every_item(model, prompt: list[int], depth: int, catalog: SidCatalog) 
     return torch.stack(scores)
 
 
+def draw_model_and_catalog(data):
+    """A model of any kind and depth of Semantic ID, under either attention, and a catalogue of its codes."""
+    levels, codes = data.draw(st.sampled_from([(3, 4), (1, 9), (2, 5), (4, 3), (3, 1)]))
+    model, _ = tiny_model(
+        data.draw(st.sampled_from(["qwen3", "llama", "gpt_neox"])), seed=data.draw(st.integers(0, 3)),
+        num_sid_levels=levels, codebook_size=codes,
+    )
+    model.set_attn_implementation(data.draw(st.sampled_from(["sdpa", "eager"])))
+    num_items = data.draw(st.integers(1, min(40, codes**levels)))
+    return model, tiny_catalog(num_items, levels, codes, seed=data.draw(st.integers(0, 99)))
+
+
+def draw_prompts(data, model):
+    """Prompts, each with its depth, and their batch: padded on either side, or not at all."""
+    size = data.draw(st.integers(1, 4))
+    depths = data.draw(st.lists(st.integers(0, 4), min_size=size, max_size=size))
+    lengths = data.draw(st.lists(st.integers(2, 9), min_size=size, max_size=size))
+    prompts = [row(model, length, 0, seed=i) for i, length in enumerate(lengths)]
+    inputs = batch(prompts, data.draw(st.lists(st.sampled_from(["left", "right"]), min_size=size, max_size=size)))
+    if len(set(lengths)) == 1:
+        del inputs["attention_mask"]
+    return prompts, torch.tensor(depths), inputs
+
+
 @settings(max_examples=15, deadline=None)
 @given(data=st.data())
 def test_recommend_orders_like_scoring_every_item(data):
-    model, _ = tiny_model(data.draw(st.sampled_from(["qwen3", "gpt_neox"])), seed=data.draw(st.integers(0, 3)))
-    catalog = tiny_catalog(num_items=data.draw(st.integers(1, 40)), seed=data.draw(st.integers(0, 99)))
-    size = data.draw(st.integers(1, 4))
-    depths = data.draw(st.lists(st.integers(0, 4), min_size=size, max_size=size))
-    prompts = [row(model, data.draw(st.integers(2, 9)), 0, seed=i) for i in range(size)]
-    sides = data.draw(st.lists(st.sampled_from(["left", "right"]), min_size=size, max_size=size))
-    recommended = model.recommend(
-        **batch(prompts, sides), catalog=catalog, top_k=len(catalog), num_beams=64, latent_steps=torch.tensor(depths)
-    )
-    assert recommended.latent_steps.tolist() == depths
+    model, catalog = draw_model_and_catalog(data)
+    prompts, depths, inputs = draw_prompts(data, model)
+    recommended = model.recommend(**inputs, catalog=catalog, top_k=len(catalog), num_beams=64, latent_steps=depths)
+    assert torch.equal(recommended.latent_steps, depths)
     for i, prompt in enumerate(prompts):
         expected = score_every_item(model, prompt, depths[i], catalog)
         order = expected.argsort(descending=True)
@@ -51,13 +69,12 @@ def test_recommend_orders_like_scoring_every_item(data):
 @given(data=st.data())
 def test_narrow_beams_are_beam_search(data):
     """A textbook beam search over prefixes, one forward pass a beam, finds the same items."""
-    model, _ = tiny_model(seed=data.draw(st.integers(0, 3)))
-    catalog = tiny_catalog(num_items=data.draw(st.integers(5, 40)), seed=data.draw(st.integers(0, 99)))
+    model, catalog = draw_model_and_catalog(data)
     width, depth = data.draw(st.integers(1, 6)), data.draw(st.integers(0, 3))
     prompt, config = row(model, 6, depth, seed=5), model.config
     codes = [tuple(c) for c in catalog.codes.tolist()]
     beams = [((), 0.0)]
-    for level in range(3):
+    for level in range(catalog.num_levels):
         grown = []
         for prefix, score in beams:
             ids = prompt + [config.latent_end_token_id, *sid_ids(model, prefix)]
@@ -178,6 +195,16 @@ def test_nan_logits_are_an_error():
             sample_items(model, model.think(**inputs), catalog.trie("cpu"), 4, replacement=replacement)
 
 
+def test_a_depth_is_never_chosen_by_nan():
+    model, _ = tiny_model()
+    with torch.no_grad():
+        model.model.policy_head.out_proj.bias[2] = torch.nan
+    inputs, catalog = batch([row(model, 5, 0)]), tiny_catalog()
+    with pytest.raises(ValueError, match="policy head's logits hold NaN"):
+        model.recommend(**inputs, catalog=catalog)
+    assert (model.recommend(**inputs, catalog=catalog, latent_steps=2).items >= 0).all()
+
+
 def test_prompts_beyond_the_position_range_are_refused():
     """The tiny backbones have 256 positions; prompt, latent steps, `<|latent_end|>` and 3 codes must fit."""
     model, _ = tiny_model()
@@ -257,6 +284,27 @@ def test_samples_follow_the_policy(replacement):
         inclusion = torch.bincount(simulated.flatten(), minlength=12).double() / 20_000
         counts = torch.bincount(items.flatten(), minlength=12).double() / repeats
         assert (counts - inclusion).abs().max() < 0.08
+
+
+@settings(max_examples=10, deadline=None)
+@given(data=st.data())
+def test_samples_carry_the_log_probability_of_the_policy(data):
+    """Whatever the depths, paddings and numbers; without replacement none repeats and none is missing."""
+    model, catalog = draw_model_and_catalog(data)
+    prompts, depths, inputs = draw_prompts(data, model)
+    count, trie = data.draw(st.integers(1, 12)), catalog.trie("cpu")
+    expected = [score_every_item(model, prompt, depth, catalog) for prompt, depth in zip(prompts, depths, strict=True)]
+    for replacement in (True, False):
+        with model.evaluating():
+            leaves, scores = sample_items(
+                model, model.think(**inputs, latent_steps=depths), trie, count, replacement=replacement
+            )
+        items = trie.items(leaves)[..., 0]
+        for drawn, got, of_item in zip(items, scores, expected, strict=True):
+            drawn, got = drawn[got > -torch.inf], got[got > -torch.inf]
+            torch.testing.assert_close(got.double(), of_item[drawn], atol=2e-5, rtol=2e-5)
+            assert len(drawn) == (count if replacement else min(count, len(catalog)))
+            assert replacement or len(set(drawn.tolist())) == len(drawn)
 
 
 def test_more_samples_without_replacement_than_items():

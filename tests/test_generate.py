@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from lasar_hf import LasarForGenerativeRec, SidCatalog
 from lasar_hf.decoding_lasar import SidLogitsProcessor
-from tests.test_decoding import score_every_item
+from tests.test_decoding import draw_model_and_catalog, draw_prompts, score_every_item
 from tests.tiny import batch, row, sid_ids, tiny_backbone, tiny_catalog, tiny_model, tiny_tokenizer
 
 
@@ -31,19 +31,13 @@ def items_of(model, catalog: SidCatalog, sequences: torch.Tensor) -> list[int]:
 @given(data=st.data())
 def test_generate_returns_what_recommend_returns(data):
     """Random catalogues, depths, paddings, widths and batches, with and without cache, region open or closed."""
-    model, _ = tiny_model(data.draw(st.sampled_from(["qwen3", "gpt_neox"])), seed=data.draw(st.integers(0, 3)))
-    catalog = tiny_catalog(num_items=data.draw(st.integers(1, 40)), seed=data.draw(st.integers(0, 99)))
-    size, width = data.draw(st.integers(1, 3)), data.draw(st.integers(2, 8))
-    depths = data.draw(st.lists(st.integers(0, 4), min_size=size, max_size=size))
-    prompts = [row(model, data.draw(st.integers(2, 9)), 0, seed=i) for i in range(size)]
-    closed = data.draw(st.booleans())
-    recommended = model.recommend(
-        **batch(prompts, data.draw(st.sampled_from(["left", "right"]))), catalog=catalog, top_k=width, num_beams=width,
-        latent_steps=torch.tensor(depths),
-    )
+    model, catalog = draw_model_and_catalog(data)
+    prompts, depths, inputs = draw_prompts(data, model)
+    size, width, closed = len(prompts), data.draw(st.integers(2, 8)), data.draw(st.booleans())
+    recommended = model.recommend(**inputs, catalog=catalog, top_k=width, num_beams=width, latent_steps=depths)
     generated = model.generate(
-        **with_slots(model, prompts, depths, closed), logits_processor=[SidLogitsProcessor(catalog, model.config)],
-        max_new_tokens=catalog.num_levels + (not closed), num_beams=width, num_return_sequences=width,
+        **with_slots(model, prompts, depths.tolist(), closed), max_new_tokens=catalog.num_levels + (not closed),
+        logits_processor=[SidLogitsProcessor(catalog, model.config)], num_beams=width, num_return_sequences=width,
         length_penalty=0.0, use_cache=data.draw(st.booleans()), return_dict_in_generate=True, output_scores=True,
     )
     items = torch.tensor(items_of(model, catalog, generated.sequences)).view(size, width)
