@@ -260,7 +260,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--items", type=int, default=100_000, help="Items to choose from in the comparison.")
     parser.add_argument("--users", type=int, default=64, help="Users of one constraint step.")
     parser.add_argument("--rounds", type=int, default=3, help="Rounds of the timing; medians count.")
-    parser.add_argument("--ten_million", action="store_true", help="Also index 10^7 items (about 6 GiB).")
+    parser.add_argument("--ten_million", action="store_true", help="Also index 10^7 items (about 3 GiB).")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda.")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="Data type.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of the weights and the prompt.")
