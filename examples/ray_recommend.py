@@ -38,7 +38,7 @@ class Recommender:
         histories = [self.rows(*row) for row in zip(batch["user_id"], batch["history"], strict=True)]
         found = recommend_samples(
             self.model, {"history": histories}, self.encoder, self.catalog, self.args.top_k, self.args.num_beams,
-            self.args.latent_steps,
+            self.args.latent_steps, exclude_history=self.args.exclude_history,
         )
         item_ids = [[self.catalog.item_ids[item] for item in row if item >= 0] for row in found.items]
         scores = [row[: len(items)].tolist() for row, items in zip(found.scores, item_ids, strict=True)]
@@ -66,6 +66,7 @@ def main() -> None:
     parser.add_argument("--top_k", type=int, default=10)
     parser.add_argument("--num_beams", type=int, default=50)
     parser.add_argument("--latent_steps", type=int, help="Fixed depth; the policy head's choice if not given.")
+    parser.add_argument("--exclude_history", action="store_true", help="Never recommend an item of the history.")
     parser.add_argument("--instruction", default="Recommend the next item.")
     parser.add_argument("--max_history", type=int, default=50)
     parser.add_argument("--batch_size", type=int, default=64)

@@ -172,10 +172,11 @@ def test_two_processes_write_what_one_writes(recipe, checkpoint, tmp_path):
 @pytest.mark.slow
 def test_ray_recommends_the_same(recipe, checkpoint, tmp_path):
     pytest.importorskip("ray", reason="Ray Data is not installed: pip install 'lasar_hf[ray]'")
-    args = arguments(checkpoint, tmp_path)
+    args = arguments(checkpoint, tmp_path, exclude_history=True)
     recipe.main(recipe.RecommendArguments(**args))
     run([sys.executable, "examples/ray_recommend.py", args["model"], args["histories"], str(tmp_path / "ray"),
-         "--workers", "2", "--top_k", "4", "--batch_size", "3"], RAY_ENABLE_UV_RUN_RUNTIME_ENV="0")
+         "--workers", "2", "--top_k", "4", "--batch_size", "3", "--exclude_history"],
+        RAY_ENABLE_UV_RUN_RUNTIME_ENV="0")
     rows = [row for path in (tmp_path / "ray").glob("*.parquet") for row in pq.read_table(path).to_pylist()]
     rows = {row["user_id"]: row for row in rows}
     expected = [row for shard in shards(tmp_path / "out").values() for row in shard]
