@@ -213,6 +213,8 @@ class SidCatalog:
         """
         Write `sid_catalog.safetensors` and `sid_catalog.json`, beside a checkpoint for instance.
 
+        The JSON file goes first and comes last: where it lies, the codes beside it are its own.
+
         Args:
             save_directory (`str` or `os.PathLike`):
                 Folder, created if missing.
@@ -224,6 +226,8 @@ class SidCatalog:
         save_file({"codes": self.codes, "removed": self.removed}, weights_path + ".tmp")
         with open(config_path + ".tmp", "w", encoding="utf-8") as file:
             json.dump(config, file, ensure_ascii=False)
+        if os.path.exists(config_path):
+            os.remove(config_path)
         os.replace(weights_path + ".tmp", weights_path)
         os.replace(config_path + ".tmp", config_path)
 

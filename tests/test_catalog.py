@@ -1,5 +1,7 @@
 """The catalogue as an index: size and order of the trie, adding and removing items, allow and deny lists."""
 
+import os
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -273,3 +275,21 @@ def test_a_row_without_any_item():
 def test_bad_lists_are_refused(lists, message):
     with pytest.raises(ValueError, match=message):
         ItemFilter(tiny_catalog().trie("cpu"), 2, **lists)
+
+
+def test_a_catalogue_that_was_cut_while_it_was_saved_is_no_catalogue(tmp_path, monkeypatch):
+    """New codes beside old item ids would recommend other items without a word."""
+    tiny_catalog(seed=0).save_pretrained(tmp_path)
+    replace, calls = os.replace, []
+
+    def killed_at_the_second(source, target):
+        calls.append(target)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", killed_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        tiny_catalog(seed=1).save_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match="sid_catalog.json"):
+        SidCatalog.from_pretrained(tmp_path)
