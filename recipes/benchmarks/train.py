@@ -163,7 +163,7 @@ def grpo_step(args, model, tokenizer, catalog) -> float:
     levels = model.config.num_sid_levels
     ids = rows["input_ids"].tolist()
     rollout = {"prompt_ids": [r[:-levels] for r in ids], "completion_ids": [r[-levels:] for r in ids]}
-    rollout["logprobs"] = None
+    rollout |= {"logprobs": None, "depth_log_prob": [0.0] * len(ids)}
 
     def reward(completion_ids, **kwargs):
         return [float(completion[0] % 7) for completion in completion_ids]
