@@ -21,6 +21,7 @@ from transformers.utils import ModelOutput
 
 from .catalog_lasar import ItemFilter, SidCatalog
 from .configuration_lasar import LasarConfig
+from .linear_lasar import linear
 from .trie_lasar import SidTrie
 
 
@@ -72,7 +73,7 @@ def child_log_probs(
         child), codes, and child node numbers (-1 where there is none).
     """
     codes, child = trie.children(level, nodes)
-    logits = nn.functional.linear(hidden_states, *head).float() / temperature
+    logits = linear(hidden_states, *head).float() / temperature
     logits = logits.gather(-1, codes).masked_fill(child < 0, -torch.inf)
     return logits.log_softmax(dim=-1), codes, child
 

@@ -27,6 +27,7 @@ from lasar_hf.trie_lasar import SidTrie
 
 
 LEVELS, CODES = 4, 256
+BATCH = 8
 SIZES = {
     "small": dict(
         hidden_size=512, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4,
@@ -127,8 +128,8 @@ def make_prompt(model, length: int) -> torch.Tensor:
     return torch.cat([words, start], dim=1).to(model.device)
 
 
-def engine_call(model, catalog: SidCatalog, prompt: torch.Tensor, num_beams: int, steps: int | None) -> Callable:
-    """This engine at a depth, `None` for the policy head's."""
+def engine_call(model, catalog: SidCatalog, prompt: torch.Tensor, num_beams: int, steps) -> Callable:
+    """This engine at a depth, one for all rows or one for each, `None` for the policy head's."""
     return lambda: model.recommend(prompt, catalog=catalog, top_k=num_beams, num_beams=num_beams, latent_steps=steps)
 
 
@@ -161,6 +162,9 @@ def measure_latency(model, catalog: SidCatalog, args, device) -> dict:
     calls["generate, direct"] = generate_call(model, processor, prompt, width, 0, share=False), 1
     calls["generate, policy"] = generate_call(model, processor, prompt, width, policy, share=False), 1
     calls["generate, prompt shared"] = generate_call(model, processor, prompt, width, 0, share=True), 1
+    users, depths = prompt.expand(BATCH, -1), torch.tensor([2, 3] * (BATCH // 2), device=device)
+    calls["direct, batch"] = engine_call(model, catalog, users, width, 0), 1
+    calls["latent 2.5, batch"] = engine_call(model, catalog, users, width, depths), 1
     calls["text"] = (lambda: model.recommend_with_text(prompt, None, catalog, width, width, args.text_length)), 1
     seconds, results = interleaved(calls, args.rounds, device)
     if results["text"].text_ids.shape[1] < args.text_length:
@@ -180,6 +184,8 @@ def measure_latency(model, catalog: SidCatalog, args, device) -> dict:
         "same_items": same,
         "max_score_difference": difference,
         "latency_ratio_latent_n2.5_over_direct": latent / seconds["direct"],
+        f"latency_ratio_latent_n2.5_over_direct_at_batch_{BATCH}":
+            seconds["latent 2.5, batch"] / seconds["direct, batch"],
         "explicit_cot_over_latent": seconds["text"] / latent,
         "seconds": seconds,
     }
