@@ -119,10 +119,17 @@ def write_tokenizer(folder: Path, out: Path, tokenizer_size: int | None, instruc
     """`tokenizer/`, where one is asked for: fitted to the items, the instructions and the segments."""
     if tokenizer_size:
         items = data.load_interactions(folder / "interactions").items
-        segments = data.load_texts(folder / "segments.parquet")
         texts = [*data.INSTRUCTIONS.values(), instruction, *map(item_text, items)]
-        texts += dict.fromkeys(chain.from_iterable(segments))  # once each: repeated wording would crowd out the rest
-        data.build_tokenizer(texts, tokenizer_size).save_pretrained(out / "tokenizer")
+        # Once each: repeated wording would crowd out the rest.
+        segments = dict.fromkeys(chain.from_iterable(data.load_texts(folder / "segments.arrow")["text"]))
+        data.build_tokenizer([*texts, *segments], tokenizer_size).save_pretrained(out / "tokenizer")
+
+
+def write_segments(folder: Path, out: Path, max_latent_steps: int, segment_model: str | None) -> None:
+    """`segments.arrow`: the chains of thought, cut."""
+    cache = folder / "embedding_cache"  # not in `out`: it outlives a run that is killed
+    embed = partial(text_embeddings, model=segment_model, cache_dir=cache) if segment_model else None
+    data.write_segments(folder, out, max_latent_steps, embed)
 
 
 def write_samples(folder: Path, out: Path, **settings: object) -> None:
@@ -155,7 +162,7 @@ def prepare(args: PrepareArguments, source: data.SourceArguments) -> list[str]:
         step(write_embeddings, "interactions", "embedding_model text_dim seed"),
         step(write_semantic_ids, "interactions split embeddings", sids, {"index": args.index}, index=index),
         step(data.write_chains, "interactions split", "targets teacher teacher_model", endpoint),
-        step(data.write_segments, "chains", "max_latent_steps segment_model"),
+        step(write_segments, "chains", "max_latent_steps segment_model"),
         step(write_tokenizer, "interactions segments", "tokenizer_size instruction"),
         step(write_samples, "interactions split semantic_ids chains segments", "targets codebook_size"),
         step(data.write_card, "samples tokenizer", bound=card, **card),

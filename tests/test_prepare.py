@@ -15,24 +15,31 @@ import types
 import huggingface_hub
 import numpy as np
 import pytest
+from datasets import Value
 
 from lasar_hf import SidCatalog
 from lasar_hf.data import (
     Interactions,
     PreparedData,
     Split,
+    TemplateTeacher,
     TimeSplit,
     alignment_rows,
     grpo_rows,
     history_rows,
     load_interactions,
     load_split,
+    load_texts,
+    preparation,
     reasoning_rows,
     save_interactions,
     save_split,
+    save_texts,
+    segment,
     sft_rows,
     toy_shop,
 )
+from lasar_hf.data.segments import split_sentences
 from lasar_hf.semantic_ids import format_report, item_text
 from tests.preparing import ALL, RECIPE, encoder_of, files, run
 from tests.test_openai_teacher import GOOD, answer, endpoint  # noqa: F401
@@ -46,7 +53,7 @@ def toy(tmp_path_factory):
 
 
 def test_what_lies_in_the_folder(toy):
-    names = {path.name for path in toy.iterdir() if not path.name.endswith((".npy", ".parquet"))}
+    names = {path.name for path in toy.iterdir() if not path.name.endswith((".npy", ".arrow"))}
     assert names == {
         "catalog", "chains.json", "data_card.json", "interactions", "items", "prepared.json", "quantizer", "samples",
         "semantic_ids.json", "split", "steps", "tokenizer",
@@ -339,3 +346,55 @@ def test_item_text_is_embedded_once(tmp_path, monkeypatch):
     assert np.load(tmp_path / "embeddings.npy")[:, 0].tolist() == list(map(len, texts))
     assert run(tmp_path, embedding_model="some/model", toy_users=31) == ALL  # other users, the same items
     assert len(asked) == len(set(asked))
+
+
+def test_sentences_are_embedded_once(tmp_path, monkeypatch):
+    asked = []
+
+    def encode(texts, batch_size, convert_to_numpy):
+        asked.extend(texts)
+        return np.array([[len(text) % 7, text.count("e")] for text in texts])
+
+    package = types.SimpleNamespace(SentenceTransformer=lambda name: types.SimpleNamespace(encode=encode))
+    monkeypatch.setitem(sys.modules, "sentence_transformers", package)
+    run(tmp_path, segment_model="some/model")
+    chains = list(load_texts(tmp_path / "chains.arrow")["text"])
+    assert asked == list(dict.fromkeys(part for text in chains for part in split_sentences(text)))
+    expected = segment(chains, lambda texts: encode(texts, 1, True), max_segments=4)
+    assert list(load_texts(tmp_path / "segments.arrow")["text"]) == expected
+    asked.clear()
+    assert run(tmp_path, segment_model="some/model", max_latent_steps=3) == ["segments", "tokenizer", "samples", "card"]
+    assert asked == []
+
+
+def test_texts_come_back_a_batch_at_a_time(tmp_path):
+    read = []
+
+    def batches():
+        for batch in ([["a", "b"], []], [], [["\x00é"]]):
+            read.append((tmp_path / "t").stat().st_size)
+            yield batch
+
+    save_texts(batches(), tmp_path / "t", nested=True)
+    assert list(load_texts(tmp_path / "t")["text"]) == [["a", "b"], [], ["\x00é"]]
+    assert load_texts(tmp_path / "t").cache_files  # memory-mapped
+    save_texts([[]], tmp_path / "t")
+    assert load_texts(tmp_path / "t").features == {"text": Value("string")} and len(load_texts(tmp_path / "t")) == 0
+
+
+def test_small_batches_write_the_same(toy, tmp_path, monkeypatch):
+    """Whatever is done a batch at a time: chains, segments, samples, card."""
+    monkeypatch.setattr(preparation, "BATCH_ROWS", 5)
+    asked = []
+    write = TemplateTeacher.chains_of_thought
+    monkeypatch.setattr(
+        TemplateTeacher, "chains_of_thought", lambda self, part: asked.append(len(part)) or write(self, part)
+    )
+    run(tmp_path)
+    assert len(asked) > 10 and max(asked) == 5
+    for name in ("chains", "segments"):
+        assert load_texts(tmp_path / f"{name}.arrow")["text"] == load_texts(toy / f"{name}.arrow")["text"]
+    for name in ("tokenizer/tokenizer.json", "data_card.json"):
+        assert (tmp_path / name).read_bytes() == (toy / name).read_bytes()
+    train = [PreparedData.load(folder).samples["train"].to_list() for folder in (tmp_path, toy)]
+    assert train[0] == train[1]

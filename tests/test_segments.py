@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lasar_hf.data import segment, tfidf_embedder
+from lasar_hf.data import Segmenter, segment, tfidf_embedder
+from lasar_hf.data import segments as segments_module
 from lasar_hf.data.segments import split_sentences
 
 
@@ -77,6 +78,21 @@ def test_nothing_is_lost(texts, max_segments, min_words):
         assert " ".join(segments) == text
         assert 1 <= len(segments) <= max_segments
         assert len(segments) == 1 or min(len(part.split()) for part in segments) >= min_words
+
+
+@given(data=st.data())
+@settings(max_examples=30, deadline=None)
+def test_batches_of_any_size_are_cut_alike(data):
+    """Fitted and cut in parts, with the gaps compared a few at a time."""
+    parts = st.lists(st.sampled_from(["Red a.", "Sea b c d!", "Tea e f?", "Red g h i j k."]), min_size=1, max_size=9)
+    texts = [" ".join(own) for own in data.draw(st.lists(parts, min_size=1, max_size=8))]
+    size = data.draw(st.integers(1, 9))
+    batches = [texts[start : start + size] for start in range(0, len(texts), size)]
+    expected = segment(texts, by_topic, min_words=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(segments_module, "_GAPS", data.draw(st.integers(1, 4)))
+        segmenter = Segmenter(by_topic, min_words=1).fit(iter(batches))
+        assert [own for batch in batches for own in segmenter.cut(batch)] == expected
 
 
 def test_default_embedder_finds_a_change_of_words():

@@ -27,7 +27,7 @@ from .rows import (
     reasoning_rows,
     sft_rows,
 )
-from .segments import segment, sentence_embedder, tfidf_embedder
+from .segments import Segmenter, segment, tfidf_embedder
 from .sources import SourceArguments, read_source, source_settings
 from .splits import Split, TimeSplit, global_time, leave_one_out, samples
 from .storage import load_interactions, load_split, load_texts, save_interactions, save_split, save_texts
@@ -42,6 +42,7 @@ __all__ = [
     "Interactions",
     "PreparedData",
     "PromptEncoder",
+    "Segmenter",
     "SourceArguments",
     "Split",
     "Step",
@@ -74,7 +75,6 @@ __all__ = [
     "save_split",
     "save_texts",
     "segment",
-    "sentence_embedder",
     "sft_rows",
     "source_settings",
     "stage1_rows",

@@ -120,16 +120,16 @@ class _Work:
             raise ValueError(f"`context` is {context!r}: `prompts` are needed for 'chain', and for nothing else.")
         if prompts is not None and len(prompts) != len(segments):
             raise ValueError(f"`prompts` has {len(prompts)} entries for {len(segments)} samples.")
-        counts = np.array([len(sample) for sample in segments], dtype=np.int64)
+        counts = np.fromiter((len(sample) for sample in segments), dtype=np.int64)
         if not len(counts) or counts.min() < 1:
             raise ValueError(f"sample {counts.argmin() if len(counts) else 0} has no segments: nothing to encode.")
         self.tokenizer, self.max_tokens = tokenizer, max_tokens
         unique: dict[tuple, int] = {}
         if prompts is None:
-            keys = [((), (text,)) for sample in segments for text in sample]
+            keys = (((), (text,)) for sample in segments for text in sample)
         else:
-            keys = [(tuple(ids), tuple(sample)) for ids, sample in zip(prompts, segments, strict=True)]
-        members = np.array([unique.setdefault(key, len(unique)) for key in keys], dtype=np.int64)
+            keys = ((tuple(ids), tuple(sample)) for ids, sample in zip(prompts, segments, strict=True))
+        members = np.fromiter((unique.setdefault(key, len(unique)) for key in keys), dtype=np.int64)
         self.sequences = list(unique)
         # By length in letters, a token of a prompt counting for four: it only decides how well batches are filled.
         length = [4 * len(ids) + sum(map(len, texts)) for ids, texts in self.sequences]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1  # to be raised when a step writes other files for the same settings; old ones are then made again
+FORMAT = 2  # to be raised when a step writes other files for the same settings; old ones are then made again
 _MARKS = "steps"  # folder of one small JSON a step: the fingerprint of its inputs, and what it wrote
 
 

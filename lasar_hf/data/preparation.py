@@ -2,19 +2,20 @@
 
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict, concatenate_datasets
 
 from .card import describe
 from .interactions import Interactions
 from .pipeline import write_json
 from .prepared import PreparedData
-from .segments import segment, sentence_embedder
+from .segments import Embed, Segmenter
 from .sources import SourceArguments, read_source
 from .splits import Split, TimeSplit, global_time, leave_one_out, samples
-from .storage import load_interactions, load_split, load_texts, save_interactions, save_split, save_texts
+from .storage import BATCH_ROWS, load_interactions, load_split, load_texts, save_interactions, save_split, save_texts
 from .teacher import TemplateTeacher
 
 
@@ -50,36 +51,38 @@ def write_chains(
     base_url: str = "",
     concurrency: int = 16,
 ) -> None:
-    """`chains.parquet` and `chains.json`: a chain of thought a training sample, and who wrote how many."""
+    """`chains.arrow` and `chains.json`: a chain of thought a training sample, and who wrote how many."""
     interactions, split = load_base(folder)
     train = samples(split, "train", targets)
     template = TemplateTeacher(interactions, split)
     if teacher == "template":
-        chains, counts = template.chains_of_thought(train), {"teacher": teacher, "requests": len(train)}
+        parts = (train.select(range(*rows)) for rows in _batches(len(train)))
+        save_texts((template.chains_of_thought(part) for part in parts), out / "chains.arrow")
+        counts = {"teacher": teacher, "requests": len(train)}
     else:
         from .openai_teacher import OpenAITeacher  # its HTTP client is slow to import
 
         log_path = folder / "teacher_log.jsonl"  # not in `out`: it outlives a run that is killed
         model = OpenAITeacher(interactions, teacher_model, base_url, log_path, template, concurrency)
-        chains = model.chains_of_thought(train)
+        save_texts([model.chains_of_thought(train)], out / "chains.arrow")
         counts = {"teacher": teacher, "model": teacher_model} | model.counts
-    save_texts(chains, out / "chains.parquet")
     write_json(out / "chains.json", counts)
 
 
-def write_segments(folder: Path, out: Path, max_latent_steps: int, segment_model: str | None) -> None:
-    """`segments.parquet`: the chains, cut."""
-    embed = sentence_embedder(segment_model) if segment_model else None
-    segments = segment(load_texts(folder / "chains.parquet"), embed, max_latent_steps)
-    save_texts(segments, out / "segments.parquet")
+def write_segments(folder: Path, out: Path, max_latent_steps: int, embed: Embed | None) -> None:
+    """`segments.arrow`: the chains, cut; read once to learn what a usual gap is, and once to cut."""
+    chains = load_texts(folder / "chains.arrow")
+    segmenter = Segmenter(embed, max_latent_steps).fit(_texts(chains))
+    save_texts(map(segmenter.cut, _texts(chains)), out / "segments.arrow", nested=True)
 
 
 def write_samples(folder: Path, out: Path, codes: np.ndarray, targets: str, codebook_size: int) -> None:
     """`items/`, `samples/` and `prepared.json`, see `PreparedData`."""
     interactions, split = load_base(folder)
     parts = {name: samples(split, name, targets) for name in ("train", "validation", "test")}
-    for column, name in (("chain_of_thought", "chains"), ("segments", "segments")):
-        parts["train"] = parts["train"].add_column(column, load_texts(folder / f"{name}.parquet"))
+    chains, segments = (load_texts(folder / f"{name}.arrow") for name in ("chains", "segments"))
+    columns = [chains.rename_column("text", "chain_of_thought"), segments.rename_column("text", "segments")]
+    parts["train"] = concatenate_datasets([parts["train"], *columns], axis=1)
     items = PreparedData.item_table(interactions, codes)
     PreparedData(items, DatasetDict(parts), codebook_size).save(out)
 
@@ -88,18 +91,28 @@ def write_card(folder: Path, out: Path, arguments: dict[str, object], lasar_hf: 
     """`data_card.json`: arguments, counts, order and split of the data, Semantic IDs, chains."""
     interactions, split = load_base(folder)
     prepared = PreparedData.load(folder)
-    depths = np.array([len(parts) for parts in prepared.samples["train"]["segments"]])
+    train = prepared.samples["train"].select_columns("segments")
+    num_segments = sum(len(parts) for batch in train.iter(BATCH_ROWS) for parts in batch["segments"])
     counts = {
         **_sizes(interactions),
         "users": len(split.user_ids),
         **{f"{name}_samples": len(part) for name, part in prepared.samples.items()},
-        "mean_depth": round(float(depths.mean()), 3),
+        "mean_depth": round(num_segments / len(train), 3),
     }
     _show(counts)
     card = {"arguments": arguments, "lasar_hf": lasar_hf, "counts": counts, "data": describe(interactions, split)}
     for name in ("semantic_ids", "chains"):
         card[name] = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
     write_json(out / "data_card.json", card)
+
+
+def _batches(size: int) -> Iterator[tuple[int, int]]:
+    """First and last + 1 row of each batch."""
+    return ((start, min(start + BATCH_ROWS, size)) for start in range(0, size, BATCH_ROWS))
+
+
+def _texts(chains: Dataset) -> Iterator[list[str]]:
+    return (batch["text"] for batch in chains.iter(BATCH_ROWS))
 
 
 def _sizes(interactions: Interactions) -> dict[str, int]:

@@ -1,18 +1,20 @@
-"""Interactions, splits and texts as Parquet: what the steps of a preparation hand to each other."""
+"""Interactions, splits and texts on disk: what the steps of a preparation hand to each other."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pyarrow as pa
-from pyarrow import parquet
+from datasets import Dataset
+from datasets.table import MemoryMappedTable
+from pyarrow import ipc, parquet
 
 from .interactions import ID_FIELDS, TEXT_FIELDS, Interactions
-from .pipeline import write_json
+from .pipeline import file_hash, write_json
 from .splits import Split, TimeSplit
 
 
-_ROWS_A_GROUP = 65_536
+BATCH_ROWS = 65_536
 
 
 def save_interactions(interactions: Interactions, folder: str | Path) -> None:
@@ -93,18 +95,38 @@ def load_split(folder: str | Path) -> Split | TimeSplit:
     return kind(**parquet.read_table(folder / "sequences.parquet").to_pydict(), **facts)
 
 
-def save_texts(texts: Sequence[str] | Sequence[list[str]], path: str | Path) -> None:
-    """Write texts, or lists of texts, one a row, as a Parquet file."""
-    nested = len(texts) > 0 and not isinstance(texts[0], str)
-    kind = pa.list_(pa.string()) if nested else pa.string()
-    chunks = [pa.array(texts[start : start + _ROWS_A_GROUP], kind) for start in range(0, len(texts), _ROWS_A_GROUP)]
-    _write(pa.table({"text": pa.chunked_array(chunks, kind)}), Path(path))
+def save_texts(batches: Iterable[Sequence[str] | Sequence[list[str]]], path: str | Path, nested: bool = False) -> None:
+    """
+    Write texts one a row as an Arrow stream, a batch after the other: memory holds one of them.
+
+    Args:
+        batches (`Iterable`):
+            Lists of texts, or of lists of texts.
+        path (`str` or `Path`):
+            The file.
+        nested (`bool`, *optional*, defaults to `False`):
+            Whether a row is a list of texts.
+    """
+    column = pa.list_(pa.string()) if nested else pa.string()
+    schema = pa.schema({"text": column})
+    with ipc.new_stream(str(path), schema) as stream:
+        for texts in batches:
+            stream.write_table(pa.table({"text": pa.array(texts, column)}, schema), max_chunksize=BATCH_ROWS)
 
 
-def load_texts(path: str | Path) -> list:
-    """Read what `save_texts` wrote."""
-    return parquet.read_table(path)["text"].to_pylist()
+def load_texts(path: str | Path) -> Dataset:
+    """
+    Open what `save_texts` wrote, memory-mapped.
+
+    Args:
+        path (`str` or `Path`):
+            The file.
+
+    Returns:
+        `Dataset`: one column, `text`.
+    """
+    return Dataset(MemoryMappedTable.from_file(str(path)), fingerprint=file_hash(path)[:16])
 
 
 def _write(table: pa.Table, path: Path) -> None:
-    parquet.write_table(table, path, row_group_size=_ROWS_A_GROUP)
+    parquet.write_table(table, path, row_group_size=BATCH_ROWS)

@@ -163,8 +163,8 @@ def measure_latency(model, catalog: SidCatalog, args, device) -> dict:
     calls["generate, policy"] = generate_call(model, processor, prompt, width, policy, share=False), 1
     calls["generate, prompt shared"] = generate_call(model, processor, prompt, width, 0, share=True), 1
     users, depths = prompt.expand(BATCH, -1), torch.tensor([2, 3] * (BATCH // 2), device=device)
-    calls["direct, batch"] = engine_call(model, catalog, users, width, 0), 1
-    calls["latent 2.5, batch"] = engine_call(model, catalog, users, width, depths), 1
+    calls["direct, batch"] = engine_call(model, catalog, users, width, 0), 3
+    calls["latent 2.5, batch"] = engine_call(model, catalog, users, width, depths), 3
     calls["text"] = (lambda: model.recommend_with_text(prompt, None, catalog, width, width, args.text_length)), 1
     seconds, results = interleaved(calls, args.rounds, device)
     if results["text"].text_ids.shape[1] < args.text_length:
