@@ -50,6 +50,7 @@ class PrepareArguments:
     validation_share: float = field(default=0.1, metadata={"help": "global_time: share of the validation part."})
     test_share: float = field(default=0.1, metadata={"help": "global_time: share of the test part."})
     index: str | None = field(default=None, metadata={"help": "Ready-made .index.json; else Semantic IDs are built."})
+    allow_collisions: bool = field(default=False, metadata={"help": "index: two items may share a Semantic ID."})
     num_sid_levels: int = field(default=4, metadata={"help": "Codes of one Semantic ID."})
     codebook_size: int = field(default=256, metadata={"help": "Codes a level."})
     balanced: bool = field(default=False, metadata={"help": "Use the codes of a level equally often."})
@@ -92,7 +93,7 @@ def write_embeddings(folder: Path, out: Path, embedding_model: str | None, text_
 
 def write_semantic_ids(
     folder: Path, out: Path, index: str | None, num_sid_levels: int, codebook_size: int, balanced: bool,
-    collaborative_dim: int, collaborative_weight: float, seed: int,
+    collaborative_dim: int, collaborative_weight: float, seed: int, allow_collisions: bool,
 ) -> None:  # fmt: skip
     """`catalog/`, `semantic_ids.json` (their quality) and, unless they are given, `quantizer/`."""
     table, split = data.load_base(folder)
@@ -105,11 +106,11 @@ def write_semantic_ids(
             del views[0], weights[0]
     vectors, quantizer = combine_views(views, weights), None
     if index is not None:
-        codes = data.read_index(index, table.item_ids, num_sid_levels, codebook_size)
+        codes = data.read_index(index, table.item_ids, num_sid_levels, codebook_size, allow_collisions)
     else:
         codes, quantizer = build_semantic_ids(vectors, num_sid_levels, codebook_size, seed, balanced)
         quantizer.save_pretrained(out / "quantizer")
-    SidCatalog(codes, table.item_ids).save_pretrained(out / "catalog")
+    SidCatalog(codes, table.item_ids, allow_collisions).save_pretrained(out / "catalog")
     report = quality_report(codes, vectors, quantizer)
     logging.info("%s", format_report(report))
     data.write_json(out / "semantic_ids.json", report)
@@ -141,6 +142,8 @@ def prepare(args: PrepareArguments, source: data.SourceArguments) -> list[str]:
     """Run the steps that are not up to date; returns their names."""
     if args.teacher == "openai" and not args.teacher_model:
         raise ValueError("teacher is openai: name the endpoint's model by teacher_model.")
+    if args.allow_collisions and args.index is None:
+        raise ValueError("allow_collisions belongs to a ready-made index: Semantic IDs that are built never collide.")
     folder = Path(args.output_dir)
 
     def step(run: Callable, after: str = "", names: str = "", bound: dict | None = None, **more: object) -> data.Step:
@@ -149,7 +152,7 @@ def prepare(args: PrepareArguments, source: data.SourceArguments) -> list[str]:
         name = run.__name__.removeprefix("write_")
         return data.Step(name, partial(run, folder, **settings, **bound or {}), settings | more, tuple(after.split()))
 
-    sids = "num_sid_levels codebook_size balanced collaborative_dim collaborative_weight seed"
+    sids = "num_sid_levels codebook_size balanced collaborative_dim collaborative_weight seed allow_collisions"
     index = data.file_hash(args.index) if args.index else None
     unsaid = ("output_dir", "steps", "teacher_base_url", "teacher_concurrency")  # they do not decide what is written
     card = {"arguments": {k: v for k, v in (asdict(source) | asdict(args)).items() if k not in unsaid}}

@@ -35,6 +35,7 @@ from trl import TrlParser
 from lasar_hf import LasarForGenerativeRec, SidCatalog
 from lasar_hf.data import PromptEncoder
 from lasar_hf.evaluation import recommend_samples
+from lasar_hf.trainers import content_hashes
 
 
 @dataclass
@@ -80,6 +81,9 @@ def check_request(args: RecommendArguments, folder: Path) -> None:
     with open(args.histories, "rb") as file:
         request = {**asdict(args), "histories_sha256": hashlib.file_digest(file, "sha256").hexdigest()}
     del request["output_dir"], request["histories"]
+    # By content where it is a folder: a model trained again under the same name gives other answers.
+    files = content_hashes(args.model, "*.safetensors") | content_hashes(args.model, "*.json")
+    request["model"] = files or args.model
     path = folder / "request.json"
     if path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))

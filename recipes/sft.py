@@ -21,7 +21,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoT
 from trl import TrlParser
 
 from lasar_hf import LasarForGenerativeRec, LasarSFTConfig, LasarSFTTrainer, SidCatalog
-from lasar_hf.arguments import check_choices
+from lasar_hf.arguments import check_choices, read_json_object
 from lasar_hf.data import (
     AnchorStore,
     PreparedData,
@@ -78,6 +78,7 @@ class SFTScriptArguments:
 
     def __post_init__(self):
         check_choices(self)
+        read_json_object(self, "backbone_config")
 
 
 def load_model(script: SFTScriptArguments, model_args: LasarModelConfig, data: PreparedData):

@@ -18,6 +18,7 @@ import pytest
 from datasets import Value
 
 from lasar_hf import SidCatalog
+from lasar_hf.configuration_lasar import sid_token
 from lasar_hf.data import (
     Interactions,
     PreparedData,
@@ -290,6 +291,7 @@ def test_amazon_from_the_hub(tmp_path, monkeypatch):
         ({"source": "toy", "category": "Books"}, ValueError, "`category` fetches amazon2023"),
         ({"source": "table", "interactions": [str(RECIPE)], "text_columns": "name"}, ValueError, "expected JSON"),
         ({"source": "table", "interactions": [str(RECIPE)], "text_columns": "[1]"}, ValueError, "expected an object"),
+        ({"source": "toy", "allow_collisions": True}, ValueError, "allow_collisions belongs to a ready-made index"),
         ({"source": "toy", "teacher": "openai"}, ValueError, "name the endpoint's model by teacher_model"),
     ],
 )
@@ -398,3 +400,19 @@ def test_small_batches_write_the_same(toy, tmp_path, monkeypatch):
         assert (tmp_path / name).read_bytes() == (toy / name).read_bytes()
     train = [PreparedData.load(folder).samples["train"].to_list() for folder in (tmp_path, toy)]
     assert train[0] == train[1]
+
+
+def test_a_ready_made_index_may_have_collisions(toy, tmp_path):
+    codes = PreparedData.load(toy).codes.copy()
+    codes[3] = codes[7]
+    items = load_interactions(toy / "interactions").item_ids
+    index = {item: [sid_token(*pair) for pair in enumerate(row)] for item, row in zip(items, codes, strict=True)}
+    path = tmp_path / "toy.index.json"
+    path.write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="share the SID .* pass `allow_collisions=True`"):
+        run(tmp_path / "out", index=str(path))
+    run(tmp_path / "out", index=str(path), allow_collisions=True)
+    assert np.array_equal(PreparedData.load(tmp_path / "out").codes, codes)
+    catalog = SidCatalog.from_pretrained(tmp_path / "out" / "catalog")
+    assert catalog.allow_collisions
+    assert json.loads((tmp_path / "out" / "semantic_ids.json").read_text())["collisions"] == 1

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import os
 import runpy
 import subprocess
@@ -54,6 +55,16 @@ def test_every_key_is_an_argument(path):
     assert not unknown
     # The header is the literal command.
     assert f"recipes/{script}.py --config recipes/{path.parent.name}/{path.name}" in path.read_text().splitlines()[0]
+
+
+def test_a_dictionary_is_json_on_the_command_line_and_itself_in_yaml():
+    arguments = runpy.run_path(str(ROOT / "recipes" / "sft.py"))["SFTScriptArguments"]
+    said = {"model_type": "qwen3", "hidden_size": 8}
+    for value in (said, json.dumps(said)):
+        assert arguments(data_dir="x", backbone_config=value).backbone_config == said
+    for wrong, message in (("qwen3", "expected JSON"), ("[1]", "expected an object")):
+        with pytest.raises(ValueError, match=f"backbone_config is .*{message}"):
+            arguments(data_dir="x", backbone_config=wrong)
 
 
 @pytest.mark.parametrize("key", ["lerning_rate: 0.1", "load_in_4bit: true", "stage: 3", "sid_loss: Catalog"])

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -94,6 +95,16 @@ def test_a_second_run_computes_only_what_is_missing(recipe, checkpoint, tmp_path
     for change in (dict(latent_steps=1), dict(histories=write_histories(tmp_path / "other.jsonl", HISTORIES[1:]))):
         with pytest.raises(ValueError, match="another (latent_steps|histories_sha256): use another output_dir"):
             recipe.main(recipe.RecommendArguments(**arguments(checkpoint, tmp_path, **change)))
+
+
+def test_shards_of_a_model_are_not_those_of_one_trained_again(recipe, checkpoint, tmp_path):
+    moved = shutil.copytree(checkpoint, tmp_path / "moved")
+    args = arguments(checkpoint, tmp_path)
+    recipe.main(recipe.RecommendArguments(**args))
+    recipe.main(recipe.RecommendArguments(**args | {"model": str(moved)}))
+    tiny_model(seed=1)[0].save_pretrained(moved)
+    with pytest.raises(ValueError, match="another model: use another output_dir"):
+        recipe.main(recipe.RecommendArguments(**args | {"model": str(moved)}))
 
 
 def test_the_history_can_be_excluded(recipe, checkpoint, tmp_path):

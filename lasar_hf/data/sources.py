@@ -1,9 +1,9 @@
 """Where interactions come from: the arguments of `recipes/prepare.py` that name a source, and the reading of each."""
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from ..arguments import read_json_object
 from .interactions import Interactions, read_lcrec
 from .pipeline import file_hash
 from .readers import read_amazon, read_table
@@ -47,6 +47,9 @@ class SourceArguments:
     toy_users: int = field(default=600, metadata={"help": "toy: users."})
     toy_items: int = field(default=192, metadata={"help": "toy: items."})
 
+    def __post_init__(self):
+        read_json_object(self, "text_columns")
+
 
 def read_source(args: SourceArguments, seed: int = 0) -> Interactions:
     """
@@ -68,7 +71,7 @@ def read_source(args: SourceArguments, seed: int = 0) -> Interactions:
     if args.source == "table":
         return read_table(
             args.interactions, args.items, user_column=args.user_column, item_column=args.item_column,
-            time_column=args.time_column or None, text_columns=_text_columns(args), k_core=args.k_core,
+            time_column=args.time_column or None, text_columns=args.text_columns, k_core=args.k_core,
             keep_repeats=args.keep_repeats,
         )  # fmt: skip
     if args.source in ("amazon2018", "amazon2023"):
@@ -89,8 +92,8 @@ def source_settings(args: SourceArguments, seed: int = 0) -> dict[str, object]:
     if args.source == "toy":
         return {"source": "toy", "users": args.toy_users, "items": args.toy_items, "seed": seed}
     if args.source == "table":
-        names = ("source", "user_column", "item_column", "time_column", "k_core", "keep_repeats")
-        settings = {name: asdict(args)[name] for name in names} | {"text_columns": _text_columns(args)}
+        names = ("source", "user_column", "item_column", "time_column", "text_columns", "k_core", "keep_repeats")
+        settings = {name: asdict(args)[name] for name in names}
     elif args.source in ("amazon2018", "amazon2023"):
         settings = {"source": args.source, "k_core": args.k_core}
         if not args.interactions:
@@ -120,18 +123,6 @@ def _check(args: SourceArguments) -> None:
     for path in (args.interactions or []) + (args.items or []):
         if not Path(path).is_file():
             raise FileNotFoundError(f"{path}: there is no such file.")
-
-
-def _text_columns(args: SourceArguments) -> dict[str, str] | None:
-    if not isinstance(args.text_columns, str):
-        return args.text_columns
-    try:
-        columns = json.loads(args.text_columns)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"`text_columns` is {args.text_columns!r}, expected JSON: {error.msg}.") from error
-    if not isinstance(columns, dict):
-        raise ValueError(f'`text_columns` is {args.text_columns!r}, expected an object like {{"title": "name"}}.')
-    return columns
 
 
 def _hub_files(args: SourceArguments) -> tuple[str, str]:
