@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 
-MIN_WEIGHTS = 2**17  # below, the call costs more than it saves
+MIN_PRODUCT = 2**18  # multiplications; below, the call costs more than it saves
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")
 
 
@@ -30,9 +30,10 @@ def linear(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     Returns:
         `torch.Tensor` of shape `(..., O)`.
     """
-    is_large = weight.numel() >= MIN_WEIGHTS and weight.is_cpu and weight.dtype == states.dtype == torch.float32
+    is_large = states.numel() * weight.shape[0] >= MIN_PRODUCT
+    is_float = weight.is_cpu and weight.is_contiguous() and weight.dtype == states.dtype == torch.float32
     is_plain = not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"))
-    if HAS_ONEDNN and is_large and is_plain and weight.is_contiguous():
+    if HAS_ONEDNN and is_large and is_float and is_plain:
         return torch.ops.mkldnn._linear_pointwise(states, weight, bias, "none", [], "")
     return nn.functional.linear(states, weight, bias)
 

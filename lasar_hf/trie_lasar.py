@@ -1,7 +1,9 @@
 """The trie of a catalogue's Semantic IDs as flat tensors.
 
 It is held as compressed rows with the children in code order, so that a step of the constraint is a gather, never a
-Python loop. Items come and go by moving what stands behind them: only the constructor sorts.
+Python loop. Items come and go by moving what stands behind them: only the constructor sorts. Small catalogues have no
+other form: a dense table of children is larger and slower, as its steps normalise over all codes, and not over as many
+as the widest node has.
 """
 
 import copy

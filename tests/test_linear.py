@@ -22,7 +22,7 @@ def products(monkeypatch) -> list[torch.Size]:
         shapes.append(tuple(weight.shape))
         return product(states, weight, *rest)
 
-    monkeypatch.setattr(linear_lasar, "MIN_WEIGHTS", 0)
+    monkeypatch.setattr(linear_lasar, "MIN_PRODUCT", 0)
     monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", counted)
     return shapes
 
@@ -74,7 +74,7 @@ def test_recommending_uses_them_and_training_does_not(products, monkeypatch):
     model, _ = tiny_model()
     inputs, catalog = batch([row(model, 5, 0), row(model, 9, 0, seed=1)]), tiny_catalog()
     with monkeypatch.context() as default:
-        default.setattr(linear_lasar, "MIN_WEIGHTS", 2**60)
+        default.setattr(linear_lasar, "MIN_PRODUCT", 2**60)
         expected = model.recommend(**inputs, catalog=catalog, latent_steps=torch.tensor([1, 3]))
     assert products == []
     got = model.recommend(**inputs, catalog=catalog, latent_steps=torch.tensor([1, 3]))

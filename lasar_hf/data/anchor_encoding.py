@@ -12,6 +12,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from ..linear_lasar import fast_linear_layers
 from .anchors import AnchorStore
 from .pipeline import write_json
 
@@ -190,11 +191,12 @@ def _encode(
     device = device or next(backbone.parameters()).device
     was_training = backbone.training
     backbone.to(device).eval()
-    for start in tqdm(range(positions.start, positions.stop, batch_size), desc="anchors", disable=None):
-        sequences = work.order[start : min(start + batch_size, positions.stop)]
-        ids, places = zip(*(work.tokens(sequence) for sequence in sequences), strict=True)
-        rows = [np.arange(len(own)) + work.first[one] for one, own in zip(sequences, places, strict=True)]
-        vectors[np.concatenate(rows)] = _states(backbone, ids, places, device)
+    with fast_linear_layers(backbone):
+        for start in tqdm(range(positions.start, positions.stop, batch_size), desc="anchors", disable=None):
+            sequences = work.order[start : min(start + batch_size, positions.stop)]
+            ids, places = zip(*(work.tokens(sequence) for sequence in sequences), strict=True)
+            rows = [np.arange(len(own)) + work.first[one] for one, own in zip(sequences, places, strict=True)]
+            vectors[np.concatenate(rows)] = _states(backbone, ids, places, device)
     backbone.train(was_training)
 
 

@@ -213,13 +213,13 @@ def measure_catalog(num_items: int, users: int, width: int, device) -> dict:
     }
 
 
-@torch.no_grad()
 def measure_pass(model, users: int, width: int, device) -> float:
     """Seconds of one decode pass for all beams of all users, on short prompts (long ones only cost more)."""
-    chain = model.think(make_prompt(model, 8).expand(users, -1), latent_steps=0)
     tokens = torch.full((users, width), model.config.sid_token_offset, device=device)
     alone = torch.eye(width, dtype=torch.bool, device=device).expand(users, -1, -1)
-    return seconds_of(lambda: model.model.read(chain, tokens, alone), device)[0]
+    with model.evaluating():
+        chain = model.think(make_prompt(model, 8).expand(users, -1), latent_steps=0)
+        return seconds_of(lambda: model.model.read(chain, tokens, alone), device)[0]
 
 
 def benchmark(args) -> dict:
