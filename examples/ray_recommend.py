@@ -47,6 +47,8 @@ class Recommender:
 
     def rows(self, user, history) -> list[int]:
         """Item rows of a history."""
+        if history is None or not len(history):
+            raise ValueError(f"The history of user {str(user)!r} is empty.")
         unknown = [item for item in map(str, history) if item not in self.catalog.row_of]
         if unknown:
             raise ValueError(f"User {str(user)!r} has the item {unknown[0]!r}, which the catalogue lacks.")

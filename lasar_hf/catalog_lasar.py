@@ -65,7 +65,9 @@ class SidCatalog:
         self.item_ids = [str(item_id) for item_id in item_ids]
         self.codes = _checked_codes(codes, self.item_ids)
         self.allow_collisions = allow_collisions
-        self.removed = torch.zeros(len(self.codes), dtype=torch.bool) if removed is None else removed.bool().cpu()
+        if removed is None:
+            removed = torch.zeros(len(self.codes), dtype=torch.bool)
+        self.removed = removed.cpu().to(torch.bool, copy=True)
         if self.removed.shape != self.codes.shape[:1] or self.removed.all():
             raise ValueError(
                 f"removed hides {int(self.removed.sum())} of {len(self.removed)} rows, the catalogue has "
@@ -74,6 +76,7 @@ class SidCatalog:
         self.num_items = len(self.codes) - int(self.removed.sum())
         self._max_code = int(self.codes.max())
         self._trie = SidTrie(self.codes, (~self.removed).nonzero()[:, 0])
+        self._copies: dict[torch.device, SidTrie] = {}
         self._check_collisions()
 
     def _check_collisions(self) -> None:
@@ -109,9 +112,12 @@ class SidCatalog:
         Returns:
             [`SidTrie`]: the trie.
         """
-        if self._trie.item_rows.device != torch.device(device):
-            self._trie = self._trie.to(device)
-        return self._trie
+        device = torch.device(device)
+        if device.type == "cpu":
+            return self._trie
+        if device not in self._copies:
+            self._copies[device] = self._trie.to(device)
+        return self._copies[device]
 
     def add(self, codes, item_ids: Sequence[str]) -> "SidCatalog":
         """
@@ -146,8 +152,7 @@ class SidCatalog:
         all_codes = torch.cat([self.codes, self.codes.new_empty(len(new_ids), self.num_levels)])
         removed = torch.cat([self.removed, self.removed.new_empty(len(new_ids))])
         all_codes[rows], removed[rows] = codes, False
-        device = self._trie.item_rows.device
-        trie = self._trie.including(codes.to(device), rows.to(device), len(all_codes))
+        trie = self._trie.including(codes, rows, len(all_codes))
         return self._changed(trie, removed, codes=all_codes, item_ids=self.item_ids + new_ids, row_of=row_of)
 
     def remove(self, item_ids: Sequence[str]) -> "SidCatalog":
@@ -172,13 +177,12 @@ class SidCatalog:
             removed[rows[-1]] = True
         if removed.all():
             raise ValueError("All items would be removed: at least one item must stay.")
-        rows = torch.tensor(rows, dtype=torch.long, device=self._trie.item_rows.device)
-        return self._changed(self._trie.without(rows), removed)
+        return self._changed(self._trie.without(torch.tensor(rows, dtype=torch.long)), removed)
 
     def _changed(self, trie: SidTrie, removed: torch.Tensor, **parts) -> "SidCatalog":
         """This catalogue with another trie and what else is new; the rest is shared, not checked again."""
         changed = copy.copy(self)
-        vars(changed).update(parts, _trie=trie, removed=removed)
+        vars(changed).update(parts, _trie=trie, _copies={}, removed=removed)
         changed.num_items = len(trie.item_rows)
         changed._max_code = int(changed.codes.max())
         changed._check_collisions()
@@ -266,7 +270,18 @@ def _checked_codes(codes, item_ids: list[str]) -> torch.Tensor:
     if (codes < 0).any():
         row = int((codes < 0).any(dim=1).nonzero()[0])
         raise ValueError(f"Item {item_ids[row]!r} (row {row}) has a negative code: {codes[row].tolist()}.")
-    return codes.to(torch.int32)
+    return codes.to(torch.int32, copy=True)  # the caller's array may change
+
+
+def _as_rows(items, device: torch.device) -> torch.Tensor | None:
+    """Row numbers as a tensor; `None` for what is none: a mask, fractions, names."""
+    try:
+        rows = torch.as_tensor(items, device=device)
+    except (TypeError, ValueError):
+        return None
+    if rows.numel() and (rows.dtype == torch.bool or rows.is_floating_point() or rows.is_complex()):
+        return None
+    return rows.long()
 
 
 class ItemFilter:
@@ -333,10 +348,10 @@ class ItemFilter:
             if items is None:
                 places.append(None)
                 continue
-            items = torch.as_tensor(items, dtype=torch.long, device=self._trie.item_places.device)
-            if items.ndim != 1 or ((items < 0) | (items >= num_rows)).any():
+            items = _as_rows(items, self._trie.item_places.device)
+            if items is None or items.ndim != 1 or ((items < 0) | (items >= num_rows)).any():
                 raise ValueError(
-                    f"The {name} list of row {row} must be one-dimensional and hold item rows of the catalogue, "
+                    f"The {name} list of row {row} must be one-dimensional and hold row numbers of the catalogue, "
                     f"0 … {num_rows - 1}."
                 )
             found = self._trie.item_places[items].unique()

@@ -245,8 +245,10 @@ def sample_items(
         replacement).
 
     Raises:
-        `ValueError`: if the model's logits hold NaN.
+        `ValueError`: if the model's logits hold NaN, or `num_samples` or `temperature` is not positive.
     """
+    if num_samples < 1 or not temperature > 0:
+        raise ValueError(f"num_samples is {num_samples} and temperature is {temperature}: both must be positive.")
     select = _select_independent(num_samples) if replacement else _select_perturbed(num_samples)
     beams = _search(model, chain, trie, select, temperature, width_limit=not replacement)
     scores, order = beams.scores.sort(dim=1, descending=True, stable=True)

@@ -297,7 +297,10 @@ class LasarForGenerativeRec(LasarPreTrainedModel, GenerationMixin):
 
     @contextmanager
     def evaluating(self):
-        """Without gradients, in evaluation mode, on the fastest products; every part is as before afterwards."""
+        """
+        Without gradients, in evaluation mode, on the fastest products; every part is as before afterwards. Threads may
+        share a model that is in evaluation mode already; one that is not would be put back by the first to end.
+        """
         was_training = [part for part in self.modules() if part.training]
         self.eval()
         try:

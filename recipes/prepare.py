@@ -63,6 +63,7 @@ class PrepareArguments:
     )
     collaborative_weight: float = field(default=1.0, metadata={"help": "Weight of the co-occurrence view."})
     targets: str = field(default="all", metadata={"help": "Training targets of a user.", "choices": ["all", "last"]})
+    max_history: int = field(default=200, metadata={"help": "Newest items of a history that a sample keeps."})
     teacher: str = field(
         default="template", metadata={"help": "Who writes the chains of thought.", "choices": ["template", "openai"]}
     )
@@ -164,10 +165,10 @@ def prepare(args: PrepareArguments, source: data.SourceArguments) -> list[str]:
         step(data.write_split, "interactions", "split validation_share test_share"),
         step(write_embeddings, "interactions", "embedding_model text_dim seed"),
         step(write_semantic_ids, "interactions split embeddings", sids, {"index": args.index}, index=index),
-        step(data.write_chains, "interactions split", "targets teacher teacher_model", endpoint),
+        step(data.write_chains, "interactions split", "targets max_history teacher teacher_model", endpoint),
         step(write_segments, "chains", "max_latent_steps segment_model"),
         step(write_tokenizer, "interactions segments", "tokenizer_size instruction"),
-        step(write_samples, "interactions split semantic_ids chains segments", "targets codebook_size"),
+        step(write_samples, "interactions split semantic_ids chains segments", "targets max_history codebook_size"),
         step(data.write_card, "samples tokenizer", bound=card, **card),
     ], args.steps)  # fmt: skip
 

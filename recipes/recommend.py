@@ -23,7 +23,6 @@ from dataclasses import asdict, dataclass, field
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.json
 import pyarrow.parquet as pq
 import torch
 from accelerate import PartialState
@@ -33,9 +32,17 @@ from transformers import AutoTokenizer
 from trl import TrlParser
 
 from lasar_hf import LasarForGenerativeRec, SidCatalog
-from lasar_hf.data import PromptEncoder
+from lasar_hf.data import PromptEncoder, write_json
+from lasar_hf.data.tables import read_batches
 from lasar_hf.evaluation import recommend_samples
 from lasar_hf.trainers import content_hashes
+
+
+# What decides the answers of a checkpoint.
+MODEL_FILES = (
+    "*.safetensors", "*.bin", "config.json", "adapter_config.json", "sid_catalog.json", "tokenizer*", "vocab*",
+    "merges.txt", "*.model", "*.py",
+)  # fmt: skip
 
 
 @dataclass
@@ -54,16 +61,22 @@ class RecommendArguments:
     batch_size: int = field(default=64, metadata={"help": "Users a batch."})
     shard_size: int = field(default=2048, metadata={"help": "Users a shard."})
 
+    def __post_init__(self):
+        for name in ("batch_size", "shard_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1.")
+
 
 def read_histories(path: Path, catalog: SidCatalog) -> tuple[pa.Array, pa.ListArray]:
     """User ids, and histories as item rows. Raises `ValueError` for what is missing, empty or unknown."""
-    table = pq.read_table(path) if path.suffix == ".parquet" else pyarrow.json.read_json(path)
-    missing = {"user_id", "history"} - set(table.column_names)
-    if missing:
-        raise ValueError(f"{path} lacks the column {sorted(missing)[0]!r}; it has {table.column_names}.")
-    users = table["user_id"].combine_chunks().cast(pa.string())
-    histories = table["history"].combine_chunks().cast(pa.list_(pa.string()))
-    empty = pc.equal(pc.fill_null(pc.list_value_length(histories), 0), 0)
+    parts = []
+    for _, batch in read_batches(path, ["user_id", "history"]):  # ids as they stand, even if they look like dates
+        names = [[str(item) for item in history or ()] for history in batch["history"]]
+        parts.append((pa.array(map(str, batch["user_id"])), pa.array(names, pa.list_(pa.string()))))
+    if not parts:
+        raise ValueError(f"{path} holds no history.")
+    users, histories = map(pa.concat_arrays, zip(*parts, strict=True))
+    empty = pc.equal(pc.list_value_length(histories), 0)
     if pc.any(empty).as_py():
         raise ValueError(f"{path}: the history of user {users[pc.index(empty, True).as_py()].as_py()!r} is empty.")
     items = histories.flatten()
@@ -77,23 +90,21 @@ def read_histories(path: Path, catalog: SidCatalog) -> tuple[pa.Array, pa.ListAr
 
 
 def check_request(args: RecommendArguments, folder: Path) -> None:
-    """Write down what the shards answer; a folder that answers something else is refused."""
+    """Write down what the shards answer; a folder with shards that answer something else is refused."""
     with open(args.histories, "rb") as file:
         request = {**asdict(args), "histories_sha256": hashlib.file_digest(file, "sha256").hexdigest()}
     del request["output_dir"], request["histories"]
-    # By content where it is a folder: a model trained again under the same name gives other answers.
-    files = content_hashes(args.model, "*.safetensors") | content_hashes(args.model, "*.json")
-    request["model"] = files or args.model
+    # By content: a model trained again under the same name gives other answers.
+    files = [content_hashes(args.model, pattern) for pattern in MODEL_FILES]
+    request["model"] = {name: digest for part in files for name, digest in part.items()}
     path = folder / "request.json"
-    if path.exists():
+    if path.exists() and any(folder.glob("part-*.parquet")):
         before = json.loads(path.read_text(encoding="utf-8"))
         changed = sorted(name for name in request if request[name] != before.get(name))
         if changed:
             raise ValueError(f"{folder} holds shards made with another {', '.join(changed)}: use another output_dir.")
         return
-    partial = folder / "request.json.tmp"
-    partial.write_text(json.dumps(request, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_json(path, request)
 
 
 def main(args: RecommendArguments) -> None:

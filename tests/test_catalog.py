@@ -2,6 +2,7 @@
 
 import os
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -293,3 +294,25 @@ def test_a_catalogue_that_was_cut_while_it_was_saved_is_no_catalogue(tmp_path, m
         tiny_catalog(seed=1).save_pretrained(tmp_path)
     with pytest.raises(FileNotFoundError, match="sid_catalog.json"):
         SidCatalog.from_pretrained(tmp_path)
+
+
+def test_a_catalogue_keeps_its_codes():
+    """Whoever changes the array it was made of changes nothing."""
+    codes, removed = np.array([[0, 0], [1, 1], [2, 2]], dtype=np.int32), torch.tensor([False, False, True])
+    catalog = SidCatalog(codes, ["a", "b", "c"], removed=removed)
+    codes[0], removed[0] = 3, True
+    assert catalog.codes.tolist() == [[0, 0], [1, 1], [2, 2]] and catalog.removed.tolist() == [False, False, True]
+
+
+def test_each_device_has_its_copy():
+    catalog = tiny_catalog()
+    here, there = catalog.trie("cpu"), catalog.trie("meta")
+    assert there.item_rows.is_meta and catalog.trie("cpu") is here and catalog.trie("meta") is there
+
+
+@pytest.mark.parametrize("wrong", [[True] * 20, [7.9], ["item-3"], torch.zeros(20, dtype=torch.bool)])
+@pytest.mark.parametrize("name", ["allow", "deny"])
+def test_lists_are_of_row_numbers(name, wrong):
+    """A mask or names would be taken for other items."""
+    with pytest.raises(ValueError, match=f"{name} list of row 1 .* row numbers"):
+        ItemFilter(tiny_catalog().trie("cpu"), 2, **{name: [None, wrong]})

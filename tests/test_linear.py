@@ -1,5 +1,8 @@
 """The products of inference: equal to PyTorch's own, used in the engine alone, and gone afterwards."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from tiny import batch, row, tiny_catalog, tiny_model
@@ -85,3 +88,61 @@ def test_recommending_uses_them_and_training_does_not(products, monkeypatch):
     products.clear()
     model.train()(**inputs).logits.sum().backward()
     assert products == []
+
+
+class Tagged(torch.Tensor):
+    """A tensor of another class, as quantised and distributed ones are."""
+
+
+@needs_onednn
+def test_other_kinds_of_tensors_take_the_ordinary_way(products):
+    with torch.no_grad():
+        linear(torch.randn(2, 8), torch.randn(8, 8).as_subclass(Tagged))
+        linear(torch.randn(2, 8).as_subclass(Tagged), torch.randn(8, 8))
+    assert products == []
+
+
+@needs_onednn
+def test_a_compiled_layer_compiles_as_before(products):
+    layer, seen = nn.Linear(8, 8), []
+
+    def backend(graph, inputs):
+        seen.extend(node.target for node in graph.graph.nodes if node.op == "call_function")
+        return graph
+
+    states = torch.randn(2, 8)
+    with torch.no_grad(), fast_linear_layers(layer):
+        compiled = torch.compile(lambda rows: layer(rows), backend=backend)
+        torch.testing.assert_close(compiled(states), nn.functional.linear(states, layer.weight, layer.bias))
+    assert seen == [nn.functional.linear] and products == []
+
+
+@needs_onednn
+def test_few_sizes_reach_onednn(products, monkeypatch):
+    """It keeps what it compiled for every number of rows: the rows are rounded up, and the result cut."""
+    sizes, weight = set(), torch.randn(8, 8)
+    product = torch.ops.mkldnn._linear_pointwise
+
+    def counted(states, *rest):
+        sizes.add(states.numel() // 8)
+        return product(states, *rest)
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", counted)
+    with torch.no_grad():
+        for rows in range(1, 513):
+            states = torch.randn(rows, 8)
+            torch.testing.assert_close(linear(states, weight), states @ weight.t())
+        assert linear(torch.randn(3, 37, 8), weight).shape == (3, 37, 8)
+    assert len(sizes) <= 16 + 5 * 8 and max(sizes) == 512
+
+
+@needs_onednn
+def test_a_copy_made_meanwhile_multiplies_by_its_own_weights():
+    model = nn.Sequential(nn.Linear(4, 4))
+    with fast_linear_layers(model), torch.no_grad():
+        copied, stored = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+        for other in (copied, stored):
+            other[0].weight.zero_()
+            other[0].bias.zero_()
+            assert not other(torch.ones(1, 4)).any()
+    assert model(torch.ones(1, 4)).any()

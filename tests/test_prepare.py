@@ -365,7 +365,7 @@ def test_sentences_are_embedded_once(tmp_path, monkeypatch):
     expected = segment(chains, lambda texts: encode(texts, 1, True), max_segments=4)
     assert list(load_texts(tmp_path / "segments.arrow")["text"]) == expected
     asked.clear()
-    assert run(tmp_path, segment_model="some/model", max_latent_steps=3) == ["segments", "tokenizer", "samples", "card"]
+    assert run(tmp_path, segment_model="some/model", max_latent_steps=3) == [*ALL[5:]]
     assert asked == []
 
 
@@ -416,3 +416,22 @@ def test_a_ready_made_index_may_have_collisions(toy, tmp_path):
     catalog = SidCatalog.from_pretrained(tmp_path / "out" / "catalog")
     assert catalog.allow_collisions
     assert json.loads((tmp_path / "out" / "semantic_ids.json").read_text())["collisions"] == 1
+
+
+@pytest.mark.parametrize("split", ["leave_one_out", "global_time"])
+def test_users_without_a_sample_are_said_at_once(tmp_path, split):
+    rows = [f"u{user},{(user + step) % 12},{step}" for user in range(12) for step in range(3)]
+    (tmp_path / "few.csv").write_text("\n".join(["user_id,item_id,timestamp", *rows]))
+    shares = {"validation_share": 0.33, "test_share": 0.33} if split == "global_time" else {}
+    with pytest.raises(ValueError, match="the train part has no sample"):
+        run(tmp_path / "out", "table", interactions=[str(tmp_path / "few.csv")], k_core=1, split=split, **shares)
+    assert not (tmp_path / "out" / "split").exists()
+
+
+def test_a_sample_keeps_the_newest_of_a_long_history(toy, tmp_path):
+    run(tmp_path, max_history=3)
+    short, whole = (PreparedData.load(folder).samples for folder in (tmp_path, toy))
+    for name in ("train", "validation", "test"):
+        assert list(short[name]["history"]) == [history[-3:] for history in whole[name]["history"]]
+        assert short[name]["target"] == whole[name]["target"]
+    assert max(map(len, whole["test"]["history"])) > 3

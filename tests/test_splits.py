@@ -71,10 +71,18 @@ def test_samples_equal_a_plain_loop_and_do_not_depend_on_chunks(monkeypatch, nam
     for user, history in zip(data.user_ids, data.histories, strict=True):
         places = {"train": range(1, len(history) - 2), "validation": [len(history) - 2], "test": [len(history) - 1]}
         expected += [(user, history[:place], history[place]) for place in places[name]]
-    for chunk in (10_000, 7):
-        monkeypatch.setattr(splits_module, "_USERS_A_CHUNK", chunk)
-        got = samples(split, name)
-        assert list(zip(got["user_id"], got["history"], got["target"], strict=True)) == expected
+    for chunk, window in ((10_000, None), (7, None), (7, 3), (10_000, 1)):
+        monkeypatch.setattr(splits_module, "_ENTRIES_A_CHUNK", chunk)
+        got = samples(split, name, max_history=window)
+        shown = [(user, history[-(window or 100) :], target) for user, history, target in expected]
+        assert list(zip(got["user_id"], got["history"], got["target"], strict=True)) == shown
+
+
+def test_a_window_bounds_long_histories():
+    split = leave_one_out(shop([step % 50 for step in range(20_000)]))
+    assert samples(split, "train", max_history=10).data.nbytes < 10_000_000  # without a window 1.6 GB
+    with pytest.raises(ValueError, match="`max_history` is 0"):
+        samples(split, "train", max_history=0)
 
 
 def test_unknown_part_or_targets():

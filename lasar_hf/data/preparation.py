@@ -21,6 +21,8 @@ from .teacher import TemplateTeacher
 
 logger = logging.getLogger(__name__)
 
+PARTS = ("train", "validation", "test")
+
 
 def load_base(folder: Path) -> tuple[Interactions, Split | TimeSplit]:
     """What the first two steps left."""
@@ -39,6 +41,9 @@ def write_split(folder: Path, out: Path, split: str, validation_share: float, te
     interactions = load_interactions(folder / "interactions")
     by_time = split == "global_time"
     parts = global_time(interactions, validation_share, test_share) if by_time else leave_one_out(interactions)
+    for name in PARTS:
+        if not len(samples(parts, name, "last", max_history=1)):
+            raise ValueError(f"the {name} part has no sample: no user has an item to predict and one before it there.")
     save_split(parts, out / "split")
 
 
@@ -46,6 +51,7 @@ def write_chains(
     folder: Path,
     out: Path,
     targets: str,
+    max_history: int,
     teacher: str,
     teacher_model: str | None,
     base_url: str = "",
@@ -53,7 +59,7 @@ def write_chains(
 ) -> None:
     """`chains.arrow` and `chains.json`: a chain of thought a training sample, and who wrote how many."""
     interactions, split = load_base(folder)
-    train = samples(split, "train", targets)
+    train = samples(split, "train", targets, max_history)
     template = TemplateTeacher(interactions, split)
     if teacher == "template":
         parts = (train.select(range(*rows)) for rows in _batches(len(train)))
@@ -76,10 +82,12 @@ def write_segments(folder: Path, out: Path, max_latent_steps: int, embed: Embed 
     save_texts(map(segmenter.cut, _texts(chains)), out / "segments.arrow", nested=True)
 
 
-def write_samples(folder: Path, out: Path, codes: np.ndarray, targets: str, codebook_size: int) -> None:
+def write_samples(
+    folder: Path, out: Path, codes: np.ndarray, targets: str, max_history: int, codebook_size: int
+) -> None:
     """`items/`, `samples/` and `prepared.json`, see `PreparedData`."""
     interactions, split = load_base(folder)
-    parts = {name: samples(split, name, targets) for name in ("train", "validation", "test")}
+    parts = {name: samples(split, name, targets, max_history) for name in PARTS}
     chains, segments = (load_texts(folder / f"{name}.arrow") for name in ("chains", "segments"))
     columns = [chains.rename_column("text", "chain_of_thought"), segments.rename_column("text", "segments")]
     parts["train"] = concatenate_datasets([parts["train"], *columns], axis=1)

@@ -11,8 +11,8 @@ from datasets import Dataset
 from .interactions import Interactions
 
 
-# Histories of one user overlap, so a table of samples is longer than the data: built by so many users at a time.
-_USERS_A_CHUNK = 10_000
+# Histories of one user overlap, so a table of samples is longer than the data: so many of its entries at a time.
+_ENTRIES_A_CHUNK = 2**22
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def global_time(interactions: Interactions, validation_share: float = 0.1, test_
     return TimeSplit(interactions.user_ids, **parts, validation_from=validation_from, test_from=test_from)
 
 
-def samples(split: Split | TimeSplit, name: str, targets: str = "all") -> Dataset:
+def samples(split: Split | TimeSplit, name: str, targets: str = "all", max_history: int | None = None) -> Dataset:
     """
     The samples of one part of the split.
 
@@ -143,6 +143,9 @@ def samples(split: Split | TimeSplit, name: str, targets: str = "all") -> Datase
         targets (`str`, *optional*, defaults to `"all"`):
             For `"train"` only: `"all"` takes every position from the second on, `"last"` only the last (one target
             a user, as the paper seems to do).
+        max_history (`int`, *optional*):
+            Newest items of a history that a sample keeps, all if not given. The table grows with a user's number of
+            targets times the length of their histories: the square of a long sequence without a limit.
 
     Returns:
         `Dataset`: columns `user_id` (`str`), `history` (`list[int]`, item rows, oldest first, never empty),
@@ -152,21 +155,28 @@ def samples(split: Split | TimeSplit, name: str, targets: str = "all") -> Datase
         raise ValueError(f"`name` is {name!r}, expected 'train', 'validation' or 'test'.")
     if targets not in ("all", "last"):
         raise ValueError(f"`targets` is {targets!r}, expected 'all' or 'last'.")
+    if max_history is not None and max_history < 1:
+        raise ValueError(f"`max_history` is {max_history}, expected at least 1.")
+    parts = [split.train]
+    for held_out in {"train": [], "validation": [split.validation], "test": [split.validation, split.test]}[name]:
+        parts.append([[item] for item in held_out] if isinstance(split, Split) else held_out)
+    num_targets = np.array([len(own) for own in parts[-1]])
+    if name == "train" and targets == "last":
+        num_targets = np.minimum(num_targets, 1)
+    longest = np.sum([[len(own) for own in part] for part in parts], axis=0)
+    entries = np.cumsum(num_targets * np.minimum(longest, max_history or longest.max()))
+    edges = np.flatnonzero(np.diff(entries // _ENTRIES_A_CHUNK)) + 1
     tables = []
-    for start in range(0, len(split.user_ids), _USERS_A_CHUNK):
-        part = slice(start, start + _USERS_A_CHUNK)
-        parts = [split.train[part]]
-        for held_out in {"train": [], "validation": [split.validation], "test": [split.validation, split.test]}[name]:
-            parts.append([[item] for item in held_out[part]] if isinstance(split, Split) else held_out[part])
-        sequences = [[*chain.from_iterable(own)] for own in zip(*parts, strict=True)]
-        num_targets = np.array([len(own) for own in parts[-1]])
-        if name == "train" and targets == "last":
-            num_targets = np.minimum(num_targets, 1)
-        tables.append(_sample_table(split.user_ids[part], sequences, num_targets))
+    for first, last in zip([0, *edges], [*edges, len(entries)], strict=True):
+        own = slice(first, last)
+        sequences = [[*chain.from_iterable(pieces)] for pieces in zip(*(part[own] for part in parts), strict=True)]
+        tables.append(_sample_table(split.user_ids[own], sequences, num_targets[own], max_history))
     return Dataset(pa.concat_tables(tables))
 
 
-def _sample_table(user_ids: list[str], sequences: list[list[int]], num_targets: np.ndarray) -> pa.Table:
+def _sample_table(
+    user_ids: list[str], sequences: list[list[int]], num_targets: np.ndarray, max_history: int | None
+) -> pa.Table:
     """
     The last `num_targets` items of each sequence are targets, each with the items before it as history; a sequence's
     first item is none. Each history is a slice of its sequence; all slices are copied by one index.
@@ -176,13 +186,14 @@ def _sample_table(user_ids: list[str], sequences: list[list[int]], num_targets: 
     starts = np.cumsum(lengths) - lengths
     first = np.maximum(lengths - num_targets, 1)  # place of a sequence's first target
     users = np.repeat(np.arange(len(sequences)), np.maximum(lengths - first, 0))
-    history_lengths = first[users] + np.arange(len(users)) - np.searchsorted(users, users)
+    target = starts[users] + first[users] + np.arange(len(users)) - np.searchsorted(users, users)
+    history_lengths = np.minimum(target - starts[users], max_history or len(items))
     offsets = np.concatenate([[0], np.cumsum(history_lengths)])
-    index = np.arange(offsets[-1]) + np.repeat(starts[users] - offsets[:-1], history_lengths)
+    index = np.arange(offsets[-1]) + np.repeat(target - history_lengths - offsets[:-1], history_lengths)
     return pa.table(
         {
             "user_id": pa.array(user_ids, type=pa.string()).take(pa.array(users)),
             "history": pa.ListArray.from_arrays(pa.array(offsets, type=pa.int32()), pa.array(items[index])),
-            "target": pa.array(items[starts[users] + history_lengths]),
+            "target": pa.array(items[target]),
         }
     )

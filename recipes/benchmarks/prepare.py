@@ -106,7 +106,7 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="benchmark.py prepare", description=__doc__.strip().split("\n\n")[0])
     parser.add_argument("--rows", type=int, default=1_000_000, help="Interactions.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of what is drawn.")
-    parser.add_argument("--scratch", help="Folder for the files, about 1 GiB a million rows; the system's if not given.")
+    parser.add_argument("--scratch", help="Folder for the files, 1 GiB a million rows; the system's if not given.")
     parser.add_argument("--json", action="store_true", help="Print one JSON object.")
     args = parser.parse_args(argv)
     report = benchmark(args)
