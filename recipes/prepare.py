@@ -14,6 +14,7 @@ reads `items/`, `samples/`, `split/` (`lasar_hf.data.PreparedData`), `catalog/`,
 """
 
 import logging
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -27,6 +28,7 @@ from trl import TrlParser
 import lasar_hf.data as data
 from lasar_hf import SidCatalog, __version__
 from lasar_hf.arguments import check_choices
+from lasar_hf.configuration_lasar import check_sizes
 from lasar_hf.semantic_ids import (
     build_semantic_ids,
     collaborative_embeddings,
@@ -53,7 +55,9 @@ class PrepareArguments:
     allow_collisions: bool = field(default=False, metadata={"help": "index: two items may share a Semantic ID."})
     num_sid_levels: int = field(default=4, metadata={"help": "Codes of one Semantic ID."})
     codebook_size: int = field(default=256, metadata={"help": "Codes a level."})
-    balanced: bool = field(default=False, metadata={"help": "Use the codes of a level equally often."})
+    balanced: bool = field(
+        default=False, metadata={"help": "Use a level's codes equally often (before collisions are resolved)."}
+    )
     embedding_model: str | None = field(
         default=None, metadata={"help": "sentence-transformers model for item text; TF-IDF and SVD if not given."}
     )
@@ -82,6 +86,11 @@ class PrepareArguments:
 
     def __post_init__(self):
         check_choices(self)
+        check_sizes(self.num_sid_levels, self.codebook_size, self.max_latent_steps)
+        least = {"text_dim": 1, "collaborative_dim": 0, "collaborative_weight": 0.0, "max_history": 1}
+        for name, smallest in least.items():
+            if not smallest <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least {smallest}.")
 
 
 def write_embeddings(folder: Path, out: Path, embedding_model: str | None, text_dim: int, seed: int) -> None:
@@ -153,19 +162,26 @@ def prepare(args: PrepareArguments, source: data.SourceArguments) -> list[str]:
         name = run.__name__.removeprefix("write_")
         return data.Step(name, partial(run, folder, **settings, **bound or {}), settings | more, tuple(after.split()))
 
-    sids = "num_sid_levels codebook_size balanced collaborative_dim collaborative_weight seed allow_collisions"
+    sids = "num_sid_levels codebook_size balanced collaborative_dim seed allow_collisions"
     index = data.file_hash(args.index) if args.index else None
+    # Arguments that are not in use decide nothing.
+    weight = {"collaborative_weight": args.collaborative_weight}
+    shares = {"validation_share": args.validation_share, "test_share": args.test_share}
+    model = {"teacher_model": args.teacher_model}
+    by_time, asks = args.split == "global_time", args.teacher == "openai"
     unsaid = ("output_dir", "steps", "teacher_base_url", "teacher_concurrency")  # they do not decide what is written
     card = {"arguments": {k: v for k, v in (asdict(source) | asdict(args)).items() if k not in unsaid}}
     card["lasar_hf"] = __version__
-    endpoint = {"base_url": args.teacher_base_url, "concurrency": args.teacher_concurrency}
+    endpoint = {"base_url": args.teacher_base_url, "concurrency": args.teacher_concurrency} | model
     read = {"source": source, "seed": args.seed}
     return data.run_steps(folder, [
         step(data.write_interactions, bound=read, **data.source_settings(source, args.seed)),
-        step(data.write_split, "interactions", "split validation_share test_share"),
+        step(data.write_split, "interactions", "split", shares, **shares if by_time else {}),
         step(write_embeddings, "interactions", "embedding_model text_dim seed"),
-        step(write_semantic_ids, "interactions split embeddings", sids, {"index": args.index}, index=index),
-        step(data.write_chains, "interactions split", "targets max_history teacher teacher_model", endpoint),
+        step(write_semantic_ids, "interactions split embeddings", sids, {"index": args.index} | weight, index=index,
+             **weight if args.collaborative_dim else {}),
+        step(data.write_chains, "interactions split", "targets max_history teacher", endpoint,
+             **model if asks else {}),
         step(write_segments, "chains", "max_latent_steps segment_model"),
         step(write_tokenizer, "interactions segments", "tokenizer_size instruction"),
         step(write_samples, "interactions split semantic_ids chains segments", "targets max_history codebook_size"),

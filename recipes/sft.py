@@ -79,6 +79,9 @@ class SFTScriptArguments:
     def __post_init__(self):
         check_choices(self)
         read_json_object(self, "backbone_config")
+        if self.backbone_config is not None and self.backbone_config.get("model_type") not in CONFIG_MAPPING:
+            kind = self.backbone_config.get("model_type")
+            raise ValueError(f"backbone_config has the model_type {kind!r}: name one that transformers knows.")
 
 
 def load_model(script: SFTScriptArguments, model_args: LasarModelConfig, data: PreparedData):

@@ -197,6 +197,14 @@ def test_a_killed_encoding_goes_on(backbone, tokenizer, tmp_path):
         assert files(folder) == files(tmp_path / "calm")
 
 
+def test_a_run_killed_at_its_very_end_leaves_no_progress(backbone, tokenizer, tmp_path):
+    encode(backbone, tokenizer, tmp_path / "calm")
+    encode(backbone, tokenizer, tmp_path / "killed")
+    (tmp_path / "killed" / "progress.json").write_text("{}")  # all but its removal was done
+    encode(Counting(backbone, 0), tokenizer, tmp_path / "killed")
+    assert files(tmp_path / "killed") == files(tmp_path / "calm")
+
+
 REWORDED = [[text.replace("Segment", "Section") for text in sample] for sample in many()]  # of the same lengths
 
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 import os
 import random
 import re
@@ -115,6 +116,8 @@ def test_the_tokenizer_knows_the_words_of_every_row(toy, tmp_path):
         ({"text_dim": 9}, ["embeddings", "semantic_ids", "samples", "card"]),
         ({"toy_users": 31}, ALL),
         ({"k_core": 3, "user_column": "u"}, ["card"]),  # nothing that the toy shop uses
+        ({"validation_share": 0.2, "teacher_model": "other"}, ["card"]),  # nor leave-one-out, nor the template teacher
+        ({"max_history": 4}, ["chains", "segments", "tokenizer", "samples", "card"]),
     ],
 )
 def test_what_changed_runs_again_and_gives_what_a_fresh_run_gives(toy, tmp_path, change, steps):
@@ -292,6 +295,11 @@ def test_amazon_from_the_hub(tmp_path, monkeypatch):
         ({"source": "table", "interactions": [str(RECIPE)], "text_columns": "name"}, ValueError, "expected JSON"),
         ({"source": "table", "interactions": [str(RECIPE)], "text_columns": "[1]"}, ValueError, "expected an object"),
         ({"source": "toy", "allow_collisions": True}, ValueError, "allow_collisions belongs to a ready-made index"),
+        ({"source": "toy", "num_sid_levels": 27}, ValueError, "num_sid_levels is 27"),
+        ({"source": "toy", "collaborative_dim": -3}, ValueError, "collaborative_dim is -3, expected at least 0"),
+        ({"source": "toy", "collaborative_weight": math.nan}, ValueError, "collaborative_weight is nan"),
+        ({"source": "toy", "text_dim": 0}, ValueError, "text_dim is 0, expected at least 1"),
+        ({"source": "toy", "max_history": 0}, ValueError, "max_history is 0, expected at least 1"),
         ({"source": "toy", "teacher": "openai"}, ValueError, "name the endpoint's model by teacher_model"),
     ],
 )

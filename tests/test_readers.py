@@ -4,15 +4,19 @@ import gzip
 import json
 import time
 from collections import Counter
+from datetime import UTC, date, datetime
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from datasets import Dataset, IterableDataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyarrow import parquet
 
 from lasar_hf.data import Interactions, read_amazon, read_index, read_lcrec, read_table
 from lasar_hf.data import tables as tables_module
+from lasar_hf.data.interactions import natural_order
 
 
 def write(folder, **parts):
@@ -299,6 +303,18 @@ def test_table_text(tmp_path):
         ("log.jsonl", '{"user_id": 1, "item_id": 2, "timestamp": 3}\n{"user_id"\n', "line 2: broken JSON"),
         ("log.jsonl", '{"user_id": 1, "item_id": 2, "timestamp": 3}\n{"user_id": 1}\n', "line 2 has no 'item_id'"),
         ("log.jsonl", '{"user_id": 1, "item_id": 2, "timestamp": null}', "row 1, timestamp: None is no time"),
+        ("log.jsonl", '{"user_id": 1, "item_id": 2, "timestamp": true}', "row 1, timestamp: True is no time"),
+        ("log.jsonl", '{"user_id": 1, "item_id": 2, "timestamp": 1%s}' % ("0" * 400), "row 1, timestamp: 1000* is no"),
+        ("log.jsonl", '{"user_id": 1, "item_id": %s, "timestamp": 3}' % ("9" * 5000), "line 1: broken JSON"),
+        ("log.jsonl", '{"user_id": 1}\n' + "[" * 200_000, "line 1 has no 'item_id'"),
+        ("log.jsonl", "[" * 200_000, "line 1: broken JSON"),
+        ("log.jsonl", '{"user_id": ["a"], "item_id": 2, "timestamp": 3}', r"row 1 has no user_id: \['a'\] is none"),
+        ("log.jsonl", '{"user_id": "a", "item_id": 2.5, "timestamp": 3}', "row 1 has no item_id: 2.5 is none"),
+        ("log.jsonl", '{"user_id": true, "item_id": 2, "timestamp": 3}', "row 1 has no user_id: True is none"),
+        ("log.jsonl", '{"user_id": NaN, "item_id": 2, "timestamp": 3}', "row 1 has no user_id: nan is none"),
+        ("log.jsonl", '{"user_id": " ", "item_id": 2, "timestamp": 3}', "row 1 has no user_id: ' ' is none"),
+        ("log.jsonl", '{"user_id": "a", "item_id": "\\ud800", "timestamp": 3}', "row 1 has no item_id: .*ud800"),
+        ("log.csv", "user_id,item_id,item_id,timestamp\na,x,y,1\n", "has several columns 'item_id'"),
         ("log.jsonl", "[1, 2]\n", "line 1 is list"),
         ("log.jsonl.gz", "not gzip", "after line 0: broken gzip"),
         ("log.xlsx", "", "expected a file that ends in"),
@@ -318,6 +334,8 @@ def test_table_refuses(tmp_path):
         read_table(path, k_core=5)
     with pytest.raises(ValueError, match="`text_columns` names 'price'"):
         read_table(path, path, text_columns={"price": "price"}, k_core=1)
+    with pytest.raises(ValueError, match="`text_columns` names no column"):
+        read_table(path, path, text_columns={}, k_core=1)
     with pytest.raises(ValueError, match="has no column 'name'"):
         read_table(path, path, text_columns={"title": "name"}, k_core=1)
     with pytest.raises(ValueError, match="data set in memory has no column 'item_id'"):
@@ -377,3 +395,36 @@ def test_amazon_2023(tmp_path):
 def test_timestamps_are_checked(timestamps, message):
     with pytest.raises(ValueError, match=message):
         Interactions(["a", "b"], [{}, {}], ["u", "v"], [[0], [1, 0]], timestamps=timestamps)
+
+
+def test_whole_numbers_are_the_same_ids_in_every_table(tmp_path):
+    """Floats, as a table with a gap has them, integers and text; and days as time."""
+    days = [date(2024, 1, day) for day in (3, 1, 2)]
+    log = {"user_id": [1.0, 1.0, 2.0], "item_id": [10.0, 9.0, 10.0], "timestamp": days}
+    parquet.write_table(pa.table(log), tmp_path / "log.parquet")
+    parquet.write_table(pa.table({"item_id": [9, 10], "title": ["nine", "ten"]}), tmp_path / "items.parquet")
+    data = read_table(tmp_path / "log.parquet", tmp_path / "items.parquet", k_core=1)
+    assert data.item_ids == ["9", "10"] and data.items == [{"title": "nine"}, {"title": "ten"}]
+    assert data.user_ids == ["1", "2"] and data.histories == [[0, 1], [1]]
+    assert data.timestamps[0][0] == datetime(2024, 1, 1, tzinfo=UTC).timestamp()
+
+
+def test_numbers_of_any_length_are_ordered():
+    names = ["10", "9", "x", "1" * 5000, "09", "0"]
+    assert sorted(names, key=natural_order) == ["0", "09", "9", "10", "1" * 5000, "x"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[" * 200_000, "broken JSON"),
+        ('{"a": [%s]}' % ("9" * 5000), "broken JSON"),
+        ('{"a": ["\\ud800"]}', "user 'a' has the item .*ud800.*, expected a number or a string"),
+        ('{"\\udfff": [1]}', "is no name of a user"),
+        ('{"a": [1], "a": [2]}', "the key 'a' appears twice"),
+    ],
+)
+def test_lcrec_files_that_no_data_are_made_of(tmp_path, text, message):
+    (tmp_path / "Shop.inter.json").write_text(text)
+    with pytest.raises(ValueError, match=rf"Shop\.inter\.json: .*{message}"):
+        read_lcrec(tmp_path)

@@ -62,8 +62,11 @@ def test_a_dictionary_is_json_on_the_command_line_and_itself_in_yaml():
     said = {"model_type": "qwen3", "hidden_size": 8}
     for value in (said, json.dumps(said)):
         assert arguments(data_dir="x", backbone_config=value).backbone_config == said
-    for wrong, message in (("qwen3", "expected JSON"), ("[1]", "expected an object")):
-        with pytest.raises(ValueError, match=f"backbone_config is .*{message}"):
+    for wrong, message in (
+        ("qwen3", "expected JSON"), ("[1]", "expected an object"), ("{}", "the model_type None: name one"),
+        ({"model_type": "qwen33"}, "the model_type 'qwen33': name one"),
+    ):
+        with pytest.raises(ValueError, match=f"backbone_config .*{message}"):
             arguments(data_dir="x", backbone_config=wrong)
 
 

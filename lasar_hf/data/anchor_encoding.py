@@ -88,6 +88,7 @@ def encode_anchors(
     folder.mkdir(parents=True, exist_ok=True)
     facts = folder / "anchors.json"
     if facts.exists() and json.loads(facts.read_text(encoding="utf-8")).get("inputs_hash") == inputs_hash:
+        (folder / "progress.json").unlink(missing_ok=True)  # of a run that was killed between the two
         return AnchorStore.load(folder, checkpoint_hash)
     facts.unlink(missing_ok=True)
     vectors, done = _open_shards(folder, inputs_hash, shape)

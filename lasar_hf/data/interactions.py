@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ..configuration_lasar import sid_token
+from .tables import id_text
 
 
 TEXT_FIELDS = ("title", "description", "brand", "categories")
@@ -110,7 +111,11 @@ def read_lcrec(folder: str | Path) -> Interactions:
         names = ", ".join(path.name for path in found)
         raise ValueError(f"{folder} holds several data sets ({names}): give each its own folder.")
     path = found[0]
-    sequences = {user: _item_names(path, user, items) for user, items in _read_object(path).items()}
+    sequences = _read_object(path)
+    for user in sequences:
+        if id_text(user) is None:
+            raise ValueError(f"{path}: {user!r} is no name of a user.")
+    sequences = {user: _item_names(path, user, items) for user, items in sequences.items()}
     text_path = path.with_name(path.name.removesuffix(".inter.json") + ".item.json")
     texts = _read_object(text_path) if text_path.exists() else {}
     for item, text in texts.items():
@@ -213,21 +218,23 @@ def _item_names(path: Path, user: str, items: object) -> list[str]:
         raise ValueError(f"{path}: user {user!r} has {type(items).__name__}, expected a list of items.")
     if not items:
         raise ValueError(f"{path}: user {user!r} has an empty history: give the user an item or leave the user out.")
-    for item in items:
-        if not isinstance(item, (int, str)) or isinstance(item, bool):
-            raise ValueError(f"{path}: user {user!r} has the item {item!r}, expected a number or a string.")
-    return [str(item) for item in items]
+    names = [id_text(item) for item in items]
+    if None in names:
+        wrong = items[names.index(None)]
+        raise ValueError(f"{path}: user {user!r} has the item {wrong!r}, expected a number or a string.")
+    return names
 
 
 def _read_object(path: Path) -> dict:
     """Load a JSON object, naming the file in every error; a key that comes twice would silently drop the first."""
 
-    def refuse_duplicate_keys(pairs: list[tuple[str, object]]) -> dict:
+    twice: list[str] = []
+
+    def note_duplicate_keys(pairs: list[tuple[str, object]]) -> dict:
         result = dict(pairs)
         if len(result) < len(pairs):
             seen: set[str] = set()
-            twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-            raise ValueError(f"{path}: the key {twice!r} appears twice.")
+            twice.append(next(key for key, _ in pairs if key in seen or seen.add(key)))
         return result
 
     try:
@@ -235,18 +242,23 @@ def _read_object(path: Path) -> dict:
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text (byte {error.start}).") from error
     try:
-        result = json.loads(text, object_pairs_hook=refuse_duplicate_keys)
+        result = json.loads(text, object_pairs_hook=note_duplicate_keys)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: line {error.lineno}: broken JSON ({error.msg}).") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+        raise ValueError(f"{path}: broken JSON ({error}).") from error
+    if twice:
+        raise ValueError(f"{path}: the key {twice[0]!r} appears twice.")
     if not isinstance(result, dict):
         raise ValueError(f"{path}: holds {type(result).__name__}, expected one JSON object.")
     return result
 
 
-def natural_order(name: str) -> tuple[bool, int, str]:
+def natural_order(name: str) -> tuple[bool, int, str, str]:
     """Key that sorts numbers by size, then all other names."""
     is_number = name.isascii() and name.isdigit()
-    return (not is_number, int(name) if is_number else 0, name)
+    digits = name.lstrip("0") if is_number else ""  # compared by length, then digit by digit, however many there are
+    return (not is_number, len(digits), digits, name)
 
 
 def _refuse_twice(kind: str, names: list[str]) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from .interactions import TEXT_FIELDS, Interactions, item_fields, natural_order
-from .tables import Source, as_time, read_batches, source_name
+from .tables import Source, as_time, id_text, read_batches, source_name
 
 
 Sources = Source | Sequence[Source]
@@ -67,6 +67,8 @@ def read_table(
         ValueError: a missing column, a broken row, a row without user, item or time, an unknown text field, or nothing
             left after the filters. Names the file and the row.
     """
+    if text_columns is not None and not text_columns:
+        raise ValueError("`text_columns` names no column: leave it out for those that have the fields' names.")
     text_columns, required = (text_columns, True) if text_columns else ({name: name for name in TEXT_FIELDS}, False)
     unknown = set(text_columns) - set(TEXT_FIELDS)
     if unknown:
@@ -129,12 +131,15 @@ class _Log:
         name = source_name(source)
         for start, batch in read_batches(source, self.columns):
             users, items, *times = (batch[column] for column in self.columns)
-            for row, (user, item) in enumerate(zip(users, items, strict=True), start):
-                if user is None or item is None or user == "" or item == "":
-                    empty = self.columns[0] if user is None or user == "" else self.columns[1]
-                    raise ValueError(f"{name}: row {row} has no {empty}.")
-                self.users.append(self.user_ids.setdefault(str(user), len(self.user_ids)))
-                self.items.append(self.item_ids.setdefault(str(item), len(self.item_ids)))
+            for row, pair in enumerate(zip(users, items, strict=True), start):
+                user, item = map(id_text, pair)
+                if user is None or item is None:
+                    column, value = (self.columns[0], pair[0]) if user is None else (self.columns[1], pair[1])
+                    missing = value is None or value == ""
+                    said = "" if missing else f": {value!r} is none, expected text or a whole number"
+                    raise ValueError(f"{name}: row {row} has no {column}{said}.")
+                self.users.append(self.user_ids.setdefault(user, len(self.user_ids)))
+                self.items.append(self.item_ids.setdefault(item, len(self.item_ids)))
             if times:
                 column = self.columns[2]
                 self.times.extend(
@@ -212,7 +217,7 @@ def _fill_text(
         needed, optional = ([item_column, *columns], []) if required else ([item_column], columns)
         for _, batch in read_batches(source, needed, optional):
             for position, item in enumerate(batch[item_column]):
-                row = rows.get(str(item))
+                row = rows.get(id_text(item))
                 if row is None:
                     continue
                 again += row in filled
@@ -230,7 +235,7 @@ def _fill_text(
 def _cleaned(value: object, clean: Callable[[str], str]) -> object:
     if isinstance(value, list | tuple):
         return [clean(str(part)) for part in value if part is not None]
-    return None if value is None else clean(str(value))
+    return None if value is None or value != value else clean(str(value))  # NaN: nothing in a column of numbers
 
 
 def _without_markup(text: str) -> str:

@@ -3,7 +3,8 @@
 import gzip
 import json
 from collections.abc import Iterator, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
+from datetime import time as time_of_day
 from math import isfinite
 from pathlib import Path
 
@@ -72,16 +73,39 @@ def as_time(value: object, where: str) -> float:
                 time = float(value)
             except ValueError:
                 value = datetime.fromisoformat(value.strip())
+        elif isinstance(value, date) and not isinstance(value, datetime):
+            value = datetime.combine(value, time_of_day())
         if isinstance(value, datetime):
             zoned = value if value.tzinfo else value.replace(tzinfo=UTC)
             time = zoned.timestamp()
         elif not isinstance(value, str):
-            time = float(value)
-    except (TypeError, ValueError) as error:
+            time = float("true" if isinstance(value, bool) else value)
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{where}: {value!r} is no time, expected a number or a date like 2024-01-31.") from error
     if not isfinite(time):
         raise ValueError(f"{where}: {value!r} is no time, expected a finite number.")
     return time
+
+
+def id_text(value: object) -> str | None:
+    """
+    An id as text: whole numbers without a point, as one table may hold what another has as text.
+
+    Args:
+        value (`object`):
+            What a table holds.
+
+    Returns:
+        `str`, *optional*: `None` for what cannot be one: nothing, blanks, a fraction, a truth value, a list, an
+        object, or text with half a surrogate pair, which no file takes.
+    """
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if not isinstance(value, str | int) or isinstance(value, bool):
+        return None
+    text = str(value)
+    is_whole = text.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in text)
+    return text if is_whole and text.strip() else None
 
 
 def _number(batches: Iterator[Batch]) -> Iterator[tuple[int, Batch]]:
@@ -97,6 +121,8 @@ def _check(name: str, there: Sequence[str], columns: Sequence[str]) -> None:
     for column in columns:
         if column not in there:
             raise ValueError(f"{name} has no column {column!r}; its columns are {', '.join(there)}.")
+        if list(there).count(column) > 1:
+            raise ValueError(f"{name} has several columns {column!r}: name each its own.")
 
 
 def _dataset_batches(source: Dataset | IterableDataset, columns: Sequence[str], optional: Sequence[str]):
@@ -160,16 +186,23 @@ def _json_rows(path: Path) -> Iterator[tuple[int, dict]]:
         number = 0
         try:
             for number, line in enumerate(file, start=1):
-                row = json.loads(line)
+                row = _parse(line, f"{path}: line {number}")
                 if not isinstance(row, dict):
                     raise ValueError(f"{path}: line {number} is {type(row).__name__}, expected an object.")
                 yield number, row
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}: line {number}: broken JSON ({error.msg}).") from error
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: line {number}: not UTF-8 text.") from error
         except (EOFError, gzip.BadGzipFile) as error:
             raise ValueError(f"{path}: after line {number}: broken gzip file ({error}).") from error
+
+
+def _parse(line: bytes, where: str) -> object:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: broken JSON ({error.msg}).") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: not UTF-8 text.") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+        raise ValueError(f"{where}: broken JSON ({error}).") from error
 
 
 def _complete(batch: Batch, optional: Sequence[str]) -> Batch:
