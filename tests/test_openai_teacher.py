@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from lasar_hf.data import Interactions, TemplateTeacher, leave_one_out, samples
 from lasar_hf.data.openai_teacher import OpenAITeacher
 from lasar_hf.data.refusals import REFUSALS, refusal
+from lasar_hf.data.teacher import bare
 from lasar_hf.data.teacher_log import TeacherLog
 
 
@@ -311,15 +312,72 @@ def test_text_of_any_language_is_good(text):
 
 
 @pytest.mark.parametrize(
-    "name", ["Sil\u200bent\u00a0HARBOR, volume six", "Ｓilent Harbor, Volume Six", "silent\nharbor, VOLUME  SIX"]
+    ("title", "named"),
+    [
+        ("Silent Harbor, Volume Six", "Sil\u200bent\u00a0HARBOR, volume six"),
+        ("Silent Harbor, Volume Six", "Ｓilent Harbor, Volume Six"),
+        ("Silent Harbor, Volume Six", "silent\nharbor, VOLUME  SIX"),
+        ("Silent Harbor, Volume Six", "Silent *Harbor* Volume Six"),
+        ("Silent Harbor, Volume Six", "Silent Harbor, Volume Six's heir"),
+        ("Levi's Jeans", "Levi\u2019s Jeans"),
+        ("Wi-Fi Lamp", "Wi\u2011Fi Lamp"),
+        ("Wi\u2013Fi Lamp", "Wi-Fi Lamp"),
+        ("Café Mug Deluxe", "Cafe Mug Deluxe"),
+        ("Cafe Mug Deluxe", "cafe\u0301 mug deluxe"),
+        ("İstanbul", "istanbul"),
+        ("ISTANBUL", "İstanbul"),
+        ("Tom &amp; Jerry", "Tom & Jerry"),
+        ("Tom & Jerry", "tom &amp; jerry"),
+        ('Mug 3" Wide', "mug 3\u2033 wide"),
+        ("Gauge™ Pro", "Gauge Pro"),
+        ("静港第六卷", "系列的静港第六卷这本书"),  # no spaces between words
+        ("머그컵", "머그컵을"),  # an ending on the word
+    ],
 )
-def test_a_title_in_other_letters_is_seen(name):
-    assert refusal(f"So the next is {name}, of course.", "Silent Harbor, Volume Six") == "title"
+def test_a_title_in_other_typography_is_seen(title, named):
+    assert refusal(f"So the next that may well follow is {named}, of course.", title) == "title"
+
+
+@pytest.mark.parametrize("title", ["Art", "It", "e", "7", ".", "™", "", "person of", "Volume Fivefold"])
+def test_words_that_only_begin_like_a_title_are_no_leak(title):
+    assert refusal("The party of people of smart taste took part: Volume Five fits.", title) is None
+
+
+def names_of(item):
+    """What the teacher looks for where `item` is the target."""
+    items = [item, {"title": "Cup Number 1"}, {"title": "Cup Number 2"}]
+    shop = Interactions(["a", "b", "c"], items, ["u"], [[0, 1, 2]])
+    return OpenAITeacher(shop, "tiny", "http://x", "unused", TEMPLATE)._names[0]
+
+
+def seen(named, item):
+    return refusal(f"The person keeps to cups. Next follows {named} or so.", *names_of(item))
+
+
+def test_the_title_is_looked_for_as_it_was_shown():
+    assert seen("Blue Mug Large", {"title": "Blue <a_1> Mug Large"}) == "title"
+    assert seen("Blue Mug", {"title": "Blue <a_1> Mug Large"}) is None
+    long = " ".join(f"word{number}" for number in range(80))
+    assert seen(long, {"title": long}) == "title"
+    assert seen(long[:300], {"title": long}) == "title"
+    assert seen(long[: long.index(" ", 300)], {"title": long}) == "title"  # the word that was cut, made whole
+    assert seen("y" * 300, {"title": "y" * 480}) == "title"
+    assert seen("word0 word1 word2", {"title": long}) is None
+
+
+def test_an_item_without_a_title_is_known_by_its_first_words():
+    item = {"description": "A tall glass, hand-blown in Murano. It holds wine.", "brand": "Hill"}
+    assert seen("a tall glass hand blown in Venice", item) == "title"
+    assert seen("a tall glass, hand-made", item) is None
+    assert seen("a glass by Hill", item) is None
+    assert seen("a tall glass hand blown in Venice", item | {"title": "Vase"}) is None
+    assert seen("A tall glass.", {"description": "A tall glass."}) is None  # so few words tell no item from others
+    assert seen("a tall glass hand blown in Venice", item | {"title": "<|latent|> 7"}) == "title"
+    assert names_of({"brand": "Hill"}) == names_of({"title": "7"}) == ()
 
 
 @given(st.text(max_size=60), st.text(min_size=1, max_size=12), st.text(max_size=60))
 @settings(max_examples=200, deadline=None)
 def test_a_title_inside_any_text_is_refused(before, title, after):
-    folded = " ".join(title.split()).casefold()
-    if folded:
+    if sum(letter.isalnum() for letter in bare(title)) > 1:
         assert refusal(f"{before} {title} {after} and then some more words follow", title) is not None

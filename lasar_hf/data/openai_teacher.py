@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from .interactions import TEXT_FIELDS, Interactions
 from .refusals import REFUSALS, refusal
-from .teacher import SPECIAL_TOKENS, TemplateTeacher
+from .teacher import SPECIAL_TOKENS, TemplateTeacher, bare
 from .teacher_log import TeacherLog
 
 
@@ -39,6 +39,7 @@ TASK = (
 )
 _THINKING = re.compile(r"^\s*<think>.*?</think>", re.DOTALL)  # of models that think aloud first
 _LETTERS_OF_A_FIELD = 300
+_WORDS_THAT_TELL = 6  # first words of a description that tell an item without a title from others
 _AGAIN = {408, 409, 425, 429}  # and all from 500 on
 _THIS_REQUEST = {400, 413, 422}  # too long, filtered: another request may pass
 _LONGEST_WAIT = 60.0  # seconds
@@ -48,7 +49,7 @@ _HOPELESS = 20  # requests given up before any was answered well: the endpoint i
 class _Request(NamedTuple):
     key: str
     prompt: str
-    title: str  # of the target
+    names: tuple[str, ...]  # that would give the target away
 
 
 class OpenAITeacher:
@@ -56,9 +57,10 @@ class OpenAITeacher:
     Asks a language model for chains of thought, many at a time; has the methods of `TemplateTeacher`.
 
     Each answer is logged at once under the hash of its request: a second call, or one after a crash, asks only what is
-    not known. An answer that names the target's title, holds a SID or control token or is no text is refused and asked
-    for again, saying why; after `max_answers` refusals the fallback writes the chain, and a warning counts these. The
-    API key is read from the environment variable `OPENAI_API_KEY` alone.
+    not known. An answer that holds the target's title (of an item without one: first six words of the description),
+    a SID or control token, or is no text, is refused and asked for again, saying why; after `max_answers` refusals
+    the fallback writes the chain, and a warning counts these. The API key is read from the environment variable
+    `OPENAI_API_KEY` alone.
 
     Args:
         interactions (`Interactions`):
@@ -125,8 +127,8 @@ class OpenAITeacher:
         self.concurrency, self.max_answers, self.max_tries = concurrency, max_answers, max_tries
         self.timeout, self.backoff, self.max_history, self.prices = timeout, backoff, max_history, prices
         self.sampling = {"max_tokens": max_tokens, "temperature": temperature}
-        self._titles = [item.get("title", "") for item in interactions.items]
         self._shown = [_shown(item) for item in interactions.items]
+        self._names = [_names(item, shown) for item, shown in zip(interactions.items, self._shown, strict=True)]
 
     def chains_of_thought(self, samples: Dataset) -> list[str]:
         """
@@ -174,7 +176,7 @@ class OpenAITeacher:
             prompt = f"{TASK}\n\n{json.dumps(items, ensure_ascii=False)}"
             content = json.dumps([self.model, self.sampling, prompt], sort_keys=True)
             keys.append(hashlib.sha256(content.encode()).hexdigest())
-            yield _Request(keys[-1], prompt, self._titles[target])
+            yield _Request(keys[-1], prompt, self._names[target])
 
 
 class _Run:
@@ -211,7 +213,7 @@ class _Run:
                 prompt += f"\n\nAn earlier answer could not be used. {REFUSALS[refusals[-1]]}."
             text, *tokens = await self._answer(prompt)
             text = _THINKING.sub("", text).strip()
-            refused = tokens.pop() or refusal(text, request.title)
+            refused = tokens.pop() or refusal(text, *request.names)
             self.log.add(request.key, text, refused, *tokens)
             refusals = self.log.refusals.get(request.key, [])
         if request.key in self.log.chains:
@@ -272,6 +274,20 @@ def _shown(item: dict[str, str]) -> dict[str, str]:
     """What the model sees of an item: short fields without SID or control tokens."""
     fields = {name: item[name][:_LETTERS_OF_A_FIELD] for name in TEXT_FIELDS if name in item}
     return {name: " ".join(SPECIAL_TOKENS.sub(" ", text).split()) for name, text in fields.items()}
+
+
+def _names(item: dict[str, str], shown: dict[str, str]) -> tuple[str, ...]:
+    """
+    What would give an item away: its title, in full and as shown. An item without one is known by the first words of
+    its description, if there are enough of them to tell it from others.
+    """
+    title = shown.get("title", "")
+    if len(bare(title)) > 1:
+        # Of a title that was cut the last word is left out: it may be half a word, which the model makes whole.
+        cut = len(item["title"]) > _LETTERS_OF_A_FIELD and " " in title
+        return item["title"], title.rpartition(" ")[0] if cut else title
+    words = bare(shown.get("description", "")).split()[:_WORDS_THAT_TELL]
+    return (" ".join(words),) if len(words) == _WORDS_THAT_TELL else ()
 
 
 def _parsed(content: bytes) -> tuple[str, int, int, str | None]:
