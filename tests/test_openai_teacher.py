@@ -1,5 +1,6 @@
 """The teacher behind an endpoint, against a local server that is slow, broken, busy and hostile."""
 
+import gzip
 import json
 import threading
 import time
@@ -11,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lasar_hf.data import Interactions, TemplateTeacher, leave_one_out, samples
-from lasar_hf.data.openai_teacher import OpenAITeacher
+from lasar_hf.data.openai_teacher import OpenAITeacher, _parsed
 from lasar_hf.data.refusals import REFUSALS, refusal
+from lasar_hf.data.storage import save_texts
 from lasar_hf.data.teacher import bare
 from lasar_hf.data.teacher_log import TeacherLog
 
@@ -211,7 +213,10 @@ HOSTILE = {
     "garbage": [
         answer("x\x00y" * 20), answer("0101 " * 30 + "and some letters for the look"), answer("\ufffd" + GOOD),
         (200, {}, b"<html>gateway</html>"), (200, {}, b"[]"), (200, {}, b'{"choices": []}'), (200, {}, b"\xff"),
-        (200, {}, b'{"choices": [{"message": null}]}'),
+        (200, {}, b'{"choices": [{"message": null}]}'), (200, {}, b"[" * 200_000), (200, {}, b"1" * 5000),
+        answer(GOOD + " \ud83d"), answer(GOOD + " \ue000"), answer(GOOD + " \uffff"), answer(GOOD + " \u202eydal"),
+        answer(GOOD, more="x" * 5_000_000),
+        (200, {"Content-Encoding": "gzip"}, gzip.compress(answer(GOOD, more="x" * 50_000_000)[2])),
     ],
     "long": [answer("cup " * 3000)],
     "endpoint": [(400, {}, b'{"error": "filtered"}'), (422, {}, b"")],
@@ -232,6 +237,52 @@ def test_unusable_answers_are_asked_for_again_saying_why(endpoint, tmp_path, rea
     assert one.chains_of_thought(TRAIN) == [GOOD] * 4
     assert one.counts[f"refused_{reason}"] == one.counts["accepted"] == 3
     assert len([prompt for prompt in server.prompts if REFUSALS[reason] in prompt]) == 3
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda value: st.lists(value, max_size=3) | st.dictionaries(st.sampled_from(["choices", "usage"]), value),
+    max_leaves=6,
+)
+COUNT = st.integers() | st.floats() | JSON | st.integers(0, 5000).map(lambda digits: "1" * digits)
+REPLIES = st.builds(
+    lambda text, sent, got: {
+        "choices": [{"message": {"content": text}}], "usage": {"prompt_tokens": sent, "completion_tokens": got}
+    },
+    st.text() | JSON, COUNT, COUNT,
+)  # fmt: skip
+
+
+@given((REPLIES | JSON).map(lambda reply: json.dumps(reply).encode()) | st.binary() | st.just(b'{"a":' * 9000))
+@settings(deadline=None)
+def test_any_reply_can_be_read(content):
+    text, sent, got, refused = _parsed(content)
+    assert isinstance(text, str) and refused in (None, "garbage")
+    assert all(type(count) is int and 0 <= count <= 10**9 for count in (sent, got))
+
+
+@pytest.mark.parametrize(("told", "count"), [("Infinity", 0), ("-5", 0), ("1e300", 0), ("NaN", 0), ("12", 12)])
+def test_tokens_that_cannot_be_are_not_counted(told, count):
+    usage = f'"usage": {{"prompt_tokens": {told}, "completion_tokens": 3}}'
+    reply = f'{{"choices": [{{"message": {{"content": "x"}}}}], {usage}}}'
+    assert _parsed(reply.encode()) == ("x", count, 3, None)
+
+
+def test_chains_in_an_old_log_are_checked_too(endpoint, tmp_path):
+    server = endpoint(lambda prompt, nth: answer(GOOD + "1"))
+    teacher(server, tmp_path, concurrency=1).chains_of_thought(TRAIN)
+    log = tmp_path / "log.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    lines[0]["chain"], lines[1]["chain"] = GOOD + " \ud83d", GOOD + " It is the cup number 2!"
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    server.reply = lambda prompt, nth: answer(GOOD + "2")
+    for _ in range(2):  # what took their place is known from then on
+        one = teacher(server, tmp_path)
+        chains = one.chains_of_thought(TRAIN)
+        assert chains == [GOOD + "2", GOOD + "2", GOOD + "1", GOOD + "2"]
+        assert one.counts["accepted"] == 3 and one.counts["refused_title"] == one.counts["refused_garbage"] == 1
+        save_texts([chains], tmp_path / "chains.arrow")
+    assert server.asked.total() == 5
 
 
 def test_the_template_writes_what_the_model_does_not(endpoint, tmp_path):
@@ -291,9 +342,11 @@ def test_each_answer_is_on_the_disk_before_the_next_request(endpoint, tmp_path):
 
 def test_a_broken_line_inside_the_log_is_named(tmp_path):
     path = tmp_path / "log.jsonl"
-    path.write_text('{"key": "k", "chain": "c", "prompt_tokens": 1, "completion_tokens": 1}\n{"key": 1\nx\n')
-    with pytest.raises(ValueError, match=r"log.jsonl: line 2 is no answer"):
-        TeacherLog(path)
+    good = '{"key": "k", "chain": "c", "prompt_tokens": 1, "completion_tokens": 1}\n'
+    for bad in ('{"key": 1\nx\n', good.replace('"c"', "null"), good.replace('"k"', "1"), "[" * 100_000 + "\n"):
+        path.write_text(good + bad)
+        with pytest.raises(ValueError, match=r"log.jsonl: line 2 is no answer"):
+            TeacherLog(path)
 
 
 @pytest.mark.parametrize("options", [{"concurrency": 0}, {"max_answers": 0}, {"max_tries": 0}])
@@ -305,7 +358,14 @@ def test_bad_arguments(tmp_path, options):
 
 
 @pytest.mark.parametrize(
-    "text", [GOOD, "Der Nächste ist ein Band der Reihe.", "这个人一直在买同一个系列的书，下一本也来自这个系列。"]
+    "text",
+    [
+        GOOD,
+        GOOD + " 🙂 (½ — “ok”)",
+        "האיש אוסף כוסות.\u200f הבאה תהיה אדומה.",
+        "Der Nächste ist ein Band der Reihe.",
+        "这个人一直在买同一个系列的书，下一本也来自这个系列。",
+    ],
 )
 def test_text_of_any_language_is_good(text):
     assert refusal(text, "Silent Harbor, Volume Six") is None

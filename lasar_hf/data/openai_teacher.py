@@ -39,6 +39,7 @@ TASK = (
 )
 _THINKING = re.compile(r"^\s*<think>.*?</think>", re.DOTALL)  # of models that think aloud first
 _LETTERS_OF_A_FIELD = 300
+_MOST_BYTES, _MOST_TOKENS = 4 * 2**20, 10**9  # of a reply: what says more is not to be believed
 _WORDS_THAT_TELL = 6  # first words of a description that tell an item without a title from others
 _AGAIN = {408, 409, 425, 429}  # and all from 500 on
 _THIS_REQUEST = {400, 413, 422}  # too long, filtered: another request may pass
@@ -206,6 +207,10 @@ class _Run:
 
     async def _settle(self, request: _Request) -> None:
         """Ask until an answer is accepted or enough were refused."""
+        known = self.log.chains.get(request.key)
+        refused = None if known is None else refusal(known, *request.names)
+        if refused:  # by rules that came after it was logged
+            self.log.add(request.key, "", refused, 0, 0)
         refusals = self.log.refusals.get(request.key, [])
         while request.key not in self.log.chains and len(refusals) < self.teacher.max_answers:
             prompt = request.prompt
@@ -234,7 +239,7 @@ class _Run:
             at_least = 0.0
             try:
                 async with self.session.post(f"{teacher.base_url.rstrip('/')}/chat/completions", json=body) as reply:
-                    content = await reply.read()
+                    content = await _content(reply)
             except (aiohttp.ClientError, TimeoutError) as error:
                 reason = f"{type(error).__name__} {error}".strip()
             else:
@@ -290,18 +295,34 @@ def _names(item: dict[str, str], shown: dict[str, str]) -> tuple[str, ...]:
     return (" ".join(words),) if len(words) == _WORDS_THAT_TELL else ()
 
 
+async def _content(reply: aiohttp.ClientResponse) -> bytes:
+    """What a reply holds; nothing where that is longer than any answer. Memory holds no more than that, unpacked."""
+    content = bytearray()
+    async for chunk in reply.content.iter_chunked(2**16):
+        content += chunk
+        if len(content) > _MOST_BYTES:
+            return b""
+    return bytes(content)
+
+
 def _parsed(content: bytes) -> tuple[str, int, int, str | None]:
     """The parts of a reply, whatever it is made of."""
     try:
         reply = json.loads(content)
         text = reply["choices"][0]["message"]["content"]
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, RecursionError):
         return "", 0, 0, "garbage"
-    try:
-        tokens = int(reply["usage"]["prompt_tokens"]), int(reply["usage"]["completion_tokens"])
-    except (ValueError, LookupError, TypeError):  # not every endpoint counts
-        tokens = 0, 0
+    tokens = _tokens(reply, "prompt_tokens"), _tokens(reply, "completion_tokens")
     return text if isinstance(text, str) else "", *tokens, None
+
+
+def _tokens(reply: dict, name: str) -> int:
+    """A count of the endpoint; 0 where it does not count, or says what cannot be."""
+    try:
+        tokens = int(reply["usage"][name])
+    except (ValueError, LookupError, TypeError, OverflowError):
+        return 0
+    return tokens if 0 <= tokens <= _MOST_TOKENS else 0
 
 
 def _seconds(header: str) -> float:

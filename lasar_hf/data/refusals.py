@@ -16,7 +16,9 @@ REFUSALS = {
     "endpoint": "The endpoint refused the request",
 }
 _FEWEST_LETTERS, _MOST_LETTERS, _SHARE_OF_LETTERS = 20, 4000, 0.7
-_UNREADABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufffd]")
+# Control characters, those that turn the direction of writing, and what stands for a character that was lost.
+_UNREADABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ufffd]")
+_NO_CHARACTERS = {"Cs", "Co", "Cn"}  # half of a pair, private, unassigned: no file of text takes the first
 
 
 def refusal(text: str, *names: str) -> str | None:
@@ -33,8 +35,9 @@ def refusal(text: str, *names: str) -> str | None:
     Returns:
         `str`, *optional*: a key of `REFUSALS`.
     """
-    kinds = Counter(unicodedata.category(letter)[0] for letter in text)
-    if kinds["L"] < _FEWEST_LETTERS:
+    kinds = Counter(map(unicodedata.category, text))
+    letters, marks = (sum(kinds[kind] for kind in kinds if kind[0] == group) for group in "LM")
+    if letters < _FEWEST_LETTERS:
         return "empty"
     if len(text) > _MOST_LETTERS:
         return "long"
@@ -43,6 +46,6 @@ def refusal(text: str, *names: str) -> str | None:
     plain = bare(text)
     if any(holds(plain, bare(name)) for name in names):
         return "title"
-    if kinds["L"] + kinds["M"] < _SHARE_OF_LETTERS * sum(not letter.isspace() for letter in text):
+    if letters + marks < _SHARE_OF_LETTERS * sum(not letter.isspace() for letter in text):
         return "garbage"
-    return "garbage" if _UNREADABLE.search(text) else None
+    return "garbage" if _UNREADABLE.search(text) or not kinds.keys().isdisjoint(_NO_CHARACTERS) else None

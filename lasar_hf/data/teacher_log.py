@@ -9,7 +9,7 @@ from pathlib import Path
 class TeacherLog:
     """
     Append-only log, read back on opening. Each line is forced to the disk before its answer counts as known. A last
-    line without line end, which a killed run may leave, is dropped.
+    line without line end, which a killed run may leave, is dropped. A refusal takes back what was accepted before it.
 
     Args:
         path (`str` or `Path`):
@@ -75,10 +75,13 @@ class TeacherLog:
         try:
             answer = json.loads(line)
             key = answer["key"]
-            self.tokens.update({name: answer[name] for name in ("prompt_tokens", "completion_tokens")})
+            self.tokens.update({name: max(0, answer[name]) for name in ("prompt_tokens", "completion_tokens")})
+            if not isinstance(key, str) or not isinstance(answer.get("chain", ""), str):
+                raise TypeError("no text")
             if "chain" in answer:
                 self.chains[key] = answer["chain"]
             else:
                 self.refusals.setdefault(key, []).append(answer["refused"])
-        except (ValueError, TypeError, KeyError) as error:
+                self.chains.pop(key, None)
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
             raise ValueError(f"{self.path}: line {number} is no answer of a teacher; remove it.") from error
