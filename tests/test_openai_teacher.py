@@ -327,6 +327,11 @@ def test_a_stopped_run_goes_on_and_asks_nothing_twice(endpoint, tmp_path):
     ] * 3
     other = OpenAITeacher(SHOP, "other", server.url, log, TEMPLATE)  # another model is another request
     assert other.chains_of_thought(TRAIN) == [GOOD + "2"] * 4
+    assert other.counts["prompt_tokens"] == 30 and other.counts["completion_tokens"] == 9  # its own
+    assert one.chains_of_thought(TRAIN.select([1])) == [GOOD + "1"]
+    assert one.counts == {
+        "requests": 1, "accepted": 1, "replaced": 0, "prompt_tokens": 10, "completion_tokens": 3
+    }  # fmt: skip
 
 
 def test_each_answer_is_on_the_disk_before_the_next_request(endpoint, tmp_path):

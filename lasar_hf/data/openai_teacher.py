@@ -187,6 +187,7 @@ class _Run:
         self.teacher, self.log, self.bar, self.requests = teacher, log, bar, requests
         self.begun: set[str] = set()
         self.accepted = self.given_up = 0
+        self.sent = self.got = 0  # tokens of all answers to these requests, in earlier runs too
 
     async def work(self) -> None:
         key = os.environ.get(API_KEY)
@@ -202,6 +203,8 @@ class _Run:
             if request.key not in self.begun:
                 self.begun.add(request.key)
                 await self._settle(request)
+                sent, got = self.log.tokens.get(request.key, (0, 0))
+                self.sent, self.got = self.sent + sent, self.got + got
             self.bar.update()
             self.bar.set_postfix_str(self._progress(), refresh=False)
 
@@ -265,10 +268,10 @@ class _Run:
         accepted = sum(key in self.log.chains for key in keys)
         counts = {"requests": len(keys), "accepted": accepted, "replaced": len(keys) - accepted}
         counts |= {f"refused_{reason}": refused[reason] for reason in REFUSALS if refused[reason]}
-        return counts | dict(self.log.tokens)
+        return counts | {"prompt_tokens": self.sent, "completion_tokens": self.got}
 
     def _progress(self) -> str:
-        sent, got = self.log.tokens["prompt_tokens"], self.log.tokens["completion_tokens"]
+        sent, got = self.sent, self.got
         text = f"{self.given_up} given up, {sent} + {got} tokens"
         if self.teacher.prices is not None:
             text += f", cost {(sent * self.teacher.prices[0] + got * self.teacher.prices[1]) / 1e6:.2f}"
