@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lasar_hf.data import Interactions, TemplateTeacher, leave_one_out, samples
+from lasar_hf.data import Interactions, TemplateTeacher, leave_one_out, openai_teacher, samples
 from lasar_hf.data.openai_teacher import OpenAITeacher, _parsed
 from lasar_hf.data.refusals import REFUSALS, refusal
 from lasar_hf.data.storage import save_texts
@@ -177,6 +177,17 @@ def test_the_endpoint_says_how_long_to_wait(endpoint, tmp_path):
     assert time.perf_counter() - begin > 0.4
 
 
+def test_but_no_longer_than_a_minute(endpoint, tmp_path, monkeypatch):
+    assert openai_teacher._LONGEST_WAIT == 60.0
+    monkeypatch.setattr(openai_teacher, "_LONGEST_WAIT", 0.1)
+    for asked in ("3600", "9" * 400):
+        busy = 429, {"Retry-After": asked}, b""
+        server = endpoint(lambda prompt, nth, busy=busy: busy if nth < 1 else answer(GOOD))
+        begin = time.perf_counter()
+        teacher(server, tmp_path / asked[:4]).chains_of_thought(TRAIN)
+        assert 0.1 < time.perf_counter() - begin < 5
+
+
 def test_slow_answers_are_tried_again(endpoint, tmp_path):
     def reply(prompt, nth):
         time.sleep(0.0 if nth else 1.0)
@@ -300,13 +311,73 @@ def test_the_template_writes_what_the_model_does_not(endpoint, tmp_path):
     assert server.asked.total() == asked
 
 
+MANY = Interactions(
+    [str(row) for row in range(40)], [{"title": f"Cup {row} x", "brand": "Hill"} for row in range(40)], ["u"],
+    [list(range(40))],
+)  # fmt: skip
+MANY_TRAIN = samples(leave_one_out(MANY), "train")
+
+
+def many(server, tmp_path, **options):
+    options = {"backoff": 0.001, "timeout": 5.0, "max_answers": 1} | options
+    return OpenAITeacher(MANY, "tiny", server.url, tmp_path / "log.jsonl", TemplateTeacher(MANY), **options)
+
+
+def number(prompt):
+    return int(next_title(prompt).split()[1])
+
+
 def test_an_endpoint_of_garbage_stops_the_run(endpoint, tmp_path):
-    shop = Interactions([str(row) for row in range(40)], [{"title": f"Cup {row} x"} for row in range(40)], ["u"],
-                        [list(range(40))])  # fmt: skip
     server = endpoint(lambda prompt, nth: (200, {}, b"welcome to this network, please log in"))
-    one = OpenAITeacher(shop, "tiny", server.url, tmp_path / "log.jsonl", TEMPLATE, max_answers=1)
     with pytest.raises(ConnectionError, match=r"no answer that could be used to 20 requests .*not plain text"):
-        one.chains_of_thought(samples(leave_one_out(shop), "train"))
+        many(server, tmp_path, concurrency=1).chains_of_thought(MANY_TRAIN)
+    assert len(server.asked) == 20
+    with pytest.warns(UserWarning, match="37 of 37 chains"):  # 17 were asked: those known already do not count
+        many(server, tmp_path, concurrency=1).chains_of_thought(MANY_TRAIN)
+    assert len(server.asked) == server.asked.total() == 37
+
+
+def test_refusals_of_an_earlier_run_do_not_stop_the_next(endpoint, tmp_path):
+    server = endpoint(lambda prompt, nth: answer("no" if number(prompt) <= 30 else GOOD))
+    first, second = MANY_TRAIN.select(range(36, 9, -1)), MANY_TRAIN  # the accepted first; the refused first
+    with pytest.warns(UserWarning, match="20 of 27 chains"):
+        many(server, tmp_path, concurrency=1).chains_of_thought(first)
+    server.asked.clear()
+    with pytest.warns(UserWarning, match="30 of 37 chains"):
+        many(server, tmp_path, concurrency=1).chains_of_thought(second)
+    assert len(server.asked) == 10
+
+
+@pytest.mark.parametrize("trouble", [(500, {}, b"bug"), (503, {}, b""), None])
+@pytest.mark.parametrize("bad", [2, 3])
+def test_a_request_that_never_gets_an_answer_is_passed_over(endpoint, tmp_path, trouble, bad):
+    server = endpoint(lambda prompt, nth: trouble if next_title(prompt).endswith(str(bad)) else answer(GOOD))
+    options = {"concurrency": 1, "max_tries": 2, "max_answers": 2}
+    for tries in (2, 4, 4):  # the next run tries once more, the one after takes it as known
+        one = teacher(server, tmp_path, **options)
+        with pytest.warns(UserWarning, match="1 of 3 chains of thought are the template's"):
+            chains = one.chains_of_thought(TRAIN)
+        assert [chain == GOOD for chain in chains] == [row + 1 != bad for row in (0, 1, 2, 0)]
+        assert one.counts["refused_endpoint"] == tries // 2 and one.counts["accepted"] == 2
+        assert server.asked.total() == 2 + tries
+
+
+def test_an_endpoint_that_goes_down_stops_the_run_and_loses_nothing(endpoint, tmp_path):
+    server = endpoint(lambda prompt, nth: (503, {}, b"") if number(prompt) > 5 else answer(GOOD))
+    with pytest.raises(ConnectionError, match=r"no answer in 2 tries \(last: status 503\).*run again to go on"):
+        many(server, tmp_path, concurrency=2, max_tries=2).chains_of_thought(MANY_TRAIN)
+    assert len(server.asked) <= 5 + 8 + 2
+    assert all("chain" in json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines())
+    server.reply = lambda prompt, nth: answer(GOOD)
+    one = many(server, tmp_path)
+    assert one.chains_of_thought(MANY_TRAIN) == [GOOD] * 37 and one.counts["replaced"] == 0
+
+
+def test_an_address_nobody_answers_at_stops_the_run(endpoint, tmp_path):
+    teacher(endpoint(lambda prompt, nth: answer(GOOD)), tmp_path).chains_of_thought(TRAIN.select([0]))
+    with pytest.raises(ConnectionError, match=r"no answer in 2 tries \(last: ClientConnectorError"):
+        teacher("http://127.0.0.1:9/v1", tmp_path, max_tries=2).chains_of_thought(TRAIN)
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 1
 
 
 def test_a_stopped_run_goes_on_and_asks_nothing_twice(endpoint, tmp_path):
