@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lasar_hf.data import Interactions, TemplateTeacher, leave_one_out, read_lcrec, samples, segment, toy_shop
+from lasar_hf.data.teacher import SPECIAL_TOKENS, bare, fold, holds
 
 
 def shop(*items):
@@ -113,6 +114,46 @@ def test_hostile_titles():
     assert again.startswith("The last item is an item without a name by B.")
 
 
+def test_short_titles_leave_other_words_alone():
+    for title in ("e", ".", "Art", "hair"):
+        data = shop(
+            {"title": "Smart chair", "brand": "Wood"}, {"title": "Party hat", "brand": "Silk"}, {"title": title}
+        )
+        chain = TemplateTeacher(data).chain_of_thought([0, 1], 2)
+        assert chain.startswith('The last item is "Party hat" by Silk. Before that the person looked at the brand ')
+
+
+@pytest.mark.parametrize(
+    ("name", "title"),
+    [
+        ("Amber, Volume 2", "Amber Volume 2"),
+        ("Café Mug", "CAFE MUG"),
+        ("Tom & Jerry", "Tom &amp; Jerry"),
+        ("Levi\u2019s Jeans, blue", "Levi's Jeans"),
+    ],
+)
+def test_the_title_is_not_quoted_in_other_typography(name, title):
+    data = shop({"title": name}, {"title": title}, {"title": "Else", "brand": title, "categories": f"A > {title} set"})
+    teacher = TemplateTeacher(data)
+    assert teacher.chain_of_thought([0], 1).startswith("The last item is an item without a name.")
+    chain = teacher.chain_of_thought([2], 1)
+    assert chain.startswith('The last item is "Else" by. ') and not holds(bare(chain), bare(title))
+
+
+def test_a_cut_leaves_the_sentences_whole():
+    data = shop({"title": "x", "categories": "A > Pokémon"}, {"title": "POKEMON", "categories": "A > B"})
+    chain = TemplateTeacher(data).chain_of_thought([0], 1)
+    assert chain.startswith('The last item is "x". It belongs to the category. Nothing of this leads on')
+
+
+@given(st.text(max_size=40))
+@settings(deadline=None)
+def test_bare_is_letters_and_single_spaces(text):
+    assert all(word.isalnum() for word in bare(text).split(" ") if bare(text))
+    assert bare(bare(text)) == bare(text) == bare(f" {text}\n")
+    assert bare(text.replace(" ", "\u2013")) == bare(text) or "&" in text
+
+
 LETTERS = st.text(alphabet="ab .<>_|1İßſSs", max_size=8)
 
 
@@ -128,9 +169,11 @@ def test_never_contains_the_targets_title(titles, brands, history):
         for title, brand in zip(titles, brands, strict=True)
     ]
     chain = TemplateTeacher(shop(*items)).chain_of_thought(history, 3)
-    title = " ".join(titles[3].split()).casefold()
-    assert not title or title not in chain.casefold()
-    assert not re.search(r"<[a-z]_\d+>", chain)
+    assert not holds(bare(chain), bare(titles[3]))
+    folded = fold(titles[3])
+    if sum(letter.isalnum() for letter in folded) > 1 and folded[0].isalnum() and folded[-1].isalnum():
+        assert not re.search(rf"(?<![^\W_]){re.escape(folded)}(?![^\W_])", chain.casefold())
+    assert not SPECIAL_TOKENS.search(chain)
 
 
 def leaks(data, name="train"):
@@ -142,11 +185,11 @@ def leaks(data, name="train"):
         teacher.chain_of_thought(history, target)
         for history, target in zip(part["history"], part["target"], strict=True)
     ]
-    titles = [" ".join(item.get("title", "").split()).casefold() for item in data.items]
+    titles = [fold(item.get("title", "")) for item in data.items]
     given_away = [
         row
         for row, (chain, target) in enumerate(zip(chains, part["target"], strict=True))
-        if titles[target] and titles[target] in chain.casefold()
+        if (titles[target] and titles[target] in chain.casefold()) or holds(bare(chain), bare(titles[target]))
     ]
     quoted = [
         row

@@ -1,6 +1,8 @@
 """Offline teacher: a chain of thought from a history to its target, written from item metadata by fixed wording."""
 
+import html
 import re
+import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -16,6 +18,10 @@ from .splits import Split
 _NUMBER = r"(?:\d{1,3}|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve)"
 _PART = re.compile(rf"^(?P<series>.*?\w)\W+(?:volume|vol|book|part|season|episode)\W*\s{_NUMBER}\b", re.IGNORECASE)
 SPECIAL_TOKENS = re.compile(r"<[a-z]_\d+>|<\|[^|<>]*\|>")  # SID and control tokens
+# A word, as titles are compared. Scripts that put no spaces between words or add endings to names (Thai and its
+# neighbours, Chinese, Japanese, Korean) are compared letter by letter.
+_LETTERWISE = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7a3\U00020000-\U0003fffd"
+_BARE_WORD = re.compile(rf"(?=\w)[{_LETTERWISE}]|[^\W_{_LETTERWISE}]+")
 _WORDS_OF_A_NAME = 10
 _NAMELESS = "an item without a name"
 _OFTEN = 2  # users who made a step before it counts as usual; below it may be this very sample
@@ -51,7 +57,8 @@ class TemplateTeacher:
 
     Of the target it knows nothing but its category, brand and series (where neither brand nor category is known: the
     words it shares with an item of the history), and names them only when another item shares them. It never contains
-    the target's title, nor SID or control tokens, and reads no item but those of the history.
+    the target's title as whole words, in whatever typography (see `bare`; a title of one letter is too short to be
+    told from other text), nor SID or control tokens, and reads no item but those of the history.
 
     Args:
         interactions (`Interactions`):
@@ -71,8 +78,9 @@ class TemplateTeacher:
     """
 
     def __init__(self, interactions: Interactions, split: Split | None = None):
-        self._titles = [item.get("title", "") for item in interactions.items]
+        self._titles = [bare(item.get("title", "")) for item in interactions.items]
         self._facts = [_facts(item) for item in interactions.items]
+        self._names = [bare(facts.name) for facts in self._facts]
         self._brands = Counter(facts.brand for facts in self._facts)
         self._paths = Counter(facts.path for facts in self._facts)
         nameless = sum(not (facts.words or facts.brand or facts.path) for facts in self._facts)
@@ -101,10 +109,11 @@ class TemplateTeacher:
         """
         if not len(history):
             raise ValueError(f"a chain of thought to item row {target} needs a history of at least one item.")
-        title = fold(self._titles[target])
+        title = self._titles[target]
         shown = [self._facts[item] for item in history]
-        if title:  # taken before, or a part of the same name: its own name must not be quoted
-            shown = [replace(facts, name=_NAMELESS) if title in fold(facts.name) else facts for facts in shown]
+        for place, item in enumerate(history):
+            if holds(self._names[item], title):  # taken before, or a part of the same name: it must not be quoted
+                shown[place] = replace(shown[place], name=_NAMELESS)
         goal = self._facts[target]
         rank, position = max((_relation(facts, goal), place) for place, facts in enumerate(shown))
         nearest = _relation(shown[-1], goal)
@@ -244,15 +253,44 @@ def _plain(text: str) -> str:
 
 
 def fold(text: str) -> str:
-    """Text as it is compared with a title: in one case, with single spaces."""
+    """Text in one case, with single spaces."""
     return " ".join(text.split()).casefold()
 
 
+def bare(text: str) -> str:
+    """
+    Text as it is compared with a title: its words in one case and in their plainest letters, and nothing between them
+    but single spaces. HTML entities, accents, invisible letters, punctuation and symbols make no difference.
+    """
+    text = html.unescape(text)
+    if not text.isascii():
+        letters = unicodedata.normalize("NFKD", text.translate({ord("™"): " ", ord("℠"): " "}))  # no letters of a name
+        text = "".join(letter for letter in letters if unicodedata.category(letter) not in ("Mn", "Cf"))
+        text = unicodedata.normalize("NFC", text)  # Korean syllables in one piece again
+    return " ".join(_BARE_WORD.findall(fold(text)))
+
+
+def holds(text: str, name: str) -> bool:
+    """Whether a bare text holds a bare name as whole words; one of fewer than two letters is not looked for."""
+    return len(name) > 1 and f" {name} " in f" {text} "
+
+
 def _without(text: str, title: str) -> str:
-    """Take the folded title, SID and control tokens out, and again as long as a cut joins a new one."""
-    while (title and title in fold(text)) or SPECIAL_TOKENS.search(text):
-        shorter = SPECIAL_TOKENS.sub(" ", re.sub(re.escape(title), " ", text, flags=re.IGNORECASE) if title else text)
-        if shorter == text:  # letters whose case folds in an unusual way
-            shorter = fold(text).replace(title, " ")
-        text = " ".join(shorter.split())
+    """Take the bare title, SID and control tokens out, and again as long as a cut joins a new one."""
+    while holds(bare(text), title) or SPECIAL_TOKENS.search(text):
+        text = " ".join(_cut(SPECIAL_TOKENS.sub(" ", text).split(), title))
     return text
+
+
+def _cut(words: list[str], title: str) -> list[str]:
+    """Words without those that make up the first occurrence of the bare title; the sentence still ends there."""
+    parts = [(part, place) for place, word in enumerate(words) for part in bare(word).split()]
+    size = len(title.split())
+    for start in range(len(parts) - size + 1):
+        run = parts[start : start + size]
+        if holds(" ".join(part for part, _ in run), title):
+            first, last = run[0][1], run[-1][1]
+            end = words[last][-1] if words[last][-1] in ".!?" else ""
+            before = [*words[: first - 1], words[first - 1] + end] if first else []
+            return [*before, *words[last + 1 :]]
+    return words

@@ -2,14 +2,13 @@
 
 import json
 import os
-from collections import Counter
 from pathlib import Path
 
 
 class TeacherLog:
     """
     Append-only log, read back on opening. Each line is forced to the disk before its answer counts as known. A last
-    line without line end, which a killed run may leave, is dropped.
+    line without line end, which a killed run may leave, is dropped. A refusal takes back what was accepted before it.
 
     Args:
         path (`str` or `Path`):
@@ -20,8 +19,8 @@ class TeacherLog:
             Accepted answer of each request.
         refusals (`dict[str, list[str]]`):
             Why the answers to a request were refused, in order.
-        tokens (`Counter`):
-            `prompt_tokens` and `completion_tokens` of all answers, as the endpoint counted them.
+        tokens (`dict[str, tuple[int, int]]`):
+            Prompt and completion tokens of all answers to a request, as the endpoint counted them.
 
     Raises:
         ValueError: a line that is no answer; names the file and the line.
@@ -31,7 +30,7 @@ class TeacherLog:
         self.path = Path(path)
         self.chains: dict[str, str] = {}
         self.refusals: dict[str, list[str]] = {}
-        self.tokens: Counter[str] = Counter()
+        self.tokens: dict[str, tuple[int, int]] = {}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self.path.open("a+b")
         self._file.seek(0)
@@ -75,10 +74,15 @@ class TeacherLog:
         try:
             answer = json.loads(line)
             key = answer["key"]
-            self.tokens.update({name: answer[name] for name in ("prompt_tokens", "completion_tokens")})
+            sent, got = max(0, answer["prompt_tokens"]), max(0, answer["completion_tokens"])
+            if not isinstance(key, str) or not isinstance(answer.get("chain", ""), str):
+                raise TypeError("no text")
+            before = self.tokens.get(key, (0, 0))
+            self.tokens[key] = before[0] + sent, before[1] + got
             if "chain" in answer:
                 self.chains[key] = answer["chain"]
             else:
                 self.refusals.setdefault(key, []).append(answer["refused"])
-        except (ValueError, TypeError, KeyError) as error:
+                self.chains.pop(key, None)
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
             raise ValueError(f"{self.path}: line {number} is no answer of a teacher; remove it.") from error
