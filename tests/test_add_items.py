@@ -16,6 +16,7 @@ import pytest
 from lasar_hf import SidCatalog
 from lasar_hf.configuration_lasar import sid_token
 from lasar_hf.data import toy_shop
+from lasar_hf.semantic_ids import ItemEncoder, ResidualKMeans, assign_new_items
 from tests.preparing import files, run
 from tests.tiny import tiny_model
 
@@ -78,6 +79,9 @@ def test_new_items_get_their_own_semantic_ids_beside_the_old(recipe, prepared, c
     assert after.codes[:48].equal(before.codes) and len(np.unique(after.codes.numpy(), axis=0)) == len(after)
     first = after.codes[:, 0].numpy()
     assert (first[48:-1] == first[:48:5]).mean() >= 0.9  # equal text, and co-occurrence that only the old ones have
+    vectors = ItemEncoder.from_pretrained(prepared / "item_encoder").encode(NEW)
+    quantizer = ResidualKMeans.from_pretrained(prepared / "quantizer").narrowed(8)
+    np.testing.assert_array_equal(after.codes[48:], assign_new_items(before.codes, quantizer, vectors))
     assert f"{len(NEW)} items added, " in caplog.text and "1 items passed over" in caplog.text
     assert f"1 of {len(NEW)} items have no word in common" in caplog.text
     assert files(prepared) == data and not list(checkpoint.glob(".*"))
@@ -147,13 +151,19 @@ def test_a_killed_run_is_finished_by_the_next(recipe, prepared, checkpoint, tmp_
     assert all(died)  # never without a catalogue
 
 
-def test_a_removed_item_stays_removed_and_keeps_its_semantic_id(recipe, prepared, checkpoint, tmp_path):
-    before = SidCatalog.from_pretrained(checkpoint).remove(["item-0"])
+def test_nobody_gets_a_semantic_id_that_another_has_or_had(recipe, checkpoint, tmp_path, caplog):
+    """Without co-occurrence a twin is nearest to the very Semantic ID of its model, removed or not."""
+    caplog.set_level("INFO")
+    run(tmp_path / "data", collaborative_dim=0, steps=["interactions", "split", "embeddings", "semantic_ids"])
+    before = SidCatalog.from_pretrained(tmp_path / "data" / "catalog").remove(SHOP.item_ids[:24])
     before.save_pretrained(checkpoint)
-    rows = [{"item_id": name} | SHOP.items[0] for name in ("item-0", "twin")]
-    after = add(recipe, prepared, checkpoint, write_items(tmp_path / "new.jsonl", rows))
-    assert after.removed.nonzero().tolist() == [[0]] and after.item_ids[48:] == ["twin"]
-    assert not after.codes[48].equal(after.codes[0])
+    rows = [{"item_id": f"twin of {name}"} | item for name, item in zip(SHOP.item_ids, SHOP.items, strict=True)]
+    rows.append({"item_id": "item-0"} | SHOP.items[0])
+    after = add(recipe, tmp_path / "data", checkpoint, write_items(tmp_path / "new.jsonl", rows))
+    assert len(after) == 96 and after.removed.nonzero()[:, 0].tolist() == list(range(24))
+    assert len(np.unique(after.codes.numpy(), axis=0)) == 96
+    assert after.codes[48:, :3].equal(after.codes[:48, :3])
+    assert "48 items added, 48 of them with another last code" in caplog.text
 
 
 def given_index(folder: Path) -> dict:
