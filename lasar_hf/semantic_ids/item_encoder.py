@@ -28,10 +28,10 @@ class ItemEncoder:
     Example:
 
     ```python
-    >>> encoder = ItemEncoder.from_pretrained("outputs/mine/data/item_encoder")  # doctest: +SKIP
-    >>> quantizer = ResidualKMeans.from_pretrained("outputs/mine/data/quantizer")  # doctest: +SKIP
-    >>> vectors = encoder.encode([{"title": "Hacksaw"}])  # doctest: +SKIP
-    >>> codes = assign_new_items(catalog.codes, quantizer.narrowed(vectors.shape[1]), vectors)  # doctest: +SKIP
+    >>> encoder = ItemEncoder.from_pretrained("outputs/mine/data/item_encoder")
+    >>> quantizer = ResidualKMeans.from_pretrained("outputs/mine/data/quantizer")
+    >>> vectors = encoder.encode([{"title": "Hacksaw"}])
+    >>> codes = assign_new_items(catalog.codes, quantizer.narrowed(vectors.shape[1]), vectors)
     ```
     """
 
