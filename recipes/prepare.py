@@ -10,7 +10,8 @@ Your own interactions, a CSV of three columns:
 
 Each step leaves its files in `output_dir` and a mark in `steps/`. A second run does what is missing or what has other
 arguments or input files than before, and what follows from it; a run that was killed goes on where it was. Training
-reads `items/`, `samples/`, `split/` (`lasar_hf.data.PreparedData`), `catalog/`, `quantizer/` and `tokenizer/`.
+reads `items/`, `samples/`, `split/` (`lasar_hf.data.PreparedData`), `catalog/`, `quantizer/` and `tokenizer/`;
+`recipes/add_items.py` reads `item_encoder/` and `quantizer/`.
 """
 
 import logging
@@ -30,6 +31,8 @@ from lasar_hf import SidCatalog, __version__
 from lasar_hf.arguments import check_choices
 from lasar_hf.configuration_lasar import check_sizes
 from lasar_hf.semantic_ids import (
+    ItemEncoder,
+    TfidfView,
     build_semantic_ids,
     collaborative_embeddings,
     combine_views,
@@ -94,27 +97,35 @@ class PrepareArguments:
 
 
 def write_embeddings(folder: Path, out: Path, embedding_model: str | None, text_dim: int, seed: int) -> None:
-    """`embeddings.npy`: a vector an item, from its text or, where it has none, its id."""
+    """`embeddings.npy`: a vector an item, of its text or, where it has none, its id; `item_encoder/` for new items."""
     table = data.load_interactions(folder / "interactions")
     texts = [item_text(item | {"item_id": name}) for item, name in zip(table.items, table.item_ids, strict=True)]
-    cache = folder / "embedding_cache"  # not in `out`: it outlives a run that is killed
-    np.save(out / "embeddings.npy", text_embeddings(texts, text_dim, seed, model=embedding_model, cache_dir=cache))
+    if embedding_model is None:
+        view = TfidfView(text_dim, seed)
+        vectors = view.fit_transform(texts)
+    else:
+        view = embedding_model
+        cache = folder / "embedding_cache"  # not in `out`: it outlives a run that is killed
+        vectors = text_embeddings(texts, model=embedding_model, cache_dir=cache)
+    np.save(out / "embeddings.npy", vectors)
+    ItemEncoder(view).save_pretrained(out / "item_encoder")
 
 
 def write_semantic_ids(
     folder: Path, out: Path, index: str | None, num_sid_levels: int, codebook_size: int, balanced: bool,
     collaborative_dim: int, collaborative_weight: float, seed: int, allow_collisions: bool,
 ) -> None:  # fmt: skip
-    """`catalog/`, `semantic_ids.json` (their quality) and, unless they are given, `quantizer/`."""
+    """`catalog/`, `semantic_ids.json` (views and quality) and, unless the codes are given, `quantizer/`."""
     table, split = data.load_base(folder)
-    views, weights = [np.load(folder / "embeddings.npy")], [1.0]
+    # The text comes first: of a new item only the first columns are known.
+    views, weights = {"text": np.load(folder / "embeddings.npy")}, {"text": 1.0}
     if collaborative_dim:
-        views.append(collaborative_embeddings(split.train, len(table.items), collaborative_dim, seed))
-        weights.append(collaborative_weight)
+        views["co-occurrence"] = collaborative_embeddings(split.train, len(table.items), collaborative_dim, seed)
+        weights["co-occurrence"] = collaborative_weight
         if not any(map(item_text, table.items)):
             warnings.warn("no item has text: Semantic IDs come from co-occurrence alone.", stacklevel=2)
-            del views[0], weights[0]
-    vectors, quantizer = combine_views(views, weights), None
+            del views["text"], weights["text"]
+    vectors, quantizer = combine_views(list(views.values()), list(weights.values())), None
     if index is not None:
         codes = data.read_index(index, table.item_ids, num_sid_levels, codebook_size, allow_collisions)
     else:
@@ -123,7 +134,8 @@ def write_semantic_ids(
     SidCatalog(codes, table.item_ids, allow_collisions).save_pretrained(out / "catalog")
     report = quality_report(codes, vectors, quantizer)
     logging.info("%s", format_report(report))
-    data.write_json(out / "semantic_ids.json", report)
+    made_of = {name: {"width": view.shape[1], "weight": weights[name]} for name, view in views.items()}
+    data.write_json(out / "semantic_ids.json", {"views": made_of} | report)
 
 
 def write_tokenizer(folder: Path, out: Path, tokenizer_size: int | None, instruction: str) -> None:

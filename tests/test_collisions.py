@@ -198,3 +198,9 @@ def test_report_with_quantizer_tells_what_resolution_cost():
 def test_report_refuses_other_numbers_of_items():
     with pytest.raises(ValueError, match=r"\(2, 1\) and embeddings \(3, 1\)"):
         quality_report(np.zeros((2, 1)), np.zeros((3, 1)))
+
+
+def test_no_new_items_have_no_codes():
+    quantizer = QUANTIZERS[3, 3]
+    codes = assign_new_items(np.array([[0, 1, 2]]), quantizer, np.zeros((0, 3)))
+    assert codes.shape == (0, 3) and codes.dtype == np.int64

@@ -42,7 +42,7 @@ from lasar_hf.data import (
     toy_shop,
 )
 from lasar_hf.data.segments import split_sentences
-from lasar_hf.semantic_ids import format_report, item_text
+from lasar_hf.semantic_ids import ItemEncoder, format_report, item_text
 from tests.preparing import ALL, RECIPE, encoder_of, files, run
 from tests.test_openai_teacher import GOOD, answer, endpoint  # noqa: F401
 
@@ -57,9 +57,11 @@ def toy(tmp_path_factory):
 def test_what_lies_in_the_folder(toy):
     names = {path.name for path in toy.iterdir() if not path.name.endswith((".npy", ".arrow"))}
     assert names == {
-        "catalog", "chains.json", "data_card.json", "interactions", "items", "prepared.json", "quantizer", "samples",
-        "semantic_ids.json", "split", "steps", "tokenizer",
+        "catalog", "chains.json", "data_card.json", "interactions", "item_encoder", "items", "prepared.json",
+        "quantizer", "samples", "semantic_ids.json", "split", "steps", "tokenizer",
     }  # fmt: skip
+    views = json.loads((toy / "semantic_ids.json").read_text())["views"]
+    assert views == {"text": {"width": 8, "weight": 1.0}, "co-occurrence": {"width": 4, "weight": 1.0}}
     data, shop = PreparedData.load(toy), toy_shop(30, 48)
     assert data.codebook_size == 8 and data.codes.shape == (48, 4) and len(np.unique(data.codes, axis=0)) == 48
     assert np.array_equal(SidCatalog.from_pretrained(toy / "catalog").codes.numpy(), data.codes)
@@ -354,6 +356,7 @@ def test_item_text_is_embedded_once(tmp_path, monkeypatch):
     texts = list(map(item_text, load_interactions(tmp_path / "interactions").items))
     assert asked == list(dict.fromkeys(texts))
     assert np.load(tmp_path / "embeddings.npy")[:, 0].tolist() == list(map(len, texts))
+    assert ItemEncoder.from_pretrained(tmp_path / "item_encoder").text_view == "some/model"
     assert run(tmp_path, embedding_model="some/model", toy_users=31) == ALL  # other users, the same items
     assert len(asked) == len(set(asked))
 

@@ -6,8 +6,10 @@ import numpy as np
 
 from .collisions import assign_new_items, resolve_collisions
 from .embeddings import collaborative_embeddings, combine_views, item_text, text_embeddings
+from .item_encoder import ItemEncoder
 from .quantizer import ResidualKMeans
 from .report import format_report, quality_report
+from .text_view import TfidfView
 
 
 def build_semantic_ids(
@@ -47,7 +49,9 @@ def build_semantic_ids(
 
 
 __all__ = [
+    "ItemEncoder",
     "ResidualKMeans",
+    "TfidfView",
     "assign_new_items",
     "build_semantic_ids",
     "collaborative_embeddings",

@@ -49,7 +49,7 @@ def assign_new_items(existing_codes: np.ndarray, quantizer: ResidualKMeans, x_ne
         quantizer ([`ResidualKMeans`]):
             The quantizer they come from.
         x_new (`np.ndarray` of shape `(N, D)`):
-            Vectors of the new items, from the same embedding model.
+            Vectors of the new items, from the same embedding model; `N` may be 0.
 
     Returns:
         `np.ndarray` of shape `(N, M)`, int64.
@@ -66,6 +66,8 @@ def assign_new_items(existing_codes: np.ndarray, quantizer: ResidualKMeans, x_ne
             f"existing_codes rows {first} and {second} share the SID {existing[first].tolist()}: resolve the "
             "collisions of the catalogue first."
         )
+    if not len(x_new):
+        return np.empty((0, quantizer.num_sid_levels), dtype=np.int64)
     return _place(quantizer.encode(x_new), existing, quantizer, np.asarray(x_new))
 
 

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 from scipy import sparse
-from sklearn.decomposition import TruncatedSVD
-from sklearn.feature_extraction.text import TfidfVectorizer
 
 from .embedding_cache import cached_vectors
+from .svd import truncated_svd
+from .text_view import TfidfView
 
 
 TEXT_FIELDS = ("title", "brand", "categories", "description")
@@ -66,7 +66,8 @@ def text_embeddings(
         seed (`int`, *optional*, defaults to `0`):
             Seed of the randomised SVD.
         model (`str`, *optional*):
-            Name or path of a sentence-transformers model. `None` uses TF-IDF + truncated SVD, without any download.
+            Name or path of a sentence-transformers model. `None` uses TF-IDF + truncated SVD, without any download,
+            fitted to these texts; a [`TfidfView`] keeps the fit for later ones.
         batch_size (`int`, *optional*, defaults to `64`):
             Texts a batch of the sentence-transformers model.
         cache_dir (`str` or `os.PathLike`, *optional*):
@@ -88,13 +89,7 @@ def text_embeddings(
             raise ValueError(f"`texts` row {row} is {type(text).__name__}, expected str (see `item_text`).")
     if model is not None:
         return _sentence_embeddings(texts, model, batch_size, cache_dir)
-    # Lone characters count as words: sizes and model numbers ("M 6") tell products apart.
-    vectorizer = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2), max_features=100_000, token_pattern=r"(?u)\w+")
-    try:
-        counts = vectorizer.fit_transform(texts)
-    except ValueError:  # scikit-learn's "empty vocabulary": no text has a word
-        return np.zeros((len(texts), dim), dtype=np.float32)
-    return _svd(counts, dim, seed)
+    return TfidfView(dim, seed).fit_transform(texts)
 
 
 def _sentence_embeddings(
@@ -119,18 +114,6 @@ def _load_encoder(model: str):
             "unset for TF-IDF vectors."
         ) from error
     return SentenceTransformer(model)
-
-
-def _svd(matrix: sparse.csr_matrix, dim: int, seed: int) -> np.ndarray:
-    """Left singular vectors times singular values, `(rows, dim)` float32, zero columns beyond the matrix' width."""
-    width = min(dim, matrix.shape[1] - 1, matrix.shape[0] - 1)
-    out = np.zeros((matrix.shape[0], dim), dtype=np.float32)
-    if width < 1:  # one row or one column: nothing to reduce
-        column = np.asarray(matrix.sum(axis=1), dtype=np.float32)
-        out[:, :1] = column.reshape(-1, 1)
-    else:
-        out[:, :width] = TruncatedSVD(width, random_state=seed).fit_transform(matrix)
-    return out
 
 
 def collaborative_embeddings(
@@ -174,7 +157,7 @@ def collaborative_embeddings(
     positive = pmi > 0
     ppmi = sparse.csr_matrix((pmi[positive], (pairs.row[positive], pairs.col[positive])), shape=(num_items, num_items))
     seen = total > 0
-    out[seen] = _svd(ppmi, dim, seed)[seen]
+    out[seen] = truncated_svd(ppmi, dim, seed)[0][seen]
     return out
 
 

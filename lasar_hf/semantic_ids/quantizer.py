@@ -6,6 +6,7 @@ is held as an `(N, K)` matrix beyond a chunk of rows. Added to the textbook: dea
 worst, and balanced codes come from entropic optimal transport with an exact rounding.
 """
 
+import copy
 import json
 import os
 from pathlib import Path
@@ -195,6 +196,31 @@ class ResidualKMeans:
         codebook = self.codebooks[prefix.shape[1]]
         squared = residuals.square().sum(dim=1, keepdim=True) + codebook.square().sum(dim=1)
         return (squared - 2 * residuals @ codebook.T).clamp(min=0).double().cpu().numpy()
+
+    def narrowed(self, width: int) -> "ResidualKMeans":
+        """
+        The quantizer for vectors of which only the first columns are known: the others count in no distance.
+
+        A view that knows nothing of an item is a zero row, but zero is not unknown: it lies near the codes whose
+        centres have little of that view, and these would get most of the new items.
+
+        Args:
+            width (`int`):
+                Columns that are known, `1 ≤ width ≤ D`.
+
+        Returns:
+            [`ResidualKMeans`]: a quantizer with the same codes; this one stays as it is.
+
+        Raises:
+            `ValueError`: no such number of columns.
+        """
+        codebooks = self._fitted()
+        if not 1 <= width <= codebooks.shape[2]:
+            raise ValueError(f"width is {width}, expected 1 to {codebooks.shape[2]}, the columns of the codebooks.")
+        narrow = copy.copy(self)
+        narrow.codebooks = codebooks[..., :width]
+        narrow.bias = self.bias - codebooks[..., width:].square().sum(dim=2) / 2
+        return narrow
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
         """

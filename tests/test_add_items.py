@@ -1,0 +1,219 @@
+"""Adding items to a trained model's catalogue: the recipe as a whole, killed and repeated runs, refusals."""
+
+import importlib.util
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+import pytest
+
+from lasar_hf import SidCatalog
+from lasar_hf.configuration_lasar import sid_token
+from lasar_hf.data import toy_shop
+from lasar_hf.semantic_ids import ItemEncoder, ResidualKMeans, assign_new_items
+from tests.preparing import files, run
+from tests.tiny import tiny_model
+
+
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+SHOP = toy_shop(30, 48)
+NEW = [{"item_id": f"new-{row}"} | SHOP.items[row] for row in range(0, 48, 5)] + [{"item_id": "7 nameless"}]
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(f"{name}_recipe", RECIPES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    return load("add_items")
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("toy")
+    run(folder)
+    return folder
+
+
+@pytest.fixture
+def checkpoint(prepared, tmp_path):
+    for part in (*tiny_model(num_sid_levels=4, codebook_size=8), SidCatalog.from_pretrained(prepared / "catalog")):
+        part.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def write_items(path: Path, rows=NEW) -> str:
+    columns = {name: [row.get(name) for row in rows] for row in rows for name in row}
+    if path.suffix == ".parquet":
+        pq.write_table(pa.table(columns), path)
+    elif path.suffix == ".csv":
+        pa.csv.write_csv(pa.table(columns), path)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def add(recipe, prepared, checkpoint, items, **options):
+    arguments = {"items": [items], "data_dir": str(prepared), "checkpoint": str(checkpoint)} | options
+    recipe.main(recipe.AddItemsArguments(**arguments))
+    return SidCatalog.from_pretrained(options.get("output_dir", checkpoint))
+
+
+def test_new_items_get_their_own_semantic_ids_beside_the_old(recipe, prepared, checkpoint, tmp_path, caplog):
+    caplog.set_level("INFO")
+    before, data = SidCatalog.from_pretrained(checkpoint), files(prepared)
+    rows = [NEW[0], *NEW, {**NEW[0], "title": "a repeat"}, {"item_id": "item-3", "title": "of the catalogue"}]
+    after = add(recipe, prepared, checkpoint, write_items(tmp_path / "new.jsonl", rows))
+    assert after.item_ids == before.item_ids + [row["item_id"] for row in NEW]
+    assert after.codes[:48].equal(before.codes) and len(np.unique(after.codes.numpy(), axis=0)) == len(after)
+    first = after.codes[:, 0].numpy()
+    assert (first[48:-1] == first[:48:5]).mean() >= 0.9  # equal text, and co-occurrence that only the old ones have
+    vectors = ItemEncoder.from_pretrained(prepared / "item_encoder").encode(NEW)
+    quantizer = ResidualKMeans.from_pretrained(prepared / "quantizer").narrowed(8)
+    np.testing.assert_array_equal(after.codes[48:], assign_new_items(before.codes, quantizer, vectors))
+    assert f"{len(NEW)} items added, " in caplog.text and "1 items passed over" in caplog.text
+    assert f"1 of {len(NEW)} items have no word in common" in caplog.text
+    assert files(prepared) == data and not list(checkpoint.glob(".*"))
+
+    caplog.clear()
+    times = {path: path.stat().st_mtime_ns for path in checkpoint.iterdir()}
+    add(recipe, prepared, checkpoint, str(tmp_path / "new.jsonl"))
+    assert {path: path.stat().st_mtime_ns for path in checkpoint.iterdir()} == times
+    assert f"{len(NEW) + 1} items passed over" in caplog.text and "added" not in caplog.text
+
+
+def test_new_items_stand_in_histories(recipe, prepared, checkpoint, tmp_path):
+    add(recipe, prepared, checkpoint, write_items(tmp_path / "new.jsonl"))
+    histories = tmp_path / "histories.jsonl"
+    histories.write_text(json.dumps({"user_id": "a", "history": ["item-0", "new-5", "7 nameless"]}) + "\n")
+    recommend = load("recommend")
+    recommend.main(
+        recommend.RecommendArguments(
+            model=str(checkpoint), histories=str(histories), output_dir=str(tmp_path / "out"), top_k=59, num_beams=59
+        )
+    )
+    found = pq.read_table(tmp_path / "out" / "part-00000.parquet")["item_ids"][0].as_py()
+    assert set(found) == {*SHOP.item_ids, *(row["item_id"] for row in NEW)}
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_files_and_columns_of_other_names(recipe, prepared, checkpoint, tmp_path, suffix):
+    expected = add(recipe, prepared, checkpoint, write_items(tmp_path / "new.jsonl"), output_dir=tmp_path / "one")
+    texts = {name: f"my {name}" for name in ("title", "description", "brand", "categories")}
+    names = {"item_id": "asin"} | texts
+    rows = [{"price": 3} | {names[name]: value for name, value in row.items()} for row in NEW]
+    found = add(
+        recipe, prepared, checkpoint, write_items(tmp_path / f"new{suffix}", rows), output_dir=tmp_path / "other",
+        item_column="asin", text_columns=json.dumps(texts),
+    )  # fmt: skip
+    assert found.item_ids == expected.item_ids and found.codes.equal(expected.codes)
+
+
+def test_another_folder_grows_and_the_checkpoint_stays(recipe, prepared, checkpoint, tmp_path):
+    before, out = files(checkpoint), tmp_path / "out"
+    for rows in (NEW[:4], NEW, NEW):
+        grown = add(recipe, prepared, checkpoint, write_items(tmp_path / "new.jsonl", rows), output_dir=str(out))
+        assert grown.item_ids[48:] == [row["item_id"] for row in rows]
+    assert files(checkpoint) == before and set(files(out)) == {"sid_catalog.json", "sid_catalog.safetensors"}
+
+
+def test_a_killed_run_is_finished_by_the_next(recipe, prepared, checkpoint, tmp_path, monkeypatch):
+    items = write_items(tmp_path / "new.jsonl")
+    calm = shutil.copytree(checkpoint, tmp_path / "calm")
+    add(recipe, prepared, calm, items)
+    real, died = os.replace, []
+    for dies_at in range(5):  # two files beside, their folder, and the two files again
+        model, moves = shutil.copytree(checkpoint, tmp_path / str(dies_at)), []
+
+        def replace(*paths, moves=moves, dies_at=dies_at):
+            if len(moves) == dies_at:
+                raise KeyboardInterrupt
+            moves.append(paths)
+            real(*paths)
+
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(os, "replace", replace)
+            add(recipe, prepared, model, items)
+        died.append((model / "sid_catalog.json").exists())
+        add(recipe, prepared, model, items)
+        assert files(model) == files(calm)
+    assert all(died)  # never without a catalogue
+
+
+def test_nobody_gets_a_semantic_id_that_another_has_or_had(recipe, checkpoint, tmp_path, caplog):
+    """Without co-occurrence a twin is nearest to the very Semantic ID of its model, removed or not."""
+    caplog.set_level("INFO")
+    run(tmp_path / "data", collaborative_dim=0, steps=["interactions", "split", "embeddings", "semantic_ids"])
+    before = SidCatalog.from_pretrained(tmp_path / "data" / "catalog").remove(SHOP.item_ids[:24])
+    before.save_pretrained(checkpoint)
+    rows = [{"item_id": f"twin of {name}"} | item for name, item in zip(SHOP.item_ids, SHOP.items, strict=True)]
+    rows.append({"item_id": "item-0"} | SHOP.items[0])
+    after = add(recipe, tmp_path / "data", checkpoint, write_items(tmp_path / "new.jsonl", rows))
+    assert len(after) == 96 and after.removed.nonzero()[:, 0].tolist() == list(range(24))
+    assert len(np.unique(after.codes.numpy(), axis=0)) == 96
+    assert after.codes[48:, :3].equal(after.codes[:48, :3])
+    assert "48 items added, 48 of them with another last code" in caplog.text
+
+
+def given_index(folder: Path) -> dict:
+    codes = SidCatalog.from_pretrained(folder / "catalog").codes.tolist()
+    tokens = [[sid_token(*pair) for pair in enumerate(row)] for row in codes]
+    path = folder.parent / "toy.index.json"
+    path.write_text(json.dumps(dict(zip(SHOP.item_ids, tokens, strict=True))))
+    return {"index": str(path)}
+
+
+def test_data_without_quantizer_text_or_encoder_is_refused(recipe, prepared, checkpoint, tmp_path):
+    items = write_items(tmp_path / "new.jsonl")
+    steps = ["interactions", "split", "embeddings", "semantic_ids"]
+    run(tmp_path / "given", steps=steps, **given_index(prepared))
+    with pytest.raises(ValueError, match="given holds no quantizer, .* ready-made index"):
+        add(recipe, tmp_path / "given", checkpoint, items)
+    ratings = [f"u{user},{(user + 3 * step) % 25},{step}" for user in range(40) for step in range(8)]
+    (tmp_path / "ratings.csv").write_text("\n".join(["user_id,item_id,timestamp", *ratings]))
+    with pytest.warns(UserWarning, match="no item has text"):
+        run(tmp_path / "bare", "table", interactions=[str(tmp_path / "ratings.csv")], steps=steps)
+    with pytest.raises(ValueError, match="bare come from co-occurrence alone"):
+        add(recipe, tmp_path / "bare", checkpoint, items)
+    shutil.rmtree(shutil.copytree(prepared, tmp_path / "old") / "item_encoder")
+    with pytest.raises(FileNotFoundError, match=r"run recipes/prepare.py again"):
+        add(recipe, tmp_path / "old", checkpoint, items)
+    with pytest.raises(FileNotFoundError, match="nowhere holds no catalog"):
+        add(recipe, tmp_path / "nowhere", checkpoint, items)
+
+
+def test_a_checkpoint_of_other_data_is_refused(recipe, prepared, checkpoint, tmp_path):
+    items = write_items(tmp_path / "new.jsonl")
+    run(tmp_path / "other", seed=1, steps=["interactions", "split", "embeddings", "semantic_ids"])
+    with pytest.raises(ValueError, match="model does not continue the one in .*other"):
+        add(recipe, tmp_path / "other", checkpoint, items)
+    SidCatalog.from_pretrained(tmp_path / "other" / "catalog").save_pretrained(tmp_path / "out")
+    with pytest.raises(ValueError, match="out does not continue the one in"):
+        add(recipe, prepared, checkpoint, items, output_dir=str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "message"),
+    [
+        ([NEW[0], {"item_id": None, "title": "Saw"}], {}, "new.jsonl: row 2 has no item_id"),
+        ([{"id": "a"}], {}, "line 1 has no 'item_id'"),
+        (NEW[:1], {"text_columns": {"title": "name"}}, "line 1 has no 'name'"),
+        (NEW[:1], {"text_columns": '{"name": "title"}'}, "text_columns names 'name', expected some of title"),
+    ],
+)
+def test_files_that_are_refused(recipe, prepared, checkpoint, tmp_path, rows, options, message):
+    before = files(checkpoint)
+    with pytest.raises(ValueError, match=message):
+        add(recipe, prepared, checkpoint, write_items(tmp_path / "new.jsonl", rows), **options)
+    assert files(checkpoint) == before
