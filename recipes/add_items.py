@@ -25,7 +25,7 @@ from lasar_hf import SidCatalog
 from lasar_hf.arguments import read_json_object
 from lasar_hf.catalog_lasar import CATALOG_CONFIG_NAME, CATALOG_WEIGHTS_NAME
 from lasar_hf.data.interactions import TEXT_FIELDS, item_fields
-from lasar_hf.data.tables import read_batches
+from lasar_hf.data.tables import id_text, read_batches
 from lasar_hf.semantic_ids import ItemEncoder, ResidualKMeans, assign_new_items
 
 
@@ -64,12 +64,12 @@ def read_items(
     items = {}
     for path in paths:
         for start, batch in read_batches(path, [item_column, *needed], [*optional]):
-            for row, item_id in enumerate(batch[item_column]):
-                if item_id is None or item_id == "":
+            for row, item_id in enumerate(map(id_text, batch[item_column])):
+                if item_id is None:
                     raise ValueError(f"{path}: row {start + row} has no {item_column}.")
-                if str(item_id) not in items:
+                if item_id not in items:
                     raw = {name: batch[column][row] for name, column in columns.items()}
-                    items[str(item_id)] = item_fields(raw) | {"item_id": str(item_id)}
+                    items[item_id] = item_fields(raw) | {"item_id": item_id}
     return items
 
 
