@@ -277,7 +277,7 @@ def _as_rows(items, device: torch.device) -> torch.Tensor | None:
     """Row numbers as a tensor; `None` for what is none: a mask, fractions, names."""
     try:
         rows = torch.as_tensor(items, device=device)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError):
         return None
     if rows.numel() and (rows.dtype == torch.bool or rows.is_floating_point() or rows.is_complex()):
         return None

@@ -9,7 +9,6 @@ with `user_id`, `item_ids`, `scores` (log-probabilities) and `latent_steps`. The
 processes. A shard appears when it is whole; one that is there is not computed again.
 """
 
-import hashlib
 import json
 import os
 import sys
@@ -22,7 +21,6 @@ sys.path[:] = [entry for entry in sys.path if entry != str(Path(__file__).resolv
 from dataclasses import asdict, dataclass, field
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from accelerate import PartialState
@@ -32,8 +30,8 @@ from transformers import AutoTokenizer
 from trl import TrlParser
 
 from lasar_hf import LasarForGenerativeRec, SidCatalog
-from lasar_hf.data import PromptEncoder, write_json
-from lasar_hf.data.tables import read_batches
+from lasar_hf.data import PromptEncoder, file_hash, write_json
+from lasar_hf.data.tables import id_text, read_batches
 from lasar_hf.evaluation import recommend_samples
 from lasar_hf.trainers import content_hashes
 
@@ -67,44 +65,60 @@ class RecommendArguments:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1.")
 
 
-def read_histories(path: Path, catalog: SidCatalog) -> tuple[pa.Array, pa.ListArray]:
+def read_histories(path: Path, catalog: SidCatalog) -> tuple[list[str], list[list[int]]]:
     """User ids, and histories as item rows. Raises `ValueError` for what is missing, empty or unknown."""
-    parts = []
-    for _, batch in read_batches(path, ["user_id", "history"]):  # ids as they stand, even if they look like dates
-        names = [[str(item) for item in history or ()] for history in batch["history"]]
-        parts.append((pa.array(map(str, batch["user_id"])), pa.array(names, pa.list_(pa.string()))))
-    if not parts:
+    users, histories = [], []
+    for start, batch in read_batches(path, ["user_id", "history"]):
+        for number, (user, history) in enumerate(zip(batch["user_id"], batch["history"], strict=True), start):
+            name = id_text(user)
+            if name is None:
+                raise ValueError(f"{path}: row {number} has no user_id.")
+            if history and not isinstance(history, list):
+                raise ValueError(f"{path}: the history of user {name!r} is {history!r}, expected a list of item ids.")
+            if not history:
+                raise ValueError(f"{path}: the history of user {name!r} is empty.")
+            rows = [catalog.row_of.get(id_text(item)) for item in history]
+            if None in rows:
+                unknown = history[rows.index(None)]
+                raise ValueError(f"{path}: user {name!r} has the item {unknown!r}, which the catalogue lacks.")
+            users.append(name)
+            histories.append(rows)
+    if not users:
         raise ValueError(f"{path} holds no history.")
-    users, histories = map(pa.concat_arrays, zip(*parts, strict=True))
-    empty = pc.equal(pc.list_value_length(histories), 0)
-    if pc.any(empty).as_py():
-        raise ValueError(f"{path}: the history of user {users[pc.index(empty, True).as_py()].as_py()!r} is empty.")
-    items = histories.flatten()
-    rows = pc.index_in(items, value_set=pa.array(catalog.item_ids))
-    if rows.null_count:
-        first = pc.index(pc.is_null(rows), True).as_py()
-        user = users[pc.list_parent_indices(histories)[first].as_py()].as_py()
-        raise ValueError(f"{path}: user {user!r} has the item {items[first].as_py()!r}, which the catalogue lacks.")
-    ends = pc.cumulative_sum(pc.list_value_length(histories))
-    return users, pa.ListArray.from_arrays(pa.concat_arrays([pa.array([0], ends.type), ends]), rows)
+    return users, histories
+
+
+def model_files(model: str) -> dict[str, str]:
+    """Hash of each file that decides what a checkpoint answers; of an adapter, those of what it adapts too."""
+    parts = [content_hashes(model, pattern) for pattern in MODEL_FILES]
+    files = {name: digest for part in parts for name, digest in part.items()}
+    adapter = Path(model, "adapter_config.json")
+    if adapter.exists():
+        base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        files |= {f"{base}/{name}": digest for name, digest in model_files(base).items()}
+    return files
 
 
 def check_request(args: RecommendArguments, folder: Path) -> None:
     """Write down what the shards answer; a folder with shards that answer something else is refused."""
-    with open(args.histories, "rb") as file:
-        request = {**asdict(args), "histories_sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    request = {**asdict(args), "histories_sha256": file_hash(args.histories), "model": model_files(args.model)}
     del request["output_dir"], request["histories"]
-    # By content: a model trained again under the same name gives other answers.
-    files = [content_hashes(args.model, pattern) for pattern in MODEL_FILES]
-    request["model"] = {name: digest for part in files for name, digest in part.items()}
     path = folder / "request.json"
     if path.exists() and any(folder.glob("part-*.parquet")):
         before = json.loads(path.read_text(encoding="utf-8"))
         changed = sorted(name for name in request if request[name] != before.get(name))
         if changed:
             raise ValueError(f"{folder} holds shards made with another {', '.join(changed)}: use another output_dir.")
-        return
     write_json(path, request)
+
+
+def is_done(path: Path, request: str) -> bool:
+    """Whether a shard is there. Raises `ValueError` for one of another request, as two jobs in one folder leave."""
+    if not path.exists():
+        return False
+    if (pq.read_schema(path).metadata or {}).get(b"request") != request.encode():
+        raise ValueError(f"{path} answers another request than this one: use another output_dir.")
+    return True
 
 
 def main(args: RecommendArguments) -> None:
@@ -117,6 +131,7 @@ def main(args: RecommendArguments) -> None:
     if state.is_main_process:
         check_request(args, folder)
     state.wait_for_everyone()
+    request = file_hash(folder / "request.json")
     model = LasarForGenerativeRec.from_pretrained(args.model).to(state.device).eval()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     encoder = PromptEncoder(tokenizer, catalog.codes.numpy(), args.instruction, args.max_history)
@@ -124,22 +139,23 @@ def main(args: RecommendArguments) -> None:
     for number in tqdm(range(len(shards))[state.process_index :: state.num_processes], desc="Shards",
                        disable=not state.is_main_process):
         path = folder / f"part-{number:05d}.parquet"
-        if path.exists():
+        if is_done(path, request):
             continue
-        samples = Dataset.from_dict({"history": histories[shards[number] :][: args.shard_size].to_pylist()})
+        part = slice(shards[number], shards[number] + args.shard_size)
+        samples = Dataset.from_dict({"history": histories[part]})
         found = recommend_samples(
             model, samples, encoder, catalog, args.top_k, args.num_beams, args.latent_steps, args.batch_size,
             exclude_history=args.exclude_history,
         )
         kept = found.items >= 0
         table = pa.table({
-            "user_id": users[shards[number] :][: args.shard_size],
+            "user_id": users[part],
             "item_ids": [[catalog.item_ids[item] for item in row[keep]] for row, keep in
                          zip(found.items, kept, strict=True)],
             "scores": pa.array([row[keep] for row, keep in zip(found.scores, kept, strict=True)],
                                pa.list_(pa.float32())),
             "latent_steps": found.latent_steps,
-        })
+        }).replace_schema_metadata({"request": request})
         pq.write_table(table, folder / f"{path.name}.tmp")
         os.replace(folder / f"{path.name}.tmp", path)
     state.wait_for_everyone()

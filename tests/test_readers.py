@@ -5,6 +5,7 @@ import json
 import time
 from collections import Counter
 from datetime import UTC, date, datetime
+from decimal import Decimal
 
 import numpy as np
 import pyarrow as pa
@@ -409,6 +410,25 @@ def test_whole_numbers_are_the_same_ids_in_every_table(tmp_path):
     assert data.timestamps[0][0] == datetime(2024, 1, 1, tzinfo=UTC).timestamp()
 
 
+@pytest.mark.parametrize("form", ["numpy", "torch", "arrow"])
+def test_the_format_of_a_data_set_makes_no_difference(form):
+    rows = {"user_id": [1, 1], "item_id": [Decimal("7"), Decimal("12345678901234567890")], "timestamp": [1, 2]}
+    data = Dataset.from_dict(rows).with_format(form)
+    assert read_table(data, k_core=1).item_ids == ["7", "12345678901234567890"]
+
+
+def test_a_float_that_may_be_another_number_is_no_id():
+    with pytest.raises(ValueError, match="row 1 has no user_id: 9007199254740992.0 is none"):
+        read_table(Dataset.from_dict({"user_id": [2.0**53], "item_id": [1], "timestamp": [1]}), k_core=1)
+
+
+def test_columns_that_may_be_there_are_there_once(tmp_path):
+    (tmp_path / "log.csv").write_text("user_id,item_id,timestamp\na,x,1\n")
+    (tmp_path / "items.csv").write_text("item_id,title,title\nx,one,two\n")
+    with pytest.raises(ValueError, match="items.csv has several columns 'title'"):
+        read_table(tmp_path / "log.csv", tmp_path / "items.csv", k_core=1)
+
+
 def test_numbers_of_any_length_are_ordered():
     names = ["10", "9", "x", "1" * 5000, "09", "0"]
     assert sorted(names, key=natural_order) == ["0", "09", "9", "10", "1" * 5000, "x"]
@@ -427,4 +447,10 @@ def test_numbers_of_any_length_are_ordered():
 def test_lcrec_files_that_no_data_are_made_of(tmp_path, text, message):
     (tmp_path / "Shop.inter.json").write_text(text)
     with pytest.raises(ValueError, match=rf"Shop\.inter\.json: .*{message}"):
+        read_lcrec(tmp_path)
+
+
+def test_lcrec_text_of_items_without_a_name(tmp_path):
+    write(tmp_path, inter={"u": [1]}, item={" ": {"title": "x"}})
+    with pytest.raises(ValueError, match=r"Shop\.item\.json: ' ' is no name of an item"):
         read_lcrec(tmp_path)

@@ -131,10 +131,39 @@ def test_ids_are_kept_as_they_stand(recipe, tmp_path):
     path = tmp_path / "histories.jsonl"
     path.write_text('{"user_id": "2021-02-03", "history": ["2020-01-01", 7]}\n{"user_id": 5, "history": [7]}\n')
     users, histories = recipe.read_histories(path, catalog)
-    assert users.to_pylist() == ["2021-02-03", "5"] and histories.to_pylist() == [[0, 1], [1]]
-    path.write_text("")
-    with pytest.raises(ValueError, match="holds no history"):
-        recipe.read_histories(path, catalog)
+    assert users == ["2021-02-03", "5"] and histories == [[0, 1], [1]]
+    for text, message in (
+        ("", "holds no history"),
+        ('{"user_id": "a", "history": "77"}', "history of user 'a' is '77', expected a list of item ids"),
+        ('{"user_id": null, "history": [7]}', "row 1 has no user_id"),
+        ('{"user_id": "a", "history": [7, null]}', "has the item None, which the catalogue lacks"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            recipe.read_histories(path, catalog)
+    pq.write_table(pa.table({"user_id": [1.0], "history": [[7.0, 7.0]]}), tmp_path / "floats.parquet")
+    assert recipe.read_histories(tmp_path / "floats.parquet", catalog) == (["1"], [[1, 1]])
+
+
+def test_a_shard_of_another_job_is_refused(recipe, checkpoint, tmp_path):
+    """Two jobs that began in one empty folder."""
+    args = arguments(checkpoint, tmp_path)
+    recipe.main(recipe.RecommendArguments(**args))
+    request = tmp_path / "out" / "request.json"
+    request.write_text(request.read_text().replace('"top_k": 4', '"top_k": 3'))
+    with pytest.raises(ValueError, match="part-00000.parquet answers another request"):
+        recipe.main(recipe.RecommendArguments(**args | {"top_k": 3}))
+
+
+def test_an_adapter_is_known_with_its_base(recipe, tmp_path):
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    for folder in (base, adapter):
+        folder.mkdir()
+        (folder / "model.safetensors").write_text(folder.name)
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
+    before = recipe.model_files(str(adapter))
+    (base / "model.safetensors").write_text("trained again")
+    assert recipe.model_files(str(adapter)) != before
 
 
 def test_the_history_can_be_excluded(recipe, checkpoint, tmp_path):
@@ -150,7 +179,7 @@ def test_the_history_can_be_excluded(recipe, checkpoint, tmp_path):
     [
         ([["item-1"], ["item-2", "gone"]], "user 'user-1' has the item 'gone'"),
         ([["item-1"], []], "history of user 'user-1' is empty"),
-        ([[3, 4]], "user 'user-0' has the item '3'"),
+        ([[3, 4]], "user 'user-0' has the item 3, which"),
     ],
 )
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])

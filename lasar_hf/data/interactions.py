@@ -119,6 +119,8 @@ def read_lcrec(folder: str | Path) -> Interactions:
     text_path = path.with_name(path.name.removesuffix(".inter.json") + ".item.json")
     texts = _read_object(text_path) if text_path.exists() else {}
     for item, text in texts.items():
+        if id_text(item) is None:
+            raise ValueError(f"{text_path}: {item!r} is no name of an item.")
         if not isinstance(text, dict):
             raise ValueError(f"{text_path}: item {item!r} is {type(text).__name__}, expected an object.")
 

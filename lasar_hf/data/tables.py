@@ -2,9 +2,11 @@
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterator, Sequence
 from datetime import UTC, date, datetime
 from datetime import time as time_of_day
+from decimal import Decimal
 from math import isfinite
 from pathlib import Path
 
@@ -99,13 +101,14 @@ def id_text(value: object) -> str | None:
         `str`, *optional*: `None` for what cannot be one: nothing, blanks, a fraction, a truth value, a list, an
         object, or text with half a surrogate pair, which no file takes.
     """
-    if isinstance(value, float) and value.is_integer():
+    is_whole = isinstance(value, float) and value.is_integer() and abs(value) < 2**53  # beyond, floats have gaps
+    if is_whole or (isinstance(value, Decimal) and value.is_finite() and value == value.to_integral_value()):
         value = int(value)
     if not isinstance(value, str | int) or isinstance(value, bool):
         return None
     text = str(value)
-    is_whole = text.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in text)
-    return text if is_whole and text.strip() else None
+    is_text = text.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in text)
+    return text if is_text and text.strip() else None
 
 
 def _number(batches: Iterator[Batch]) -> Iterator[tuple[int, Batch]]:
@@ -117,10 +120,11 @@ def _number(batches: Iterator[Batch]) -> Iterator[tuple[int, Batch]]:
         start += size
 
 
-def _check(name: str, there: Sequence[str], columns: Sequence[str]) -> None:
+def _check(name: str, there: Sequence[str], columns: Sequence[str], optional: Sequence[str]) -> None:
     for column in columns:
         if column not in there:
             raise ValueError(f"{name} has no column {column!r}; its columns are {', '.join(there)}.")
+    for column in (*columns, *optional):
         if list(there).count(column) > 1:
             raise ValueError(f"{name} has several columns {column!r}: name each its own.")
 
@@ -129,9 +133,9 @@ def _dataset_batches(source: Dataset | IterableDataset, columns: Sequence[str], 
     there = source.column_names
     if there is None:  # a stream tells its columns with its first row
         there = list(next(iter(source), {}))
-    _check(source_name(source), there, columns)
+    _check(source_name(source), there, columns, optional)
     known = [column for column in (*columns, *optional) if column in there]
-    for batch in source.select_columns(known).iter(BATCH_ROWS):
+    for batch in source.select_columns(known).with_format(None).iter(BATCH_ROWS):
         yield _complete({column: list(batch[column]) for column in known}, optional)
 
 
@@ -139,7 +143,7 @@ def _csv_batches(path: Path, columns: Sequence[str], optional: Sequence[str]) ->
     try:
         with csv.open_csv(path) as reader:
             there = reader.schema.names
-        _check(str(path), there, columns)
+        _check(str(path), there, columns, optional)
         known = [column for column in (*columns, *optional) if column in there]
         # As text: an id such as 007 stays as it is, and a column of numbers may hold a word further down.
         convert = csv.ConvertOptions(
@@ -157,7 +161,7 @@ def _parquet_batches(path: Path, columns: Sequence[str], optional: Sequence[str]
     try:
         with parquet.ParquetFile(path) as file:
             there = file.schema_arrow.names
-            _check(str(path), there, columns)
+            _check(str(path), there, columns, optional)
             known = [column for column in (*columns, *optional) if column in there]
             for batch in file.iter_batches(BATCH_ROWS, columns=known):
                 yield _complete(batch.to_pydict(), optional)
@@ -190,7 +194,7 @@ def _json_rows(path: Path) -> Iterator[tuple[int, dict]]:
                 if not isinstance(row, dict):
                     raise ValueError(f"{path}: line {number} is {type(row).__name__}, expected an object.")
                 yield number, row
-        except (EOFError, gzip.BadGzipFile) as error:
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise ValueError(f"{path}: after line {number}: broken gzip file ({error}).") from error
 
 
