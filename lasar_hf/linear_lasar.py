@@ -32,7 +32,7 @@ def linear(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     Returns:
         `torch.Tensor` of shape `(..., O)`.
     """
-    if not _takes_onednn(states, weight):
+    if not _takes_onednn(states, weight, bias):
         return nn.functional.linear(states, weight, bias)
     rows = states.numel() // states.shape[-1]
     extra = _rounded(rows) - rows
@@ -43,7 +43,7 @@ def linear(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     return product[:rows].view(*states.shape[:-1], -1)
 
 
-def _takes_onednn(states: torch.Tensor, weight: torch.Tensor) -> bool:
+def _takes_onednn(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
     is_plain = not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling())
     return (
         HAS_ONEDNN
@@ -54,6 +54,7 @@ def _takes_onednn(states: torch.Tensor, weight: torch.Tensor) -> bool:
         and type(weight) in _PLAIN
         and type(states) in _PLAIN
         and states.shape[-1] == weight.shape[-1]
+        and (bias is None or bias.shape == weight.shape[:1])
         and weight.is_contiguous()
     )
 

@@ -5,16 +5,16 @@ Add items to the catalogue of a trained model: nothing is fitted again, and the 
 
 The items are embedded by their text as the prepared ones were (by their id where they have none) and get the nearest
 Semantic IDs that are free; their codes say nothing of co-occurrence, which they have none of. Ids that the catalogue
-has, removed ones too, are passed over: a second run does nothing, and one that was killed is finished by the next.
-`recommend.py` reads the extended catalogue; to train on or evaluate later, which is done on the items of `data_dir`,
-extend a copy of the checkpoint.
+has, removed ones too, are passed over: a second run does nothing. The catalogue is written beside the old one, and two
+files then take their places; a run that is killed between them is finished by the next. `recommend.py` reads the
+extended catalogue; to train on or evaluate later, which is done on the items of `data_dir`, extend a copy of the
+checkpoint.
 """
 
 import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from lasar_hf import SidCatalog
 from lasar_hf.arguments import read_json_object
 from lasar_hf.catalog_lasar import CATALOG_CONFIG_NAME, CATALOG_WEIGHTS_NAME
 from lasar_hf.data.interactions import TEXT_FIELDS, item_fields
+from lasar_hf.data.readers import cleaned, without_markup
 from lasar_hf.data.tables import id_text, read_batches
 from lasar_hf.semantic_ids import ItemEncoder, ResidualKMeans, assign_new_items
 
@@ -39,36 +40,37 @@ class AddItemsArguments:
     items: list[str] = field(metadata={"help": "Files of the new items (.csv, .parquet, .jsonl, …)."})
     data_dir: str = field(metadata={"help": "Folder that recipes/prepare.py wrote, on which the model was trained."})
     checkpoint: str = field(metadata={"help": "Folder of the trained model, whose catalogue is extended."})
-    output_dir: str | None = field(
-        default=None, metadata={"help": "Folder of the extended catalogue, if it is not to be the checkpoint's own."}
-    )
     item_column: str = field(default="item_id", metadata={"help": "Column of the item's id."})
     text_columns: dict | str | None = field(
         default=None,
         metadata={"help": 'Columns of the text, such as {"title": "name"}; those of the usual names if not given.'},
     )
+    strip_markup: bool = field(
+        default=False, metadata={"help": "Take HTML out of the text, as prepare.py does with Amazon's files."}
+    )
 
     def __post_init__(self):
         read_json_object(self, "text_columns")
+        if self.text_columns is not None and not self.text_columns:
+            raise ValueError("text_columns names no column: leave it out for those of the usual names.")
         unknown = set(self.text_columns or ()) - set(TEXT_FIELDS)
         if unknown:
             raise ValueError(f"text_columns names {min(unknown)!r}, expected some of {', '.join(TEXT_FIELDS)}.")
 
 
-def read_items(
-    paths: Sequence[str], item_column: str, text_columns: Mapping[str, str] | None
-) -> dict[str, dict[str, str]]:
+def read_items(args: AddItemsArguments) -> dict[str, dict[str, str]]:
     """From the id of each item of the files to its fields; the first row of an id counts."""
-    columns = text_columns or {name: name for name in TEXT_FIELDS}
-    needed, optional = (columns.values(), ()) if text_columns else ((), columns.values())
+    columns = args.text_columns or {name: name for name in TEXT_FIELDS}
+    needed, optional = (columns.values(), ()) if args.text_columns else ((), columns.values())
+    clean = without_markup if args.strip_markup else str
     items = {}
-    for path in paths:
-        for start, batch in read_batches(path, [item_column, *needed], [*optional]):
-            for row, item_id in enumerate(map(id_text, batch[item_column])):
+    for path in args.items:
+        for start, batch in read_batches(path, [args.item_column, *needed], [*optional]):
+            for row, item_id in enumerate(map(id_text, batch[args.item_column])):
                 if item_id is None:
-                    raise ValueError(f"{path}: row {start + row} has no {item_column}.")
+                    raise ValueError(f"{path}: row {start + row} has no {args.item_column}.")
                 if item_id not in items:
-                    raw = {name: batch[column][row] for name, column in columns.items()}
+                    raw = {name: cleaned(batch[column][row], clean) for name, column in columns.items()}
                     items[item_id] = item_fields(raw) | {"item_id": item_id}
     return items
 
@@ -97,13 +99,19 @@ def check_extends(catalog: SidCatalog, folder: Path, base: SidCatalog, base_fold
     if catalog.item_ids[:rows] != base.item_ids or not catalog.codes[:rows].equal(base.codes):
         raise ValueError(
             f"The catalogue in {folder} does not continue the one in {base_folder}: name the data that the checkpoint "
-            "was trained on, and no output_dir of another one."
+            "was trained on."
         )
 
 
 def extend(catalog: SidCatalog, items: dict[str, dict], encoder: ItemEncoder, quantizer: ResidualKMeans) -> SidCatalog:
     """The catalogue with the items, at the nearest Semantic IDs that no row has, hidden ones included."""
     vectors = encoder.encode(list(items.values()))
+    nameless = sum(set(item) == {"item_id"} for item in items.values())
+    if nameless:
+        logger.warning(
+            "%d of %d items have no text and are embedded by their id; text_columns names columns of other names.",
+            nameless, len(items),
+        )  # fmt: skip
     unknown = int((~vectors.any(axis=1)).sum())
     if unknown:
         logger.warning("%d of %d items have no word in common with the catalogue's.", unknown, len(items))
@@ -111,7 +119,7 @@ def extend(catalog: SidCatalog, items: dict[str, dict], encoder: ItemEncoder, qu
     taken = np.unique(catalog.codes.numpy(), axis=0)  # hidden rows may have had theirs given away
     codes = assign_new_items(taken, known, vectors)
     moved = int((codes != known.encode(vectors)).any(axis=1).sum())
-    logger.info("%d items added, %d of them with another last code: the nearest was taken.", len(items), moved)
+    logger.info("%d items added, %d of them beside the nearest Semantic ID, which was taken.", len(items), moved)
     return catalog.add(codes, list(items))
 
 
@@ -126,32 +134,34 @@ def write_catalog(catalog: SidCatalog, folder: Path) -> None:
 
 def finish_writing(folder: Path) -> None:
     """Move a catalogue that lies whole beside the old one to its place, or the rest of it."""
-    whole = folder / ".catalog"
-    if whole.is_dir():
-        for name in (CATALOG_WEIGHTS_NAME, CATALOG_CONFIG_NAME):
-            if (whole / name).exists():
-                os.replace(whole / name, folder / name)
-        whole.rmdir()
+    for name in (CATALOG_WEIGHTS_NAME, CATALOG_CONFIG_NAME):
+        if (folder / ".catalog" / name).exists():
+            os.replace(folder / ".catalog" / name, folder / name)
+    (folder / ".catalog").rmdir()
+
+
+def recover(folder: Path) -> None:
+    """After a run that was killed: finish it if one of the two files was moved, else forget what it wrote."""
+    if (folder / ".catalog").is_dir():
+        if (folder / ".catalog" / CATALOG_WEIGHTS_NAME).exists():  # the catalogue may have changed since
+            shutil.rmtree(folder / ".catalog")
+        else:
+            finish_writing(folder)
 
 
 def main(args: AddItemsArguments) -> None:
     """Add the items that the catalogue does not have."""
     data_dir, checkpoint = Path(args.data_dir), Path(args.checkpoint)
-    folder = Path(args.output_dir or checkpoint)
+    recover(checkpoint)
     encoder, quantizer = load_quantizer(data_dir)
-    items = read_items(args.items, args.item_column, args.text_columns)
-    for place in (checkpoint, folder):
-        finish_writing(place)
-    source = folder if (folder / CATALOG_CONFIG_NAME).exists() else checkpoint
-    catalog = SidCatalog.from_pretrained(source)
-    for base in (data_dir / "catalog", checkpoint):
-        check_extends(catalog, source, SidCatalog.from_pretrained(base), base)
+    items = read_items(args)
+    catalog, base = SidCatalog.from_pretrained(checkpoint), data_dir / "catalog"
+    check_extends(catalog, checkpoint, SidCatalog.from_pretrained(base), base)
     new = {item_id: item for item_id, item in items.items() if item_id not in catalog.row_of}
     if len(new) < len(items):
         logger.info("%d items passed over: the catalogue has them already.", len(items) - len(new))
     if new:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_catalog(extend(catalog, new, encoder, quantizer), folder)
+        write_catalog(extend(catalog, new, encoder, quantizer), checkpoint)
 
 
 if __name__ == "__main__":

@@ -90,9 +90,13 @@ class PrepareArguments:
     def __post_init__(self):
         check_choices(self)
         check_sizes(self.num_sid_levels, self.codebook_size, self.max_latent_steps)
-        least = {"text_dim": 1, "collaborative_dim": 0, "collaborative_weight": 0.0, "max_history": 1}
+        least = {
+            "text_dim": 1, "collaborative_dim": 0, "collaborative_weight": 0.0, "max_history": 1, "seed": 0,
+            "teacher_concurrency": 1, "tokenizer_size": 1,
+        }  # fmt: skip
         for name, smallest in least.items():
-            if not smallest <= getattr(self, name) < math.inf:
+            value = getattr(self, name)
+            if value is not None and not smallest <= value < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least {smallest}.")
 
 
@@ -124,7 +128,7 @@ def write_semantic_ids(
         weights["co-occurrence"] = collaborative_weight
         if not any(map(item_text, table.items)):
             warnings.warn("no item has text: Semantic IDs come from co-occurrence alone.", stacklevel=2)
-            del views["text"], weights["text"]
+            views, weights = {"co-occurrence": views["co-occurrence"]}, {"co-occurrence": 1.0}
     vectors, quantizer = combine_views(list(views.values()), list(weights.values())), None
     if index is not None:
         codes = data.read_index(index, table.item_ids, num_sid_levels, codebook_size, allow_collisions)

@@ -67,7 +67,7 @@ def write_items(path: Path, rows=NEW) -> str:
 def add(recipe, prepared, checkpoint, items, **options):
     arguments = {"items": [items], "data_dir": str(prepared), "checkpoint": str(checkpoint)} | options
     recipe.main(recipe.AddItemsArguments(**arguments))
-    return SidCatalog.from_pretrained(options.get("output_dir", checkpoint))
+    return SidCatalog.from_pretrained(checkpoint)
 
 
 def test_new_items_get_their_own_semantic_ids_beside_the_old(recipe, prepared, checkpoint, tmp_path, caplog):
@@ -109,23 +109,37 @@ def test_new_items_stand_in_histories(recipe, prepared, checkpoint, tmp_path):
 
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])
 def test_files_and_columns_of_other_names(recipe, prepared, checkpoint, tmp_path, suffix):
-    expected = add(recipe, prepared, checkpoint, write_items(tmp_path / "new.jsonl"), output_dir=tmp_path / "one")
+    other = shutil.copytree(checkpoint, tmp_path / "other")
+    expected = add(recipe, prepared, checkpoint, write_items(tmp_path / "new.jsonl"))
     texts = {name: f"my {name}" for name in ("title", "description", "brand", "categories")}
     names = {"item_id": "asin"} | texts
     rows = [{"price": 3} | {names[name]: value for name, value in row.items()} for row in NEW]
     found = add(
-        recipe, prepared, checkpoint, write_items(tmp_path / f"new{suffix}", rows), output_dir=tmp_path / "other",
+        recipe, prepared, other, write_items(tmp_path / f"new{suffix}", rows),
         item_column="asin", text_columns=json.dumps(texts),
     )  # fmt: skip
     assert found.item_ids == expected.item_ids and found.codes.equal(expected.codes)
 
 
-def test_another_folder_grows_and_the_checkpoint_stays(recipe, prepared, checkpoint, tmp_path):
-    before, out = files(checkpoint), tmp_path / "out"
+def test_a_catalogue_grows_again_and_again(recipe, prepared, checkpoint, tmp_path):
     for rows in (NEW[:4], NEW, NEW):
-        grown = add(recipe, prepared, checkpoint, write_items(tmp_path / "new.jsonl", rows), output_dir=str(out))
+        grown = add(recipe, prepared, checkpoint, write_items(tmp_path / "new.jsonl", rows))
         assert grown.item_ids[48:] == [row["item_id"] for row in rows]
-    assert files(checkpoint) == before and set(files(out)) == {"sid_catalog.json", "sid_catalog.safetensors"}
+
+
+def test_text_is_cleaned_as_the_readers_do(recipe, tmp_path, prepared, checkpoint, caplog):
+    pq.write_table(
+        pa.table({"item_id": ["a", "b"], "title": ["Tom &amp; Jerry<br/>mug", None], "brand": [np.nan, np.nan]}),
+        tmp_path / "new.parquet",
+    )
+    args = {"items": [str(tmp_path / "new.parquet")], "data_dir": "", "checkpoint": ""}
+    assert recipe.read_items(recipe.AddItemsArguments(**args)) == {
+        "a": {"title": "Tom &amp; Jerry<br/>mug", "item_id": "a"}, "b": {"item_id": "b"}
+    }  # fmt: skip
+    stripped = recipe.read_items(recipe.AddItemsArguments(**args, strip_markup=True))
+    assert stripped["a"]["title"] == "Tom & Jerry mug"
+    add(recipe, prepared, checkpoint, args["items"][0])
+    assert "1 of 2 items have no text and are embedded by their id" in caplog.text
 
 
 def test_a_killed_run_is_finished_by_the_next(recipe, prepared, checkpoint, tmp_path, monkeypatch):
@@ -145,10 +159,27 @@ def test_a_killed_run_is_finished_by_the_next(recipe, prepared, checkpoint, tmp_
         with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
             patched.setattr(os, "replace", replace)
             add(recipe, prepared, model, items)
-        died.append((model / "sid_catalog.json").exists())
+        try:
+            died.append(len(SidCatalog.from_pretrained(model)))
+        except ValueError:
+            died.append(None)
         add(recipe, prepared, model, items)
         assert files(model) == files(calm)
-    assert all(died)  # never without a catalogue
+    assert died == [48, 48, 48, 48, None]  # only between two moves that follow each other at once
+
+
+def test_what_a_killed_run_left_does_not_overwrite_what_came_after(
+    recipe, prepared, checkpoint, tmp_path, monkeypatch
+):
+    items = write_items(tmp_path / "new.jsonl")
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(recipe, "finish_writing", lambda folder: (_ for _ in ()).throw(KeyboardInterrupt))
+        add(recipe, prepared, checkpoint, items)
+    assert (checkpoint / ".catalog").is_dir()
+    SidCatalog.from_pretrained(checkpoint).remove(SHOP.item_ids[:5]).save_pretrained(checkpoint)
+    after = add(recipe, prepared, checkpoint, items)
+    assert after.removed.nonzero()[:, 0].tolist() == list(range(5)) and len(after) == 48 + len(NEW)
+    assert not (checkpoint / ".catalog").exists()
 
 
 def test_nobody_gets_a_semantic_id_that_another_has_or_had(recipe, checkpoint, tmp_path, caplog):
@@ -163,7 +194,7 @@ def test_nobody_gets_a_semantic_id_that_another_has_or_had(recipe, checkpoint, t
     assert len(after) == 96 and after.removed.nonzero()[:, 0].tolist() == list(range(24))
     assert len(np.unique(after.codes.numpy(), axis=0)) == 96
     assert after.codes[48:, :3].equal(after.codes[:48, :3])
-    assert "48 items added, 48 of them with another last code" in caplog.text
+    assert "48 items added, 48 of them beside the nearest Semantic ID" in caplog.text
 
 
 def given_index(folder: Path) -> dict:
@@ -198,9 +229,6 @@ def test_a_checkpoint_of_other_data_is_refused(recipe, prepared, checkpoint, tmp
     run(tmp_path / "other", seed=1, steps=["interactions", "split", "embeddings", "semantic_ids"])
     with pytest.raises(ValueError, match="model does not continue the one in .*other"):
         add(recipe, tmp_path / "other", checkpoint, items)
-    SidCatalog.from_pretrained(tmp_path / "other" / "catalog").save_pretrained(tmp_path / "out")
-    with pytest.raises(ValueError, match="out does not continue the one in"):
-        add(recipe, prepared, checkpoint, items, output_dir=str(tmp_path / "out"))
 
 
 @pytest.mark.parametrize(
@@ -209,6 +237,7 @@ def test_a_checkpoint_of_other_data_is_refused(recipe, prepared, checkpoint, tmp
         ([NEW[0], {"item_id": None, "title": "Saw"}], {}, "new.jsonl: row 2 has no item_id"),
         ([{"id": "a"}], {}, "line 1 has no 'item_id'"),
         (NEW[:1], {"text_columns": {"title": "name"}}, "line 1 has no 'name'"),
+        (NEW[:1], {"text_columns": "{}"}, "text_columns names no column"),
         (NEW[:1], {"text_columns": '{"name": "title"}'}, "text_columns names 'name', expected some of title"),
     ],
 )

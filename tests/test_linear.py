@@ -52,6 +52,7 @@ def test_gradients_autocast_and_other_types_take_the_ordinary_way(products):
     with torch.no_grad():
         linear(torch.randn(2, 8).double(), layer.weight.double(), layer.bias.double())
         linear(torch.randn(2, 8), torch.randn(8, 8).t())
+        linear(torch.randn(2, 8), torch.randn(8, 8), torch.randn(1))
     assert products == []
 
 

@@ -114,7 +114,7 @@ def read_amazon(
     table = log.interactions(k_core, keep_repeats=False)
     if metadata is not None:
         columns = {"title": "title", "description": "description"} | text_columns
-        _fill_text(table, _listed(metadata), item_column, columns, False, _without_markup)
+        _fill_text(table, _listed(metadata), item_column, columns, False, without_markup)
     return table
 
 
@@ -223,7 +223,7 @@ def _fill_text(
                 again += row in filled
                 if row not in filled:
                     filled.add(row)
-                    raw = {field: _cleaned(batch[column][position], clean) for field, column in text_columns.items()}
+                    raw = {field: cleaned(batch[column][position], clean) for field, column in text_columns.items()}
                     table.items[row].update(item_fields(raw))
     if again:
         warnings.warn(f"{again} rows repeat an item of {source_name(sources[0])}; the first counts.", stacklevel=3)
@@ -232,13 +232,15 @@ def _fill_text(
         warnings.warn(f"{without} of {len(rows)} items have no text; they are kept without.", stacklevel=3)
 
 
-def _cleaned(value: object, clean: Callable[[str], str]) -> object:
+def cleaned(value: object, clean: Callable[[str], str] = str) -> object:
+    """A text field with each of its strings cleaned; `None` for nothing, as NaN is in a column of numbers."""
     if isinstance(value, list | tuple):
         return [clean(str(part)) for part in value if part is not None]
-    return None if value is None or value != value else clean(str(value))  # NaN: nothing in a column of numbers
+    return None if value is None or value != value else clean(str(value))
 
 
-def _without_markup(text: str) -> str:
+def without_markup(text: str) -> str:
+    """Text without HTML, as the reviews of Amazon hold it."""
     return " ".join(re.sub(r"<[^<>]*>", " ", html.unescape(text)).split())
 
 

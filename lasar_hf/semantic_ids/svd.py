@@ -30,4 +30,7 @@ def truncated_svd(matrix: sparse.csr_matrix, dim: int, seed: int) -> tuple[np.nd
         return out, np.ones((1, matrix.shape[1]), dtype=np.float32)
     svd = TruncatedSVD(width, random_state=seed)
     out[:, :width] = svd.fit_transform(matrix)
-    return out, svd.components_.astype(np.float32)
+    components = svd.components_.astype(np.float32)
+    # Directions beyond the rank are arbitrary: they would put noise into other rows.
+    components[svd.singular_values_ <= 1e-6 * svd.singular_values_[0]] = 0
+    return out, components

@@ -64,6 +64,8 @@ class TfidfView:
 
     def fit_transform(self, texts: Sequence[str]) -> np.ndarray:
         """Fit and return the vectors of the same texts, `(N, dim)` float32: those of `transform` up to rounding."""
+        if isinstance(texts, str) or not len(texts) or self.dim < 1:
+            raise ValueError(f"expected at least one text and column, not {texts!r} and dim={self.dim}.")
         self._vectorizer = TfidfVectorizer(max_features=MAX_WORDS, **WORDS)
         try:
             weights = self._vectorizer.fit_transform(texts)
