@@ -25,7 +25,7 @@ from trl import TrlParser
 
 from lasar_hf import LasarForGenerativeRec, SidCatalog
 from lasar_hf.arguments import check_choices
-from lasar_hf.data import PreparedData, PromptEncoder
+from lasar_hf.data import PreparedData
 from lasar_hf.evaluation import (
     comparison_table,
     evaluate_recommendations,
@@ -82,7 +82,7 @@ def evaluate_model(args: EvaluateArguments, data: PreparedData, samples, path: s
     """Item rows `(U, 20)` and the row of numbers of one model; batches are dealt to the processes."""
     state = PartialState()
     model = LasarForGenerativeRec.from_pretrained(path).to(state.device).eval()
-    encoder = PromptEncoder(AutoTokenizer.from_pretrained(path), data.codes, args.instruction, args.max_history)
+    encoder = data.encoder(AutoTokenizer.from_pretrained(path), args.instruction, args.max_history)
     catalog = SidCatalog.from_pretrained(path)
     data.check_catalog(catalog.item_ids, catalog.codes, path)
     # Whole batches of users in the order of recommend_samples: one process has the same, and with them all rounding.

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, set_seed
 from trl import TrlParser
 
 from lasar_hf import LasarForGenerativeRec, LasarGRPOConfig, LasarGRPOTrainer, SidCatalog
-from lasar_hf.data import AnchorStore, PreparedData, PromptEncoder, checkpoint_hash, grpo_rows
+from lasar_hf.data import AnchorStore, PreparedData, checkpoint_hash, grpo_rows
 from lasar_hf.trainers import (
     LasarModelConfig,
     checkpoint_to_resume,
@@ -58,7 +58,7 @@ def main(script: GRPOScriptArguments, training_args: LasarGRPOConfig, model_args
     catalog = SidCatalog.from_pretrained(model_args.model_name_or_path)
     data.check_catalog(catalog.item_ids, catalog.codes, model_args.model_name_or_path)
     tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path)
-    encoder = PromptEncoder(tokenizer, data.codes, script.instruction, script.max_history)
+    encoder = data.encoder(tokenizer, script.instruction, script.max_history)
     training_args.model_init_kwargs = model_args.init_kwargs | (training_args.model_init_kwargs or {})
     peft_config = None
     if model_args.use_peft:

@@ -183,6 +183,7 @@ def prepare(args: PrepareArguments, source: data.SourceArguments) -> list[str]:
     # Arguments that are not in use decide nothing.
     weight = {"collaborative_weight": args.collaborative_weight}
     shares = {"validation_share": args.validation_share, "test_share": args.test_share}
+    fit = {"text_dim": args.text_dim, "seed": args.seed}
     model = {"teacher_model": args.teacher_model}
     by_time, asks = args.split == "global_time", args.teacher == "openai"
     unsaid = ("output_dir", "steps", "teacher_base_url", "teacher_concurrency")  # they do not decide what is written
@@ -193,7 +194,7 @@ def prepare(args: PrepareArguments, source: data.SourceArguments) -> list[str]:
     return data.run_steps(folder, [
         step(data.write_interactions, bound=read, **data.source_settings(source, args.seed)),
         step(data.write_split, "interactions", "split", shares, **shares if by_time else {}),
-        step(write_embeddings, "interactions", "embedding_model text_dim seed"),
+        step(write_embeddings, "interactions", "embedding_model", fit, **{} if args.embedding_model else fit),
         step(write_semantic_ids, "interactions split embeddings", sids, {"index": args.index} | weight, index=index,
              **weight if args.collaborative_dim else {}),
         step(data.write_chains, "interactions split", "targets max_history teacher", endpoint,

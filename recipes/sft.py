@@ -149,7 +149,7 @@ def main(script: SFTScriptArguments, training_args: LasarSFTConfig, model_args: 
     catalog = SidCatalog.from_pretrained(Path(script.data_dir, "catalog"))
     with whole_weights():
         model, tokenizer = load_model(script, model_args, data)
-    encoder = PromptEncoder(tokenizer, data.codes, script.instruction, script.max_history)
+    encoder = data.encoder(tokenizer, script.instruction, script.max_history)
     anchors = None
     if script.stage == 1:
         rows = stage1_rows(data, encoder, script.rows)

@@ -446,3 +446,9 @@ def test_a_sample_keeps_the_newest_of_a_long_history(toy, tmp_path):
         assert list(short[name]["history"]) == [history[-3:] for history in whole[name]["history"]]
         assert short[name]["target"] == whole[name]["target"]
     assert max(map(len, whole["test"]["history"])) > 3
+    data = PreparedData.load(tmp_path)
+    tokenizer = encoder_of(tmp_path, data).tokenizer
+    encoder = data.encoder(tokenizer, "Next:", 3)
+    assert encoder.text([0, 1, 2, 3]) == encoder.text([1, 2, 3])
+    with pytest.warns(UserWarning, match="the samples keep 3 items of a history"):
+        data.encoder(tokenizer, "Next:", 4)

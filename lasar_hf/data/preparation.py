@@ -92,7 +92,7 @@ def write_samples(
     columns = [chains.rename_column("text", "chain_of_thought"), segments.rename_column("text", "segments")]
     parts["train"] = concatenate_datasets([parts["train"], *columns], axis=1)
     items = PreparedData.item_table(interactions, codes)
-    PreparedData(items, DatasetDict(parts), codebook_size).save(out)
+    PreparedData(items, DatasetDict(parts), codebook_size, max_history=max_history).save(out)
 
 
 def write_card(folder: Path, out: Path, arguments: dict[str, object], lasar_hf: str) -> None:

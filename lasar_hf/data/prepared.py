@@ -3,15 +3,18 @@
 import json
 import os
 import shutil
+import warnings
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
 from datasets import Dataset, DatasetDict
+from transformers import PreTrainedTokenizerBase
 
 from .interactions import ID_FIELDS, TEXT_FIELDS, Interactions
 from .pipeline import write_json
+from .prompts import PromptEncoder
 from .splits import Split, TimeSplit
 from .storage import load_split, save_split
 
@@ -36,12 +39,15 @@ class PreparedData:
             Codes a level, `K`; not every code need be in use.
         stored_split (`Split` or `TimeSplit`, *optional*):
             What the samples were made of. A leave-one-out split is rebuilt from the samples if not given.
+        max_history (`int`, *optional*):
+            Newest items of a history that the samples keep; all if not given.
     """
 
     items: Dataset
     samples: DatasetDict
     codebook_size: int
     stored_split: Split | TimeSplit | None = None
+    max_history: int | None = None
 
     @cached_property
     def codes(self) -> np.ndarray:
@@ -79,6 +85,29 @@ class PreparedData:
             held_out = ([*one, *other] for one, other in zip(split.validation, split.test, strict=True))
         histories = [[*train, *rest] for train, rest in zip(split.train, held_out, strict=True)]
         return Interactions(self.item_ids, fields, split.user_ids, histories)
+
+    def encoder(self, tokenizer: PreTrainedTokenizerBase, instruction: str, max_history: int) -> PromptEncoder:
+        """
+        Prompts of the samples; warns where they are to show more of a history than the samples keep.
+
+        Args:
+            tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+                Tokenizer with the SID and control tokens.
+            instruction (`str`):
+                Text before the history.
+            max_history (`int`):
+                Most items of a history that are shown.
+
+        Returns:
+            [`PromptEncoder`].
+        """
+        if self.max_history is not None and max_history > self.max_history:
+            warnings.warn(
+                f"max_history is {max_history}, but the samples keep {self.max_history} items of a history: prepare "
+                f"with max_history={max_history} to show more.",
+                stacklevel=2,
+            )
+        return PromptEncoder(tokenizer, self.codes, instruction, max_history)
 
     def check_catalog(self, item_ids: list[str], codes, source: str) -> None:
         """
@@ -142,7 +171,8 @@ class PreparedData:
             shutil.rmtree(folder / name, ignore_errors=True)
             if name in writers:
                 os.replace(scratch, folder / name)
-        write_json(folder / "prepared.json", {"codebook_size": self.codebook_size})
+        facts = {"codebook_size": self.codebook_size, "max_history": self.max_history}
+        write_json(folder / "prepared.json", facts)
 
     @classmethod
     def load(cls, folder: str | Path) -> "PreparedData":
