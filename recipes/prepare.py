@@ -164,6 +164,19 @@ def write_samples(folder: Path, out: Path, **settings: object) -> None:
     data.write_samples(folder, out, SidCatalog.from_pretrained(folder / "catalog").codes.numpy(), **settings)
 
 
+def unused(args: PrepareArguments) -> set[str]:
+    """Arguments that the others leave without effect: a change of theirs is no reason to run a step again."""
+    in_use = {
+        "validation_share": args.split == "global_time",
+        "test_share": args.split == "global_time",
+        "text_dim": args.embedding_model is None,
+        "collaborative_weight": args.collaborative_dim > 0,
+        "balanced": args.index is None,
+        "teacher_model": args.teacher == "openai",
+    }
+    return {name for name, is_used in in_use.items() if not is_used}
+
+
 def prepare(args: PrepareArguments, source: data.SourceArguments) -> list[str]:
     """Run the steps that are not up to date; returns their names."""
     if args.teacher == "openai" and not args.teacher_model:
@@ -176,29 +189,24 @@ def prepare(args: PrepareArguments, source: data.SourceArguments) -> list[str]:
         """A step gets the arguments named, and they are its fingerprint with `more`; `bound` only its function."""
         settings = {name: getattr(args, name) for name in names.split()}
         name = run.__name__.removeprefix("write_")
-        return data.Step(name, partial(run, folder, **settings, **bound or {}), settings | more, tuple(after.split()))
+        run = partial(run, folder, **settings, **bound or {})
+        deciding = {key: value for key, value in settings.items() if key not in idle}
+        return data.Step(name, run, deciding | more, tuple(after.split()))
 
-    sids = "num_sid_levels codebook_size balanced collaborative_dim seed allow_collisions"
+    idle = unused(args)
+    sids = "num_sid_levels codebook_size balanced collaborative_dim collaborative_weight seed allow_collisions"
     index = data.file_hash(args.index) if args.index else None
-    # Arguments that are not in use decide nothing.
-    weight = {"collaborative_weight": args.collaborative_weight}
-    shares = {"validation_share": args.validation_share, "test_share": args.test_share}
-    fit = {"text_dim": args.text_dim, "seed": args.seed}
-    model = {"teacher_model": args.teacher_model}
-    by_time, asks = args.split == "global_time", args.teacher == "openai"
     unsaid = ("output_dir", "steps", "teacher_base_url", "teacher_concurrency")  # they do not decide what is written
     card = {"arguments": {k: v for k, v in (asdict(source) | asdict(args)).items() if k not in unsaid}}
     card["lasar_hf"] = __version__
-    endpoint = {"base_url": args.teacher_base_url, "concurrency": args.teacher_concurrency} | model
+    endpoint = {"base_url": args.teacher_base_url, "concurrency": args.teacher_concurrency}
     read = {"source": source, "seed": args.seed}
     return data.run_steps(folder, [
         step(data.write_interactions, bound=read, **data.source_settings(source, args.seed)),
-        step(data.write_split, "interactions", "split", shares, **shares if by_time else {}),
-        step(write_embeddings, "interactions", "embedding_model", fit, **{} if args.embedding_model else fit),
-        step(write_semantic_ids, "interactions split embeddings", sids, {"index": args.index} | weight, index=index,
-             **weight if args.collaborative_dim else {}),
-        step(data.write_chains, "interactions split", "targets max_history teacher", endpoint,
-             **model if asks else {}),
+        step(data.write_split, "interactions", "split validation_share test_share"),
+        step(write_embeddings, "interactions", "embedding_model text_dim seed"),
+        step(write_semantic_ids, "interactions split embeddings", sids, {"index": args.index}, index=index),
+        step(data.write_chains, "interactions split", "targets max_history teacher teacher_model", endpoint),
         step(write_segments, "chains", "max_latent_steps segment_model"),
         step(write_tokenizer, "interactions segments", "tokenizer_size instruction"),
         step(write_samples, "interactions split semantic_ids chains segments", "targets max_history codebook_size"),
