@@ -25,7 +25,7 @@ from lasar_hf import SidCatalog
 from lasar_hf.arguments import read_json_object
 from lasar_hf.catalog_lasar import CATALOG_CONFIG_NAME, CATALOG_WEIGHTS_NAME
 from lasar_hf.data.interactions import TEXT_FIELDS, item_fields
-from lasar_hf.data.readers import cleaned, without_markup
+from lasar_hf.data.readers import check_text_columns, cleaned, without_markup
 from lasar_hf.data.tables import id_text, read_batches
 from lasar_hf.semantic_ids import ItemEncoder, ResidualKMeans, assign_new_items
 
@@ -51,11 +51,7 @@ class AddItemsArguments:
 
     def __post_init__(self):
         read_json_object(self, "text_columns")
-        if self.text_columns is not None and not self.text_columns:
-            raise ValueError("text_columns names no column: leave it out for those of the usual names.")
-        unknown = set(self.text_columns or ()) - set(TEXT_FIELDS)
-        if unknown:
-            raise ValueError(f"text_columns names {min(unknown)!r}, expected some of {', '.join(TEXT_FIELDS)}.")
+        check_text_columns(self.text_columns)
 
 
 def read_items(args: AddItemsArguments) -> dict[str, dict[str, str]]:
@@ -124,7 +120,7 @@ def extend(catalog: SidCatalog, items: dict[str, dict], encoder: ItemEncoder, qu
 
 
 def write_catalog(catalog: SidCatalog, folder: Path) -> None:
-    """Replace the catalogue of a folder. It is written beside first: a run that is killed leaves no half."""
+    """Replace the catalogue of a folder. It is written beside first, so that nothing but two moves is left."""
     scratch = folder / ".catalog.tmp"
     shutil.rmtree(scratch, ignore_errors=True)
     catalog.save_pretrained(scratch)

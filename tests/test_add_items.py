@@ -237,8 +237,8 @@ def test_a_checkpoint_of_other_data_is_refused(recipe, prepared, checkpoint, tmp
         ([NEW[0], {"item_id": None, "title": "Saw"}], {}, "new.jsonl: row 2 has no item_id"),
         ([{"id": "a"}], {}, "line 1 has no 'item_id'"),
         (NEW[:1], {"text_columns": {"title": "name"}}, "line 1 has no 'name'"),
-        (NEW[:1], {"text_columns": "{}"}, "text_columns names no column"),
-        (NEW[:1], {"text_columns": '{"name": "title"}'}, "text_columns names 'name', expected some of title"),
+        (NEW[:1], {"text_columns": "{}"}, "`text_columns` names no column"),
+        (NEW[:1], {"text_columns": '{"name": "title"}'}, "`text_columns` names 'name', expected some of title"),
     ],
 )
 def test_files_that_are_refused(recipe, prepared, checkpoint, tmp_path, rows, options, message):

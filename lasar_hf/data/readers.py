@@ -67,12 +67,8 @@ def read_table(
         ValueError: a missing column, a broken row, a row without user, item or time, an unknown text field, or nothing
             left after the filters. Names the file and the row.
     """
-    if text_columns is not None and not text_columns:
-        raise ValueError("`text_columns` names no column: leave it out for those that have the fields' names.")
+    check_text_columns(text_columns)
     text_columns, required = (text_columns, True) if text_columns else ({name: name for name in TEXT_FIELDS}, False)
-    unknown = set(text_columns) - set(TEXT_FIELDS)
-    if unknown:
-        raise ValueError(f"`text_columns` names {min(unknown)!r}, expected some of {', '.join(TEXT_FIELDS)}.")
     log = _Log(user_column, item_column, time_column)
     for source in _listed(interactions):
         log.read(source)
@@ -230,6 +226,15 @@ def _fill_text(
     without = sum(not item for item in table.items)
     if without:
         warnings.warn(f"{without} of {len(rows)} items have no text; they are kept without.", stacklevel=3)
+
+
+def check_text_columns(text_columns: Mapping[str, str] | None) -> None:
+    """Refuse a mapping from text fields to columns that is empty, or names a field that there is not."""
+    if text_columns is not None and not text_columns:
+        raise ValueError("`text_columns` names no column: leave it out for those that have the fields' names.")
+    unknown = set(text_columns or ()) - set(TEXT_FIELDS)
+    if unknown:
+        raise ValueError(f"`text_columns` names {min(unknown)!r}, expected some of {', '.join(TEXT_FIELDS)}.")
 
 
 def cleaned(value: object, clean: Callable[[str], str] = str) -> object:

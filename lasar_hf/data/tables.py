@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from datetime import UTC, date, datetime
 from datetime import time as time_of_day
 from decimal import Decimal
-from math import isfinite
+from math import isfinite, nan
 from pathlib import Path
 
 import pyarrow as pa
@@ -69,6 +69,7 @@ def as_time(value: object, where: str) -> float:
     Raises:
         ValueError: neither a number nor an ISO date, or not finite; `where` names the place.
     """
+    time = nan  # of what is not read below: a truth value
     try:
         if isinstance(value, str):
             try:
@@ -80,8 +81,8 @@ def as_time(value: object, where: str) -> float:
         if isinstance(value, datetime):
             zoned = value if value.tzinfo else value.replace(tzinfo=UTC)
             time = zoned.timestamp()
-        elif not isinstance(value, str):
-            time = float("true" if isinstance(value, bool) else value)
+        elif not isinstance(value, str | bool):
+            time = float(value)
     except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{where}: {value!r} is no time, expected a number or a date like 2024-01-31.") from error
     if not isfinite(time):

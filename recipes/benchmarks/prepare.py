@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +44,7 @@ def write_shop(folder: Path, rows: int, seed: int) -> None:
     blocks = interactions(rows, users, items, seed)
     first = next(blocks)
     with csv.CSVWriter(folder / "interactions.csv", first.schema) as file:
-        for block in (first, *blocks):
+        for block in chain([first], blocks):
             file.write_table(block)
     number = np.arange(items)
     kind, brand = number % 60, number % 200
