@@ -29,18 +29,14 @@ from lasar_hf import (
     SidCatalog,
 )
 from lasar_hf.data import (
-    PromptEncoder,
-    TemplateTeacher,
-    alignment_rows,
+    LasarProcessor,
+    alignment_examples,
     build_tokenizer,
-    checkpoint_hash,
-    encode_anchors,
-    grpo_rows,
-    history_rows,
+    grpo_examples,
+    history_examples,
     leave_one_out,
-    reasoning_rows,
+    reasoning_examples,
     samples,
-    segment,
     toy_shop,
 )
 from lasar_hf.evaluation import (
@@ -51,6 +47,7 @@ from lasar_hf.evaluation import (
     recommend_samples,
     save_report,
 )
+from lasar_hf.reasoning import TemplateTeacher, checkpoint_hash, encode_anchors, segment
 from lasar_hf.semantic_ids import (
     build_semantic_ids,
     collaborative_embeddings,
@@ -125,8 +122,8 @@ def main() -> None:
     say(f"Toy shop: {len(split.user_ids)} users, {len(catalog)} items, Semantic IDs of {LEVELS} x {CODES} codes.")
 
     model, tokenizer = make_model(shop, quantizer)
-    encoder = PromptEncoder(tokenizer, catalog.codes.numpy(), instruction="")
-    rows = [history_rows(split, encoder), alignment_rows(shop, split, encoder, tasks=("title_to_sid",))]
+    processor = LasarProcessor(tokenizer, catalog.codes.numpy(), instruction="")
+    rows = [history_examples(split, processor), alignment_examples(shop, split, processor, tasks=("title_to_sid",))]
     args = LasarSFTConfig(
         str(OUTPUT / "stage1"), num_train_epochs=30, learning_rate=4e-3, weight_decay=0.1, warmup_steps=0.05,
         per_device_train_batch_size=32, train_sampling_strategy="group_by_length", **COMMON,
@@ -143,7 +140,7 @@ def main() -> None:
         table[name] = evaluate_recommendations(predictions, targets, len(catalog))
 
     def evaluate(name: str, latent_steps: int | None = None) -> None:
-        result = recommend_samples(model, test, encoder, catalog, latent_steps=latent_steps)
+        result = recommend_samples(model, test, processor, catalog, latent_steps=latent_steps)
         table[name] = evaluate_recommendations(
             result.items, targets, len(catalog), result.latent_steps, result.seconds
         )
@@ -162,7 +159,7 @@ def main() -> None:
         per_device_train_batch_size=64, alignment_weight=0.05, policy_weight=0.1, **COMMON,
     )
     stage2 = LasarSFTTrainer(
-        model, args, catalog, anchors, train_dataset=reasoning_rows(train, encoder, anchors.depths),
+        model, args, catalog, anchors, train_dataset=reasoning_examples(train, processor, anchors.depths),
         processing_class=tokenizer,
     )
     stage2.train()
@@ -174,7 +171,7 @@ def main() -> None:
         **COMMON,
     )
     rl = LasarGRPOTrainer(
-        model, args, catalog, train_dataset=grpo_rows(train, encoder, anchors), processing_class=tokenizer
+        model, args, catalog, train_dataset=grpo_examples(train, processor, anchors), processing_class=tokenizer
     )
     rl.train()
     evaluate("LASAR-RL")
@@ -188,7 +185,7 @@ def main() -> None:
     print("\n" + comparison_table({n: {k: v for k, v in row.items() if k in shown} for n, row in table.items()}))
 
     user = 3
-    inputs = tokenizer(encoder.text(test[user]["history"]), return_tensors="pt", add_special_tokens=False)
+    inputs = tokenizer(processor.prompt_text(test[user]["history"]), return_tensors="pt", add_special_tokens=False)
     result = model.recommend(inputs.input_ids, inputs.attention_mask, catalog, top_k=5)
     print(f"User {test[user]['user_id']} bought:")
     print(*(f"  {shop.items[item]['title']}" for item in test[user]["history"]), sep="\n")

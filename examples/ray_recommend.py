@@ -12,7 +12,7 @@ import ray
 from transformers import AutoTokenizer
 
 from lasar_hf import LasarForGenerativeRec, SidCatalog
-from lasar_hf.data import PromptEncoder
+from lasar_hf.data import LasarProcessor
 from lasar_hf.evaluation import recommend_samples
 
 
@@ -31,13 +31,13 @@ class Recommender:
         device = "cuda" if args.gpus_per_worker else "cpu"
         self.model = LasarForGenerativeRec.from_pretrained(args.model).to(device).eval()
         tokenizer = AutoTokenizer.from_pretrained(args.model)
-        self.encoder = PromptEncoder(tokenizer, self.catalog.codes.numpy(), args.instruction, args.max_history)
+        self.processor = LasarProcessor(tokenizer, self.catalog.codes.numpy(), args.instruction, args.max_history)
 
     def __call__(self, batch: dict) -> dict:
         """`user_id` and `history` (item ids, oldest first) to `user_id`, `item_ids`, `scores` and `latent_steps`."""
         histories = [self.rows(*row) for row in zip(batch["user_id"], batch["history"], strict=True)]
         found = recommend_samples(
-            self.model, {"history": histories}, self.encoder, self.catalog, self.args.top_k, self.args.num_beams,
+            self.model, {"history": histories}, self.processor, self.catalog, self.args.top_k, self.args.num_beams,
             self.args.latent_steps, exclude_history=self.args.exclude_history,
         )
         item_ids = [[self.catalog.item_ids[item] for item in row if item >= 0] for row in found.items]
@@ -49,10 +49,10 @@ class Recommender:
         """Item rows of a history."""
         if history is None or not len(history):
             raise ValueError(f"The history of user {str(user)!r} is empty.")
-        unknown = [item for item in map(str, history) if item not in self.catalog.row_of]
+        unknown = [item for item in map(str, history) if item not in self.catalog.index_of]
         if unknown:
             raise ValueError(f"User {str(user)!r} has the item {unknown[0]!r}, which the catalogue lacks.")
-        return [self.catalog.row_of[str(item)] for item in history]
+        return [self.catalog.index_of[str(item)] for item in history]
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ import argparse
 from transformers import AutoTokenizer
 
 from lasar_hf import LasarForGenerativeRec, SidCatalog
-from lasar_hf.data import PromptEncoder
+from lasar_hf.data import LasarProcessor
 
 
 def main() -> None:
@@ -24,13 +24,14 @@ def main() -> None:
     model = LasarForGenerativeRec.from_pretrained(args.model).eval()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     catalog = SidCatalog.from_pretrained(args.model)
-    encoder = PromptEncoder(tokenizer, catalog.codes.numpy(), args.instruction)
+    processor = LasarProcessor(tokenizer, catalog.codes.numpy(), args.instruction)
 
-    row_of = {item_id: row for row, item_id in enumerate(catalog.item_ids)}
-    unknown = [item for item in args.history if item not in row_of]
+    index_of = {item_id: row for row, item_id in enumerate(catalog.item_ids)}
+    unknown = [item for item in args.history if item not in index_of]
     if unknown:
         parser.error(f"the catalogue has no item {unknown[0]!r}")
-    prompt = tokenizer(encoder.text([row_of[i] for i in args.history]), return_tensors="pt", add_special_tokens=False)
+    text = processor.prompt_text([index_of[item_id] for item_id in args.history])
+    prompt = tokenizer(text, return_tensors="pt", add_special_tokens=False)
     result = model.recommend(prompt.input_ids, prompt.attention_mask, catalog, top_k=args.top_k)
     print(f"{int(result.latent_steps[0])} latent steps")
     for row, score in zip(result.items[0].tolist(), result.scores[0].tolist(), strict=True):

@@ -2,13 +2,14 @@
 
 from typing import TYPE_CHECKING
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoProcessor
 
-from .catalog_lasar import SidCatalog
-from .configuration_lasar import LasarConfig
-from .decoding_lasar import RecommendOutput
-from .modeling_lasar import LasarForGenerativeRec
-from .trunk_lasar import LasarModel
+from .model.base_lasar import LasarModel
+from .model.catalog_lasar import SidCatalog
+from .model.configuration_lasar import LasarConfig
+from .model.decoding_lasar import RecommendOutput
+from .model.modeling_lasar import LasarForGenerativeRec
+from .model.processing_lasar import LasarProcessor
 
 
 __version__ = "0.1.0"
@@ -16,8 +17,10 @@ __version__ = "0.1.0"
 AutoConfig.register("lasar", LasarConfig)
 AutoModel.register(LasarConfig, LasarForGenerativeRec)
 AutoModelForCausalLM.register(LasarConfig, LasarForGenerativeRec)
+AutoProcessor.register(LasarConfig, LasarProcessor)
 LasarConfig.register_for_auto_class()
 LasarForGenerativeRec.register_for_auto_class("AutoModelForCausalLM")
+LasarProcessor.register_for_auto_class("AutoProcessor")
 
 if TYPE_CHECKING:
     from .trainers import LasarGRPOConfig, LasarGRPOTrainer, LasarSFTConfig, LasarSFTTrainer
@@ -30,6 +33,7 @@ __all__ = [
     "LasarGRPOConfig",
     "LasarGRPOTrainer",
     "LasarModel",
+    "LasarProcessor",
     "LasarSFTConfig",
     "LasarSFTTrainer",
     "RecommendOutput",

@@ -23,10 +23,10 @@ from trl import TrlParser
 
 from lasar_hf import SidCatalog
 from lasar_hf.arguments import read_json_object
-from lasar_hf.catalog_lasar import CATALOG_CONFIG_NAME, CATALOG_WEIGHTS_NAME
 from lasar_hf.data.interactions import TEXT_FIELDS, item_fields
 from lasar_hf.data.readers import check_text_columns, cleaned, without_markup
 from lasar_hf.data.tables import id_text, read_batches
+from lasar_hf.model.catalog_lasar import CATALOG_CONFIG_NAME, CATALOG_WEIGHTS_NAME
 from lasar_hf.semantic_ids import ItemEncoder, ResidualKMeans, assign_new_items
 
 
@@ -111,7 +111,7 @@ def extend(catalog: SidCatalog, items: dict[str, dict], encoder: ItemEncoder, qu
     unknown = int((~vectors.any(axis=1)).sum())
     if unknown:
         logger.warning("%d of %d items have no word in common with the catalogue's.", unknown, len(items))
-    known = quantizer.narrowed(vectors.shape[1])
+    known = quantizer.first_columns(vectors.shape[1])
     taken = np.unique(catalog.codes.numpy(), axis=0)  # hidden rows may have had theirs given away
     codes = assign_new_items(taken, known, vectors)
     moved = int((codes != known.encode(vectors)).any(axis=1).sum())
@@ -153,7 +153,7 @@ def main(args: AddItemsArguments) -> None:
     items = read_items(args)
     catalog, base = SidCatalog.from_pretrained(checkpoint), data_dir / "catalog"
     check_extends(catalog, checkpoint, SidCatalog.from_pretrained(base), base)
-    new = {item_id: item for item_id, item in items.items() if item_id not in catalog.row_of}
+    new = {item_id: item for item_id, item in items.items() if item_id not in catalog.index_of}
     if len(new) < len(items):
         logger.info("%d items passed over: the catalogue has them already.", len(items) - len(new))
     if new:

@@ -12,14 +12,15 @@ from transformers import AutoTokenizer, set_seed
 from trl import TrlParser
 
 from lasar_hf import LasarForGenerativeRec, LasarGRPOConfig, LasarGRPOTrainer, SidCatalog
-from lasar_hf.data import AnchorStore, PreparedData, checkpoint_hash, grpo_rows
+from lasar_hf.data import PreparedData, grpo_examples
+from lasar_hf.files import folder_hashes
+from lasar_hf.reasoning import AnchorStore, checkpoint_hash
 from lasar_hf.trainers import (
     LasarModelConfig,
     checkpoint_to_resume,
-    content_hashes,
     lora_from_arguments,
     save_trained,
-    whole_weights,
+    unsharded_weights,
 )
 
 
@@ -42,7 +43,7 @@ def terminal_anchors(script: GRPOScriptArguments, dtype: str) -> AnchorStore | N
         return None
     if script.stage1_model is None:
         raise ValueError("anchors_dir is given without stage1_model: name the checkpoint that made the anchors.")
-    with whole_weights():
+    with unsharded_weights():
         stage1 = LasarForGenerativeRec.from_pretrained(script.stage1_model, dtype=dtype)
     return AnchorStore.load(script.anchors_dir, checkpoint_hash(stage1))
 
@@ -52,22 +53,22 @@ def main(script: GRPOScriptArguments, training_args: LasarGRPOConfig, model_args
     set_seed(training_args.seed)
     data = PreparedData.load(script.data_dir)
     checkpoint = checkpoint_to_resume(
-        training_args, **asdict(script), **asdict(model_args), data=content_hashes(script.data_dir, "**/data-*.arrow"),
-        start=content_hashes(model_args.model_name_or_path, "*.safetensors"),
+        training_args, **asdict(script), **asdict(model_args), data=folder_hashes(script.data_dir, "**/data-*.arrow"),
+        start=folder_hashes(model_args.model_name_or_path, "*.safetensors"),
     )
     catalog = SidCatalog.from_pretrained(model_args.model_name_or_path)
     data.check_catalog(catalog.item_ids, catalog.codes, model_args.model_name_or_path)
     tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path)
-    encoder = data.encoder(tokenizer, script.instruction, script.max_history)
+    processor = data.processor(tokenizer, script.instruction, script.max_history)
     training_args.model_init_kwargs = model_args.init_kwargs | (training_args.model_init_kwargs or {})
     peft_config = None
     if model_args.use_peft:
-        with whole_weights():
+        with unsharded_weights():
             model = LasarForGenerativeRec.from_pretrained(model_args.model_name_or_path, **model_args.init_kwargs)
         peft_config = lora_from_arguments(model, model_args)
     trainer = LasarGRPOTrainer(
         model_args.model_name_or_path, training_args, catalog,
-        train_dataset=grpo_rows(data.samples["train"], encoder, terminal_anchors(script, model_args.dtype)),
+        train_dataset=grpo_examples(data.samples["train"], processor, terminal_anchors(script, model_args.dtype)),
         processing_class=tokenizer, peft_config=peft_config,
     )
     trainer.train(resume_from_checkpoint=checkpoint)

@@ -27,9 +27,9 @@ import numpy as np
 from trl import TrlParser
 
 import lasar_hf.data as data
-from lasar_hf import SidCatalog, __version__
+from lasar_hf import SidCatalog, __version__, files, preparation, steps
 from lasar_hf.arguments import check_choices
-from lasar_hf.configuration_lasar import check_sizes
+from lasar_hf.model.configuration_lasar import check_sizes
 from lasar_hf.semantic_ids import (
     ItemEncoder,
     TfidfView,
@@ -120,7 +120,7 @@ def write_semantic_ids(
     collaborative_dim: int, collaborative_weight: float, seed: int, allow_collisions: bool,
 ) -> None:  # fmt: skip
     """`catalog/`, `semantic_ids.json` (views and quality) and, unless the codes are given, `quantizer/`."""
-    table, split = data.load_base(folder)
+    table, split = preparation.load_base(folder)
     # The text comes first: of a new item only the first columns are known.
     views, weights = {"text": np.load(folder / "embeddings.npy")}, {"text": 1.0}
     if collaborative_dim:
@@ -139,7 +139,7 @@ def write_semantic_ids(
     report = quality_report(codes, vectors, quantizer)
     logging.info("%s", format_report(report))
     made_of = {name: {"width": view.shape[1], "weight": weights[name]} for name, view in views.items()}
-    data.write_json(out / "semantic_ids.json", {"views": made_of} | report)
+    files.write_json(out / "semantic_ids.json", {"views": made_of} | report)
 
 
 def write_tokenizer(folder: Path, out: Path, tokenizer_size: int | None, instruction: str) -> None:
@@ -156,12 +156,12 @@ def write_segments(folder: Path, out: Path, max_latent_steps: int, segment_model
     """`segments.arrow`: the chains of thought, cut."""
     cache = folder / "embedding_cache"  # not in `out`: it outlives a run that is killed
     embed = partial(text_embeddings, model=segment_model, cache_dir=cache) if segment_model else None
-    data.write_segments(folder, out, max_latent_steps, embed)
+    preparation.write_segments(folder, out, max_latent_steps, embed)
 
 
 def write_samples(folder: Path, out: Path, **settings: object) -> None:
     """`items/`, `samples/` and `prepared.json`."""
-    data.write_samples(folder, out, SidCatalog.from_pretrained(folder / "catalog").codes.numpy(), **settings)
+    preparation.write_samples(folder, out, SidCatalog.from_pretrained(folder / "catalog").codes.numpy(), **settings)
 
 
 def unused(args: PrepareArguments) -> set[str]:
@@ -185,32 +185,32 @@ def prepare(args: PrepareArguments, source: data.SourceArguments) -> list[str]:
         raise ValueError("allow_collisions belongs to a ready-made index: Semantic IDs that are built never collide.")
     folder = Path(args.output_dir)
 
-    def step(run: Callable, after: str = "", names: str = "", bound: dict | None = None, **more: object) -> data.Step:
+    def step(run: Callable, after: str = "", names: str = "", bound: dict | None = None, **more: object) -> steps.Step:
         """A step gets the arguments named, and they are its fingerprint with `more`; `bound` only its function."""
         settings = {name: getattr(args, name) for name in names.split()}
         name = run.__name__.removeprefix("write_")
         run = partial(run, folder, **settings, **bound or {})
         deciding = {key: value for key, value in settings.items() if key not in idle}
-        return data.Step(name, run, deciding | more, tuple(after.split()))
+        return steps.Step(name, run, deciding | more, tuple(after.split()))
 
     idle = unused(args)
     sids = "num_sid_levels codebook_size balanced collaborative_dim collaborative_weight seed allow_collisions"
-    index = data.file_hash(args.index) if args.index else None
+    index = files.file_hash(args.index) if args.index else None
     unsaid = ("output_dir", "steps", "teacher_base_url", "teacher_concurrency")  # they do not decide what is written
     card = {"arguments": {k: v for k, v in (asdict(source) | asdict(args)).items() if k not in unsaid}}
     card["lasar_hf"] = __version__
     endpoint = {"base_url": args.teacher_base_url, "concurrency": args.teacher_concurrency}
     read = {"source": source, "seed": args.seed}
-    return data.run_steps(folder, [
-        step(data.write_interactions, bound=read, **data.source_settings(source, args.seed)),
-        step(data.write_split, "interactions", "split validation_share test_share"),
+    return steps.run_steps(folder, [
+        step(preparation.write_interactions, bound=read, **data.source_settings(source, args.seed)),
+        step(preparation.write_split, "interactions", "split validation_share test_share"),
         step(write_embeddings, "interactions", "embedding_model text_dim seed"),
         step(write_semantic_ids, "interactions split embeddings", sids, {"index": args.index}, index=index),
-        step(data.write_chains, "interactions split", "targets max_history teacher teacher_model", endpoint),
+        step(preparation.write_chains, "interactions split", "targets max_history teacher teacher_model", endpoint),
         step(write_segments, "chains", "max_latent_steps segment_model"),
         step(write_tokenizer, "interactions segments", "tokenizer_size instruction"),
         step(write_samples, "interactions split semantic_ids chains segments", "targets max_history codebook_size"),
-        step(data.write_card, "samples tokenizer", bound=card, **card),
+        step(preparation.write_card, "samples tokenizer", bound=card, **card),
     ], args.steps)  # fmt: skip
 
 

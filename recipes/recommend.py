@@ -11,14 +11,8 @@ processes. A shard appears when it is whole; one that is there is not computed a
 
 import json
 import os
-import sys
-from pathlib import Path
-
-
-# Python puts a script's folder first on the path, where this folder's evaluate.py would hide the `evaluate` package.
-sys.path[:] = [entry for entry in sys.path if entry != str(Path(__file__).resolve().parent)]
-
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -30,10 +24,10 @@ from transformers import AutoTokenizer
 from trl import TrlParser
 
 from lasar_hf import LasarForGenerativeRec, SidCatalog
-from lasar_hf.data import PromptEncoder, file_hash, write_json
+from lasar_hf.data import LasarProcessor
 from lasar_hf.data.tables import id_text, read_batches
 from lasar_hf.evaluation import recommend_samples
-from lasar_hf.trainers import content_hashes
+from lasar_hf.files import file_hash, folder_hashes, write_json
 
 
 # What decides the answers of a checkpoint.
@@ -77,7 +71,7 @@ def read_histories(path: Path, catalog: SidCatalog) -> tuple[list[str], list[lis
                 raise ValueError(f"{path}: the history of user {name!r} is {history!r}, expected a list of item ids.")
             if not history:
                 raise ValueError(f"{path}: the history of user {name!r} is empty.")
-            rows = [catalog.row_of.get(id_text(item)) for item in history]
+            rows = [catalog.index_of.get(id_text(item)) for item in history]
             if None in rows:
                 unknown = history[rows.index(None)]
                 raise ValueError(f"{path}: user {name!r} has the item {unknown!r}, which the catalogue lacks.")
@@ -90,7 +84,7 @@ def read_histories(path: Path, catalog: SidCatalog) -> tuple[list[str], list[lis
 
 def model_files(model: str) -> dict[str, str]:
     """Hash of each file that decides what a checkpoint answers; of an adapter, those of what it adapts too."""
-    parts = [content_hashes(model, pattern) for pattern in MODEL_FILES]
+    parts = [folder_hashes(model, pattern) for pattern in MODEL_FILES]
     files = {name: digest for part in parts for name, digest in part.items()}
     adapter = Path(model, "adapter_config.json")
     if adapter.exists():
@@ -134,7 +128,7 @@ def main(args: RecommendArguments) -> None:
     request = file_hash(folder / "request.json")
     model = LasarForGenerativeRec.from_pretrained(args.model).to(state.device).eval()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    encoder = PromptEncoder(tokenizer, catalog.codes.numpy(), args.instruction, args.max_history)
+    processor = LasarProcessor(tokenizer, catalog.codes.numpy(), args.instruction, args.max_history)
     shards = range(0, len(users), args.shard_size)
     for number in tqdm(range(len(shards))[state.process_index :: state.num_processes], desc="Shards",
                        disable=not state.is_main_process):
@@ -144,7 +138,7 @@ def main(args: RecommendArguments) -> None:
         part = slice(shards[number], shards[number] + args.shard_size)
         samples = Dataset.from_dict({"history": histories[part]})
         found = recommend_samples(
-            model, samples, encoder, catalog, args.top_k, args.num_beams, args.latent_steps, args.batch_size,
+            model, samples, processor, catalog, args.top_k, args.num_beams, args.latent_steps, args.batch_size,
             exclude_history=args.exclude_history,
         )
         kept = found.items >= 0

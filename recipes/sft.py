@@ -7,14 +7,8 @@ Supervised stages: 1 grounds Semantic IDs, 2 teaches latent reasoning.
 Resumes from the last checkpoint in `output_dir` where there is one.
 """
 
-import sys
-from pathlib import Path
-
-
-# Python puts a script's folder first on the path, where this folder's evaluate.py would hide the `evaluate` package.
-sys.path[:] = [entry for entry in sys.path if entry != str(Path(__file__).resolve().parent)]
-
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 
 from accelerate import PartialState
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
@@ -22,25 +16,17 @@ from trl import TrlParser
 
 from lasar_hf import LasarForGenerativeRec, LasarSFTConfig, LasarSFTTrainer, SidCatalog
 from lasar_hf.arguments import check_choices, read_json_object
-from lasar_hf.data import (
-    AnchorStore,
-    PreparedData,
-    PromptEncoder,
-    checkpoint_hash,
-    encode_anchors,
-    reasoning_rows,
-    sft_rows,
-    stage1_rows,
-)
+from lasar_hf.data import LasarProcessor, PreparedData, reasoning_examples, sft_examples, stage1_examples
 from lasar_hf.evaluation import RankingEvaluator
+from lasar_hf.files import folder_hashes
+from lasar_hf.reasoning import AnchorStore, checkpoint_hash, encode_anchors
 from lasar_hf.semantic_ids import ResidualKMeans
 from lasar_hf.trainers import (
     LasarModelConfig,
     checkpoint_to_resume,
-    content_hashes,
     lora_from_arguments,
     save_trained,
-    whole_weights,
+    unsharded_weights,
 )
 
 
@@ -121,7 +107,7 @@ def load_model(script: SFTScriptArguments, model_args: LasarModelConfig, data: P
 
 
 def stage2_anchors(
-    script: SFTScriptArguments, model, data: PreparedData, encoder: PromptEncoder, folder: Path
+    script: SFTScriptArguments, model, data: PreparedData, processor: LasarProcessor, folder: Path
 ) -> AnchorStore:
     """Anchors by the stage-1 checkpoint, computed by the main process and read by all."""
     stage1 = checkpoint_hash(model)
@@ -129,9 +115,9 @@ def stage2_anchors(
     if state.is_main_process:  # resumes, and does nothing where the same segments were encoded
         samples, prompts = data.samples["train"], None
         if script.anchor_context == "chain":
-            prompts = [encoder.prompt(history) for history in samples["history"]]
+            prompts = [processor.prompt_ids(history) for history in samples["history"]]
         encode_anchors(
-            model.model.backbone, encoder.tokenizer, samples["segments"], stage1, device=state.device, folder=folder,
+            model.model.backbone, processor.tokenizer, samples["segments"], stage1, device=state.device, folder=folder,
             context=script.anchor_context, prompts=prompts,
         )
     state.wait_for_everyone()
@@ -143,27 +129,27 @@ def main(script: SFTScriptArguments, training_args: LasarSFTConfig, model_args: 
     set_seed(training_args.seed)
     data = PreparedData.load(script.data_dir)
     checkpoint = checkpoint_to_resume(
-        training_args, **asdict(script), **asdict(model_args), data=content_hashes(script.data_dir, "**/data-*.arrow"),
-        start=content_hashes(model_args.model_name_or_path, "*.safetensors"),
+        training_args, **asdict(script), **asdict(model_args), data=folder_hashes(script.data_dir, "**/data-*.arrow"),
+        start=folder_hashes(model_args.model_name_or_path, "*.safetensors"),
     )
     catalog = SidCatalog.from_pretrained(Path(script.data_dir, "catalog"))
-    with whole_weights():
+    with unsharded_weights():
         model, tokenizer = load_model(script, model_args, data)
-    encoder = data.encoder(tokenizer, script.instruction, script.max_history)
+    processor = data.processor(tokenizer, script.instruction, script.max_history)
     anchors = None
     if script.stage == 1:
-        rows = stage1_rows(data, encoder, script.rows)
+        rows = stage1_examples(data, processor, script.rows)
     else:
-        anchors = stage2_anchors(script, model, data, encoder, Path(training_args.output_dir, "anchors"))
-        rows = reasoning_rows(data.samples["train"], encoder, anchors.depths)
+        anchors = stage2_anchors(script, model, data, processor, Path(training_args.output_dir, "anchors"))
+        rows = reasoning_examples(data.samples["train"], processor, anchors.depths)
     validation = data.samples["validation"]
     eval_samples = validation.shuffle(seed=0).select(range(min(script.eval_users, len(validation))))
     evaluator = None
     if script.eval_users:
-        evaluator = RankingEvaluator(eval_samples, encoder, catalog, latent_steps=0 if script.stage == 1 else None)
+        evaluator = RankingEvaluator(eval_samples, processor, catalog, latent_steps=0 if script.stage == 1 else None)
     trainer = LasarSFTTrainer(
         model, training_args, catalog, anchors, train_dataset=rows,
-        eval_dataset=sft_rows(eval_samples, encoder).remove_columns("task") if script.eval_users else None,
+        eval_dataset=sft_examples(eval_samples, processor).remove_columns("task") if script.eval_users else None,
         processing_class=tokenizer, ranking_evaluator=evaluator, peft_config=lora_from_arguments(model, model_args),
     )
     trainer.train(resume_from_checkpoint=checkpoint)

@@ -27,7 +27,7 @@ from lasar_hf import (
     LasarSFTTrainer,
     SidCatalog,
 )
-from lasar_hf.trainers import whole_weights
+from lasar_hf.trainers import unsharded_weights
 from tests.test_trainers import COMMON, first_code, grpo_setup, sft_setup
 from tests.tiny import batch, row
 
@@ -75,7 +75,7 @@ def sft_trainer(folder: Path) -> LasarSFTTrainer:
     """Stage 2; the checkpoint that it starts from is made whole."""
     args = LasarSFTConfig(**arguments(folder), policy_weight=0.1, train_sampling_strategy="sequential")
     shard_everything(args)
-    with whole_weights():
+    with unsharded_weights():
         model, tokenizer, catalog, rows, anchors = sft_setup(DEPTHS)
     return LasarSFTTrainer(
         model, args, catalog, anchors, train_dataset=rows, processing_class=tokenizer,
@@ -87,7 +87,7 @@ def grpo_trainer(folder: Path) -> LasarGRPOTrainer:
     """RL with a reference model; both are loaded from a path, which ZeRO-3 splits while it loads."""
     args = LasarGRPOConfig(**arguments(folder), num_generations=4, shuffle_dataset=False, beta=0.1)
     shard_everything(args)
-    with whole_weights():
+    with unsharded_weights():
         model, tokenizer, catalog, rows = grpo_setup()
         path = str(folder / "model")
         model.save_pretrained(path)  # by the main process
@@ -133,7 +133,7 @@ def run(task: str, way: str, folder: Path) -> list[dict]:
     if way == "trainer":
         trainer.save_model(str(folder / "saved"))
         trainer.accelerator.wait_for_everyone()
-        with whole_weights():
+        with unsharded_weights():
             saved = LasarForGenerativeRec.from_pretrained(folder / "saved")
         logs.append({"saved_scores": prompt_scores(saved, trainer.catalog)})
     return logs

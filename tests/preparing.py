@@ -6,8 +6,8 @@ from types import ModuleType
 
 from transformers import AutoTokenizer
 
-from lasar_hf.configuration_lasar import CONTROL_TOKENS, sid_tokens
-from lasar_hf.data import PreparedData, PromptEncoder, SourceArguments
+from lasar_hf.data import LasarProcessor, PreparedData, SourceArguments
+from lasar_hf.model.configuration_lasar import CONTROL_TOKENS, sid_tokens
 
 
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "prepare.py"
@@ -42,9 +42,9 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def encoder_of(folder: Path, data: PreparedData, max_history: int = 50) -> PromptEncoder:
-    """The encoder that training would use, with the fitted tokenizer."""
+def processor_of(folder: Path, data: PreparedData, max_history: int = 50) -> LasarProcessor:
+    """The processor that training would use, with the fitted tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     tokens = [*CONTROL_TOKENS, *sid_tokens(data.codes.shape[1], data.codebook_size)]
     tokenizer.add_special_tokens({"extra_special_tokens": tokens})
-    return PromptEncoder(tokenizer, data.codes, max_history=max_history)
+    return LasarProcessor(tokenizer, data.codes, max_history=max_history)

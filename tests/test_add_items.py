@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from lasar_hf import SidCatalog
-from lasar_hf.configuration_lasar import sid_token
 from lasar_hf.data import toy_shop
+from lasar_hf.model.configuration_lasar import sid_token
 from lasar_hf.semantic_ids import ItemEncoder, ResidualKMeans, assign_new_items
 from tests.preparing import files, run
 from tests.tiny import tiny_model
@@ -80,7 +80,7 @@ def test_new_items_get_their_own_semantic_ids_beside_the_old(recipe, prepared, c
     first = after.codes[:, 0].numpy()
     assert (first[48:-1] == first[:48:5]).mean() >= 0.9  # equal text, and co-occurrence that only the old ones have
     vectors = ItemEncoder.from_pretrained(prepared / "item_encoder").encode(NEW)
-    quantizer = ResidualKMeans.from_pretrained(prepared / "quantizer").narrowed(8)
+    quantizer = ResidualKMeans.from_pretrained(prepared / "quantizer").first_columns(8)
     np.testing.assert_array_equal(after.codes[48:], assign_new_items(before.codes, quantizer, vectors))
     assert f"{len(NEW)} items added, " in caplog.text and "1 items passed over" in caplog.text
     assert f"1 of {len(NEW)} items have no word in common" in caplog.text

@@ -8,8 +8,9 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3Model
 
-from lasar_hf.configuration_lasar import CONTROL_TOKENS, sid_tokens
-from lasar_hf.data import AnchorStore, build_tokenizer, checkpoint_hash, encode_anchors
+from lasar_hf.data import build_tokenizer
+from lasar_hf.model.configuration_lasar import CONTROL_TOKENS, sid_tokens
+from lasar_hf.reasoning import AnchorStore, checkpoint_hash, encode_anchors
 
 
 SEGMENTS = [

@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lasar_hf import SidCatalog
-from lasar_hf.catalog_lasar import ItemFilter
-from lasar_hf.trie_lasar import SidTrie
+from lasar_hf.model.trie_lasar import ItemFilter, SidTrie
 from tests.test_decoding import score_every_item
 from tests.tiny import batch, row, tiny_catalog, tiny_model
 
@@ -51,9 +50,9 @@ def test_trie_holds_collisions_gaps_and_wide_codes(data):
     found, expected = paths(trie), expected_paths(codes * scale, rows.tolist())
     assert list(found.items()) == list(expected.items())
     for level in range(trie.num_levels + 1):
-        first = trie.first_place(level, torch.arange(trie.num_nodes[level] + 1))
+        first = trie.first_position(level, torch.arange(trie.num_nodes[level] + 1))
         assert first[0] == 0 and first[-1] == len(rows) and (first.diff() > 0).all()
-    assert trie.item_places[trie.item_rows.long()].tolist() == list(range(len(rows)))
+    assert trie.item_positions[trie.item_indices.long()].tolist() == list(range(len(rows)))
 
 
 def test_an_item_takes_at_most_24_bytes():
@@ -63,7 +62,7 @@ def test_an_item_takes_at_most_24_bytes():
     assert all(tensor.dtype == torch.int16 for tensor in trie.child_code)
     moved = trie.to("meta")  # every tensor goes along
     assert moved.num_bytes == trie.num_bytes
-    tensors = [moved.item_rows, moved.item_places, moved.leaf_ptr, *moved.child_code, *moved.child_ptr]
+    tensors = [moved.item_indices, moved.item_positions, moved.leaf_ptr, *moved.child_code, *moved.child_ptr]
     assert {tensor.device.type for tensor in tensors} == {"meta"} and trie.leaf_ptr.device.type == "cpu"
 
 
@@ -83,7 +82,7 @@ def test_add_and_remove_keep_rows(data):
     assert paths(catalog.trie("cpu")) == expected_paths(codes)  # the old one stays as it is
     assert paths(smaller.trie("cpu")) == expected_paths(codes, kept)
     assert (len(smaller), smaller.num_items) == (len(codes), len(kept))
-    assert smaller.row_of == {item_id: i for i, item_id in enumerate(ids)}
+    assert smaller.index_of == {item_id: i for i, item_id in enumerate(ids)}
     # A removed item returns to its row, with new codes; another one is appended.
     back = sorted(gone)[:1]
     again = smaller.add([[3, 3, 3]] * (len(back) + 1), [*[ids[i] for i in back], "another"])
@@ -129,7 +128,7 @@ def test_changes_equal_building_anew(data):
             catalog = catalog.add(draw(len(ids)), ids)
         anew = SidCatalog(catalog.codes, catalog.item_ids, True, catalog.removed)
         assert_same_trie(catalog.trie("cpu"), anew.trie("cpu"))
-        assert (catalog.num_items, catalog.row_of) == (anew.num_items, anew.row_of)
+        assert (catalog.num_items, catalog.index_of) == (anew.num_items, anew.index_of)
         assert catalog._max_code == anew._max_code
 
 
@@ -307,7 +306,7 @@ def test_a_catalogue_keeps_its_codes():
 def test_each_device_has_its_copy():
     catalog = tiny_catalog()
     here, there = catalog.trie("cpu"), catalog.trie("meta")
-    assert there.item_rows.is_meta and catalog.trie("cpu") is here and catalog.trie("meta") is there
+    assert there.item_indices.is_meta and catalog.trie("cpu") is here and catalog.trie("meta") is there
 
 
 @pytest.mark.parametrize("wrong", [[True] * 20, [7.9], ["item-3"], torch.zeros(20, dtype=torch.bool)])

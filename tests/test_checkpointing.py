@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from lasar_hf import latent_lasar, trunk_lasar
+from lasar_hf.model import base_lasar, cache_lasar
 from tests.test_modeling import SIDES, functional, gradients, mixed_rows
 from tests.tiny import batch, row, tiny_model
 
@@ -123,7 +123,7 @@ def test_our_loop_on_a_dropped_or_ordinary_cache_is_an_error(trained, monkeypatc
     model, inputs, _, _ = trained
 
     class OrdinaryCache(DynamicCache):
-        keeping_pieces = nullcontext
+        keeping_blocks = nullcontext
 
         def __new__(cls, num_layers, parent=None):
             return super().__new__(cls) if parent is None else parent
@@ -134,7 +134,7 @@ def test_our_loop_on_a_dropped_or_ordinary_cache_is_an_error(trained, monkeypatc
 
     model.activation_checkpointing_enable()
     with monkeypatch.context() as patch:
-        patch.setattr(trunk_lasar, "LinkedCache", OrdinaryCache)
+        patch.setattr(base_lasar, "LinkedCache", OrdinaryCache)
         with pytest.raises(RuntimeError):
             loss_and_gradients(model, inputs)
     for layer in model.modules():
@@ -146,9 +146,9 @@ def test_our_loop_on_a_dropped_or_ordinary_cache_is_an_error(trained, monkeypatc
 
 @contextmanager
 def keeping_joined(monkeypatch):
-    """The latent loop as it would be without `keeping_pieces`."""
+    """The latent loop as it would be without `keeping_blocks`."""
     with monkeypatch.context() as patch:
-        patch.setattr(latent_lasar.LinkedCache, "keeping_pieces", nullcontext)
+        patch.setattr(cache_lasar.LinkedCache, "keeping_blocks", nullcontext)
         yield
 
 
@@ -210,7 +210,7 @@ def test_nothing_is_kept_without_gradients_or_after_the_graph(monkeypatch):
         del outputs
         gc.collect()
         assert live.now() < 30_000  # what is kept must not hold the graph that holds it
-    monkeypatch.setattr(latent_lasar._JoinAgain, "pack", None)
+    monkeypatch.setattr(cache_lasar._RejoinHooks, "pack", None)
     with torch.no_grad():
         model(**inputs)
     with pytest.raises(TypeError):

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lasar_hf import SidCatalog
-from lasar_hf.decoding_lasar import sample_items
+from lasar_hf.model.decoding_lasar import sample_items
 from tests.tiny import batch, row, sid_ids, tiny_catalog, tiny_model
 
 
@@ -191,8 +191,8 @@ def test_nan_logits_are_an_error():
     with pytest.raises(ValueError, match="NaN"):
         model.recommend(**inputs, catalog=catalog, deny=[[0, 1]])
     for replacement in (True, False):
-        with pytest.raises(ValueError, match="NaN"), model.evaluating():
-            sample_items(model, model.think(**inputs), catalog.trie("cpu"), 4, replacement=replacement)
+        with pytest.raises(ValueError, match="NaN"), model.evaluation_mode():
+            sample_items(model, model.encode_prompts(**inputs), catalog.trie("cpu"), 4, replacement=replacement)
 
 
 def test_a_depth_is_never_chosen_by_nan():
@@ -268,8 +268,8 @@ def test_samples_follow_the_policy(replacement):
     expected = score_every_item(model, prompt, depth, catalog)
     repeats, samples = 400, 6
     torch.manual_seed(0)
-    with model.evaluating():
-        chain = model.think(torch.tensor([prompt] * repeats), latent_steps=depth)
+    with model.evaluation_mode():
+        chain = model.encode_prompts(torch.tensor([prompt] * repeats), latent_steps=depth)
         leaves, scores = sample_items(model, chain, catalog.trie("cpu"), samples, replacement=replacement)
     items = catalog.trie("cpu").items(leaves)[..., 0]
     torch.testing.assert_close(scores.double(), expected[items], atol=1e-4, rtol=1e-4)
@@ -295,9 +295,9 @@ def test_samples_carry_the_log_probability_of_the_policy(data):
     count, trie = data.draw(st.integers(1, 12)), catalog.trie("cpu")
     expected = [score_every_item(model, prompt, depth, catalog) for prompt, depth in zip(prompts, depths, strict=True)]
     for replacement in (True, False):
-        with model.evaluating():
+        with model.evaluation_mode():
             leaves, scores = sample_items(
-                model, model.think(**inputs, latent_steps=depths), trie, count, replacement=replacement
+                model, model.encode_prompts(**inputs, latent_steps=depths), trie, count, replacement=replacement
             )
         items = trie.items(leaves)[..., 0]
         for drawn, got, of_item in zip(items, scores, expected, strict=True):
@@ -310,7 +310,7 @@ def test_samples_carry_the_log_probability_of_the_policy(data):
 def test_more_samples_without_replacement_than_items():
     model, _ = tiny_model()
     catalog = tiny_catalog(num_items=3)
-    with model.evaluating():
-        chain = model.think(torch.tensor([row(model, 5, 0)]))
+    with model.evaluation_mode():
+        chain = model.encode_prompts(torch.tensor([row(model, 5, 0)]))
         leaves, scores = sample_items(model, chain, catalog.trie("cpu"), 5, replacement=False)
     assert sorted(leaves[0].tolist()) == [0, 1, 2] and scores.isfinite().all()

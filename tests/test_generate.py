@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from lasar_hf import LasarForGenerativeRec, SidCatalog
-from lasar_hf.decoding_lasar import SidLogitsProcessor
+from lasar_hf.model.decoding_lasar import SidLogitsProcessor
 from tests.test_decoding import draw_model_and_catalog, draw_prompts, score_every_item
 from tests.tiny import batch, row, sid_ids, tiny_backbone, tiny_catalog, tiny_model, tiny_tokenizer
 
@@ -23,8 +23,8 @@ def with_slots(model, prompts: list[list[int]], depths: list[int], closed: bool 
 
 def items_of(model, catalog: SidCatalog, sequences: torch.Tensor) -> list[int]:
     """Item rows of sequences that end in Semantic IDs, -1 where one is none."""
-    row_of = {tuple(sid_ids(model, codes)): i for i, codes in enumerate(catalog.codes.tolist())}
-    return [row_of.get(tuple(ids), -1) for ids in sequences[:, -catalog.num_levels :].tolist()]
+    index_of = {tuple(sid_ids(model, codes)): i for i, codes in enumerate(catalog.codes.tolist())}
+    return [index_of.get(tuple(ids), -1) for ids in sequences[:, -catalog.num_levels :].tolist()]
 
 
 @settings(max_examples=20, deadline=None)

@@ -155,7 +155,7 @@ def test_evaluating_leaves_each_part_in_its_mode():
     model, _ = tiny_model()
     model.train()
     model.model.policy_head.eval()
-    with model.evaluating():
+    with model.evaluation_mode():
         assert not any(part.training for part in model.modules())
     assert model.training and not model.model.policy_head.training and model.model.backbone.training
 

@@ -101,7 +101,7 @@ def test_a_narrowed_quantizer_knows_the_first_columns_only(balanced):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(60, 5)).astype(np.float32)
     quantizer = ResidualKMeans(3, 6, balanced=balanced, device="cpu").fit(x)
-    narrow = quantizer.narrowed(2)
+    narrow = quantizer.first_columns(2)
     prices = quantizer.codebooks.square().sum(dim=2) / 2 - quantizer.bias
     left = x[:, :2].copy()
     for level, codes in enumerate(narrow.encode(x[:, :2]).T):
@@ -109,11 +109,11 @@ def test_a_narrowed_quantizer_knows_the_first_columns_only(balanced):
         cost = ((left[:, None] - centres) ** 2).sum(axis=2) / 2 - prices[level].numpy()
         np.testing.assert_allclose(cost[np.arange(60), codes], cost.min(axis=1), atol=1e-5)
         left -= centres[codes]
-    np.testing.assert_array_equal(quantizer.narrowed(5).encode(x), quantizer.encode(x))
+    np.testing.assert_array_equal(quantizer.first_columns(5).encode(x), quantizer.encode(x))
     assert quantizer.codebooks.shape == (3, 6, 5)
     for width in (0, 6):
         with pytest.raises(ValueError, match=f"width is {width}, expected 1 to 5"):
-            quantizer.narrowed(width)
+            quantizer.first_columns(width)
 
 
 @pytest.mark.parametrize(("collaborative_dim", "least"), [(0, 1.0), (16, 0.9)])
@@ -126,7 +126,7 @@ def test_a_near_duplicate_gets_the_first_code_of_its_model(collaborative_dim, le
     quantizer = ResidualKMeans(3, 16, device="cpu").fit(vectors)
     codes = resolve_collisions(quantizer.encode(vectors), quantizer, vectors)
     new = ItemEncoder(view).encode([item | {"title": f"{item['title']}, reprint"} for item in SHOP.items])
-    new_codes = assign_new_items(codes, quantizer.narrowed(new.shape[1]), new)
+    new_codes = assign_new_items(codes, quantizer.first_columns(new.shape[1]), new)
     assert len(np.unique(np.concatenate([codes, new_codes]), axis=0)) == 2 * len(codes)
     same = (new_codes[:, 0] == codes[:, 0]).mean()
     assert same >= least

@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lasar_hf.data import Interactions, TemplateTeacher, leave_one_out, openai_teacher, samples
-from lasar_hf.data.openai_teacher import OpenAITeacher, _parsed
-from lasar_hf.data.refusals import REFUSALS, refusal
+from lasar_hf.data import Interactions, leave_one_out, samples
 from lasar_hf.data.storage import save_texts
-from lasar_hf.data.teacher import bare
-from lasar_hf.data.teacher_log import TeacherLog
+from lasar_hf.reasoning import TemplateTeacher, openai_teacher
+from lasar_hf.reasoning.leakage import REJECTIONS, bare, rejection_reason
+from lasar_hf.reasoning.openai_teacher import OpenAITeacher, _parsed
+from lasar_hf.reasoning.teacher_log import TeacherLog
 
 
 GOOD = "The person keeps to cups. A cup of another colour is due."
@@ -247,7 +247,7 @@ def test_unusable_answers_are_asked_for_again_saying_why(endpoint, tmp_path, rea
     one = OpenAITeacher(shop, "tiny", server.url, tmp_path / "log.jsonl", TEMPLATE, backoff=0.01)
     assert one.chains_of_thought(TRAIN) == [GOOD] * 4
     assert one.counts[f"refused_{reason}"] == one.counts["accepted"] == 3
-    assert len([prompt for prompt in server.prompts if REFUSALS[reason] in prompt]) == 3
+    assert len([prompt for prompt in server.prompts if REJECTIONS[reason] in prompt]) == 3
 
 
 JSON = st.recursive(
@@ -444,7 +444,7 @@ def test_bad_arguments(tmp_path, options):
     ],
 )
 def test_text_of_any_language_is_good(text):
-    assert refusal(text, "Silent Harbor, Volume Six") is None
+    assert rejection_reason(text, "Silent Harbor, Volume Six") is None
 
 
 @pytest.mark.parametrize(
@@ -471,12 +471,12 @@ def test_text_of_any_language_is_good(text):
     ],
 )
 def test_a_title_in_other_typography_is_seen(title, named):
-    assert refusal(f"So the next that may well follow is {named}, of course.", title) == "title"
+    assert rejection_reason(f"So the next that may well follow is {named}, of course.", title) == "title"
 
 
 @pytest.mark.parametrize("title", ["Art", "It", "e", "7", ".", "™", "", "person of", "Volume Fivefold"])
 def test_words_that_only_begin_like_a_title_are_no_leak(title):
-    assert refusal("The party of people of smart taste took part: Volume Five fits.", title) is None
+    assert rejection_reason("The party of people of smart taste took part: Volume Five fits.", title) is None
 
 
 def names_of(item):
@@ -487,7 +487,7 @@ def names_of(item):
 
 
 def seen(named, item):
-    return refusal(f"The person keeps to cups. Next follows {named} or so.", *names_of(item))
+    return rejection_reason(f"The person keeps to cups. Next follows {named} or so.", *names_of(item))
 
 
 def test_the_title_is_looked_for_as_it_was_shown():
@@ -516,4 +516,4 @@ def test_an_item_without_a_title_is_known_by_its_first_words():
 @settings(max_examples=200, deadline=None)
 def test_a_title_inside_any_text_is_refused(before, title, after):
     if sum(letter.isalnum() for letter in bare(title)) > 1:
-        assert refusal(f"{before} {title} {after} and then some more words follow", title) is not None
+        assert rejection_reason(f"{before} {title} {after} and then some more words follow", title) is not None

@@ -18,32 +18,30 @@ import numpy as np
 import pytest
 from datasets import Value
 
-from lasar_hf import SidCatalog
-from lasar_hf.configuration_lasar import sid_token
+from lasar_hf import SidCatalog, preparation
 from lasar_hf.data import (
     Interactions,
     PreparedData,
     Split,
-    TemplateTeacher,
     TimeSplit,
-    alignment_rows,
-    grpo_rows,
-    history_rows,
+    alignment_examples,
+    grpo_examples,
+    history_examples,
     load_interactions,
     load_split,
     load_texts,
-    preparation,
-    reasoning_rows,
+    reasoning_examples,
     save_interactions,
     save_split,
     save_texts,
-    segment,
-    sft_rows,
+    sft_examples,
     toy_shop,
 )
-from lasar_hf.data.segments import split_sentences
+from lasar_hf.model.configuration_lasar import sid_token
+from lasar_hf.reasoning import TemplateTeacher, segment
+from lasar_hf.reasoning.segments import split_sentences
 from lasar_hf.semantic_ids import ItemEncoder, format_report, item_text
-from tests.preparing import ALL, RECIPE, encoder_of, files, run
+from tests.preparing import ALL, RECIPE, files, processor_of, run
 from tests.test_openai_teacher import GOOD, answer, endpoint  # noqa: F401
 
 
@@ -101,7 +99,7 @@ def test_balanced_semantic_ids(toy, tmp_path):
 def test_the_tokenizer_knows_the_words_of_every_row(toy, tmp_path):
     folder = shutil.copytree(toy, tmp_path / "large")
     run(folder, tokenizer_size=4000, instruction="Fetch whatever comes next, please.")
-    tokenizer = encoder_of(folder, PreparedData.load(folder)).tokenizer
+    tokenizer = processor_of(folder, PreparedData.load(folder)).tokenizer
     chain = PreparedData.load(folder).samples["train"]["segments"][0][0]
     for text in ("Fetch whatever comes next, please.", "Which item has this title?", chain):
         tokens = tokenizer(text, add_special_tokens=False).input_ids
@@ -197,13 +195,18 @@ def test_three_columns_become_training_rows(tmp_path):
     folder = tmp_path / "outputs" / "mine" / "data"
     data = PreparedData.load(folder)
     assert sorted(data.item_ids, key=int) == [str(item) for item in range(25)] and len(data.split.user_ids) == 40
-    encoder = encoder_of(folder, data)
+    processor = processor_of(folder, data)
     train = data.samples["train"]
     depths = [len(parts) for parts in train["segments"]]
-    for rows in (sft_rows(train, encoder), history_rows(data.split, encoder), reasoning_rows(train, encoder, depths)):
+    tables = (
+        sft_examples(train, processor),
+        history_examples(data.split, processor),
+        reasoning_examples(train, processor, depths),
+    )
+    for rows in tables:
         assert len(rows) and all(len(row["labels"]) == len(row["input_ids"]) for row in rows)
-    assert len(grpo_rows(train, encoder)) == len(train)
-    assert len(alignment_rows(data.interactions, data.split, encoder)) == 0  # there is no text to align with
+    assert len(grpo_examples(train, processor)) == len(train)
+    assert len(alignment_examples(data.interactions, data.split, processor)) == 0  # there is no text to align with
     card = json.loads((folder / "data_card.json").read_text())
     assert "by time" in card["data"]["order"] and card["data"]["reader"]["rows_read"] == 320
 
@@ -447,8 +450,8 @@ def test_a_sample_keeps_the_newest_of_a_long_history(toy, tmp_path):
         assert short[name]["target"] == whole[name]["target"]
     assert max(map(len, whole["test"]["history"])) > 3
     data = PreparedData.load(tmp_path)
-    tokenizer = encoder_of(tmp_path, data).tokenizer
-    encoder = data.encoder(tokenizer, "Next:", 3)
-    assert encoder.text([0, 1, 2, 3]) == encoder.text([1, 2, 3])
+    tokenizer = processor_of(tmp_path, data).tokenizer
+    processor = data.processor(tokenizer, "Next:", 3)
+    assert processor.prompt_text([0, 1, 2, 3]) == processor.prompt_text([1, 2, 3])
     with pytest.warns(UserWarning, match="the samples keep 3 items of a history"):
-        data.encoder(tokenizer, "Next:", 4)
+        data.processor(tokenizer, "Next:", 4)

@@ -6,10 +6,11 @@ import re
 
 import pytest
 
-from lasar_hf.configuration_lasar import CONTROL_TOKENS
-from lasar_hf.data import PreparedData, alignment_rows, history_rows, load_interactions, read_lcrec, toy_shop
-from lasar_hf.data.teacher import SPECIAL_TOKENS, _plain, fold
-from tests.preparing import encoder_of, run
+from lasar_hf.data import PreparedData, alignment_examples, history_examples, load_interactions, read_lcrec, toy_shop
+from lasar_hf.model.configuration_lasar import CONTROL_TOKENS
+from lasar_hf.reasoning.leakage import SPECIAL_TOKENS, fold
+from lasar_hf.reasoning.template_teacher import _plain
+from tests.preparing import processor_of, run
 
 
 HOSTILE = {
@@ -38,9 +39,9 @@ def test_hostile_items_come_through(hostile):
     assert data.items["asin"][4] == "B00ASIN" and data.interactions.items[4] == {"asin": "B00ASIN"}
     assert data.interactions.items[5] == {}
     assert data.items["title"][2].split() == ["zero", "width", "turn", "[31m", "end"]
-    encoder = encoder_of(hostile / "out", data)
-    special = {*range(len(encoder.tokenizer) - len(CONTROL_TOKENS) - 32, len(encoder.tokenizer))}
-    for row in alignment_rows(data.interactions, data.split, encoder, ["sid_to_title"]):
+    processor = processor_of(hostile / "out", data)
+    special = {*range(len(processor.tokenizer) - len(CONTROL_TOKENS) - 32, len(processor.tokenizer))}
+    for row in alignment_examples(data.interactions, data.split, processor, ["sid_to_title"]):
         sid, text = row["input_ids"], [token for token in row["labels"] if token != -100]
         assert len(text) <= 65 and not special & set(text) and len(special & set(sid)) <= 4
     for row in data.samples["train"]:
@@ -98,14 +99,14 @@ def future_in_output(folder, sequences, max_history=6):
     its target, and no chain or segment holds the target's title, a SID, or the name of an item to come.
     """
     data = PreparedData.load(folder)
-    encoder = encoder_of(folder, data, max_history)
-    row_of = {tuple(codes): row for row, codes in enumerate(data.codes.tolist())}
+    processor = processor_of(folder, data, max_history)
+    index_of = {tuple(codes): row for row, codes in enumerate(data.codes.tolist())}
     titles = [fold(item.get("title", "")) for item in data.interactions.items]
     names = [_plain(item.get("title", "")).casefold() for item in data.interactions.items]
 
     def items_in(text):
         codes = [int(code) for code in re.findall(r"<[a-z]_(\d+)>", text)]
-        return [row_of[tuple(codes[start : start + 4])] for start in range(0, len(codes), 4)]
+        return [index_of[tuple(codes[start : start + 4])] for start in range(0, len(codes), 4)]
 
     last = {"train": -2, "validation": -1, "test": None}
     seen = 0
@@ -117,7 +118,7 @@ def future_in_output(folder, sequences, max_history=6):
             assert sequence[:place] == row["history"] and sequence[place] == row["target"]
             assert place < len(sequence[: last[part]]) and places.setdefault(row["user_id"], 0) < place
             places[row["user_id"]] = place
-            assert items_in(encoder.text(row["history"])) == sequence[:place][-max_history:]
+            assert items_in(processor.prompt_text(row["history"])) == sequence[:place][-max_history:]
             for text in [row["chain_of_thought"], *row["segments"]] if part == "train" else []:
                 assert not titles[row["target"]] or titles[row["target"]] not in fold(text)
                 assert not SPECIAL_TOKENS.search(text)
@@ -126,8 +127,8 @@ def future_in_output(folder, sequences, max_history=6):
                     told = names[item] and f'"{names[item]}"' in text.casefold()
                     assert not told or names[item] in past
                 seen += 1
-    for row in history_rows(data.split, encoder):
-        shown = items_in(encoder.tokenizer.decode(row["input_ids"]))
+    for row in history_examples(data.split, processor):
+        shown = items_in(processor.tokenizer.decode(row["input_ids"]))
         assert any(shown == sequence[:-2][-max_history - 1 :] for sequence in sequences.values())
     return seen
 

@@ -18,14 +18,14 @@ from lasar_hf.data import (
     ALIGNMENT_TASKS,
     PreparedData,
     SourceArguments,
-    alignment_rows,
-    encode_anchors,
-    history_rows,
-    sft_rows,
-    stage1_rows,
+    alignment_examples,
+    history_examples,
+    sft_examples,
+    stage1_examples,
 )
+from lasar_hf.reasoning import encode_anchors
 from lasar_hf.trainers import LasarModelConfig
-from tests.preparing import encoder_of, run
+from tests.preparing import processor_of, run
 from tests.tiny import tiny_model
 
 
@@ -88,12 +88,12 @@ def prepared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("toy")
     run(folder, toy_users=12)
     data = PreparedData.load(folder)
-    return data, encoder_of(folder, data)
+    return data, processor_of(folder, data)
 
 
 def stage1(prepared, *rows):
     """What recipes/sft.py trains on, as pairs of tuples."""
-    return pairs(stage1_rows(*prepared, rows))
+    return pairs(stage1_examples(*prepared, rows))
 
 
 def pairs(*tables):
@@ -101,31 +101,31 @@ def pairs(*tables):
 
 
 def test_rows_of_stage_1_are_mixed_by_weights(prepared):
-    data, encoder = prepared
-    main, history = sft_rows(data.samples["train"], encoder), history_rows(data.split, encoder)
-    alignment = alignment_rows(data.interactions, data.split, encoder)
+    data, processor = prepared
+    main, history = sft_examples(data.samples["train"], processor), history_examples(data.split, processor)
+    alignment = alignment_examples(data.interactions, data.split, processor)
     assert stage1(prepared, "history", "alignment") == pairs(history, alignment)  # no weight: each row once, in order
     mixed = stage1(prepared, "next_item=2", "alignment=0.5", "history=0")
     assert mixed[: 2 * len(main)] == 2 * pairs(main)
     drawn = mixed[2 * len(main) :]
     assert len(drawn) == round(len(alignment) / 2) and set(drawn) < set(pairs(alignment))
     assert sorted(stage1(prepared, *ALIGNMENT_TASKS)) == sorted(pairs(alignment))
-    titles = alignment_rows(data.interactions, data.split, encoder, ["title_to_sid"])
+    titles = alignment_examples(data.interactions, data.split, processor, ["title_to_sid"])
     assert stage1(prepared, "title_to_sid") == pairs(titles)
 
 
 @pytest.mark.parametrize("context", ["segment", "chain"])
 def test_anchors_of_stage_2(prepared, tmp_path, context):
-    data, encoder = prepared
+    data, processor = prepared
     model, _ = tiny_model()
-    model.resize_token_embeddings(len(encoder.tokenizer))
+    model.resize_token_embeddings(len(processor.tokenizer))
     names = runpy.run_path(str(ROOT / "recipes/sft.py"))
     script = names["SFTScriptArguments"](data_dir="", anchor_context=context)
-    store = names["stage2_anchors"](script, model, data, encoder, tmp_path)
+    store = names["stage2_anchors"](script, model, data, processor, tmp_path)
     samples = data.samples["train"]
-    prompts = [encoder.prompt(history) for history in samples["history"]] if context == "chain" else None
+    prompts = [processor.prompt_ids(history) for history in samples["history"]] if context == "chain" else None
     options = {"context": context, "prompts": prompts}
-    expected = encode_anchors(model.model.backbone, encoder.tokenizer, samples["segments"], "", **options)
+    expected = encode_anchors(model.model.backbone, processor.tokenizer, samples["segments"], "", **options)
     assert all(np.array_equal(one, other) for one, other in zip(store, expected, strict=True))
 
 

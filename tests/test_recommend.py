@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from lasar_hf import SidCatalog
-from lasar_hf.data import PromptEncoder
+from lasar_hf.data import LasarProcessor
 from tests.tiny import batch, tiny_catalog, tiny_model
 
 
@@ -71,11 +71,11 @@ def test_shards_hold_what_recommend_returns(recipe, checkpoint, tmp_path, suffix
     rows = [row for shard in written.values() for row in shard]
     model, tokenizer = tiny_model()
     catalog = SidCatalog.from_pretrained(checkpoint)
-    encoder = PromptEncoder(tokenizer, catalog.codes.numpy())
+    processor = LasarProcessor(tokenizer, catalog.codes.numpy())
     assert [row["user_id"] for row in rows] == [f"user-{i}" for i in range(11)]
     for row, history in zip(rows, HISTORIES, strict=True):
         expected = model.recommend(
-            **batch([encoder.prompt([catalog.row_of[i] for i in history])]), catalog=catalog, top_k=4
+            **batch([processor.prompt_ids([catalog.index_of[i] for i in history])]), catalog=catalog, top_k=4
         )
         assert row["item_ids"] == [catalog.item_ids[i] for i in expected.items[0]]
         assert row["latent_steps"] == expected.latent_steps

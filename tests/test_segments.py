@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lasar_hf.data import Segmenter, segment, tfidf_embedder
-from lasar_hf.data import segments as segments_module
-from lasar_hf.data.segments import split_sentences
+from lasar_hf.reasoning import Segmenter, segment, tfidf_embedder
+from lasar_hf.reasoning import segments as segments_module
+from lasar_hf.reasoning.segments import split_sentences
 
 
 TOPICS = {"red": [1.0, 0.0, 0.0], "sea": [0.0, 1.0, 0.0], "tea": [0.0, 0.0, 1.0]}

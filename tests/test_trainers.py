@@ -16,7 +16,7 @@ from lasar_hf import (
     LasarSFTTrainer,
     SidCatalog,
 )
-from lasar_hf.data.anchors import AnchorStore
+from lasar_hf.reasoning.anchors import AnchorStore
 from lasar_hf.trainers import (
     add_catalog_head,
     alignment_loss,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..configuration_lasar import sid_token
+from ..model.configuration_lasar import sid_token
 from .tables import id_text
 
 

@@ -4,8 +4,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from ..arguments import read_json_object
+from ..files import file_hash
 from .interactions import Interactions, read_lcrec
-from .pipeline import file_hash
 from .readers import read_amazon, read_table
 from .toy import toy_shop
 

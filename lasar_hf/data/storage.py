@@ -9,8 +9,8 @@ from datasets import Dataset
 from datasets.table import MemoryMappedTable
 from pyarrow import ipc, parquet
 
+from ..files import file_hash, write_json
 from .interactions import ID_FIELDS, TEXT_FIELDS, Interactions
-from .pipeline import file_hash, write_json
 from .splits import Split, TimeSplit
 
 

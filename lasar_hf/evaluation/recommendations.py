@@ -7,12 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from datasets import Dataset
-from torch import nn
 from tqdm.auto import tqdm
 
-from ..catalog_lasar import SidCatalog
-from ..data import PromptEncoder
-from ..modeling_lasar import LasarForGenerativeRec
+from ..model.modeling_lasar import LasarForGenerativeRec
+from ..model.processing_lasar import LasarProcessor
 from .metrics import DEFAULT_KS
 from .report import evaluate_recommendations
 
@@ -42,8 +40,7 @@ class Recommendations:
 def recommend_samples(
     model: LasarForGenerativeRec,
     samples: Dataset,
-    encoder: PromptEncoder,
-    catalog: SidCatalog,
+    processor: LasarProcessor,
     top_k: int = 20,
     num_beams: int = 50,
     latent_steps: int | None = None,
@@ -59,10 +56,8 @@ def recommend_samples(
             The model.
         samples (`Dataset`):
             With a column `history` (item rows, oldest first).
-        encoder ([`~lasar_hf.data.PromptEncoder`]):
-            Writes the prompts.
-        catalog ([`SidCatalog`]):
-            The items to choose from.
+        processor ([`LasarProcessor`]):
+            The checkpoint's prompt format and catalogue.
         top_k (`int`, *optional*, defaults to `20`):
             Items for each sample.
         num_beams (`int`, *optional*, defaults to `50`):
@@ -78,25 +73,18 @@ def recommend_samples(
 
     Returns:
         [`Recommendations`].
-
-    Raises:
-        `ValueError`: if the prompts are written with other Semantic IDs than the catalogue's.
     """
-    if not np.array_equal(encoder.codes, catalog.codes.numpy()):
-        raise ValueError("encoder and catalog hold other Semantic IDs: make both from the same codes.")
     histories = samples["history"]
-    prompts = [torch.tensor(encoder.prompt(history)) for history in histories]
+    prompts = [processor.prompt_ids(history) for history in histories]
     order = sorted(range(len(prompts)), key=lambda sample: len(prompts[sample]), reverse=True)
     items, scores = np.empty((len(prompts), top_k), dtype=np.int64), np.empty((len(prompts), top_k), dtype=np.float32)
     depths = np.empty(len(prompts), dtype=np.int64)
     start_time = time.perf_counter()
     for start in tqdm(range(0, len(order), batch_size), desc="Recommending", disable=not progress):
         rows = order[start : start + batch_size]
-        input_ids = nn.utils.rnn.pad_sequence([prompts[row] for row in rows], batch_first=True, padding_side="left")
-        lengths = torch.tensor([len(prompts[row]) for row in rows])
-        attention_mask = torch.arange(input_ids.shape[1]) >= input_ids.shape[1] - lengths[:, None]
+        batch = processor.pad([prompts[row] for row in rows]).to(model.device)
         output = model.recommend(
-            input_ids.to(model.device), attention_mask.to(model.device), catalog, top_k, num_beams, latent_steps,
+            **batch, catalog=processor.catalog, top_k=top_k, num_beams=num_beams, latent_steps=latent_steps,
             deny=[torch.tensor(histories[row]) for row in rows] if exclude_history else None, allow_empty=True,
         )
         items[rows], scores[rows] = output.items.cpu().numpy(), output.scores.float().cpu().numpy()
@@ -111,10 +99,8 @@ class RankingEvaluator:
     Args:
         samples (`Dataset`):
             With the columns `history` and `target`.
-        encoder ([`~lasar_hf.data.PromptEncoder`]):
-            Writes the prompts.
-        catalog ([`SidCatalog`]):
-            The items to choose from.
+        processor ([`LasarProcessor`]):
+            The checkpoint's prompt format and catalogue.
         num_beams (`int`, *optional*, defaults to `20`):
             Width of the beam search.
         latent_steps (`int`, *optional*):
@@ -126,13 +112,12 @@ class RankingEvaluator:
     def __init__(
         self,
         samples: Dataset,
-        encoder: PromptEncoder,
-        catalog: SidCatalog,
+        processor: LasarProcessor,
         num_beams: int = 20,
         latent_steps: int | None = None,
         ks: Sequence[int] = DEFAULT_KS,
     ):
-        self.samples, self.encoder, self.catalog = samples, encoder, catalog
+        self.samples, self.processor = samples, processor
         self.num_beams, self.latent_steps, self.ks = num_beams, latent_steps, ks
 
     def __call__(self, model: LasarForGenerativeRec) -> dict[str, float]:
@@ -145,9 +130,9 @@ class RankingEvaluator:
             `dict[str, float]`: `HR@k`, `NDCG@k` and `mean_depth`.
         """
         recommended = recommend_samples(
-            model, self.samples, self.encoder, self.catalog, max(self.ks), self.num_beams, self.latent_steps
+            model, self.samples, self.processor, max(self.ks), self.num_beams, self.latent_steps
         )
         row = evaluate_recommendations(
-            recommended.items, self.samples["target"], len(self.catalog), recommended.latent_steps, ks=self.ks
+            recommended.items, self.samples["target"], len(self.processor.catalog), recommended.latent_steps, ks=self.ks
         )
         return {name: value for name, value in row.items() if name.startswith(("HR", "NDCG", "mean_depth"))}

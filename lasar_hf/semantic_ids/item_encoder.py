@@ -19,7 +19,7 @@ class ItemEncoder:
     Text vectors of items that came after the catalogue was embedded, in the catalogue's space.
 
     A new item has no co-occurrence. Its vector has the columns of the text view, which come first in
-    [`combine_views`], and [`~ResidualKMeans.narrowed`] makes a quantizer for these.
+    [`combine_views`], and [`~ResidualKMeans.first_columns`] makes a quantizer for these.
 
     Args:
         text_view ([`TfidfView`] or `str`):
@@ -31,7 +31,7 @@ class ItemEncoder:
     >>> encoder = ItemEncoder.from_pretrained("outputs/mine/data/item_encoder")
     >>> quantizer = ResidualKMeans.from_pretrained("outputs/mine/data/quantizer")
     >>> vectors = encoder.encode([{"title": "Hacksaw"}])
-    >>> codes = assign_new_items(catalog.codes, quantizer.narrowed(vectors.shape[1]), vectors)
+    >>> codes = assign_new_items(catalog.codes, quantizer.first_columns(vectors.shape[1]), vectors)
     ```
     """
 

@@ -197,7 +197,7 @@ class ResidualKMeans:
         squared = residuals.square().sum(dim=1, keepdim=True) + codebook.square().sum(dim=1)
         return (squared - 2 * residuals @ codebook.T).clamp(min=0).double().cpu().numpy()
 
-    def narrowed(self, width: int) -> "ResidualKMeans":
+    def first_columns(self, width: int) -> "ResidualKMeans":
         """
         The quantizer for vectors of which only the first columns are known: the others count in no distance.
 

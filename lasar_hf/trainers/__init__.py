@@ -6,11 +6,11 @@ from .grpo_trainer import LasarGRPOTrainer
 from .lora import lasar_lora_config, lora_from_arguments, save_trained
 from .losses import alignment_loss, bidirectional_kl, depth_entropy, exact_depth_loss, reinforce_loss
 from .model_config import LasarModelConfig
-from .resume import checkpoint_to_resume, content_hashes
+from .resume import checkpoint_to_resume
 from .rewards import ExactMatchReward, RankingReward
 from .sft_config import LasarSFTConfig
 from .sft_trainer import LasarDataCollator, LasarSFTTrainer
-from .sharding import call_gathered, whole_weights
+from .sharding import run_with_gathered_weights, unsharded_weights
 
 
 __all__ = [
@@ -25,14 +25,13 @@ __all__ = [
     "add_catalog_head",
     "alignment_loss",
     "bidirectional_kl",
-    "call_gathered",
+    "run_with_gathered_weights",
     "checkpoint_to_resume",
-    "content_hashes",
     "depth_entropy",
     "exact_depth_loss",
     "lasar_lora_config",
     "lora_from_arguments",
     "reinforce_loss",
     "save_trained",
-    "whole_weights",
+    "unsharded_weights",
 ]

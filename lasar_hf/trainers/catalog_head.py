@@ -12,10 +12,10 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from trl.trainer.utils import FusedCausalLMOutput, maybe_gather_lm_head_ctx, selective_log_softmax_and_entropy
 
-from ..catalog_lasar import SidCatalog
-from ..decoding_lasar import child_log_probs
-from ..modeling_lasar import LasarForGenerativeRec
-from ..trie_lasar import SidTrie
+from ..model.catalog_lasar import SidCatalog
+from ..model.decoding_lasar import child_log_probs
+from ..model.modeling_lasar import LasarForGenerativeRec
+from ..model.trie_lasar import SidTrie
 
 
 def add_catalog_head(model: LasarForGenerativeRec, catalog: SidCatalog, temperature: float = 1.0) -> None:

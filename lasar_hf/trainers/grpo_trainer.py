@@ -16,17 +16,17 @@ from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import RepeatSampler, pad
 
-from ..catalog_lasar import SidCatalog
-from ..decoding_lasar import sample_items
-from ..trunk_lasar import sampled_depth
+from ..model.base_lasar import sampled_depth
+from ..model.catalog_lasar import SidCatalog
+from ..model.decoding_lasar import sample_items
 from .catalog_head import add_catalog_head
 from .grpo_config import LasarGRPOConfig
-from .latent_metrics import TrunkRecorder, last_latent, latent_metrics, unwrap_lasar
+from .latent_states import LatentStateRecorder, last_latent, latent_metrics, unwrap_lasar
 from .lora import complete_reference, refuse_zero3, train_policy_head
 from .losses import bidirectional_kl, reinforce_loss
 from .model_card import save_model_card
 from .rewards import ExactMatchReward, RankingReward
-from .sharding import call_gathered
+from .sharding import run_with_gathered_weights
 
 
 STATE_NAME = "lasar_state.json"
@@ -66,7 +66,7 @@ class LasarGRPOTrainer(GRPOTrainer):
             vanish from decoded text.
         train_dataset ([`~datasets.Dataset`]):
             Columns `prompt` (text that ends in `<|latent_start|>`), `target` (row in the catalogue) and, for the
-            terminal anchor loss, `terminal_anchor` (`H` floats), see [`~lasar_hf.data.grpo_rows`].
+            terminal anchor loss, `terminal_anchor` (`H` floats), see [`~lasar_hf.data.grpo_examples`].
         kwargs:
             Passed to [`~trl.GRPOTrainer`].
 
@@ -135,7 +135,7 @@ class LasarGRPOTrainer(GRPOTrainer):
                 if args.disable_dropout:
                     disable_functional_dropout(policy)
         train_policy_head(lasar, args.depth_weight > 0)
-        self._recorder = TrunkRecorder(lasar.model)
+        self._recorder = LatentStateRecorder(lasar.model)
         self._group_rewards: torch.Tensor | None = None
         self.reward_baseline: float | None = None  # b_EMA, the first batch's mean reward to begin with
 
@@ -163,10 +163,10 @@ class LasarGRPOTrainer(GRPOTrainer):
                 self.model_wrapped, self.accelerator,
                 gather_deepspeed3_params=self.args.ds3_gather_for_generation,
             ) as unwrapped,
-            unwrap_lasar(unwrapped).evaluating() as lasar,
+            unwrap_lasar(unwrapped).evaluation_mode() as lasar,
         ):
             draw = partial(self._draw, lasar, padded, mask, group_size)
-            depths, log_probs, items = call_gathered(unwrapped, draw)
+            depths, log_probs, items = run_with_gathered_weights(unwrapped, draw)
         config = lasar.config
         levels = config.sid_token_id(0, 0) + config.codebook_size * torch.arange(config.num_sid_levels)
         completions = (self.catalog.codes[items.cpu()] + levels).flatten(0, 1).tolist()
@@ -180,7 +180,7 @@ class LasarGRPOTrainer(GRPOTrainer):
     def _draw(self, lasar, prompt_ids, prompt_mask, group_size: int) -> tuple[torch.Tensor, ...]:
         """A depth `(B,)` with its log-probability `(B,)` and `G` items `(B, G)` for each prompt."""
         trie = self.catalog.trie(prompt_ids.device)
-        chain = lasar.think(prompt_ids, prompt_mask, sampled_depth)
+        chain = lasar.encode_prompts(prompt_ids, prompt_mask, sampled_depth)
         leaves, _ = sample_items(
             lasar, chain, trie, group_size, self.temperature, replacement=self.args.sampling == "sample"
         )

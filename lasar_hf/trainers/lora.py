@@ -8,7 +8,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from ..modeling_lasar import LasarForGenerativeRec
+from ..model.modeling_lasar import LasarForGenerativeRec
 from .model_config import LasarModelConfig
 
 

@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..data.pipeline import file_hash, write_json
+from ..files import write_json
 
 
 RUN_NAME = "run.json"
@@ -22,23 +22,6 @@ TRAINING = (
     "policy_weight", "sampling", "scale_rewards", "seed", "sid_loss", "step_cost", "steps_per_generation",
     "temperature", "terminal_weight", "train_sampling_strategy", "weight_decay",
 )  # fmt: skip
-
-
-def content_hashes(folder: str | Path | None, pattern: str) -> dict[str, str]:
-    """
-    SHA-256 of each file of a folder, by its path there.
-
-    Args:
-        folder (`str` or `Path`, *optional*):
-            The folder; one that is not given or does not exist (a name on the Hub) has no files.
-        pattern (`str`):
-            Which files: `"**/data-*.arrow"` are those of saved `Dataset`s, without the caches that are made of them.
-
-    Returns:
-        `dict[str, str]`: hexadecimal digests.
-    """
-    files = sorted(Path(folder).glob(pattern)) if folder is not None else []
-    return {str(path.relative_to(folder)): file_hash(path) for path in files}
 
 
 def checkpoint_to_resume(args: TrainingArguments, **origin: Any) -> str | None:

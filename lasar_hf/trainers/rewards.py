@@ -2,8 +2,8 @@
 
 import math
 
-from ..catalog_lasar import SidCatalog
-from ..configuration_lasar import LasarConfig
+from ..model.catalog_lasar import SidCatalog
+from ..model.configuration_lasar import LasarConfig
 
 
 class ExactMatchReward:

@@ -12,15 +12,15 @@ from trl import SFTTrainer
 from trl.models import unwrap_model_for_generation
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from ..catalog_lasar import SidCatalog
-from ..data.anchors import AnchorStore
+from ..model.catalog_lasar import SidCatalog
+from ..reasoning.anchors import AnchorStore
 from .catalog_head import add_catalog_head
-from .latent_metrics import TrunkRecorder, latent_metrics, unwrap_lasar
+from .latent_states import LatentStateRecorder, latent_metrics, unwrap_lasar
 from .lora import refuse_zero3, train_policy_head
 from .losses import alignment_loss
 from .model_card import save_model_card
 from .sft_config import LasarSFTConfig
-from .sharding import call_gathered
+from .sharding import run_with_gathered_weights
 
 
 @dataclass
@@ -83,7 +83,8 @@ class LasarSFTTrainer(SFTTrainer):
             `metric_for_best_model="eval_NDCG@10"`. See [`~lasar_hf.evaluation.RankingEvaluator`]. Every process
             calls it.
         train_dataset ([`~datasets.Dataset`]):
-            Rows with `input_ids` and `labels`, see [`~lasar_hf.data.sft_rows`] and [`~lasar_hf.data.reasoning_rows`].
+            Examples with `input_ids` and `labels`, see [`~lasar_hf.data.sft_examples`] and
+            [`~lasar_hf.data.reasoning_examples`].
         kwargs:
             Passed to [`~trl.SFTTrainer`].
 
@@ -140,7 +141,7 @@ class LasarSFTTrainer(SFTTrainer):
         elif isinstance(lasar.lm_head, TrainableTokensWrapper):
             lasar.lm_head.bias = None  # TRL's head reads it, and PEFT's wrapper passes the weight on alone
         train_policy_head(lasar, args.policy_weight > 0)
-        self._recorder = TrunkRecorder(lasar.model)
+        self._recorder = LatentStateRecorder(lasar.model)
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
@@ -195,7 +196,7 @@ class LasarSFTTrainer(SFTTrainer):
     def _rank(self) -> dict[str, float]:
         """What `ranking_evaluator` finds, on whole weights."""
         with unwrap_model_for_generation(self.model_wrapped, self.accelerator) as model:
-            return call_gathered(model, partial(self.ranking_evaluator, unwrap_lasar(model)))
+            return run_with_gathered_weights(model, partial(self.ranking_evaluator, unwrap_lasar(model)))
 
     def _save(self, output_dir=None, state_dict=None):
         """The catalogue belongs beside the weights: a checkpoint alone can recommend."""

@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 @contextmanager
-def whole_weights():
+def unsharded_weights():
     """
     Make and load models with all their weights, whatever the run's DeepSpeed stage.
 
@@ -24,7 +24,7 @@ def whole_weights():
     Example:
 
     ```python
-    >>> with whole_weights():
+    >>> with unsharded_weights():
     ...     model = LasarForGenerativeRec.from_backbone("Qwen/Qwen3-0.6B", tokenizer)
     >>> trainer = LasarSFTTrainer(model, args, catalog, train_dataset=rows)
     ```
@@ -38,7 +38,7 @@ def whole_weights():
             deepspeed.set_hf_deepspeed_config(reference())
 
 
-def call_gathered(root: nn.Module, function: Callable[[], T]) -> T:
+def run_with_gathered_weights(root: nn.Module, function: Callable[[], T]) -> T:
     """
     Call a function while the weights that FSDP2 gathers around the root's forward (embeddings, head) are gathered.
 

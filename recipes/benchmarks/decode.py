@@ -2,8 +2,8 @@
 Latency of recommending, on random weights: this engine against `generate`, latent steps against direct generation and
 against a written chain of thought, and the catalogue's index.
 
-    python recipes/benchmark.py decode --json
-    python recipes/benchmark.py decode --size qwen3-0.6b --rounds 1 --json
+    python recipes/benchmarks/decode.py --json
+    python recipes/benchmarks/decode.py --size qwen3-0.6b --rounds 1 --json
 
 `generate` is run as this field runs it: the prompt is expanded to every beam before it is read, a dictionary from a
 hash of the prefix to the tokens that can follow is looked up in a Python loop over the beams, and products are
@@ -23,8 +23,8 @@ from tqdm.auto import tqdm
 from transformers import LogitsProcessor, Qwen3Config
 
 from lasar_hf import LasarConfig, LasarForGenerativeRec, SidCatalog
-from lasar_hf.decoding_lasar import child_log_probs
-from lasar_hf.trie_lasar import SidTrie
+from lasar_hf.model.decoding_lasar import child_log_probs
+from lasar_hf.model.trie_lasar import SidTrie
 
 
 LEVELS, CODES = 4, 256
@@ -157,7 +157,7 @@ def on_fast_products(model, call: Callable) -> Callable:
     """The call with the matrix products of this engine."""
 
     def run():
-        with model.evaluating():
+        with model.evaluation_mode():
             return call()
 
     return run
@@ -181,12 +181,12 @@ def measure_latency(model, catalog: SidCatalog, args, device) -> dict:
     seconds, results = interleaved(calls, args.rounds, device)
     if results["text"].text_ids.shape[1] < args.text_length:
         raise SystemExit("The random model ended its text early: choose another --seed.")
-    row_of = {tuple(codes): row for row, codes in enumerate(catalog.codes.tolist())}
+    index_of = {tuple(codes): row for row, codes in enumerate(catalog.codes.tolist())}
     same, difference = True, 0.0
     for name in ("direct", "policy"):
         theirs = results[f"generate, {name}"]
         codes = (theirs.sequences[:, -LEVELS:] - config.sid_token_offset) % CODES
-        same &= [row_of[tuple(sid)] for sid in codes.tolist()] == results[name].items[0].tolist()
+        same &= [index_of[tuple(sid)] for sid in codes.tolist()] == results[name].items[0].tolist()
         difference = max(difference, (theirs.sequences_scores - results[name].scores[0]).abs().max().item())
     latent = (seconds["latent 2"] + seconds["latent 3"]) / 2
     return {
@@ -230,9 +230,9 @@ def measure_pass(model, users: int, width: int, device) -> float:
     """Seconds of one decode pass for all beams of all users, on short prompts (long ones only cost more)."""
     tokens = torch.full((users, width), model.config.sid_token_offset, device=device)
     alone = torch.eye(width, dtype=torch.bool, device=device).expand(users, -1, -1)
-    with model.evaluating():
-        chain = model.think(make_prompt(model, 8).expand(users, -1), latent_steps=0)
-        return seconds_of(lambda: model.model.read(chain, tokens, alone), device)[0]
+    with model.evaluation_mode():
+        chain = model.encode_prompts(make_prompt(model, 8).expand(users, -1), latent_steps=0)
+        return seconds_of(lambda: model.model.read_tokens(chain, tokens, alone), device)[0]
 
 
 def benchmark(args) -> dict:
@@ -270,7 +270,7 @@ def show(report: dict) -> None:
 
 def main(argv: list[str]) -> None:
     """Read the options, measure, print."""
-    parser = argparse.ArgumentParser(prog="benchmark.py decode", description=__doc__.strip().split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.strip().split("\n\n")[0])
     parser.add_argument("--json", action="store_true", help="Print one JSON object.")
     parser.add_argument("--size", choices=sorted(SIZES), default="small", help="Layer sizes of the model.")
     parser.add_argument("--prompt_length", type=int, default=128, help="Tokens of the prompt.")

@@ -1,7 +1,7 @@
 """
 Time and memory of each step of the preparation on generated interactions: a CSV of users, items and times.
 
-    python recipes/benchmark.py prepare --rows 10000000
+    python recipes/benchmarks/prepare.py --rows 10000000
 
 Each step runs in a process of its own, so that its peak is its own. Items differ in how often they are taken as those
 of shops do, and each user stays near a part of the catalogue.
@@ -104,7 +104,7 @@ def show(report: dict) -> None:
 
 def main(argv: list[str]) -> None:
     """Read the options, measure, print."""
-    parser = argparse.ArgumentParser(prog="benchmark.py prepare", description=__doc__.strip().split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.strip().split("\n\n")[0])
     parser.add_argument("--rows", type=int, default=1_000_000, help="Interactions.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of what is drawn.")
     parser.add_argument("--scratch", help="Folder for the files, 1 GiB a million rows; the system's if not given.")

@@ -1,9 +1,9 @@
 """
 RQ-KMeans against faiss' residual quantizer: time and error on the same points, and what a large catalogue costs.
 
-    python recipes/benchmark.py quantize [--json]
-    python recipes/benchmark.py quantize --data outputs/scientific/data/embeddings.npy
-    python recipes/benchmark.py quantize --collisions 1000000
+    python recipes/benchmarks/quantize.py [--json]
+    python recipes/benchmarks/quantize.py --data outputs/scientific/data/embeddings.npy
+    python recipes/benchmarks/quantize.py --collisions 1000000
 
 Time is that of fitting and of encoding the same points; error is the mean squared distance of the points to what their
 codes stand for. `faiss.ResidualQuantizer` runs as its constructor leaves it (progressive training, 10 iterations on at
@@ -29,7 +29,7 @@ BLOCK = 65_536  # points drawn at one time
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """Sizes; the defaults are those of a mid-sized catalogue with sentence embeddings."""
-    parser = argparse.ArgumentParser(prog="benchmark.py quantize", description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--points", type=int, default=100_000)
     parser.add_argument("--dim", type=int, default=384)
     parser.add_argument("--levels", type=int, default=4)

@@ -1,7 +1,7 @@
 """
 What a latent step and a repeated prompt cost in training.
 
-    python recipes/benchmark.py train [--json]
+    python recipes/benchmarks/train.py [--json]
 
 One run, the same weights and batches throughout: a stage-2 step against a stage-1 step of the same tokens, for several
 depths; forward and backward of GRPO with shared prompts against without; a whole GRPO step against stock
@@ -31,7 +31,7 @@ WORDS = 1000
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """Sizes; the defaults take two minutes on two cores."""
-    parser = argparse.ArgumentParser(prog="benchmark.py train", description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--hidden_size", type=int, default=256)
     parser.add_argument("--vocab_size", type=int, default=WORDS, help="words of the backbone, before SID tokens")

@@ -1,0 +1,109 @@
+"""Files that appear whole or not at all, JSON, and content hashes."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def atomic_file(path: str | Path) -> Iterator[Path]:
+    """
+    Write a file under a temporary name, flush it to disk, then rename it, so that a reader sees a whole file or none.
+
+    The temporary file lies in the same folder and keeps the suffix of the name, which some writers look at. If the
+    block raises, the old file stays and the temporary file is removed.
+
+    Args:
+        path (`str` or `Path`):
+            The file to write. Its folder is created if missing.
+
+    Yields:
+        `Path`: temporary file to write to.
+
+    Example:
+
+    ```python
+    >>> with atomic_file("outputs/report.md") as temporary:
+    ...     temporary.write_text("# Report")
+    ```
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, content: object) -> None:
+    """
+    Write JSON atomically.
+
+    Args:
+        path (`str` or `Path`):
+            The file to write.
+        content (`object`):
+            What to write. NumPy numbers are written as floats.
+    """
+    text = json.dumps(content, indent=2, default=float) + "\n"
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def read_json(path: str | Path) -> object:
+    """
+    Read a JSON file.
+
+    Args:
+        path (`str` or `Path`):
+            The file to read.
+
+    Returns:
+        `object`: the content.
+
+    Raises:
+        `ValueError`: if the file is not valid JSON; the message names the file.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error}).") from error
+
+
+def file_hash(path: str | Path) -> str:
+    """
+    SHA-256 of a file's content.
+
+    Args:
+        path (`str` or `Path`):
+            The file to read.
+
+    Returns:
+        `str`: 64 hexadecimal digits.
+    """
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def folder_hashes(folder: str | Path | None, pattern: str) -> dict[str, str]:
+    """
+    SHA-256 of each file of a folder that matches a pattern.
+
+    Args:
+        folder (`str` or `Path`, *optional*):
+            The folder. `None`, or a name on the Hub, has no files.
+        pattern (`str`):
+            Glob pattern: `"**/data-*.arrow"` matches the tables of saved `Dataset`s without their caches.
+
+    Returns:
+        `dict[str, str]`: hash of each file by its path relative to the folder.
+    """
+    files = sorted(Path(folder).glob(pattern)) if folder is not None else []
+    return {str(path.relative_to(folder)): file_hash(path) for path in files}

@@ -1,0 +1,112 @@
+"""Keys and values in linked blocks: an append-only cache that survives gradient checkpointing."""
+
+from contextlib import contextmanager
+
+import torch
+from transformers.cache_utils import Cache, DynamicLayer
+
+
+class _BlockLayer(DynamicLayer):
+    """One layer's keys and values of one segment, linked to those of the segments before it."""
+
+    def __init__(self, parent: "_BlockLayer | None"):
+        super().__init__()
+        self.parent = parent
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        if torch.is_autocast_enabled(key_states.device.type):
+            # As attention would, but before they are joined: it would keep its own copy of the prompt's for every
+            # step.
+            dtype = torch.get_autocast_dtype(key_states.device.type)
+            key_states, value_states = key_states.to(dtype), value_states.to(dtype)
+        # A segment is written once; a second write is the replay of gradient checkpointing and stores equal values.
+        self.keys, self.values, self.is_initialized = key_states, value_states, True
+        return self.states()
+
+    def pieces(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Keys and values of each segment, the first one's first."""
+        keys, values = self.parent.pieces() if self.parent is not None else ([], [])
+        return [*keys, self.keys], [*values, self.values]
+
+    def states(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values `(B, heads, S, head dim)` of this segment and all before it."""
+        if self.parent is None:
+            return self.keys, self.values
+        keys, values = self.pieces()
+        return torch.cat(keys, dim=-2), torch.cat(values, dim=-2)
+
+    def get_seq_length(self) -> int:
+        own = self.keys.shape[-2] if self.is_initialized else 0
+        return own + (self.parent.get_seq_length() if self.parent is not None else 0)
+
+
+class _RejoinHooks:
+    """
+    Hooks for tensors saved for the backward pass, see [`~LinkedCache.keeping_blocks`].
+
+    The graph holds them, so they must not hold it when they are done.
+    """
+
+    def __init__(self):
+        # Keys and values joined last, each with its pieces. They are held, so that no other tensor lies where they do.
+        self.joined: list[tuple[torch.Tensor, list[torch.Tensor]]] = []
+
+    def pack(self, tensor: torch.Tensor):
+        for joined, pieces in self.joined:
+            if tensor.untyped_storage().data_ptr() == joined.untyped_storage().data_ptr():
+                view = tensor.shape, tensor.stride(), tensor.storage_offset()
+                return [piece.detach() for piece in pieces], view
+        # A parameter stays itself, since ZeRO-3 swaps its data; an output that stayed itself would hold its own graph.
+        return tensor if tensor.is_leaf else tensor.detach()
+
+    @staticmethod
+    def unpack(packed) -> torch.Tensor:
+        if isinstance(packed, torch.Tensor):
+            return packed
+        pieces, view = packed
+        return torch.cat(pieces, dim=-2).as_strided(*view)
+
+
+class LinkedCache(Cache):
+    """
+    Append-only cache made of linked segments, one for each call of the backbone.
+
+    `DynamicCache` under grad copies the prompt's keys and values at every step, and transformers drops any cache under
+    gradient checkpointing because a layer that is replayed in the backward pass would append twice. A segment only
+    stores its own keys and values and returns its parents' and its own, so writing it again is harmless.
+
+    Args:
+        num_layers (`int`):
+            Layers of the backbone.
+        parent ([`LinkedCache`], *optional*):
+            Segment that this one continues.
+    """
+
+    def __init__(self, num_layers: int, parent: "LinkedCache | None" = None):
+        parents = parent.layers if parent is not None else [None] * num_layers
+        super().__init__(layers=[_BlockLayer(layer) for layer in parents])
+        self._hooks: _RejoinHooks | None = None
+
+    def update(self, key_states, value_states, layer_idx: int, *args, **kwargs):
+        states = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if self._hooks is not None:
+            self._hooks.joined = list(zip(states, self.layers[layer_idx].pieces(), strict=True))
+        return states
+
+    @contextmanager
+    def keeping_blocks(self):
+        """
+        Keep the pieces of joined keys and values for the backward pass, and join them again there.
+
+        Attention keeps its keys and values for the backward pass: joined ones would be a copy of the prompt's for
+        every latent step. Nothing to do without gradients.
+        """
+        if not torch.is_grad_enabled():
+            yield
+            return
+        hooks = self._hooks = _RejoinHooks()
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(hooks.pack, hooks.unpack):
+                yield
+        finally:
+            self._hooks, hooks.joined = None, []

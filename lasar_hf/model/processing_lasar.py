@@ -1,0 +1,333 @@
+"""The prompt format of a checkpoint: histories of item ids to token ids, and recommendations back to ids and titles.
+
+    [BOS] instruction <a_3><b_1> … <a_0><b_7> <|latent_start|>
+
+The processor is saved beside the weights, so training, evaluation and serving use the same format. It knows items and
+tokens only; it does not know the model.
+"""
+
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
+
+from .catalog_lasar import SidCatalog
+from .configuration_lasar import CONTROL_TOKENS, LATENT_START_TOKEN, sid_token
+
+
+PROMPT_LAYOUT = "{bos}{instruction}{history}" + LATENT_START_TOKEN
+AUTO_MAP = {"AutoProcessor": "processing_lasar.LasarProcessor"}
+
+
+class LasarProcessor(ProcessorMixin):
+    r"""
+    Tokenizer, catalogue and prompt format of a LASAR checkpoint.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer with the Semantic-ID and control tokens registered as special tokens, as
+            [`LasarForGenerativeRec.from_backbone`] leaves it.
+        catalog ([`SidCatalog`]):
+            The items.
+        instruction (`str`, *optional*, defaults to `"Recommend the next item."`):
+            Text before the history.
+        max_history (`int`, *optional*, defaults to `50`):
+            Maximum number of history items in a prompt; the most recent ones are kept.
+        add_bos (`bool`, *optional*):
+            Whether a prompt starts with the tokenizer's BOS token. Defaults to what the tokenizer does by
+            itself, which is what its backbone was trained with.
+        layout (`str`, *optional*, defaults to `"{bos}{instruction}{history}<|latent_start|>"`):
+            Order of the parts of a prompt. Stored so that a checkpoint with another layout is refused.
+
+    Attributes:
+        sid_token_ids (`torch.Tensor` of shape `(I, M)`):
+            Token ids of each item's Semantic ID.
+        prefix_ids (`list[int]`):
+            Token ids before the history: BOS, if any, and the instruction.
+
+    Raises:
+        `ValueError`: if the tokenizer lacks a Semantic-ID or control token, or holds one that is not special; if the
+            instruction contains such a token, or the tokenizer merges text across the parts of a prompt; if
+            `max_history` is less than 1.
+
+    Example:
+
+    ```python
+    >>> from lasar_hf import LasarForGenerativeRec, LasarProcessor
+
+    >>> processor = LasarProcessor.from_pretrained("outputs/quickstart/model")
+    >>> model = LasarForGenerativeRec.from_pretrained("outputs/quickstart/model")
+    >>> output = model.recommend(**processor([["12", "40", "13"]]), catalog=processor.catalog, top_k=3)
+    >>> processor.decode_recommendations(output)[0]
+    [{'item_id': '14', 'title': 'Silent Harbor, Volume Six', 'score': -0.41}, …]
+    ```
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        catalog: SidCatalog,
+        instruction: str = "Recommend the next item.",
+        max_history: int = 50,
+        add_bos: bool | None = None,
+        layout: str = PROMPT_LAYOUT,
+    ):
+        super().__init__(tokenizer)
+        if layout != PROMPT_LAYOUT:
+            raise ValueError(
+                f"layout is {layout!r}, but this version writes prompts as {PROMPT_LAYOUT!r}. Use the version of "
+                "lasar_hf that saved the checkpoint."
+            )
+        if max_history < 1:
+            raise ValueError(f"max_history is {max_history}; expected at least 1.")
+        if add_bos is None:
+            add_bos = tokenizer.bos_token_id is not None and tokenizer("a").input_ids[0] == tokenizer.bos_token_id
+        self.catalog = catalog
+        self.instruction = instruction
+        self.max_history = max_history
+        self.add_bos = add_bos
+        control_ids = self._special_token_ids(CONTROL_TOKENS)
+        self.latent_start_token_id, self.latent_token_id, self.latent_end_token_id = control_ids
+        self.sid_token_ids = self._sid_token_ids()
+        bos_ids = [tokenizer.bos_token_id] if add_bos else []
+        self.prefix_ids = [*bos_ids, *tokenizer(instruction, add_special_tokens=False).input_ids]
+        # Prompts are assembled from parts. A tokenizer that merges across the parts, or an instruction that contains
+        # Semantic-ID tokens, would make the text and the token ids of a prompt disagree.
+        if self._tokenize(self.prompt_text([0])) != self.prompt_ids([0]) or self._holds_special_token(instruction):
+            raise ValueError(
+                f"The tokenizer does not encode {self.prompt_text([0])!r} as the concatenation of its parts. Remove "
+                "special tokens from the instruction, and register Semantic-ID and control tokens as special tokens "
+                "without stripping or normalization."
+            )
+
+    def _tokenize(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    def _holds_special_token(self, text: str) -> bool:
+        return self._tokenize(text) != self.text_ids([text])[0]
+
+    def _special_token_ids(self, tokens: Sequence[str]) -> list[int]:
+        added = self.tokenizer.get_added_vocab()
+        for token, ids in zip(tokens, self.text_ids(tokens), strict=True):
+            if token not in added:
+                raise ValueError(
+                    f"The tokenizer has no token {token}. Register the Semantic-ID and control tokens first, for "
+                    "example with LasarForGenerativeRec.from_backbone."
+                )
+            if added[token] in ids:
+                raise ValueError(
+                    f"{token} is in the vocabulary but is not a special token, so item text could produce it."
+                )
+        return [added[token] for token in tokens]
+
+    def _sid_token_ids(self) -> torch.Tensor:
+        """Token ids `(I, M)` of the catalogue's Semantic IDs."""
+        codes = self.catalog.codes
+        token_ids = torch.empty(codes.shape, dtype=torch.long)
+        for level in range(codes.shape[1]):
+            used, position = codes[:, level].unique(return_inverse=True)
+            ids = self._special_token_ids([sid_token(level, code) for code in used.tolist()])
+            token_ids[:, level] = torch.tensor(ids)[position]
+        return token_ids
+
+    def __call__(self, histories: Sequence[Sequence[str]]) -> BatchFeature:
+        """
+        Prompts of a batch of histories.
+
+        Args:
+            histories (`list[list[str]]` of length `B`):
+                Item ids of each user, oldest first.
+
+        Returns:
+            [`~transformers.BatchFeature`]: `input_ids` and `attention_mask` `(B, L)`, left-padded, for
+            [`LasarForGenerativeRec.recommend`].
+
+        Raises:
+            `ValueError`: if a history is empty or holds an item that the catalogue does not have.
+        """
+        return self.pad([self.prompt_ids(self.item_indices(history)) for history in histories])
+
+    def item_indices(self, history: Sequence[str]) -> list[int]:
+        """
+        Indices of items in the catalogue.
+
+        Args:
+            history (`list[str]`):
+                Item ids.
+
+        Returns:
+            `list[int]`: their indices.
+
+        Raises:
+            `ValueError`: if the catalogue does not have an item.
+        """
+        if isinstance(history, str):
+            raise ValueError(f"history is the string {history!r}; expected a list of item ids.")
+        indices = [self.catalog.index_of.get(str(item_id)) for item_id in history]
+        if None in indices:
+            raise ValueError(f"The catalogue has no item {history[indices.index(None)]!r}.")
+        return indices
+
+    def pad(self, prompts: Sequence[Sequence[int]]) -> BatchFeature:
+        """
+        Left-pad prompts to a batch.
+
+        Args:
+            prompts (`list[list[int]]` of length `B`):
+                Token ids.
+
+        Returns:
+            [`~transformers.BatchFeature`]: `input_ids` and `attention_mask`, int64, `(B, L)`.
+        """
+        pad_id = self.tokenizer.pad_token_id or 0
+        rows = [torch.tensor(prompt) for prompt in prompts]
+        masks = [torch.ones_like(row) for row in rows]
+        pad = nn.utils.rnn.pad_sequence
+        return BatchFeature(
+            {
+                "input_ids": pad(rows, batch_first=True, padding_value=pad_id, padding_side="left"),
+                "attention_mask": pad(masks, batch_first=True, padding_side="left"),
+            }
+        )
+
+    def prompt_ids(self, history: Sequence[int]) -> list[int]:
+        """
+        Token ids of a prompt, which ends in `<|latent_start|>`.
+
+        Args:
+            history (`list[int]`):
+                Item indices, oldest first; at least one.
+
+        Returns:
+            `list[int]`: what the tokenizer gives for [`~LasarProcessor.prompt_text`] without special tokens added.
+        """
+        shown = self.sid_token_ids[self._shown(history)].flatten().tolist()
+        return [*self.prefix_ids, *shown, self.latent_start_token_id]
+
+    def prompt_text(self, history: Sequence[int]) -> str:
+        """A prompt as text; arguments as for [`~LasarProcessor.prompt_ids`]."""
+        codes = self.catalog.codes[self._shown(history)].tolist()
+        tokens = [sid_token(level, code) for sid in codes for level, code in enumerate(sid)]
+        bos = self.tokenizer.bos_token if self.add_bos else ""
+        return bos + self.instruction + "".join(tokens) + LATENT_START_TOKEN
+
+    def answer_ids(self, items: Sequence[int]) -> list[list[int]]:
+        """
+        Semantic-ID token ids of items.
+
+        Args:
+            items (`list[int]`):
+                Item indices.
+
+        Returns:
+            `list[list[int]]`: `M` token ids for each item.
+        """
+        return self.sid_token_ids[self._checked(items)].tolist() if len(items) else []
+
+    def text_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """
+        Token ids of item text, in which `<a_9>` or `<|latent|>` stays plain text.
+
+        Args:
+            texts (`list[str]`):
+                Titles or descriptions.
+
+        Returns:
+            `list[list[int]]`: token ids of each text, none of them special.
+        """
+        if not len(texts):
+            return []
+        return self.tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True).input_ids
+
+    def decode_recommendations(self, output) -> list[list[dict[str, object]]]:
+        """
+        Item ids, titles and scores of recommendations.
+
+        Args:
+            output ([`RecommendOutput`]):
+                What [`LasarForGenerativeRec.recommend`] returned for the processor's catalogue.
+
+        Returns:
+            `list[list[dict]]`: for each prompt `item_id` (`str`), `title` (`str`, `None` if unknown) and `score`
+            (`float`, log-probability), best first, without padding.
+        """
+        catalog = self.catalog
+        return [
+            [
+                {
+                    "item_id": catalog.item_ids[item],
+                    "title": catalog.titles[item] if catalog.titles is not None else None,
+                    "score": score,
+                }
+                for item, score in zip(items, scores, strict=True)
+                if item >= 0
+            ]
+            for items, scores in zip(output.items.tolist(), output.scores.tolist(), strict=True)
+        ]
+
+    def check_format(self, **settings: object) -> None:
+        """
+        Refuse settings that differ from the checkpoint's prompt format.
+
+        Args:
+            settings:
+                `instruction` or `max_history`; `None` accepts what the checkpoint has.
+
+        Raises:
+            `ValueError`: if a setting differs.
+        """
+        for name, value in settings.items():
+            if value is not None and value != getattr(self, name):
+                raise ValueError(
+                    f"{name} is {value!r}, but the checkpoint was trained with {getattr(self, name)!r}. Leave "
+                    f"{name} out to use the checkpoint's prompt format."
+                )
+
+    def _shown(self, history: Sequence[int]) -> torch.Tensor:
+        if not len(history):
+            raise ValueError("A history is empty: a prompt needs at least one item.")
+        return self._checked(history[-self.max_history :])
+
+    def _checked(self, items: Sequence[int]) -> torch.Tensor:
+        items = torch.as_tensor(items)
+        # A negative index would silently count from the end.
+        if items.min() < 0 or items.max() >= len(self.sid_token_ids):
+            raise ValueError(
+                f"Item indices go from {int(items.min())} to {int(items.max())}, but the catalogue has "
+                f"{len(self.sid_token_ids)} items."
+            )
+        return items
+
+    def to_dict(self) -> dict[str, object]:
+        """The prompt format, without tokenizer and catalogue, which have their own files."""
+        output = {name: getattr(self, name) for name in ("instruction", "max_history", "add_bos")}
+        output["layout"] = PROMPT_LAYOUT
+        return output | {"auto_map": dict(AUTO_MAP), "processor_class": type(self).__name__}
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> list[str]:
+        """
+        Write the prompt format (`processor_config.json`), the tokenizer, the catalogue and this code.
+
+        Args:
+            save_directory (`str` or `os.PathLike`):
+                Folder, created if missing.
+            push_to_hub (`bool`, *optional*, defaults to `False`):
+                Whether to upload the folder afterwards.
+            kwargs:
+                Passed to [`~transformers.ProcessorMixin.save_pretrained`].
+
+        Returns:
+            `list[str]`: paths that were written, as the base class names them.
+        """
+        self.catalog.save_pretrained(save_directory)
+        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    @classmethod
+    def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
+        arguments = super()._get_arguments_from_pretrained(pretrained_model_name_or_path, processor_dict, **kwargs)
+        return [*arguments, SidCatalog.from_pretrained(pretrained_model_name_or_path)]
+
+
+__all__ = ["LasarProcessor"]

@@ -1,0 +1,149 @@
+"""The products of inference: equal to PyTorch's own, used in the engine alone, and gone afterwards."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from tiny import batch, row, tiny_catalog, tiny_model
+from torch import nn
+
+from lasar_hf import onednn
+from lasar_hf.onednn import linear, onednn_linear
+
+
+needs_onednn = pytest.mark.skipif(not onednn.HAS_ONEDNN, reason="PyTorch without oneDNN, or not on x86")
+
+
+@pytest.fixture
+def products(monkeypatch) -> list[torch.Size]:
+    """oneDNN for small products too; the shapes of the weights it got."""
+    shapes = []
+    product = torch.ops.mkldnn._linear_pointwise
+
+    def counted(states, weight, *rest):
+        shapes.append(tuple(weight.shape))
+        return product(states, weight, *rest)
+
+    monkeypatch.setattr(onednn, "MIN_PRODUCT", 0)
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", counted)
+    return shapes
+
+
+@needs_onednn
+@pytest.mark.parametrize("rows", [(1,), (3, 1), (2, 50), (0, 4)])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_products_are_those_of_pytorch(products, rows, with_bias):
+    torch.manual_seed(0)
+    states, weight = torch.randn(*rows, 24), torch.randn(40, 24)
+    bias = torch.randn(40) if with_bias else None
+    with torch.no_grad():
+        got = linear(states, weight, bias)
+    torch.testing.assert_close(got, nn.functional.linear(states, weight, bias), atol=1e-5, rtol=1e-5)
+    assert len(products) == 1
+
+
+@needs_onednn
+def test_gradients_autocast_and_other_types_take_the_ordinary_way(products):
+    layer = nn.Linear(8, 8)
+    assert linear(torch.randn(2, 8), layer.weight, layer.bias).requires_grad
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert linear(torch.randn(2, 8), layer.weight, layer.bias).dtype == torch.bfloat16
+    with torch.no_grad():
+        linear(torch.randn(2, 8).double(), layer.weight.double(), layer.bias.double())
+        linear(torch.randn(2, 8), torch.randn(8, 8).t())
+        linear(torch.randn(2, 8), torch.randn(8, 8), torch.randn(1))
+    assert products == []
+
+
+@needs_onednn
+def test_every_layer_is_as_before_afterwards():
+    class Half(nn.Linear):
+        """A layer of another kind."""
+
+    model = nn.ModuleDict({"plain": nn.Linear(2, 2), "replaced": nn.Linear(2, 2), "other": Half(2, 2)})
+    replacement = model["replaced"].forward = lambda states: states
+    with pytest.raises(RuntimeError, match="stop"), onednn_linear(model):
+        assert "forward" in vars(model["plain"]) and "forward" not in vars(model["other"])
+        assert model["replaced"].forward is replacement
+        with onednn_linear(model):  # as another thread may
+            pass
+        assert "forward" in vars(model["plain"])
+        raise RuntimeError("stop")
+    assert "forward" not in vars(model["plain"]) and model["replaced"].forward is replacement
+
+
+@needs_onednn
+def test_recommending_uses_them_and_training_does_not(products, monkeypatch):
+    model, _ = tiny_model()
+    inputs, catalog = batch([row(model, 5, 0), row(model, 9, 0, seed=1)]), tiny_catalog()
+    with monkeypatch.context() as default:
+        default.setattr(onednn, "MIN_PRODUCT", 2**60)
+        expected = model.recommend(**inputs, catalog=catalog, latent_steps=torch.tensor([1, 3]))
+    assert products == []
+    got = model.recommend(**inputs, catalog=catalog, latent_steps=torch.tensor([1, 3]))
+    linear_layers = {part.weight.shape for part in model.model.backbone.modules() if isinstance(part, nn.Linear)}
+    assert linear_layers | {model.sid_head(0)[0].shape} <= set(products)
+    assert torch.equal(got.items, expected.items)
+    torch.testing.assert_close(got.scores, expected.scores, atol=2e-5, rtol=0)
+    products.clear()
+    model.train()(**inputs).logits.sum().backward()
+    assert products == []
+
+
+class Tagged(torch.Tensor):
+    """A tensor of another class, as quantised and distributed ones are."""
+
+
+@needs_onednn
+def test_other_kinds_of_tensors_take_the_ordinary_way(products):
+    with torch.no_grad():
+        linear(torch.randn(2, 8), torch.randn(8, 8).as_subclass(Tagged))
+        linear(torch.randn(2, 8).as_subclass(Tagged), torch.randn(8, 8))
+    assert products == []
+
+
+@needs_onednn
+def test_a_compiled_layer_compiles_as_before(products):
+    layer, seen = nn.Linear(8, 8), []
+
+    def backend(graph, inputs):
+        seen.extend(node.target for node in graph.graph.nodes if node.op == "call_function")
+        return graph
+
+    states = torch.randn(2, 8)
+    with torch.no_grad(), onednn_linear(layer):
+        compiled = torch.compile(lambda rows: layer(rows), backend=backend)
+        torch.testing.assert_close(compiled(states), nn.functional.linear(states, layer.weight, layer.bias))
+    assert seen == [nn.functional.linear] and products == []
+
+
+@needs_onednn
+def test_few_sizes_reach_onednn(products, monkeypatch):
+    """It keeps what it compiled for every number of rows: the rows are rounded up, and the result cut."""
+    sizes, weight = set(), torch.randn(8, 8)
+    product = torch.ops.mkldnn._linear_pointwise
+
+    def counted(states, *rest):
+        sizes.add(states.numel() // 8)
+        return product(states, *rest)
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", counted)
+    with torch.no_grad():
+        for rows in range(1, 513):
+            states = torch.randn(rows, 8)
+            torch.testing.assert_close(linear(states, weight), states @ weight.t())
+        assert linear(torch.randn(3, 37, 8), weight).shape == (3, 37, 8)
+    assert len(sizes) <= 16 + 5 * 8 and max(sizes) == 512
+
+
+@needs_onednn
+def test_a_copy_made_meanwhile_multiplies_by_its_own_weights():
+    model = nn.Sequential(nn.Linear(4, 4))
+    with onednn_linear(model), torch.no_grad():
+        copied, stored = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+        for other in (copied, stored):
+            other[0].weight.zero_()
+            other[0].bias.zero_()
+            assert not other(torch.ones(1, 4)).any()
+    assert model(torch.ones(1, 4)).any()

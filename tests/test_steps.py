@@ -1,0 +1,146 @@
+"""Steps with fingerprints: what runs again, what a dying run leaves, and that resuming gives the same files."""
+
+import json
+import os
+import shutil
+
+import pytest
+
+from lasar_hf import steps as pipeline_module
+from lasar_hf.files import file_hash
+from lasar_hf.steps import Step, run_steps
+
+
+def chain(folder, one=1, two=2, extra=True):
+    """Two sources, a step that reads both, and one that reads this; each writes what it was told and what it read."""
+
+    def writer(name, setting, reads=(), extra=False):
+        def run(out):
+            text = "".join((folder / read / "text").read_text() for read in reads)
+            (out / name).mkdir()
+            (out / name / "text").write_text(f"{name}{setting}({text})")
+            (out / name / "zzz").write_text("")  # goes or comes later than the text
+            if name != "both":
+                (out / f"{name}.done").write_text("")
+            if extra:
+                (out / "extra").write_text("x")
+
+        return Step(name, run, {"setting": setting, "extra": extra}, tuple(reads))
+
+    first, second = writer("one", one), writer("two", two, extra=extra)
+    return [first, second, writer("both", 0, ("one", "two")), writer("last", 0, ("both",))]
+
+
+def files(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_nothing_changed_nothing_runs(tmp_path):
+    assert run_steps(tmp_path, chain(tmp_path)) == ["one", "two", "both", "last"]
+    assert (tmp_path / "last" / "text").read_text() == "last0(both0(one1()two2()))"
+    before = {name: os.stat(tmp_path / name).st_mtime_ns for name in files(tmp_path)}
+    assert run_steps(tmp_path, chain(tmp_path)) == []
+    assert {name: os.stat(tmp_path / name).st_mtime_ns for name in files(tmp_path)} == before
+
+
+def test_a_changed_setting_runs_its_step_and_those_after_it(tmp_path):
+    run_steps(tmp_path, chain(tmp_path))
+    assert run_steps(tmp_path, chain(tmp_path, two=3)) == ["two", "both", "last"]
+    assert (tmp_path / "last" / "text").read_text() == "last0(both0(one1()two3()))"
+
+
+def test_a_lost_file_is_made_again(tmp_path):
+    run_steps(tmp_path, chain(tmp_path))
+    (tmp_path / "two.done").unlink()
+    assert run_steps(tmp_path, chain(tmp_path)) == ["two", "both", "last"]
+
+
+def test_what_a_step_writes_no_more_goes_away(tmp_path):
+    run_steps(tmp_path, chain(tmp_path))
+    assert (tmp_path / "extra").exists()
+    run_steps(tmp_path, chain(tmp_path, extra=False))
+    assert not (tmp_path / "extra").exists()
+
+
+def test_some_steps_only(tmp_path):
+    assert run_steps(tmp_path, chain(tmp_path), ["one"]) == ["one"]
+    with pytest.raises(ValueError, match="step 'both' reads 'two', which .* has not up to date"):
+        run_steps(tmp_path, chain(tmp_path), ["both"])
+    with pytest.raises(ValueError, match="there is no step 'three': choose among one, two, both, last"):
+        run_steps(tmp_path, chain(tmp_path), ["three"])
+    run_steps(tmp_path, chain(tmp_path))
+    # what was made of the old files would not belong to the new ones
+    assert run_steps(tmp_path, chain(tmp_path, one=5), ["one"]) == ["one"]
+    assert not (tmp_path / "both").exists() and not (tmp_path / "last.done").exists() and (tmp_path / "two").exists()
+
+
+def test_files_without_marks_are_replaced(tmp_path):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "old").write_text("x")
+    run_steps(tmp_path, chain(tmp_path))
+    assert not (tmp_path / "one" / "old").exists()
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing of the package may catch it."""
+
+
+def dying(monkeypatch, operations, at):
+    """The `at`-th of these file operations does not happen any more."""
+    count = iter(range(10_000))
+
+    def wrap(operation):
+        def run(*args, **kwargs):
+            if next(count) >= at:
+                raise Killed
+            return operation(*args, **kwargs)
+
+        return run
+
+    for module, name in operations:
+        monkeypatch.setattr(module, name, wrap(getattr(module, name)))
+
+
+def test_killed_between_any_two_file_operations(tmp_path, monkeypatch):
+    run_steps(tmp_path / "calm", chain(tmp_path / "calm"))
+    run_steps(tmp_path / "calm", chain(tmp_path / "calm", two=3, extra=False))
+    expected = files(tmp_path / "calm")
+    run_steps(tmp_path / "old", chain(tmp_path / "old"))
+    operations = [(pipeline_module.os, name) for name in ("replace", "unlink", "rmdir", "mkdir")]
+    for at in range(1000):
+        folder = tmp_path / str(at)
+        run_steps(folder, chain(folder))
+        with monkeypatch.context() as patch:
+            dying(patch, operations, at)
+            try:
+                run_steps(folder, chain(folder, two=3, extra=False))
+            except Killed:
+                if (folder / "last.done").exists():  # what looks complete is so, and never a mix of old and new
+                    assert (folder / "two" / "text").read_text() in (folder / "last" / "text").read_text()
+            else:
+                break
+        back = shutil.copytree(folder, tmp_path / f"{at}-back")
+        run_steps(folder, chain(folder, two=3, extra=False))
+        assert files(folder) == expected, at
+        run_steps(back, chain(back))  # or one thinks better of it
+        assert files(back) == files(tmp_path / "old"), at
+    assert at > 20
+
+
+def test_a_step_that_fails_leaves_nothing(tmp_path):
+    def run(out):
+        (out / "half").write_text("x")
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        run_steps(tmp_path, [Step("bad", run)])
+    assert not (tmp_path / "half").exists() and not (tmp_path / "steps" / "bad.json").exists()
+    assert run_steps(tmp_path, [Step("bad", lambda out: (out / "half").write_text("y"))]) == ["bad"]
+    assert json.loads((tmp_path / "steps" / "bad.json").read_text())["outputs"] == ["half"]
+
+
+def test_file_hash(tmp_path):
+    (tmp_path / "a").write_bytes(b"x")
+    (tmp_path / "b").write_bytes(b"x")
+    (tmp_path / "c").write_bytes(b"y")
+    assert file_hash(tmp_path / "a") == file_hash(tmp_path / "b") != file_hash(tmp_path / "c")
