@@ -1,7 +1,7 @@
 """Teacher behind an OpenAI-compatible endpoint (vLLM, TGI, a hosted service): a language model writes the chains.
 
-The `openai` client does the HTTP: time-outs, retries, back-off and `Retry-After`. This file writes the prompts, checks the
-answers, and logs each answer so that none is paid for twice.
+The `openai` client does the HTTP: time-outs, retries, back-off and `Retry-After`. This file writes the prompts, checks
+the answers, and logs each answer so that none is paid for twice.
 """
 
 import asyncio
@@ -11,8 +11,9 @@ import logging
 import os
 import re
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
@@ -46,15 +47,10 @@ IDENTIFYING_WORDS = 6  # first words of a description that identify an item with
 MAX_REPLY_BYTES, MAX_TOKEN_COUNT = 4 * 2**20, 10**9  # a reply or a token count above these is not believed
 TEMPORARY_STATUS = {408, 409, 425, 429}  # and all from 500
 REJECTED_REQUEST_STATUS = {400, 413, 422}  # too long or filtered: another request may pass
+MIN_KEY_LENGTH = 8  # shorter ones are placeholders such as "EMPTY", which an answer may contain
 MAX_REJECTED_REQUESTS = 20  # given up before any answer was accepted: the endpoint or model is the wrong one
 MAX_CONSECUTIVE_FAILURES = 8  # requests without an answer, one after the other: more, and the endpoint is down
 _THINKING = re.compile(r"^\s*<think>.*?</think>", re.DOTALL)
-
-
-class _Request(NamedTuple):
-    key: str  # hash of model, sampling settings and prompt
-    prompt: str
-    names: tuple[str, ...]  # the answer must not contain them
 
 
 class _Answer(NamedTuple):
@@ -73,12 +69,12 @@ class OpenAITeacher:
     Asks a language model for chains of thought, many at a time. Has the methods of [`TemplateTeacher`].
 
     Each answer is logged at once under the hash of its request, so that a second call, or one after a crash, asks only
-    for the missing ones. An answer is rejected if it contains the target's title (the first six words of the description
-    if there is no title) or a Semantic-ID or control token, or if it is not plain text. A rejected request is asked again
-    with the reason. After `max_answers` rejections the fallback writes the chain, and a warning gives their number.
+    for the missing ones. An answer is rejected if it contains the target's title (the first six words of the
+    description if there is no title) or a Semantic-ID or control token, or if it is not plain text. A rejected request
+    is asked again with the reason. After `max_answers` rejections the fallback writes the chain.
 
-    The API key is read from the environment variable `OPENAI_API_KEY`. It is never written to a log or an error message.
-    Redirects are not followed.
+    The API key is read from the environment variable `OPENAI_API_KEY`. It is never written to a log or an error
+    message. Redirects are not followed.
 
     Args:
         interactions ([`Interactions`]):
@@ -96,9 +92,9 @@ class OpenAITeacher:
         max_answers (`int`, *optional*, defaults to `3`):
             Number of answers to a request before it is given up.
         max_retries (`int`, *optional*, defaults to `10`):
-            Number of retries over a busy or broken connection; 10 take about a minute. A request without an answer is
-            left to the fallback, and asked again by a later run. The run stops if the endpoint is down: it cannot be
-            reached, has never given a good answer, or did not answer more than `max(concurrency, 8)` requests in a row.
+            Number of retries over a busy or broken connection; 10 take about a minute. A request that is never answered
+            is left to the fallback, and asked again by a later run. The run stops if the endpoint is down: it cannot be
+            reached, has never given a good answer, or fails to answer more than `max(concurrency, 8)` requests in a row.
         timeout (`float`, *optional*, defaults to `120.0`):
             Seconds that the endpoint may be silent.
         max_tokens (`int`, *optional*, defaults to `1024`):
@@ -143,18 +139,17 @@ class OpenAITeacher:
         max_history: int = 20,
         prices: tuple[float, float] | None = None,
     ):
-        for name, value, least in (
-            ("concurrency", concurrency, 1), ("max_answers", max_answers, 1), ("max_retries", max_retries, 0)
-        ):  # fmt: skip
+        at_least = {"concurrency": (concurrency, 1), "max_answers": (max_answers, 1), "max_retries": (max_retries, 0)}
+        for name, (value, least) in at_least.items():
             if value < least:
                 raise ValueError(f"{name} is {value}; expected at least {least}.")
         if "@" in urlsplit(base_url).netloc:
-            raise ValueError(f"base_url contains a user name or password. Set the environment variable {API_KEY} instead.")
+            raise ValueError(f"base_url contains a user name or password. Set the variable {API_KEY} instead.")
         if not base_url.startswith(("http://", "https://")):
             raise ValueError(f"base_url is {base_url!r}; expected an address such as http://localhost:8000/v1.")
         self.model, self.base_url, self.log_path, self.fallback = model, base_url, Path(log_path), fallback
         self.concurrency, self.max_answers, self.max_retries = concurrency, max_answers, max_retries
-        self.timeout, self.max_history, self.prices = timeout, max_history, prices
+        self.timeout, self.max_history, self.prices = timeout, max_history, prices or (0.0, 0.0)
         self.sampling = {"max_tokens": max_tokens, "temperature": temperature}
         self.counts: dict[str, int] = {}
         self._items = [prompt_fields(item) for item in interactions.items]
@@ -177,108 +172,94 @@ class OpenAITeacher:
             `PermissionError`: if the endpoint refuses the key, or does not know the model or address.
         """
         keys: list[str] = []
-        with AnswerLog(self.log_path) as log, tqdm(total=len(samples), desc="teacher", disable=None) as progress:
-            run = _Run(self, log, progress, self._requests(samples, keys))
+        with closing(AnswerLog(self.log_path)) as log, tqdm(total=len(samples), desc="teacher", disable=None) as bar:
             try:
-                asyncio.run(run.work())
+                asyncio.run(_Run(self, log, bar).work(self._requests(samples, keys)))
             except BaseExceptionGroup as group:
                 raise group.exceptions[0] from None
-            chains = []
-            for key, history, target in zip(keys, samples["history"], samples["target"], strict=True):
-                chains.append(log.chains[key] if key in log.chains else self.fallback.chain_of_thought(history, target))
-        self.counts = run.counts(set(keys))
+        self.counts = log.counts(set(keys))
         logger.info("teacher: %s", json.dumps(self.counts))
         if self.counts["replaced"]:
             warnings.warn(
-                f"{self.counts['replaced']} of {self.counts['requests']} chains of thought were written by the template: "
+                f"{self.counts['replaced']} of {self.counts['requests']} chains of thought are the template's: "
                 f"{self.model} gave no usable answer.",
                 stacklevel=2,
             )
-        return chains
+        return [
+            log.chains[key] if key in log.chains else self.fallback.chain_of_thought(history, target)
+            for key, history, target in zip(keys, samples["history"], samples["target"], strict=True)
+        ]
 
-    def _requests(self, samples: Dataset, keys: list[str]) -> Iterator[_Request]:
-        """The request of each sample; its key is appended to `keys`."""
+    def _requests(self, samples: Dataset, keys: list[str]) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+        """Key, prompt, and names that the answer must not contain, of each sample; appends the keys to `keys`."""
         for history, target in zip(samples["history"], samples["target"], strict=True):
             shown = [self._items[item] for item in history[-self.max_history :]]
             prompt = f"{TASK}\n\n{json.dumps({'taken': shown, 'next': self._items[target]}, ensure_ascii=False)}"
             content = json.dumps([self.model, self.sampling, prompt], sort_keys=True)
             keys.append(hashlib.sha256(content.encode()).hexdigest())
-            yield _Request(keys[-1], prompt, self._names[target])
+            yield keys[-1], prompt, self._names[target]
 
 
 class _Run:
     """The requests of one call, in progress."""
 
-    def __init__(self, teacher: OpenAITeacher, log: "AnswerLog", progress: tqdm, requests: Iterator[_Request]):
-        self.teacher, self.log, self.progress, self.requests = teacher, log, progress, requests
+    def __init__(self, teacher: OpenAITeacher, log: "AnswerLog", bar: tqdm):
+        self.teacher, self.log, self.bar = teacher, log, bar
         self.started: set[str] = set()
-        self.given_up = 0  # requests without a chain
-        self.rejected = 0  # requests asked in this run whose answers were all rejected
+        self.num_rejected = 0  # requests that were asked in this run, and whose answers were all rejected
         self.unanswered: list[str] = []  # keys without an answer in all tries, since the last answer to any request
-        self.prompt_tokens = self.completion_tokens = 0
-
-    async def work(self) -> None:
-        """Settle all requests, `concurrency` at a time."""
+        self.cost = 0.0
         self.api_key = os.environ.get(API_KEY, "")
         if not (self.api_key.isascii() and self.api_key.isprintable()):
             raise ValueError(f"The environment variable {API_KEY} contains characters that a key cannot have.")
+
+    async def work(self, requests: Iterator[tuple[str, str, tuple[str, ...]]]) -> None:
+        """Settle all requests, `concurrency` at a time."""
         self.client = openai.AsyncOpenAI(
-            base_url=self.teacher.base_url,
-            api_key=self.api_key,
-            max_retries=self.teacher.max_retries,
-            timeout=self.teacher.timeout,
-            default_headers=None if self.api_key else {"Authorization": openai.Omit()},
-            http_client=openai.DefaultAsyncHttpxClient(follow_redirects=False),
-        )
+            base_url=self.teacher.base_url, api_key=self.api_key or "none", max_retries=self.teacher.max_retries,
+            timeout=self.teacher.timeout, http_client=openai.DefaultAsyncHttpxClient(follow_redirects=False),
+        )  # fmt: skip
         async with self.client, asyncio.TaskGroup() as group:
             for _ in range(self.teacher.concurrency):
-                group.create_task(self._worker())
+                group.create_task(self._worker(requests))
         self._log_unanswered()
 
-    async def _worker(self) -> None:
-        for request in self.requests:  # all workers share the iterator: each request goes to one of them
-            if request.key not in self.started:
-                self.started.add(request.key)
-                try:
-                    await self._settle(request)
-                except _NoAnswer as failure:
-                    self._skip(request, failure)
-                prompt_tokens, completion_tokens = self.log.tokens.get(request.key, (0, 0))
-                self.prompt_tokens += prompt_tokens
-                self.completion_tokens += completion_tokens
-            self.progress.update()
-            self.progress.set_postfix_str(self._status(), refresh=False)
+    async def _worker(self, requests: Iterator[tuple[str, str, tuple[str, ...]]]) -> None:
+        for key, prompt, names in requests:  # all workers share the iterator: each request goes to one of them
+            if key not in self.started:
+                self.started.add(key)
+                await self._settle(key, prompt, names)
+                tokens = self.log.prompt_tokens[key], self.log.completion_tokens[key]
+                self.cost += sum(count * price / 1e6 for count, price in zip(tokens, self.teacher.prices, strict=True))
+            self.bar.update()
+            if self.cost:
+                self.bar.set_postfix(cost=f"{self.cost:.2f}", refresh=False)
 
-    async def _settle(self, request: _Request) -> None:
-        """Ask until an answer is accepted, or `max_answers` were rejected."""
-        log, key, asked = self.log, request.key, False
+    async def _settle(self, key: str, prompt: str, names: tuple[str, ...]) -> None:
+        """Ask until an answer is accepted, `max_answers` were rejected, or none comes."""
+        log, was_asked = self.log, False
         # A logged chain may break a rule that is newer than the log.
-        if key in log.chains and (reason := rejection_reason(log.chains[key], *request.names)):
+        if key in log.chains and (reason := rejection_reason(log.chains[key], *names)):
             log.add(key, _Answer("", rejected=reason))
-        while key not in log.chains and len(log.rejections.get(key, ())) < self.teacher.max_answers:
-            prompt, asked = request.prompt, True
-            if key in log.rejections:
-                prompt += f"\n\nAn earlier answer could not be used. {REJECTIONS[log.rejections[key][-1]]}."
-            answer = await self._ask(prompt)
-            log.add(key, answer._replace(rejected=answer.rejected or rejection_reason(answer.text, *request.names)))
+        while key not in log.chains and len(log.rejections[key]) < self.teacher.max_answers:
+            was_asked, text = True, prompt
+            if log.rejections[key]:
+                text += f"\n\nAn earlier answer could not be used. {REJECTIONS[log.rejections[key][-1]]}."
+            try:
+                answer = await self._ask(text)
+            except _NoAnswer:
+                self.unanswered.append(key)
+                if not log.chains or len(self.unanswered) > max(self.teacher.concurrency, MAX_CONSECUTIVE_FAILURES):
+                    raise  # the endpoint is down
+                return
+            log.add(key, answer._replace(rejected=answer.rejected or rejection_reason(answer.text, *names)))
             self._log_unanswered()
-        if key in log.chains:
-            return
-        self.given_up += 1
-        self.rejected += asked
-        if self.rejected >= MAX_REJECTED_REQUESTS and not log.chains:
+        self.num_rejected += was_asked and key not in log.chains
+        if self.num_rejected >= MAX_REJECTED_REQUESTS and not log.chains:
             raise ConnectionError(
-                f"{self.teacher.base_url} gave no usable answer to {self.rejected} requests "
+                f"{self.teacher.base_url} gave no usable answer to {self.num_rejected} requests "
                 f"({REJECTIONS[log.rejections[key][-1]]}). Check the endpoint and the model, and delete {log.path}."
             )
-
-    def _skip(self, request: _Request, failure: _NoAnswer) -> None:
-        """Leave a request without an answer to the fallback, unless the endpoint seems to be down."""
-        self.given_up += 1
-        self.unanswered.append(request.key)
-        limit = max(self.teacher.concurrency, MAX_CONSECUTIVE_FAILURES)
-        if not self.log.chains or len(self.unanswered) > limit:
-            raise failure
 
     def _log_unanswered(self) -> None:
         """Log requests without an answer as rejected. Called once the endpoint has answered another request."""
@@ -288,48 +269,34 @@ class _Run:
 
     async def _ask(self, prompt: str) -> _Answer:
         """Send one prompt; raises if there is no answer after all retries."""
-        teacher, messages = self.teacher, [{"role": "user", "content": prompt}]
-        # Errors are raised `from None`: the client's own errors hold the reply, which may repeat the key.
+        teacher = self.teacher
         try:
             reply = await self.client.chat.completions.with_raw_response.create(
-                model=teacher.model, messages=messages, **teacher.sampling
+                model=teacher.model,
+                messages=[{"role": "user", "content": prompt}],
+                extra_headers=None if self.api_key else {"Authorization": openai.Omit()},
+                **teacher.sampling,
             )
         except openai.APIConnectionError as error:
-            cause = type(error.__cause__).__name__
-            # By name: which httpx the client uses depends on its version.
-            failure, reason = ConnectionError if cause == "ConnectError" else _NoAnswer, cause
+            reason = type(error.__cause__).__name__  # by name: the class depends on the client's version
+            failure = ConnectionError if reason == "ConnectError" else _NoAnswer
         except openai.APIStatusError as error:
             failure, reason = _NoAnswer, f"status {error.status_code}"
             if error.status_code in REJECTED_REQUEST_STATUS:
                 return _Answer("", rejected="endpoint")
             if error.status_code < 500 and error.status_code not in TEMPORARY_STATUS:
-                message = self._redact(error.response.text)[:300]
-                raise PermissionError(f"{teacher.base_url} refuses {teacher.model!r} ({reason}): {message}") from None
+                text = error.response.text
+                text = (text.replace(self.api_key, f"[{API_KEY}]") if self.api_key else text)[:300]
+                # Without the client's error, which holds the reply with the key.
+                raise PermissionError(f"{teacher.base_url} refuses {teacher.model!r} ({reason}): {text}") from None
         else:
-            return parse_reply(self._redact(reply.content.decode("utf-8", "replace")))
+            answer = parse_reply(reply.content)
+            has_key = len(self.api_key) >= MIN_KEY_LENGTH and self.api_key in answer.text
+            return answer._replace(rejected="garbage") if has_key else answer
         raise failure(
-            f"{teacher.base_url} gave no answer in {teacher.max_retries + 1} tries (last: {reason}). The answers so far "
-            f"are in {self.log.path}; run again to continue."
+            f"{teacher.base_url} gave no answer in {teacher.max_retries + 1} tries (last: {reason}). The answers so "
+            f"far are in {self.log.path}; run again to continue."
         )
-
-    def _redact(self, text: str) -> str:
-        return text.replace(self.api_key, f"[{API_KEY}]") if self.api_key else text
-
-    def counts(self, keys: set[str]) -> dict[str, int]:
-        """`OpenAITeacher.counts` of these requests."""
-        rejections = Counter(reason for key in keys for reason in self.log.rejections.get(key, ()))
-        accepted = sum(key in self.log.chains for key in keys)
-        counts = {"requests": len(keys), "accepted": accepted, "replaced": len(keys) - accepted}
-        counts |= {f"refused_{reason}": rejections[reason] for reason in REJECTIONS if rejections[reason]}
-        return counts | {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.completion_tokens}
-
-    def _status(self) -> str:
-        text = f"{self.given_up} given up, {self.prompt_tokens} + {self.completion_tokens} tokens"
-        if self.teacher.prices is not None:
-            prompt_price, completion_price = self.teacher.prices
-            cost = (self.prompt_tokens * prompt_price + self.completion_tokens * completion_price) / 1e6
-            text += f", cost {cost:.2f}"
-        return text
 
 
 def prompt_fields(item: dict[str, str]) -> dict[str, str]:
@@ -350,7 +317,7 @@ def identifying_names(item: dict[str, str]) -> tuple[str, ...]:
     return (" ".join(words),) if len(words) == IDENTIFYING_WORDS else ()
 
 
-def parse_reply(content: str) -> _Answer:
+def parse_reply(content: bytes) -> _Answer:
     """Text and token counts of a chat completion; rejected as `"garbage"` if it is not one."""
     try:
         if len(content) > MAX_REPLY_BYTES:
@@ -381,8 +348,8 @@ class AnswerLog:
             Accepted answer of each request, by the hash of the request.
         rejections (`dict[str, list[str]]`):
             Why answers to a request were rejected, in order.
-        tokens (`dict[str, tuple[int, int]]`):
-            Prompt and completion tokens of all answers to a request, as counted by the endpoint.
+        prompt_tokens, completion_tokens (`Counter`):
+            Tokens of all answers to a request, as counted by the endpoint.
 
     Raises:
         `ValueError`: if a line is not an answer; the message names the file and the line.
@@ -391,23 +358,19 @@ class AnswerLog:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.chains: dict[str, str] = {}
-        self.rejections: dict[str, list[str]] = {}
-        self.tokens: dict[str, tuple[int, int]] = {}
+        self.rejections: dict[str, list[str]] = defaultdict(list)
+        self.prompt_tokens, self.completion_tokens = Counter(), Counter()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self.path.open("a+b")
         self._file.seek(0)
-        end = 0
         for number, line in enumerate(self._file, start=1):
-            if not line.endswith(b"\n"):
-                break
-            self._read(line, number)
-            end += len(line)
-        self._file.truncate(end)
+            if line.endswith(b"\n"):
+                self._read(line, number)
+            else:
+                self._file.truncate(self._file.tell() - len(line))
 
-    def __enter__(self) -> "AnswerLog":
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """Close the file; the answers can still be read."""
         self._file.close()
 
     def add(self, key: str, answer: _Answer) -> None:
@@ -423,16 +386,28 @@ class AnswerLog:
     def _read(self, line: bytes, number: int) -> None:
         try:
             entry = json.loads(line)
-            key = entry["key"]
-            tokens = max(0, entry["prompt_tokens"]), max(0, entry["completion_tokens"])
-            if not isinstance(key, str) or not isinstance(entry.get("chain", ""), str):
+            key, is_chain = entry["key"], "chain" in entry
+            if not (isinstance(key, str) and isinstance(entry["chain" if is_chain else "refused"], str)):
                 raise TypeError("not text")
-            before = self.tokens.get(key, (0, 0))
-            self.tokens[key] = before[0] + tokens[0], before[1] + tokens[1]
-            if "chain" in entry:
-                self.chains[key] = entry["chain"]
-            else:
-                self.rejections.setdefault(key, []).append(entry["refused"])
-                self.chains.pop(key, None)
-        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+            self.prompt_tokens[key] += max(0, entry["prompt_tokens"])
+            self.completion_tokens[key] += max(0, entry["completion_tokens"])
+        except (ValueError, TypeError, LookupError, RecursionError) as error:
             raise ValueError(f"{self.path}: line {number} is not a logged answer; delete that line.") from error
+        if is_chain:
+            self.chains[key] = entry["chain"]
+        else:
+            self.rejections[key].append(entry["refused"])
+            self.chains.pop(key, None)
+
+    def counts(self, keys: set[str]) -> dict[str, int]:
+        """[`OpenAITeacher.counts`] of these requests."""
+        accepted = sum(key in self.chains for key in keys)
+        rejections = Counter(reason for key in keys for reason in self.rejections[key])
+        return {
+            "requests": len(keys),
+            "accepted": accepted,
+            "replaced": len(keys) - accepted,
+            **{f"refused_{reason}": rejections[reason] for reason in REJECTIONS if rejections[reason]},
+            "prompt_tokens": sum(self.prompt_tokens[key] for key in keys),
+            "completion_tokens": sum(self.completion_tokens[key] for key in keys),
+        }
