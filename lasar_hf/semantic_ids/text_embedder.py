@@ -75,6 +75,9 @@ class TfidfEmbedder:
         except ValueError:  # scikit-learn's "empty vocabulary"
             self.vectorizer, self.components = None, np.zeros((0, 0), dtype=np.float32)
             return self
+        if weights.shape[1] == 1:  # TruncatedSVD needs two columns
+            self.components = np.ones((1, 1), dtype=np.float32)
+            return self
         svd = TruncatedSVD(min(self.dim, *weights.shape), random_state=self.seed)
         with np.errstate(invalid="ignore"):  # one text has no variance to explain
             svd.fit(weights)
