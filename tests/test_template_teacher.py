@@ -141,7 +141,8 @@ def test_title_in_other_typography_is_not_quoted(name, title):
     teacher = TemplateTeacher(data)
     assert teacher.chain_of_thought([0], 1).startswith("The last item is an item without a name.")
     chain = teacher.chain_of_thought([2], 1)
-    assert chain.startswith('The last item is "Else" by. ') and not contains_name(normalize_words(chain), normalize_words(title))
+    assert chain.startswith('The last item is "Else" by. ')
+    assert not contains_name(normalize_words(chain), normalize_words(title))
 
 
 def test_removed_title_leaves_whole_sentences():
@@ -185,7 +186,8 @@ def leaks(data, name="train"):
     given_away = [
         row
         for row, (chain, target) in enumerate(zip(chains, part["target"], strict=True))
-        if (titles[target] and titles[target] in chain.casefold()) or contains_name(normalize_words(chain), normalize_words(titles[target]))
+        if (titles[target] and titles[target] in chain.casefold())
+        or contains_name(normalize_words(chain), normalize_words(titles[target]))
     ]
     quoted = [
         row

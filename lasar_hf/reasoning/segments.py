@@ -42,11 +42,10 @@ class Segmenter:
     """
     Cuts chains of thought, a batch at a time, where the meaning shifts.
 
-    A gap between two sentences is a candidate if their cosine similarity is less than `mean - threshold * std` over the
-    gaps of all texts, so that a coherent text stays whole. The candidates with the lowest similarity are cut first, as
-    long as there are at most `max_segments` segments and both sides of a cut keep `min_words` words.
-
-    Memory holds the distinct sentences, their vectors, and twelve bytes per gap.
+    A gap between two sentences is a candidate if their cosine similarity is less than `mean - threshold * std` over
+    the gaps of all texts, so that a coherent text stays whole. Candidates with the lowest similarity are cut first,
+    while there are at most `max_segments` segments and both sides of a cut keep `min_words` words. Memory holds the
+    distinct sentences, their vectors, and twelve bytes per gap.
 
     Args:
         embed (`Callable`, *optional*):
@@ -82,14 +81,11 @@ class Segmenter:
 
     def fit(self, batches: Iterable[Sequence[str]]) -> "Segmenter":
         """
-        Learn below which similarity a gap is a candidate.
+        Learn below which similarity a gap is a candidate; returns itself.
 
         Args:
             batches (`Iterable[Sequence[str]]`):
                 All texts, in batches of any size.
-
-        Returns:
-            [`Segmenter`]: itself.
 
         Raises:
             `ValueError`: if a text has no words.
@@ -117,16 +113,7 @@ class Segmenter:
         return self
 
     def cut(self, texts: Sequence[str]) -> list[list[str]]:
-        """
-        Cut texts that [`~Segmenter.fit`] has seen.
-
-        Args:
-            texts (`Sequence[str]`):
-                Chains of thought.
-
-        Returns:
-            `list[list[str]]`: as for [`segment`].
-        """
+        """Cut texts that [`~Segmenter.fit`] has seen; returns the same as [`segment`]."""
         segments = []
         for sentences in map(split_sentences, texts):
             indices = np.array([self._index[sentence] for sentence in sentences])

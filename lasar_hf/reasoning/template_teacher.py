@@ -60,10 +60,10 @@ class TemplateTeacher:
     longer if the target continues an earlier item: then it recalls both interests, notes whether they alternate, and
     returns to the older one. It is also longer if no item of the history has anything in common with the target.
 
-    Of the target a chain mentions only category, brand and series (without brand and category: the words that it shares
-    with an item of the history), and only if another item shares them. A chain never contains the target's title as
-    whole words, in any typography (see [`normalize_words`]; titles of one letter are not searched), nor Semantic-ID or
-    control tokens. It quotes only items of the history.
+    Of the target a chain mentions only category, brand and series (without brand and category: the words that it
+    shares with an item of the history), and only if another item shares them. A chain never contains Semantic-ID or
+    control tokens, nor the target's title as whole words, in any typography (see [`normalize_words`]; titles of one
+    letter are not searched). It quotes only items of the history.
 
     Warns if most items have no text: their chains say almost nothing.
 
@@ -91,7 +91,7 @@ class TemplateTeacher:
         without_text = sum(not (item.words or item.brand or item.path) for item in self._items)
         if 2 * without_text > len(self._items):
             warnings.warn(
-                f"{without_text} of {len(self._items)} items have no text: their chains of thought say almost nothing.",
+                f"{without_text} of {len(self._items)} items have no text: their chains say almost nothing.",
                 stacklevel=2,
             )
         self._common_steps = _common_steps(split, len(self._items)) if split else frozenset()
@@ -132,7 +132,9 @@ class TemplateTeacher:
         by = f" by {items[-1].brand}" if items[-1].brand else ""
         sentences = [f"The last item is {items[-1].name}{by}."]
         if relation == _Relation.SIMILAR and goal.words:
-            sentences += self._share_words(items[position], goal)
+            shared = " and ".join([word for word in items[position].words if word in goal.words][:4])
+            sentences.append(f"The words {shared} describe {items[position].name}.")
+            sentences.append(f"So another item with {shared} follows.")
         elif relation and position == len(items) - 1:
             sentences += self._continue_last(items, goal, relation)
         elif relation:
@@ -144,16 +146,7 @@ class TemplateTeacher:
         return remove_name(" ".join(sentences), title)
 
     def chains_of_thought(self, samples: Dataset) -> list[str]:
-        """
-        Write the chain of each sample.
-
-        Args:
-            samples (`Dataset`):
-                From [`samples`]: columns `history` and `target`.
-
-        Returns:
-            `list[str]`: one chain per sample, in order.
-        """
+        """The chain of each sample of a table with the columns `history` and `target`, from [`samples`]."""
         pairs = zip(samples["history"], samples["target"], strict=True)
         return [self.chain_of_thought(history, target) for history, target in pairs]
 
@@ -168,11 +161,6 @@ class TemplateTeacher:
         if same:
             sentences.append(f"Earlier {same[-1].name} was of the same kind.")
         return [*sentences, self._conclusion(goal, relation)]
-
-    def _share_words(self, similar: _Item, goal: _Item) -> list[str]:
-        """Only words are known: name those that an item of the history shares with the target."""
-        shared = " and ".join([word for word in similar.words if word in goal.words][:4])
-        return [f"The words {shared} describe {similar.name}.", f"So another item with {shared} follows."]
 
     def _return_to_earlier(self, items: list[_Item], position: int, goal: _Item, relation: _Relation) -> list[str]:
         """Recall the latest and the older interest, compare them, and return to the older one."""
@@ -209,7 +197,8 @@ class TemplateTeacher:
         brand = f" by {goal.brand}" if goal.brand and self._brand_counts[goal.brand] > 1 else ""
         if relation == _Relation.SIMILAR:
             category = category or f" in {goal.path[-2]}"
-        return f"So another item{category}{brand} follows." if category or brand else "So something of another kind follows."
+        kind = f"another item{category}{brand}" if category or brand else "something of another kind"
+        return f"So {kind} follows."
 
 
 def _read_item(item: dict[str, str]) -> _Item:
@@ -227,7 +216,7 @@ def _read_item(item: dict[str, str]) -> _Item:
 
 
 def _short_name(text: str) -> str:
-    """The first words of a name, printable and without punctuation that ends a sentence, so that sentences stay whole."""
+    """The first words of a name, printable and without punctuation that would end a sentence."""
     words = "".join(letter if letter.isprintable() else " " for letter in text[:1000]).split()
     return " ".join(re.sub(r"[.!?,;:]+$", "", word[:40]) for word in words[:MAX_NAME_WORDS]).strip()
 
