@@ -9,6 +9,7 @@ from .embeddings import collaborative_embeddings, combine_views, item_text, text
 from .item_encoder import ItemEncoder
 from .quantizer import ResidualKMeans
 from .report import format_report, quality_report
+from .text_embedder import TfidfEmbedder
 from .text_view import TfidfView
 
 
@@ -51,6 +52,7 @@ def build_semantic_ids(
 __all__ = [
     "ItemEncoder",
     "ResidualKMeans",
+    "TfidfEmbedder",
     "TfidfView",
     "assign_new_items",
     "build_semantic_ids",
