@@ -1,4 +1,4 @@
-"""Anchors: batched and de-duplicated encoding equals one by one, and stale or torn stores are refused."""
+"""Anchors: batched and de-duplicated encoding equals encoding one by one, and stale or damaged stores are refused."""
 
 import json
 from contextlib import nullcontext
@@ -6,11 +6,12 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
-from transformers import Qwen3Config, Qwen3Model
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from lasar_hf import LasarForGenerativeRec, LasarProcessor
 from lasar_hf.data import build_tokenizer
-from lasar_hf.model.configuration_lasar import CONTROL_TOKENS, sid_tokens
-from lasar_hf.reasoning import AnchorStore, checkpoint_hash, encode_anchors
+from lasar_hf.reasoning import AnchorStore, anchors, checkpoint_hash, encode_anchors
+from tests.tiny import tiny_catalog
 
 
 SEGMENTS = [
@@ -18,102 +19,164 @@ SEGMENTS = [
     ["Tea."],
     ["The last item is red.", "Tea.", "A third one with <a_0> in it."],
 ]
+PROMPTS = [[5, 6, 7], [8], [5, 6, 7]]
+NAMES = ["anchors.json", "index.npy", "offsets.npy", "vectors.npy"]
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    tokenizer = build_tokenizer([text for sample in SEGMENTS for text in sample], 280)
-    tokenizer.add_special_tokens({"extra_special_tokens": [*CONTROL_TOKENS, *sid_tokens(2, 3)]})
-    return tokenizer
+    return build_tokenizer([text for sample in SEGMENTS for text in sample], 280)
 
 
 @pytest.fixture(scope="module")
-def backbone(tokenizer):
+def model(tokenizer):
     torch.manual_seed(0)
-    return Qwen3Model(
-        Qwen3Config(
-            vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-            num_attention_heads=2, num_key_value_heads=1, head_dim=8, max_position_embeddings=128,
-        )
+    config = Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, max_position_embeddings=128,
     )  # fmt: skip
+    return LasarForGenerativeRec.from_backbone(
+        Qwen3ForCausalLM(config), tokenizer, num_sid_levels=3, codebook_size=4, max_latent_steps=4
+    ).eval()
 
 
 @pytest.fixture(scope="module")
-def store(backbone, tokenizer):
-    return encode_anchors(backbone, tokenizer, SEGMENTS, checkpoint_hash(backbone), batch_size=2)
+def processor(tokenizer, model):  # `model` adds the Semantic-ID tokens
+    return LasarProcessor(tokenizer, tiny_catalog(), instruction="", add_bos=False)
+
+
+@pytest.fixture(scope="module")
+def store(model, processor):
+    return encode_anchors(model, processor, SEGMENTS, batch_size=2)
+
+
+def hidden_state(model, ids):
+    """The final hidden state at the last of some token ids."""
+    with torch.no_grad():
+        return model.model.backbone(input_ids=torch.tensor([ids])).last_hidden_state[0, -1].numpy()
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 64])
-def test_anchor_is_the_last_hidden_state_of_the_segment_alone(backbone, tokenizer, batch_size):
-    store = encode_anchors(backbone, tokenizer, SEGMENTS, "hash", batch_size=batch_size)
+@pytest.mark.parametrize("add_bos", [False, True])
+def test_segment_encoded_alone(model, processor, batch_size, add_bos):
+    processor = LasarProcessor(processor.tokenizer, processor.catalog, instruction="", add_bos=add_bos)
+    bos = [processor.tokenizer.bos_token_id] if add_bos else []
+    store = encode_anchors(model, processor, SEGMENTS, batch_size=batch_size)
     for sample, segments in enumerate(SEGMENTS):
         assert store[sample].dtype == np.float32
         for step, text in enumerate(segments):
-            ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True, return_tensors="pt").input_ids
-            expected = backbone.eval()(input_ids=ids).last_hidden_state[0, -1].detach().numpy()
+            expected = hidden_state(model, bos + processor.text_ids([text])[0])
             np.testing.assert_allclose(store[sample][step], expected, atol=1e-5)
+
+
+def test_segment_encoded_after_prompt(model, processor):
+    store = encode_anchors(model, processor, SEGMENTS, prompts=PROMPTS, batch_size=2)
+    assert store.depths.tolist() == [2, 1, 3]
+    for sample, segments in enumerate(SEGMENTS):
+        ids = list(PROMPTS[sample])
+        for step, text in enumerate(segments):
+            ids += processor.text_ids([" " + text if step else text])[0]
+            np.testing.assert_allclose(store[sample][step], hidden_state(model, ids), atol=1e-5)
+
+
+def test_bos_is_not_added_to_prompts(model, processor):
+    with_bos = LasarProcessor(processor.tokenizer, processor.catalog, instruction="", add_bos=True)
+    one = encode_anchors(model, processor, SEGMENTS, prompts=PROMPTS)
+    other = encode_anchors(model, with_bos, SEGMENTS, prompts=PROMPTS)
+    assert np.array_equal(one.vectors, other.vectors)
 
 
 def test_equal_segments_share_a_vector(store):
     assert store.vectors.shape == (4, 16)
-    assert store.depths.tolist() == [2, 1, 3] and len(store) == 3
-    assert np.array_equal(store[0][0], store[2][0]) and np.array_equal(store[1][0], store[2][1])
+    assert store.depths.tolist() == [2, 1, 3]
+    assert np.array_equal(store[0][0], store[2][0])
+    assert np.array_equal(store[1][0], store[2][1])
 
 
-def test_long_segments_keep_their_end(backbone, tokenizer):
-    long, end = "a b c d e f g h i j", "g h i j"
-    keep = len(tokenizer(" " + end, split_special_tokens=True).input_ids)
-    cut = encode_anchors(backbone, tokenizer, [[long]], "", max_tokens=keep)[0]
-    np.testing.assert_allclose(cut, encode_anchors(backbone, tokenizer, [[" " + end]], "")[0], atol=1e-5)
+def test_terminal_anchors(store):
+    terminal = store.terminal()
+    assert terminal.dtype == np.float32
+    assert np.array_equal(terminal, np.stack([store[sample][-1] for sample in range(3)]))
 
 
-def test_the_backbone_is_left_as_it_was(backbone, tokenizer):
-    backbone.train()
-    encode_anchors(backbone, tokenizer, [["Tea."]], "")
-    assert backbone.training and all(weight.grad is None for weight in backbone.parameters())
+def test_long_segments_keep_their_end(model, processor):
+    long, end = "a b c d e f g h i j", " g h i j"
+    cut = encode_anchors(model, processor, [[long]], max_tokens=len(processor.text_ids([end])[0]))
+    np.testing.assert_allclose(cut[0], encode_anchors(model, processor, [[end]])[0], atol=1e-5)
+
+
+def test_training_mode_is_restored(model, processor):
+    model.train()
+    encode_anchors(model, processor, [["Tea."]])
+    assert model.model.backbone.training
+    assert all(weight.grad is None for weight in model.parameters())
+    model.eval()
 
 
 def test_save_and_load(store, tmp_path):
     store.save(tmp_path / "anchors")
     loaded = AnchorStore.load(tmp_path / "anchors", store.checkpoint_hash)
     assert isinstance(loaded.vectors, np.memmap)
-    assert all(np.array_equal(loaded[row], store[row]) for row in range(3)) and len(loaded) == 3
-    names = {path.name for path in (tmp_path / "anchors").iterdir()}
-    assert names == {"vectors.npy", "index.npy", "offsets.npy", "anchors.json"}
-    facts = json.loads((tmp_path / "anchors" / "anchors.json").read_text())
-    assert facts == {
-        "checkpoint_hash": store.checkpoint_hash, "hidden_size": 16, "num_vectors": 4, "num_segments": 6,
-        "num_samples": 3, "inputs_hash": store.inputs_hash,
-    }  # fmt: skip
+    assert len(loaded) == 3
+    assert all(np.array_equal(loaded[sample], store[sample]) for sample in range(3))
+    assert sorted(path.name for path in (tmp_path / "anchors").iterdir()) == NAMES
 
 
 def test_stale_anchors_are_refused(store, tmp_path):
     store.save(tmp_path)
-    with pytest.raises(ValueError, match="stale anchors"):
+    with pytest.raises(ValueError, match="stale"):
         AnchorStore.load(tmp_path, "0" * 64)
 
 
-def test_a_torn_store_is_refused(store, tmp_path, monkeypatch):
-    with pytest.raises(FileNotFoundError, match="no complete anchors"):
-        AnchorStore.load(tmp_path, store.checkpoint_hash)
+def test_missing_store_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"anchors\.json"):
+        AnchorStore.load(tmp_path, "hash")
+
+
+def test_interrupted_save_is_refused(store, tmp_path, monkeypatch):
     store.save(tmp_path)
-    monkeypatch.setattr(np, "save", lambda *args, **kwargs: 1 / 0)  # a second writing dies half-way
+    monkeypatch.setattr(np, "save", lambda *args, **kwargs: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         store.save(tmp_path)
-    with pytest.raises(FileNotFoundError, match="no complete anchors"):
+    with pytest.raises(FileNotFoundError, match=r"anchors\.json"):
         AnchorStore.load(tmp_path, store.checkpoint_hash)
 
 
-def test_arrays_of_another_store_are_refused(store, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("vectors", lambda vectors: np.full_like(vectors, np.nan)),
+        ("vectors", lambda vectors: vectors[:, :8]),
+        ("index", lambda index: np.roll(index, 1)),
+        ("offsets", lambda offsets: np.array([0, 1, 3, 6])),
+    ],
+)
+def test_damaged_array_is_named(store, tmp_path, name, damage):
     store.save(tmp_path)
-    np.save(tmp_path / "vectors.npy", np.zeros((9, 8), dtype=np.float32))
-    with pytest.raises(ValueError, match="sizes in anchors.json"):
+    np.save(tmp_path / f"{name}.npy", damage(getattr(store, name)))
+    with pytest.raises(ValueError, match=rf"{name}\.npy"):
+        AnchorStore.load(tmp_path, store.checkpoint_hash)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_truncated_file_is_named(store, tmp_path, name):
+    store.save(tmp_path)
+    content = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=name.replace(".", r"\.")):
+        AnchorStore.load(tmp_path, store.checkpoint_hash)
+
+
+def test_missing_array_is_named(store, tmp_path):
+    store.save(tmp_path)
+    (tmp_path / "vectors.npy").unlink()
+    with pytest.raises(ValueError, match=r"vectors\.npy"):
         AnchorStore.load(tmp_path, store.checkpoint_hash)
 
 
 @pytest.mark.parametrize("sample", [-1, 3])
 def test_unknown_sample(store, sample):
-    with pytest.raises(IndexError, match=f"sample {sample} has no anchors"):
+    with pytest.raises(IndexError, match=str(sample)):
         store[sample]
 
 
@@ -123,7 +186,6 @@ def test_checkpoint_hash_sees_every_bit():
         return torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))  # has a scalar of another type
 
     one, other = model(), model()
-    assert len(checkpoint_hash(one)) == 64
     assert checkpoint_hash(one) == checkpoint_hash(other)
     with torch.no_grad():
         other[0].weight[1, 1] = torch.nextafter(other[0].weight[1, 1], torch.tensor(9.0))
@@ -131,129 +193,125 @@ def test_checkpoint_hash_sees_every_bit():
     assert checkpoint_hash(model().bfloat16()) != checkpoint_hash(one)
 
 
-@pytest.mark.parametrize(
-    ("segments", "message"),
-    [([["a"], []], "sample 1 has no segments"), ([], "no segments"), ([["a", ""]], "segment '' has no token")],
-)
-def test_nothing_to_encode(backbone, tokenizer, segments, message):
-    with pytest.raises(ValueError, match=message):
-        encode_anchors(backbone, tokenizer, segments, "")
+@pytest.mark.parametrize("segments", [[["a"], []], [], [["a", ""]]])
+def test_nothing_to_encode(model, processor, segments):
+    with pytest.raises(ValueError, match="segments"):
+        encode_anchors(model, processor, segments)
+
+
+def test_prompts_of_other_samples(model, processor):
+    with pytest.raises(ValueError, match="prompts"):
+        encode_anchors(model, processor, SEGMENTS, prompts=[[1]])
 
 
 class Killed(BaseException):
     """Stands for kill -9."""
 
 
+class CountedBackbone:
+    """Counts the sequences that a model's backbone encodes, and dies after `passes` forward passes."""
+
+    def __init__(self, model, passes=10**9):
+        self.sequences, self.passes = 0, passes
+        self.hook = model.model.backbone.register_forward_pre_hook(self.count, with_kwargs=True)
+
+    def count(self, module, args, kwargs):
+        if self.passes == 0:
+            raise Killed
+        self.passes -= 1
+        self.sequences += len(kwargs["input_ids"])
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.hook.remove()
+
+
 def many(count=23):
-    """More distinct segments than one shard holds, of lengths that are not in order."""
+    """More distinct segments than one shard holds, not sorted by length."""
     return [[f"Segment {row * 7 % count} {'very ' * (row * 5 % 9)}long.", "Tea."] for row in range(count)]
 
 
-def encode(backbone, tokenizer, folder, segments=None, fingerprint="stage1", **more):
-    options = {"batch_size": 2, "shard_size": 4} | more
-    return encode_anchors(backbone, tokenizer, segments or many(), fingerprint, folder=folder, **options)
+REWORDED = [[text.replace("Segment", "Section") for text in sample] for sample in many()]  # of the same lengths
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    monkeypatch.setattr(anchors, "SHARD_SIZE", 4)
+
+
+def encode(model, processor, folder, segments=None, **options):
+    return encode_anchors(model, processor, segments or many(), folder, **{"batch_size": 2} | options)
 
 
 def files(folder):
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-class Counting(torch.nn.Module):
-    """A backbone that counts the sequences it is given, and dies before the `last`-th pass."""
-
-    def __init__(self, backbone, last=10**9):
-        super().__init__()
-        self.backbone, self.config, self.last, self.sequences = backbone, backbone.config, last, 0
-
-    def forward(self, input_ids, attention_mask):
-        self.last -= 1
-        if self.last < 0:
-            raise Killed
-        self.sequences += len(input_ids)
-        return self.backbone(input_ids=input_ids, attention_mask=attention_mask)
-
-
-def test_shards_on_disk_equal_memory(backbone, tokenizer, tmp_path):
-    on_disk = encode(backbone, tokenizer, tmp_path)
-    in_memory = encode_anchors(backbone, tokenizer, many(), "stage1", batch_size=2)
-    assert isinstance(on_disk.vectors, np.memmap) and len(on_disk) == 23
+def test_shards_on_disk_equal_memory(model, processor, tmp_path, small_shards):
+    on_disk = encode(model, processor, tmp_path / "disk")
+    in_memory = encode(model, processor, None)
+    assert isinstance(on_disk.vectors, np.memmap)
     assert all(np.array_equal(on_disk[row], in_memory[row]) for row in range(23))
-    assert set(files(tmp_path)) == {"vectors.npy", "index.npy", "offsets.npy", "anchors.json"}
-    in_memory.save(tmp_path.parent / "saved")
-    assert files(tmp_path.parent / "saved") == files(tmp_path)
+    in_memory.save(tmp_path / "saved")
+    assert files(tmp_path / "saved") == files(tmp_path / "disk")
 
 
-def test_a_killed_encoding_goes_on(backbone, tokenizer, tmp_path):
-    encode(backbone, tokenizer, tmp_path / "calm")
-    for last in range(13):  # 24 distinct segments, two a pass
-        folder = tmp_path / str(last)
-        with pytest.raises(Killed) if last < 12 else nullcontext():
-            encode(Counting(backbone, last), tokenizer, folder)
-        if last < 12:
-            with pytest.raises(FileNotFoundError, match="no complete anchors"):
-                AnchorStore.load(folder, "stage1")
-        again = Counting(backbone)
-        encode(again, tokenizer, folder)
-        assert again.sequences == (24 - 4 * (last // 2) if last < 12 else 0)  # whole shards of four are kept
-        assert files(folder) == files(tmp_path / "calm")
+@pytest.mark.parametrize("passes", range(13))  # 24 distinct segments, 2 per pass: the last one is not killed
+def test_killed_encoding_continues(model, processor, tmp_path, small_shards, passes):
+    with CountedBackbone(model, passes), pytest.raises(Killed) if passes < 12 else nullcontext():
+        encode(model, processor, tmp_path / "killed")
+    with CountedBackbone(model) as again:
+        encode(model, processor, tmp_path / "killed")
+    assert again.sequences == 24 - 4 * (passes // 2)  # whole shards of 4 are kept
+    encode(model, processor, tmp_path / "undisturbed")
+    assert files(tmp_path / "killed") == files(tmp_path / "undisturbed")
 
 
-def test_a_run_killed_at_its_very_end_leaves_no_progress(backbone, tokenizer, tmp_path):
-    encode(backbone, tokenizer, tmp_path / "calm")
-    encode(backbone, tokenizer, tmp_path / "killed")
-    (tmp_path / "killed" / "progress.json").write_text("{}")  # all but its removal was done
-    encode(Counting(backbone, 0), tokenizer, tmp_path / "killed")
-    assert files(tmp_path / "killed") == files(tmp_path / "calm")
+def test_interrupted_encoding_is_refused(model, processor, tmp_path, small_shards):
+    with CountedBackbone(model, 5), pytest.raises(Killed):
+        encode(model, processor, tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"anchors\.json"):
+        AnchorStore.load(tmp_path, checkpoint_hash(model))
 
 
-REWORDED = [[text.replace("Segment", "Section") for text in sample] for sample in many()]  # of the same lengths
+def test_progress_of_a_complete_store_is_removed(model, processor, tmp_path, small_shards):
+    encode(model, processor, tmp_path)
+    (tmp_path / "progress.json").write_text("{}")  # killed before its removal
+    with CountedBackbone(model, 0):
+        encode(model, processor, tmp_path)
+    assert sorted(files(tmp_path)) == NAMES
 
 
-@pytest.mark.parametrize("change", [{"fingerprint": "other"}, {"segments": REWORDED}, {"max_tokens": 3}])
-def test_other_inputs_are_encoded_anew(backbone, tokenizer, tmp_path, change):
-    encode(backbone, tokenizer, tmp_path)
-    again = Counting(backbone)
-    encode(again, tokenizer, tmp_path)
-    assert again.sequences == 0
-    encode(again, tokenizer, tmp_path, **change)
-    assert again.sequences >= 23
-    with pytest.raises(Killed):  # nor is a begun store of other inputs gone on with
-        encode(Counting(backbone, 5), tokenizer, tmp_path)
-    again = Counting(backbone)
-    encode(again, tokenizer, tmp_path, **change)
+@pytest.mark.parametrize("change", [{"segments": REWORDED}, {"max_tokens": 3}, {"prompts": [[1]] * 23}, "weights"])
+def test_other_inputs_are_encoded_again(model, processor, tmp_path, small_shards, change):
+    encode(model, processor, tmp_path)
+    if change == "weights":
+        model, change = LasarForGenerativeRec(model.config).eval(), {}
+    with CountedBackbone(model) as again:
+        encode(model, processor, tmp_path, **change)
     assert again.sequences >= 23
 
 
-def test_anchors_in_the_chain_see_the_prompt_and_what_came_before(backbone, tokenizer):
-    prompts = [[5, 6, 7], [8], [5, 6, 7]]
-    store = encode_anchors(backbone, tokenizer, SEGMENTS, "", batch_size=2, context="chain", prompts=prompts)
-    assert store.depths.tolist() == [2, 1, 3]
-    for sample, segments in enumerate(SEGMENTS):
-        ids = list(prompts[sample])
-        for step, text in enumerate(segments):
-            text = " " + text if step else text
-            ids += tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
-            states = backbone.eval()(input_ids=torch.tensor([ids])).last_hidden_state
-            np.testing.assert_allclose(store[sample][step], states[0, -1].detach().numpy(), atol=1e-5)
+def test_interrupted_encoding_of_other_inputs_is_dropped(model, processor, tmp_path, small_shards):
+    with CountedBackbone(model, 5), pytest.raises(Killed):
+        encode(model, processor, tmp_path, REWORDED)
+    with CountedBackbone(model) as again:
+        encode(model, processor, tmp_path)
+    assert again.sequences == 24
 
 
-def test_equal_chains_after_equal_prompts_share_vectors(backbone, tokenizer):
-    counting = Counting(backbone)
-    segments, prompts = [["Tea.", "Red."]] * 3, [[5], [5], [6]]
-    store = encode_anchors(counting, tokenizer, segments, "", context="chain", prompts=prompts)
-    assert counting.sequences == 2 and store.vectors.shape == (4, 16)
-    assert np.array_equal(store[0], store[1]) and not np.allclose(store[0], store[2])
+def test_equal_chains_after_equal_prompts_share_vectors(model, processor):
+    with CountedBackbone(model) as counted:
+        store = encode_anchors(model, processor, [["Tea.", "Red."]] * 3, prompts=[[5], [5], [6]])
+    assert counted.sequences == 2
+    assert np.array_equal(store[0], store[1])
+    assert not np.allclose(store[0], store[2])
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"context": "whole"}, "`context` is 'whole', expected 'segment' or 'chain'"),
-        ({"context": "chain"}, "`prompts` are needed for 'chain'"),
-        ({"prompts": [[1]] * 3}, "`prompts` are needed for 'chain', and for nothing else"),
-        ({"context": "chain", "prompts": [[1]]}, "`prompts` has 1 entries for 3 samples"),
-    ],
-)
-def test_contexts_that_do_not_fit(backbone, tokenizer, options, message):
-    with pytest.raises(ValueError, match=message):
-        encode_anchors(backbone, tokenizer, SEGMENTS, "", **options)
+def test_metadata(store, tmp_path):
+    store.save(tmp_path)
+    metadata = json.loads((tmp_path / "anchors.json").read_text())
+    assert metadata["checkpoint_hash"] == store.checkpoint_hash
+    assert metadata["num_samples"] == 3

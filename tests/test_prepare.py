@@ -42,7 +42,7 @@ from lasar_hf.reasoning import TemplateTeacher, segment
 from lasar_hf.reasoning.segments import split_sentences
 from lasar_hf.semantic_ids import ItemEncoder, format_report, item_text
 from tests.preparing import ALL, RECIPE, files, processor_of, run
-from tests.test_openai_teacher import GOOD, answer, endpoint  # noqa: F401
+from tests.teacher_endpoint import GOOD, answer
 
 
 @pytest.fixture(scope="module")
@@ -314,7 +314,7 @@ def test_arguments_that_do_not_go_together(tmp_path, arguments, error, message):
     assert not (tmp_path / "interactions").exists()
 
 
-def test_a_teacher_behind_an_endpoint(tmp_path, endpoint):  # noqa: F811
+def test_a_teacher_behind_an_endpoint(tmp_path, endpoint):
     server = endpoint(lambda prompt, nth: answer(GOOD))
     options = {"teacher": "openai", "teacher_model": "tiny", "teacher_base_url": server.url, "toy_users": 6}
     run(tmp_path, **options)

@@ -1,17 +1,11 @@
-"""Reasoning supervision: teachers that write chains of thought, the leak check, segments and semantic anchors."""
+"""Reasoning supervision: teachers that write chains of thought, the leak check, segments and semantic anchors.
 
-from .anchor_encoding import encode_anchors
-from .anchors import AnchorStore, checkpoint_hash
-from .segments import Segmenter, segment, tfidf_embedder
+`OpenAITeacher` is imported from `lasar_hf.reasoning.openai_teacher`; it needs the `openai` package.
+"""
+
+from .anchors import AnchorStore, checkpoint_hash, encode_anchors
+from .segments import Segmenter, segment
 from .template_teacher import TemplateTeacher
 
 
-__all__ = [
-    "AnchorStore",
-    "Segmenter",
-    "TemplateTeacher",
-    "checkpoint_hash",
-    "encode_anchors",
-    "segment",
-    "tfidf_embedder",
-]
+__all__ = ["AnchorStore", "Segmenter", "TemplateTeacher", "checkpoint_hash", "encode_anchors", "segment"]

@@ -1,92 +1,93 @@
-"""Semantic anchors (METHOD.md, section 4): the stage-1 backbone's hidden state of each reasoning segment, on disk."""
+"""Semantic anchors: the stage-1 model's hidden state at the end of each reasoning segment, stored on disk.
+
+LASAR, arXiv 2605.10207, stage 2 (SFT): the anchor `h_t^cot` of segment `t` is the last token's final hidden state of the
+segment. Anchors are computed once and never trained through.
+"""
 
 import hashlib
 import json
-import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
+from tqdm.auto import tqdm
 
-from ..files import write_json
+from ..files import atomic_file, file_hash, read_json, write_json
+from ..model.processing_lasar import LasarProcessor
+from ..onednn import onednn_linear
+
+
+ARRAYS = ("vectors", "index", "offsets")
+SHARD_SIZE = 8192  # sequences
 
 
 class AnchorStore:
     """
-    Anchors of each sample: `store[i]` is `(N_i, H)`, one row a segment, in order.
-
-    Equal segments share one stored vector, so the repetition of a template teacher costs nothing.
+    Anchors of each sample: `store[i]` is `(N_i, H)`, one anchor per segment, in order. Equal segments share a vector.
 
     Args:
-        vectors (`np.ndarray`):
-            Distinct anchors `(U, H)`, float32; may be memory-mapped.
-        index (`np.ndarray`):
-            Row of `vectors` of each segment, all samples after each other, `(sum of N_i,)`, int64.
-        offsets (`np.ndarray`):
-            Where each sample begins in `index`, `(samples + 1,)`, int64.
+        vectors (`np.ndarray` of shape `(U, H)`):
+            Distinct anchors, float32; may be memory-mapped.
+        index (`np.ndarray` of shape `(sum of N_i,)`):
+            Index into `vectors` of each segment, sample after sample.
+        offsets (`np.ndarray` of shape `(S + 1,)`):
+            Where each sample starts in `index`.
         checkpoint_hash (`str`):
-            `checkpoint_hash` of the model that made the vectors.
+            [`checkpoint_hash`] of the model that made the vectors.
         inputs_hash (`str`, *optional*, defaults to `""`):
-            Hash of all that `encode_anchors` was given, the checkpoint included.
+            Hash of everything that determines the vectors.
+
+    Raises:
+        `ValueError`: if `index` or `offsets` are out of range.
     """
 
     def __init__(
         self, vectors: np.ndarray, index: np.ndarray, offsets: np.ndarray, checkpoint_hash: str, inputs_hash: str = ""
     ):
         if len(offsets) < 1 or offsets[0] != 0 or offsets[-1] != len(index) or (np.diff(offsets) < 1).any():
-            raise ValueError("`offsets` must go from 0 to the number of segments, with one or more a sample.")
+            raise ValueError("offsets must rise from 0 to the number of segments, by at least one per sample.")
         if len(index) and not 0 <= index.min() <= index.max() < len(vectors):
-            raise ValueError(f"`index` goes from {index.min()} to {index.max()}, for {len(vectors)} vectors.")
-        self.vectors = vectors
-        self.index = index
-        self.offsets = offsets
-        self.checkpoint_hash = checkpoint_hash
-        self.inputs_hash = inputs_hash
+            raise ValueError(f"index goes from {index.min()} to {index.max()}, but there are {len(vectors)} vectors.")
+        self.vectors, self.index, self.offsets = vectors, index, offsets
+        self.checkpoint_hash, self.inputs_hash = checkpoint_hash, inputs_hash
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
     def __getitem__(self, sample: int) -> np.ndarray:
         if not 0 <= sample < len(self):
-            raise IndexError(f"sample {sample} has no anchors: the store holds {len(self)} samples.")
+            raise IndexError(f"Sample {sample} has no anchors: the store has {len(self)} samples.")
         return np.asarray(self.vectors[self.index[self.offsets[sample] : self.offsets[sample + 1]]])
 
     @property
     def depths(self) -> np.ndarray:
-        """Number of segments of each sample: its depth label `N`, `(samples,)`."""
+        """Number of segments of each sample, its depth label `N`, `(S,)`."""
         return np.diff(self.offsets)
 
-    def save(self, folder: str | Path) -> None:
+    def terminal(self) -> np.ndarray:
+        """The last anchor of each sample, `(S, H)`, float32; in memory."""
+        return np.asarray(self.vectors[self.index[self.offsets[1:] - 1]], dtype=np.float32)
+
+    def save(self, folder: str | Path, vectors: bool = True) -> None:
         """
-        Write `vectors.npy`, `index.npy`, `offsets.npy` and, last, `anchors.json`, each under a temporary name first: a
-        folder in which writing was cut short has no `anchors.json` and is refused by `load`.
+        Write `vectors.npy`, `index.npy`, `offsets.npy` and, last, `anchors.json` with their hashes.
+
+        Args:
+            folder (`str` or `Path`):
+                Folder, created if missing.
+            vectors (`bool`, *optional*, defaults to `True`):
+                Whether to write the vectors; `False` if they already are in `vectors.npy`.
         """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         (folder / "anchors.json").unlink(missing_ok=True)
-        scratch = folder / "vectors.npy.partial"
-        with scratch.open("wb") as file:
-            np.save(file, self.vectors, allow_pickle=False)
-        os.replace(scratch, folder / "vectors.npy")
-        self.save_index(folder)
-
-    def save_index(self, folder: Path) -> None:
-        """Write all but `vectors.npy`; its part of `save`."""
-        for name in ("index", "offsets"):
-            scratch = folder / f"{name}.npy.partial"
-            with scratch.open("wb") as file:
-                np.save(file, getattr(self, name), allow_pickle=False)
-            os.replace(scratch, folder / f"{name}.npy")
-        facts = {
-            "checkpoint_hash": self.checkpoint_hash,
-            "inputs_hash": self.inputs_hash,
-            "hidden_size": self.vectors.shape[1],
-            "num_vectors": len(self.vectors),
-            "num_segments": len(self.index),
-            "num_samples": len(self),
-        }
-        write_json(folder / "anchors.json", facts)
+        for name in ARRAYS if vectors else ARRAYS[1:]:
+            with atomic_file(folder / f"{name}.npy") as temporary:
+                np.save(temporary, getattr(self, name), allow_pickle=False)
+        metadata = {"checkpoint_hash": self.checkpoint_hash, "inputs_hash": self.inputs_hash}
+        metadata |= {"num_samples": len(self), "num_vectors": len(self.vectors), "hidden_size": self.vectors.shape[1]}
+        write_json(folder / "anchors.json", metadata | {"sha256": _array_hashes(folder)})
 
     @classmethod
     def load(cls, folder: str | Path, checkpoint_hash: str) -> "AnchorStore":
@@ -95,37 +96,48 @@ class AnchorStore:
 
         Args:
             folder (`str` or `Path`):
-                Where `save` wrote.
+                Folder that [`~AnchorStore.save`] or [`encode_anchors`] wrote.
             checkpoint_hash (`str`):
-                `checkpoint_hash` of the stage-1 model at hand.
+                [`checkpoint_hash`] of the current stage-1 model.
+
+        Returns:
+            [`AnchorStore`]: the store.
 
         Raises:
-            FileNotFoundError: no store there, or one whose writing was cut short.
-            ValueError: the anchors were made by another checkpoint, or the files do not belong together.
+            `FileNotFoundError`: if the folder has no store, or an incomplete one.
+            `ValueError`: if another checkpoint made the anchors, or a file changed after it was written.
         """
         folder = Path(folder)
-        path = folder / "anchors.json"
-        if not path.exists():
-            raise FileNotFoundError(f"{folder} holds no complete anchors (no anchors.json): make them first.")
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        if facts["checkpoint_hash"] != checkpoint_hash:
+        if not (folder / "anchors.json").exists():
+            raise FileNotFoundError(f"{folder} has no complete anchors (no anchors.json). Run encode_anchors first.")
+        metadata = read_json(folder / "anchors.json")
+        if metadata["checkpoint_hash"] != checkpoint_hash:
             raise ValueError(
-                f"{folder}: stale anchors, made by checkpoint {facts['checkpoint_hash'][:12]} and not by "
-                f"{checkpoint_hash[:12]}; make them again with the stage-1 checkpoint at hand."
+                f"{folder}: the anchors are stale. They were made by checkpoint {metadata['checkpoint_hash'][:12]}, "
+                f"expected {checkpoint_hash[:12]}. Encode them again with the current stage-1 checkpoint."
             )
-        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("vectors", "index", "offsets")}
-        store = cls(**arrays, checkpoint_hash=checkpoint_hash, inputs_hash=facts.get("inputs_hash", ""))
-        if store.vectors.shape != (facts["num_vectors"], facts["hidden_size"]) or len(store) != facts["num_samples"]:
-            raise ValueError(f"{folder}: the arrays do not have the sizes in anchors.json; make the anchors again.")
-        return store
+        hashes = _array_hashes(folder)
+        for name in ARRAYS:
+            if metadata.get("sha256", {}).get(name) != hashes[name]:
+                raise ValueError(
+                    f"{folder}: {name}.npy is not the file that anchors.json describes. Delete the folder and encode the "
+                    "anchors again."
+                )
+        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
+        return cls(**arrays, checkpoint_hash=checkpoint_hash, inputs_hash=metadata["inputs_hash"])
+
+
+def _array_hashes(folder: Path) -> dict[str, str | None]:
+    paths = {name: folder / f"{name}.npy" for name in ARRAYS}
+    return {name: file_hash(path) if path.exists() else None for name, path in paths.items()}
 
 
 def checkpoint_hash(model: nn.Module) -> str:
     """
-    SHA-256 over names, types, shapes and bytes of a model's state: equal for equal weights of one precision.
+    SHA-256 over names, types, shapes and bytes of a model's weights: equal for equal weights of one precision.
 
     Args:
-        model (`nn.Module`):
+        model (`torch.nn.Module`):
             The stage-1 model.
 
     Returns:
@@ -136,3 +148,186 @@ def checkpoint_hash(model: nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def encode_anchors(
+    model: nn.Module,
+    processor: LasarProcessor,
+    segments: Sequence[Sequence[str]],
+    folder: str | Path | None = None,
+    prompts: Sequence[Sequence[int]] | None = None,
+    batch_size: int = 64,
+    max_tokens: int = 256,
+    device: str | torch.device | None = None,
+) -> AnchorStore:
+    """
+    Encode segments with the stage-1 model.
+
+    Each distinct segment is encoded once, sorted by length so that batches hold little padding. Segments are tokenised as
+    plain text: Semantic-ID and control tokens in them stay text.
+
+    With `folder`, the vectors are written in shards. A call that was interrupted continues after the last complete
+    shard; a call with the inputs of a complete store opens it.
+
+    Args:
+        model ([`LasarForGenerativeRec`]):
+            The stage-1 model.
+        processor ([`LasarProcessor`]):
+            Its processor. A segment that is encoded alone starts with the BOS token if prompts do.
+        segments (`list[list[str]]`):
+            Segments of each sample, from [`segment`].
+        folder (`str` or `Path`, *optional*):
+            Where the store is written. Defaults to memory only.
+        prompts (`list[list[int]]`, *optional*):
+            Token ids of each sample's prompt, from [`LasarProcessor.prompt_ids`]. With them, a segment is encoded after
+            the prompt and the sample's earlier segments. Without them it is encoded alone, as in the paper.
+        batch_size (`int`, *optional*, defaults to `64`):
+            Number of sequences per forward pass.
+        max_tokens (`int`, *optional*, defaults to `256`):
+            Maximum number of tokens of a segment. The last tokens are kept, since the anchor is read at the end.
+        device (`str` or `torch.device`, *optional*):
+            Device to move the model to. Defaults to the model's device.
+
+    Returns:
+        [`AnchorStore`]: anchors of all samples, float32.
+
+    Raises:
+        `ValueError`: if a sample has no segments, a segment has no token, or `prompts` has another length than `segments`.
+
+    Example:
+
+    ```python
+    >>> store = encode_anchors(model, processor, samples["segments"], folder="outputs/anchors")
+    >>> store[0].shape  # a sample with three segments
+    (3, 64)
+    ```
+    """
+    plan = _EncodingPlan(processor, segments, prompts, max_tokens)
+    model_hash = checkpoint_hash(model)
+    inputs_hash = plan.hash(model_hash, batch_size)
+    shape = (plan.num_vectors, model.config.hidden_size)
+    arrays = {"index": plan.index, "offsets": plan.offsets, "checkpoint_hash": model_hash, "inputs_hash": inputs_hash}
+    if folder is None:
+        vectors = np.empty(shape, dtype=np.float32)
+        _encode(model.model.backbone, plan, vectors, range(len(plan.sequences)), batch_size, device)
+        return AnchorStore(vectors, **arrays)
+
+    folder = Path(folder)
+    progress = folder / "progress.json"
+    if not (folder / "anchors.json").exists() or read_json(folder / "anchors.json").get("inputs_hash") != inputs_hash:
+        (folder / "anchors.json").unlink(missing_ok=True)
+        vectors, done = _open_vectors(folder, inputs_hash, shape)
+        step = batch_size * -(-SHARD_SIZE // batch_size)  # whole batches, so that padding does not depend on resuming
+        for start in range(done, len(plan.sequences), step):
+            shard = range(start, min(start + step, len(plan.sequences)))
+            _encode(model.model.backbone, plan, vectors, shard, batch_size, device)
+            vectors.flush()
+            write_json(progress, {"inputs_hash": inputs_hash, "done": shard.stop})
+        AnchorStore(vectors, **arrays).save(folder, vectors=False)
+    progress.unlink(missing_ok=True)
+    return AnchorStore.load(folder, model_hash)
+
+
+class _EncodingPlan:
+    """The distinct token sequences to encode, sorted by length, and where each segment's anchor is stored."""
+
+    def __init__(
+        self,
+        processor: LasarProcessor,
+        segments: Sequence[Sequence[str]],
+        prompts: Sequence[Sequence[int]] | None,
+        max_tokens: int,
+    ):
+        if prompts is not None and len(prompts) != len(segments):
+            raise ValueError(f"prompts has {len(prompts)} entries; expected {len(segments)}, one per sample.")
+        counts = np.fromiter((len(sample) for sample in segments), dtype=np.int64)
+        if not len(counts) or counts.min() < 1:
+            raise ValueError(f"segments: sample {counts.argmin() if len(counts) else 0} has no segments to encode.")
+        self.processor, self.max_tokens = processor, max_tokens
+
+        # 1. A sequence is (prompt, texts): BOS and one segment, or a prompt and all segments of a sample.
+        bos = (processor.tokenizer.bos_token_id,) if processor.add_bos else ()
+
+        def keys():
+            if prompts is None:
+                return ((bos, (text,)) for sample in segments for text in sample)
+            return ((tuple(ids), tuple(sample)) for ids, sample in zip(prompts, segments, strict=True))
+
+        # 2. Sort by length in characters (a prompt token counts as four), which needs no tokenisation.
+        self.sequences = sorted(dict.fromkeys(keys()), key=lambda key: 4 * len(key[0]) + sum(map(len, key[1])))
+        sizes = np.fromiter((len(texts) for _, texts in self.sequences), dtype=np.int64)
+        self.num_vectors = int(sizes.sum())
+        self.first = np.cumsum(sizes) - sizes  # index of the first anchor of each sequence
+
+        # 3. Index of each segment's anchor. Without prompts a sequence has one anchor, with prompts one per segment.
+        position = {key: number for number, key in enumerate(self.sequences)}
+        first = self.first[np.fromiter((position[key] for key in keys()), dtype=np.int64)]
+        self.offsets = np.concatenate([[0], np.cumsum(counts)])
+        if prompts is not None:
+            first = np.repeat(first - self.offsets[:-1], counts) + np.arange(self.offsets[-1])
+        self.index = first
+
+    def hash(self, checkpoint_hash: str, batch_size: int) -> str:
+        """Hash of everything that determines the vectors; the batch size does, since padding affects rounding."""
+        digest = hashlib.sha256(json.dumps([checkpoint_hash, batch_size, self.max_tokens]).encode())
+        for sequence in self.sequences:
+            digest.update(json.dumps(sequence).encode())
+        digest.update(self.index.tobytes() + self.offsets.tobytes())
+        return digest.hexdigest()
+
+    def batch(self, start: int, stop: int) -> tuple[list[list[int]], list[tuple[int, int]]]:
+        """Token ids of some sequences, and `(sequence, position)` of each of their anchors."""
+        sequences = self.sequences[start:stop]
+        # Behind a prompt or another segment, a segment starts with a space as in running text.
+        texts = [" " + text if number else text for _, texts in sequences for number, text in enumerate(texts)]
+        token_ids = zip(texts, self.processor.text_ids(texts), strict=True)
+        ids, anchors = [], []
+        for row, (prompt, segments) in enumerate(sequences):
+            ids.append(list(prompt))
+            for _ in segments:
+                text, tokens = next(token_ids)
+                if not text.strip() or not tokens:
+                    raise ValueError(f"segments: {text.strip()!r} has no token; leave empty segments out.")
+                ids[row] += tokens[-self.max_tokens :]
+                anchors.append((row, len(ids[row]) - 1))
+        return ids, anchors
+
+
+def _open_vectors(folder: Path, inputs_hash: str, shape: tuple[int, int]) -> tuple[np.memmap, int]:
+    """The file of vectors and how many sequences it holds; a new file if there is none for these inputs."""
+    path, progress = folder / "vectors.npy", folder / "progress.json"
+    if path.exists() and progress.exists():
+        state = read_json(progress)
+        if state["inputs_hash"] == inputs_hash:
+            return np.lib.format.open_memmap(path, mode="r+"), state["done"]
+    folder.mkdir(parents=True, exist_ok=True)
+    progress.unlink(missing_ok=True)
+    path.unlink(missing_ok=True)  # not overwritten: open readers keep the old file
+    return np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape), 0
+
+
+@torch.inference_mode()
+def _encode(
+    backbone: nn.Module,
+    plan: _EncodingPlan,
+    vectors: np.ndarray,
+    sequences: range,
+    batch_size: int,
+    device: str | torch.device | None,
+) -> None:
+    """Write the anchors of some sequences of the plan to `vectors`."""
+    device = device or next(backbone.parameters()).device
+    was_training = backbone.training
+    backbone.to(device).eval()
+    with onednn_linear(backbone):
+        for start in tqdm(range(sequences.start, sequences.stop, batch_size), desc="anchors", disable=None):
+            ids, anchors = plan.batch(start, min(start + batch_size, sequences.stop))
+            # Right-padded, so that positions in a sequence are columns.
+            rows = [torch.tensor(row) for row in ids]
+            input_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)  # (B, L)
+            mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)  # (B, L)
+            states = backbone(input_ids=input_ids.to(device), attention_mask=mask.to(device)).last_hidden_state
+            row, column = torch.tensor(anchors).T
+            first = plan.first[start]
+            vectors[first : first + len(anchors)] = states[row, column].float().cpu().numpy()  # (anchors, H)
+    backbone.train(was_training)

@@ -11,7 +11,7 @@ from datasets import Dataset
 
 from ..data.interactions import CATEGORY_SEPARATOR, Interactions
 from ..data.splits import Split
-from .leakage import bare, holds, without_name
+from .leakage import contains_name, normalize_words, remove_name
 
 
 _NUMBER = r"(?:\d{1,3}|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve)"
@@ -72,9 +72,9 @@ class TemplateTeacher:
     """
 
     def __init__(self, interactions: Interactions, split: Split | None = None):
-        self._titles = [bare(item.get("title", "")) for item in interactions.items]
+        self._titles = [normalize_words(item.get("title", "")) for item in interactions.items]
         self._facts = [_facts(item) for item in interactions.items]
-        self._names = [bare(facts.name) for facts in self._facts]
+        self._names = [normalize_words(facts.name) for facts in self._facts]
         self._brands = Counter(facts.brand for facts in self._facts)
         self._paths = Counter(facts.path for facts in self._facts)
         nameless = sum(not (facts.words or facts.brand or facts.path) for facts in self._facts)
@@ -106,7 +106,7 @@ class TemplateTeacher:
         title = self._titles[target]
         shown = [self._facts[item] for item in history]
         for place, item in enumerate(history):
-            if holds(self._names[item], title):  # taken before, or a part of the same name: it must not be quoted
+            if contains_name(self._names[item], title):  # taken before, or a part of the same name: it must not be quoted
                 shown[place] = replace(shown[place], name=_NAMELESS)
         goal = self._facts[target]
         rank, position = max((_relation(facts, goal), place) for place, facts in enumerate(shown))
@@ -125,7 +125,7 @@ class TemplateTeacher:
             sentences += self._depart(shown, goal)
         if rank < 4 and (history[-1], target) in self._usual:
             sentences.append("Other people took this very step too.")
-        return without_name(" ".join(sentences), title)
+        return remove_name(" ".join(sentences), title)
 
     def chains_of_thought(self, samples: Dataset) -> list[str]:
         """
