@@ -42,14 +42,7 @@ class ItemEncoder:
 
     def encode(self, items: Sequence[dict]) -> np.ndarray:
         """
-        Embed items.
-
-        Args:
-            items (`Sequence[dict]`):
-                `N` items, see [`item_text`].
-
-        Returns:
-            `np.ndarray` of shape `(N, D)`, float32: rows of length 1, or zero rows for items without a known word.
+        Embed `N` items, see [`item_text`]: vectors `(N, D)`, float32, of length 1, or zero without a known word.
         """
         texts = [item_text(item) for item in items]
         if isinstance(self.text_view, TfidfEmbedder):
@@ -57,13 +50,7 @@ class ItemEncoder:
         return combine_views([text_embeddings(texts, model=self.text_view)])
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
-        """
-        Write the fitted embedder, if there is one, and `item_encoder.json`.
-
-        Args:
-            save_directory (`str` or `os.PathLike`):
-                Folder, created if missing.
-        """
+        """Write the fitted embedder, if there is one, and `item_encoder.json` into a folder, created if missing."""
         model = None if isinstance(self.text_view, TfidfEmbedder) else self.text_view
         if model is None:
             self.text_view.save_pretrained(save_directory)
@@ -71,16 +58,7 @@ class ItemEncoder:
 
     @classmethod
     def from_pretrained(cls, save_directory: str | os.PathLike) -> "ItemEncoder":
-        """
-        Load an encoder that [`~ItemEncoder.save_pretrained`] wrote; its vectors are exactly the same.
-
-        Args:
-            save_directory (`str` or `os.PathLike`):
-                Folder to read, for example `item_encoder` of a prepared data set.
-
-        Raises:
-            `FileNotFoundError`: the folder has no encoder.
-        """
+        """Load an encoder that [`~ItemEncoder.save_pretrained`] wrote; its vectors are exactly the same."""
         path = Path(save_directory) / CONFIG_NAME
         if not path.is_file():
             raise FileNotFoundError(f"{path} not found; run recipes/prepare.py again to write it.")

@@ -31,12 +31,7 @@ CHUNK = 16_384  # vectors whose distances to all codes are in memory at once
 
 
 class Quantizer(Protocol):
-    """
-    What [`build_semantic_ids`], [`resolve_collisions`], [`assign_new_items`] and [`quality_report`] need.
-
-    The methods behave as those of [`ResidualKMeans`], which documents them. A class method
-    `from_pretrained(save_directory)` loads what `save_pretrained` wrote.
-    """
+    """Methods that a quantizer must have. [`ResidualKMeans`] documents them; it can also be loaded again."""
 
     num_sid_levels: int
     codebook_size: int
@@ -96,17 +91,9 @@ class ResidualKMeans:
 
     def fit_encode(self, x: np.ndarray) -> np.ndarray:
         """
-        Fit the codebooks and encode the same vectors, as `encode` does.
+        Fit the codebooks to vectors `x` of shape `(N, D)` and return their codes, as [`~ResidualKMeans.encode`] does.
 
-        Args:
-            x (`np.ndarray` of shape `(N, D)`):
-                Vectors. If a level has fewer distinct vectors than codes, its last codes stay unused.
-
-        Returns:
-            `np.ndarray` of shape `(N, M)`, int64: codes.
-
-        Raises:
-            `ValueError`: `x` is not a non-empty matrix, or a row is not finite.
+        If a level has fewer distinct vectors than codes, its last codes stay unused.
         """
         residuals = self._check_vectors(x)  # (N, D)
         num_vectors, width = residuals.shape
@@ -151,17 +138,8 @@ class ResidualKMeans:
 
     def decode(self, codes: np.ndarray) -> np.ndarray:
         """
-        Reconstruct vectors from codes: the sum of the centres over the levels.
-
-        Args:
-            codes (`np.ndarray` of shape `(N, l)`):
-                Codes of the first `l ≤ M` levels.
-
-        Returns:
-            `np.ndarray` of shape `(N, D)`, float32.
-
-        Raises:
-            `ValueError`: a wrong shape or a code outside `[0, K)`.
+        Reconstruct vectors `(N, D)`, float32, from the codes `(N, l)` of the first `l ≤ M` levels: the sum of the
+        centres. Raises a `ValueError` for a wrong shape or a code outside `[0, K)`.
         """
         codes = self._check_codes(codes)
         vectors = np.zeros((len(codes), self._fitted().shape[2]), dtype=np.float32)
@@ -171,16 +149,10 @@ class ResidualKMeans:
 
     def distances(self, x: np.ndarray, prefix: np.ndarray) -> np.ndarray:
         """
-        Squared distances of the residuals after a prefix to all codes of the next level.
+        Squared distances `(N, K)`, float64, of the residuals after a prefix to all codes of the next level.
 
-        Args:
-            x (`np.ndarray` of shape `(N, D)`):
-                Vectors. The result is a full `(N, K)` matrix, so pass the rows in question and not the catalogue.
-            prefix (`np.ndarray` of shape `(N, l)`, `l < M`):
-                Codes of the first `l` levels; `(N, 0)` for level 0.
-
-        Returns:
-            `np.ndarray` of shape `(N, K)`, float64. An unused code counts as the zero vector.
+        Arguments as for [`~ResidualKMeans.encode`]; the prefix has shape `(N, 0)` for level 0. The result is a full
+        matrix, so pass the rows in question and not the catalogue. An unused code counts as the zero vector.
         """
         residuals = self._residuals(x, prefix).astype(np.float64)  # (N, D)
         centres = self.centres[np.shape(prefix)[1]]  # (K, D)
@@ -193,16 +165,6 @@ class ResidualKMeans:
 
         The other columns count in no distance. Filling them with zeros instead would favour the codes whose centres
         are near zero there.
-
-        Args:
-            width (`int`):
-                Number of known columns, `1 ≤ width ≤ D`.
-
-        Returns:
-            [`ResidualKMeans`]: a new quantizer.
-
-        Raises:
-            `ValueError`: `width` is out of range.
         """
         centres = self._fitted()
         if not 1 <= width <= centres.shape[2]:
@@ -212,29 +174,14 @@ class ResidualKMeans:
         return quantizer
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
-        """
-        Write the codebooks and the seed into one safetensors file.
-
-        Args:
-            save_directory (`str` or `os.PathLike`):
-                Folder, created if missing.
-        """
+        """Write the codebooks and the seed into one safetensors file of a folder, created if missing."""
         tensors = {"codebooks": self._fitted(), "codes_used": self.codes_used}
         with atomic_file(Path(save_directory) / QUANTIZER_NAME) as temporary:
             save_file(tensors, temporary, metadata={"seed": str(self.seed)})
 
     @classmethod
     def from_pretrained(cls, save_directory: str | os.PathLike) -> "ResidualKMeans":
-        """
-        Load a quantizer that [`~ResidualKMeans.save_pretrained`] wrote; it gives exactly the same codes.
-
-        Args:
-            save_directory (`str` or `os.PathLike`):
-                Folder to read.
-
-        Raises:
-            `FileNotFoundError`: the folder has no quantizer.
-        """
+        """Load a quantizer that [`~ResidualKMeans.save_pretrained`] wrote; it gives exactly the same codes."""
         path = Path(save_directory) / QUANTIZER_NAME
         if not path.is_file():
             raise FileNotFoundError(f"{path} not found; expected the folder of a saved quantizer.")

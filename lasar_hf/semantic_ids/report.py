@@ -99,16 +99,7 @@ def _neighbours(embeddings: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarr
 
 
 def format_report(report: dict) -> str:
-    """
-    Format a report as Markdown.
-
-    Args:
-        report (`dict`):
-            Result of [`quality_report`].
-
-    Returns:
-        `str`: a line of totals and a table with one row per level.
-    """
+    """Format the result of [`quality_report`] as Markdown: a line of totals and a table with one row per level."""
     totals = f"{report['items']:,} items, {report['collisions']:,} collisions"
     if "collisions_before" in report:
         totals += (
