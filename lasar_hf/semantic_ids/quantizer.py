@@ -240,9 +240,10 @@ def _fit_centres(points: np.ndarray, num_codes: int, seed: int) -> np.ndarray:
     """Centres of the clusters that have a point, `(k, D)`, `k ≤ num_codes`."""
     order = np.random.default_rng(seed).permutation(len(points))
     sample = points[order[: POINTS_PER_CODE * num_codes]]  # (S, D)
-    init = kmeans_plusplus(sample[: SEEDS_PER_CODE * num_codes], min(num_codes, len(sample)), random_state=seed)[0]
     # With several OpenMP threads, the rounding of the centres would differ from run to run.
-    with warnings.catch_warnings(), threadpool_limits(1, user_api="openmp"):
+    with warnings.catch_warnings(), threadpool_limits(1):
         warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct points than codes
+        seeds = sample[: SEEDS_PER_CODE * num_codes]
+        init = kmeans_plusplus(seeds, min(num_codes, len(seeds)), random_state=seed)[0]
         kmeans = KMeans(len(init), init=init, n_init=1, max_iter=MAX_ITERATIONS).fit(sample)
     return kmeans.cluster_centers_[np.unique(kmeans.labels_)]
