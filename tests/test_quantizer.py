@@ -87,6 +87,7 @@ def test_seed_changes_the_codes(points):
 def test_large_catalogue_is_fitted_to_a_sample():
     # Two codes are fitted to at most 512 of the 4,000 points.
     x = np.random.default_rng(0).normal(size=(4000, 4)).astype(np.float32)
+    x[:2000] += 20  # two clear clusters, so that a fit to all points would find their exact means
     quantizer = kmeans(num_sid_levels=1, codebook_size=2)
     codes = quantizer.fit_encode(x)
     np.testing.assert_array_equal(codes, quantizer.encode(x))
