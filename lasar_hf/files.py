@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, JSON, and content hashes."""
+"""Atomic file writes, JSON, and content hashes."""
 
 import hashlib
 import json
@@ -11,14 +11,16 @@ from pathlib import Path
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
     """
-    Write a file under a temporary name, flush it to disk, then rename it, so that a reader sees a whole file or none.
+    Write a file under a temporary name, flush it to disk, then rename it: a reader sees the old or the complete new
+    file, never a part.
 
-    The temporary file lies in the same folder and keeps the suffix of the name, which some writers look at. If the
-    block raises, the old file stays and the temporary file is removed.
+    The temporary file is in the same folder and keeps the suffix, which some writers look at. If the block raises, the
+    old file stays and the temporary file is removed. A process that is killed leaves its temporary file, see
+    [`remove_temporary_files`].
 
     Args:
         path (`str` or `Path`):
-            The file to write. Its folder is created if missing.
+            File to write. Its folder is created if missing.
 
     Yields:
         `Path`: temporary file to write to.
@@ -42,15 +44,27 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def remove_temporary_files(folder: str | Path) -> None:
+    """
+    Delete the temporary files of [`atomic_file`] in a folder that killed processes left.
+
+    Args:
+        folder (`str` or `Path`):
+            The folder. No other process may write to it.
+    """
+    for path in Path(folder).glob(".*.tmp*"):
+        path.unlink()
+
+
 def write_json(path: str | Path, content: object) -> None:
     """
     Write JSON atomically.
 
     Args:
         path (`str` or `Path`):
-            The file to write.
+            File to write.
         content (`object`):
-            What to write. NumPy numbers are written as floats.
+            Content. NumPy numbers are written as floats.
     """
     text = json.dumps(content, indent=2, default=float) + "\n"
     with atomic_file(path) as temporary:
@@ -63,7 +77,7 @@ def read_json(path: str | Path) -> object:
 
     Args:
         path (`str` or `Path`):
-            The file to read.
+            File to read.
 
     Returns:
         `object`: the content.
@@ -83,7 +97,7 @@ def file_hash(path: str | Path) -> str:
 
     Args:
         path (`str` or `Path`):
-            The file to read.
+            File to read.
 
     Returns:
         `str`: 64 hexadecimal digits.
@@ -98,7 +112,7 @@ def folder_hashes(folder: str | Path | None, pattern: str) -> dict[str, str]:
 
     Args:
         folder (`str` or `Path`, *optional*):
-            The folder. `None`, or a name on the Hub, has no files.
+            The folder. `None`, or the name of a model on the Hub, has no files.
         pattern (`str`):
             Glob pattern: `"**/data-*.arrow"` matches the tables of saved `Dataset`s without their caches.
 

@@ -1,4 +1,15 @@
-"""Steps that leave files in one folder: each runs when its inputs changed, and a killed run resumes."""
+"""
+Steps that write files to one folder. A step runs only if its inputs changed, and a killed run resumes.
+
+Each step has a mark `steps/<name>.json`: the fingerprint of its inputs and the names of its files. A step runs in a
+hidden folder. Its files are then moved to the folder, and its mark is written last:
+
+    1. delete the files of the steps that read this step, then its own
+    2. run the step in `.<name>.partial`
+    3. write the mark without a fingerprint ("unfinished"), move the files, write the complete mark
+
+A process that is killed at any point leaves a mark that is missing or unfinished, so the next run repeats the step.
+"""
 
 import hashlib
 import json
@@ -10,30 +21,30 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .files import write_json
+from .files import read_json, remove_temporary_files, write_json
 
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2  # to be raised when a step writes other files for the same settings; old ones are then made again
-_MARKS = "steps"  # folder of one small JSON a step: the fingerprint of its inputs, and what it wrote
+FORMAT = 3  # increase when a step writes other files for the same settings, so that old ones are not reused
+MARKS = "steps"  # folder of the marks
 
 
 @dataclass(frozen=True)
 class Step:
     """
-    One step of a preparation.
+    One step.
 
     Args:
         name (`str`):
-            Distinct among the steps.
+            Name, unique among the steps.
         run (`Callable[[Path], None]`):
-            Writes the step's files and folders into the empty folder that it is given. It reads what earlier steps
-            left on disk and nothing else, so that a resumed run sees what an undisturbed one sees.
+            Writes the step's files to the empty folder that is its argument. It may read the files of earlier steps
+            but nothing else in memory, so that a resumed run gives the same result.
         settings (`dict`, *optional*):
-            All else that decides the outcome, ready for JSON: arguments, `file_hash` of files from outside.
+            Everything else that decides the result, ready for JSON: arguments, `file_hash` of input files.
         after (`tuple[str, ...]`, *optional*):
-            Steps whose files it reads.
+            Steps whose files this step reads.
     """
 
     name: str
@@ -44,34 +55,41 @@ class Step:
 
 def run_steps(folder: str | Path, steps: Sequence[Step], only: Sequence[str] | None = None) -> list[str]:
     """
-    Run those steps whose inputs (settings, and the fingerprints of the steps before) are not those of their files.
-
-    A step works in a hidden folder; its files are then moved into `folder` and its mark `steps/<name>.json` is written
-    last. Before it runs, its old files and those of every step that reads them are deleted: files that do not belong
-    together never lie side by side. Nothing may write to `folder` at the same time.
+    Run the steps whose inputs changed: their settings, or the fingerprints of the steps that they read.
 
     Args:
         folder (`str` or `Path`):
-            Where the files go; created if missing.
+            Folder of the files, created if missing. No other process may write to it.
         steps (`Sequence[Step]`):
-            In an order in which each comes after those it reads.
+            Steps in an order in which each follows the steps that it reads.
         only (`Sequence[str]`, *optional*):
-            Names of the steps to run; the others must be up to date where one of these reads them.
+            Names of the steps to run. The steps that they read must be up to date. All by default.
 
     Returns:
-        `list[str]`: the steps that ran.
+        `list[str]`: names of the steps that ran.
 
     Raises:
-        ValueError: `only` names an unknown step, or one that reads a step which is not up to date.
+        `ValueError`: if `only` contains an unknown step, or one that reads a step that is not up to date.
+
+    Example:
+
+    ```python
+    >>> def write_table(out):
+    ...     (out / "table.csv").write_text("1,2")
+
+    >>> run_steps("outputs/demo", [Step("table", write_table, {"version": 1})])
+    ['table']
+    >>> run_steps("outputs/demo", [Step("table", write_table, {"version": 1})])
+    []
+    ```
     """
     folder = Path(folder)
     names = [step.name for step in steps]
     for name in only or ():
         if name not in names:
-            raise ValueError(f"there is no step {name!r}: choose among {', '.join(names)}.")
-    (folder / _MARKS).mkdir(parents=True, exist_ok=True)
-    for path in (folder / _MARKS).glob(".*.partial"):  # of a run that was killed
-        path.unlink()
+            raise ValueError(f"only contains {name!r}; expected some of {', '.join(names)}.")
+    (folder / MARKS).mkdir(parents=True, exist_ok=True)
+    remove_temporary_files(folder / MARKS)
     fingerprints: dict[str, str] = {}
     ran = []
     for position, step in enumerate(steps):
@@ -84,7 +102,7 @@ def run_steps(folder: str | Path, steps: Sequence[Step], only: Sequence[str] | N
             continue
         for name in step.after:
             if not _is_current(folder, name, fingerprints[name]):
-                raise ValueError(f"step {step.name!r} reads {name!r}, which {folder} has not up to date: run it too.")
+                raise ValueError(f"Step {step.name!r} reads step {name!r}, which is not up to date; run it too.")
         for name in [*_readers(steps[position:], step.name), step.name]:
             _clear(folder, name)
         begin = time.perf_counter()
@@ -99,8 +117,8 @@ def _fingerprint(content: object) -> str:
 
 
 def _mark(folder: Path, name: str) -> dict:
-    path = folder / _MARKS / f"{name}.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"fingerprint": None, "outputs": []}
+    path = folder / MARKS / f"{name}.json"
+    return read_json(path) if path.exists() else {"fingerprint": None, "outputs": []}
 
 
 def _is_current(folder: Path, name: str, fingerprint: str) -> bool:
@@ -118,9 +136,9 @@ def _readers(steps: Sequence[Step], name: str) -> list[str]:
 
 
 def _clear(folder: Path, name: str) -> None:
-    """Delete what a step left; its mark says "unfinished" as long as there is something."""
+    """Delete the files of a step. Its mark is unfinished until all of them are deleted."""
     shutil.rmtree(folder / f".{name}.partial", ignore_errors=True)
-    path = folder / _MARKS / f"{name}.json"
+    path = folder / MARKS / f"{name}.json"
     outputs = _mark(folder, name)["outputs"]
     if outputs:
         write_json(path, {"fingerprint": None, "outputs": outputs})
@@ -133,12 +151,12 @@ def _run(folder: Path, step: Step, fingerprint: str) -> None:
     scratch = folder / f".{step.name}.partial"
     scratch.mkdir()
     step.run(scratch)
-    # Files after folders: a file that says that the folders are complete comes last, and goes first.
+    # Files are moved after folders and deleted before them: `prepared.json` exists only while the folders are complete.
     outputs = [path.name for path in sorted(scratch.iterdir(), key=lambda path: (path.is_file(), path.name))]
-    path = folder / _MARKS / f"{step.name}.json"
+    path = folder / MARKS / f"{step.name}.json"
     write_json(path, {"fingerprint": None, "outputs": outputs})
     for output in outputs:
-        _remove(folder / output)  # of a folder that was written without marks
+        _remove(folder / output)  # left there without a mark
         os.replace(scratch / output, folder / output)
     scratch.rmdir()
     write_json(path, {"fingerprint": fingerprint, "outputs": outputs})

@@ -1,38 +1,50 @@
 """
 Prepare a data set: read, split, embed, Semantic IDs, chains of thought, segments, tokenizer, samples, data card.
 
-    python recipes/prepare.py --config recipes/scientific/prepare.yaml
+    python recipes/prepare.py --config recipes/toy/prepare.yaml
 
-Your own interactions, a CSV of three columns:
+Your own interactions, a CSV file with three columns:
 
-    python recipes/prepare.py --output_dir outputs/mine/data --source table --interactions ratings.csv \
-        --user_column user --item_column item --time_column time --tokenizer_size 2000
+    python recipes/prepare.py --output_dir outputs/mine/data --tokenizer_size 2000 --source table --source_args \
+        '{"interactions":"ratings.csv","user_column":"user","item_column":"item","time_column":"time"}'
 
-Each step leaves its files in `output_dir` and a mark in `steps/`. A second run does what is missing or what has other
-arguments or input files than before, and what follows from it; a run that was killed goes on where it was. Training
-reads `items/`, `samples/`, `split/` (`lasar_hf.data.PreparedData`), `catalog/`, `quantizer/` and `tokenizer/`;
-`recipes/add_items.py` reads `item_encoder/` and `quantizer/`.
+Each step writes its files to `output_dir` and a mark to `steps/`. A second run repeats only those steps whose arguments
+or input files changed, and the steps that read their files; a killed run resumes. Training reads the folder with
+`lasar_hf.data.PreparedData`; `recipes/add_items.py` also reads `item_encoder/` and `quantizer/`.
 """
 
 import logging
 import math
 import warnings
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
+from datasets import Dataset, DatasetDict, Features, List, Value, concatenate_datasets
 from trl import TrlParser
 
-import lasar_hf.data as data
-from lasar_hf import SidCatalog, __version__, files, preparation, steps
-from lasar_hf.arguments import check_choices
+from lasar_hf import SidCatalog, __version__
+from lasar_hf.arguments import check_choices, read_json_object
+from lasar_hf.data import (
+    INSTRUCTIONS,
+    PreparedData,
+    build_tokenizer,
+    global_time,
+    leave_one_out,
+    read_index,
+    read_source,
+    samples,
+)
+from lasar_hf.data.prepared_data import load_interactions, save_interactions
+from lasar_hf.data.readers import source_settings
+from lasar_hf.files import file_hash, read_json, write_json
 from lasar_hf.model.configuration_lasar import check_sizes
+from lasar_hf.reasoning import Segmenter, TemplateTeacher
 from lasar_hf.semantic_ids import (
     ItemEncoder,
-    TfidfView,
+    TfidfEmbedder,
     build_semantic_ids,
     collaborative_embeddings,
     combine_views,
@@ -41,179 +53,302 @@ from lasar_hf.semantic_ids import (
     quality_report,
     text_embeddings,
 )
+from lasar_hf.steps import Step, run_steps
+
+
+logger = logging.getLogger(__name__)
+
+PARTS = ("train", "validation", "test")
+BATCH_SIZE = 65_536  # samples whose texts are in memory at a time
 
 
 @dataclass
 class PrepareArguments:
-    """What to make of the source."""
+    """What to read and what to make of it."""
 
+    source: str = field(
+        metadata={
+            "help": "toy, table (your own files), amazon2018, amazon2023, a folder with <Name>.inter.json and "
+            "<Name>.item.json, or the dotted path of a function that returns Interactions."
+        }
+    )
     output_dir: str = field(metadata={"help": "Folder to write."})
-    steps: list[str] | None = field(default=None, metadata={"help": "Run these steps only; all if not given."})
+    source_args: dict | str | None = field(
+        default=None, metadata={"help": 'Arguments of the source, such as {"interactions": "ratings.csv"}.'}
+    )
+    steps: list[str] | None = field(default=None, metadata={"help": "Steps to run; all if not given."})
     split: str = field(
         default="leave_one_out", metadata={"help": "How to split.", "choices": ["leave_one_out", "global_time"]}
     )
     validation_share: float = field(default=0.1, metadata={"help": "global_time: share of the validation part."})
     test_share: float = field(default=0.1, metadata={"help": "global_time: share of the test part."})
-    index: str | None = field(default=None, metadata={"help": "Ready-made .index.json; else Semantic IDs are built."})
-    allow_collisions: bool = field(default=False, metadata={"help": "index: two items may share a Semantic ID."})
-    num_sid_levels: int = field(default=4, metadata={"help": "Codes of one Semantic ID."})
-    codebook_size: int = field(default=256, metadata={"help": "Codes a level."})
-    balanced: bool = field(
-        default=False, metadata={"help": "Use a level's codes equally often (before collisions are resolved)."}
+    index: str | None = field(
+        default=None, metadata={"help": "Ready-made Semantic IDs (.index.json); built if not given."}
     )
+    allow_collisions: bool = field(default=False, metadata={"help": "index: items may share a Semantic ID."})
+    num_sid_levels: int = field(default=4, metadata={"help": "Number of codes per Semantic ID."})
+    codebook_size: int = field(default=256, metadata={"help": "Number of codes per level."})
     embedding_model: str | None = field(
         default=None, metadata={"help": "sentence-transformers model for item text; TF-IDF and SVD if not given."}
     )
-    text_dim: int = field(default=128, metadata={"help": "Dimensions of the TF-IDF view."})
+    text_dim: int = field(default=128, metadata={"help": "Width of the TF-IDF vectors."})
     collaborative_dim: int = field(
-        default=64, metadata={"help": "Dimensions of the co-occurrence view (training part only); 0 leaves it out."}
+        default=64, metadata={"help": "Width of the co-occurrence vectors (training part only); 0 leaves them out."}
     )
-    collaborative_weight: float = field(default=1.0, metadata={"help": "Weight of the co-occurrence view."})
-    targets: str = field(default="all", metadata={"help": "Training targets of a user.", "choices": ["all", "last"]})
-    max_history: int = field(default=200, metadata={"help": "Newest items of a history that a sample keeps."})
+    collaborative_weight: float = field(default=1.0, metadata={"help": "Weight of the co-occurrence vectors."})
+    targets: str = field(default="all", metadata={"help": "Training targets per user.", "choices": ["all", "last"]})
+    max_history: int = field(default=200, metadata={"help": "Maximum number of history items of a sample."})
     teacher: str = field(
-        default="template", metadata={"help": "Who writes the chains of thought.", "choices": ["template", "openai"]}
+        default="template", metadata={"help": "Writer of the chains of thought.", "choices": ["template", "openai"]}
     )
     teacher_model: str | None = field(default=None, metadata={"help": "openai: name of the model."})
     teacher_base_url: str = field(default="http://localhost:8000/v1", metadata={"help": "openai: the endpoint."})
-    teacher_concurrency: int = field(default=16, metadata={"help": "openai: requests at a time."})
-    max_latent_steps: int = field(default=8, metadata={"help": "Most segments of a chain of thought."})
+    teacher_concurrency: int = field(default=16, metadata={"help": "openai: number of concurrent requests."})
+    max_latent_steps: int = field(default=8, metadata={"help": "Maximum number of segments of a chain of thought."})
     segment_model: str | None = field(
-        default=None, metadata={"help": "sentence-transformers model that finds segments; TF-IDF if not given."}
+        default=None, metadata={"help": "sentence-transformers model for segmentation; TF-IDF if not given."}
     )
     tokenizer_size: int | None = field(
-        default=None, metadata={"help": "Fit a BPE tokenizer of this size, for a backbone trained from scratch."}
+        default=None, metadata={"help": "Size of a BPE tokenizer to fit, for a backbone trained from scratch."}
     )
-    instruction: str = field(default="Recommend the next item.", metadata={"help": "The tokenizer is fitted to it."})
-    seed: int = field(default=0, metadata={"help": "Seed of everything that is drawn."})
+    instruction: str = field(
+        default="Recommend the next item.", metadata={"help": "Text that the tokenizer is fitted to as well."}
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of embeddings and Semantic IDs."})
 
     def __post_init__(self):
+        read_json_object(self, "source_args")
         check_choices(self)
         check_sizes(self.num_sid_levels, self.codebook_size, self.max_latent_steps)
-        least = {
+        smallest = {
             "text_dim": 1, "collaborative_dim": 0, "collaborative_weight": 0.0, "max_history": 1, "seed": 0,
             "teacher_concurrency": 1, "tokenizer_size": 1,
         }  # fmt: skip
-        for name, smallest in least.items():
+        for name, minimum in smallest.items():
             value = getattr(self, name)
-            if value is not None and not smallest <= value < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected at least {smallest}.")
+            if value is not None and not minimum <= value < math.inf:
+                raise ValueError(f"{name} is {value}; expected at least {minimum}.")
+        if self.teacher == "openai" and not self.teacher_model:
+            raise ValueError("teacher_model is missing; teacher=openai needs the name of the endpoint's model.")
+        if self.allow_collisions and self.index is None:
+            raise ValueError("allow_collisions needs index: Semantic IDs that are built never collide.")
 
 
-def write_embeddings(folder: Path, out: Path, embedding_model: str | None, text_dim: int, seed: int) -> None:
-    """`embeddings.npy`: a vector an item, of its text or, where it has none, its id; `item_encoder/` for new items."""
-    table = data.load_interactions(folder / "interactions")
-    texts = [item_text(item | {"item_id": name}) for item, name in zip(table.items, table.item_ids, strict=True)]
-    if embedding_model is None:
-        view = TfidfView(text_dim, seed)
-        vectors = view.fit_transform(texts)
+def write_interactions(args: PrepareArguments, out: Path) -> None:
+    """`items/`, `users/` and `interactions.json`: the source, split."""
+    interactions = read_source(args.source, args.source_args)
+    show({
+        "users": len(interactions.user_ids), "items": len(interactions.items),
+        "interactions": interactions.num_interactions, **interactions.counts,
+    })  # fmt: skip
+    if args.split == "global_time":
+        split = global_time(interactions, args.validation_share, args.test_share)
     else:
-        view = embedding_model
-        cache = folder / "embedding_cache"  # not in `out`: it outlives a run that is killed
-        vectors = text_embeddings(texts, model=embedding_model, cache_dir=cache)
+        split = leave_one_out(interactions)
+    for part in PARTS:
+        if not len(samples(split, part, "last", max_history=1)):
+            raise ValueError(f"The {part} part has no samples: no user has a target and an item before it.")
+    save_interactions(interactions, split, out)
+
+
+def write_embeddings(args: PrepareArguments, out: Path) -> None:
+    """`embeddings.npy`: a vector of each item's text, or id if it has none; `item_encoder/` for new items."""
+    data, _ = load_interactions(args.output_dir)
+    texts = [item_text(item | {"item_id": item_id}) for item, item_id in zip(data.items, data.item_ids, strict=True)]
+    if args.embedding_model is None:
+        embedder = TfidfEmbedder(args.text_dim, args.seed)
+        vectors = embedder.fit_transform(texts)
+    else:
+        embedder = args.embedding_model
+        vectors = text_embeddings(texts, model=embedder, cache_dir=embedding_cache(args))
     np.save(out / "embeddings.npy", vectors)
-    ItemEncoder(view).save_pretrained(out / "item_encoder")
+    ItemEncoder(embedder).save_pretrained(out / "item_encoder")
 
 
-def write_semantic_ids(
-    folder: Path, out: Path, index: str | None, num_sid_levels: int, codebook_size: int, balanced: bool,
-    collaborative_dim: int, collaborative_weight: float, seed: int, allow_collisions: bool,
-) -> None:  # fmt: skip
+def write_semantic_ids(args: PrepareArguments, out: Path) -> None:
     """`catalog/`, `semantic_ids.json` (views and quality) and, unless the codes are given, `quantizer/`."""
-    table, split = preparation.load_base(folder)
-    # The text comes first: of a new item only the first columns are known.
-    views, weights = {"text": np.load(folder / "embeddings.npy")}, {"text": 1.0}
-    if collaborative_dim:
-        views["co-occurrence"] = collaborative_embeddings(split.train, len(table.items), collaborative_dim, seed)
-        weights["co-occurrence"] = collaborative_weight
-        if not any(map(item_text, table.items)):
-            warnings.warn("no item has text: Semantic IDs come from co-occurrence alone.", stacklevel=2)
-            views, weights = {"co-occurrence": views["co-occurrence"]}, {"co-occurrence": 1.0}
+    data, split = load_interactions(args.output_dir)
+    # The text comes first: new items have no co-occurrence and only know the first columns.
+    views, weights = {"text": np.load(Path(args.output_dir, "embeddings.npy"))}, {"text": 1.0}
+    if args.collaborative_dim:
+        vectors = collaborative_embeddings(split.train, len(data.items), args.collaborative_dim, args.seed)
+        views["co-occurrence"], weights["co-occurrence"] = vectors, args.collaborative_weight
+        if not any(map(item_text, data.items)):
+            warnings.warn("No item has text; the Semantic IDs come from co-occurrence alone.", stacklevel=2)
+            del views["text"]
+            weights = {"co-occurrence": 1.0}
     vectors, quantizer = combine_views(list(views.values()), list(weights.values())), None
-    if index is not None:
-        codes = data.read_index(index, table.item_ids, num_sid_levels, codebook_size, allow_collisions)
+    if args.index is not None:
+        codes = read_index(args.index, data.item_ids, args.num_sid_levels, args.codebook_size, args.allow_collisions)
     else:
-        codes, quantizer = build_semantic_ids(vectors, num_sid_levels, codebook_size, seed, balanced)
+        codes, quantizer = build_semantic_ids(vectors, args.num_sid_levels, args.codebook_size, args.seed)
         quantizer.save_pretrained(out / "quantizer")
-    SidCatalog(codes, table.item_ids, allow_collisions).save_pretrained(out / "catalog")
+    titles = [item.get("title") for item in data.items]
+    SidCatalog(codes, data.item_ids, args.allow_collisions, titles=titles).save_pretrained(out / "catalog")
     report = quality_report(codes, vectors, quantizer)
-    logging.info("%s", format_report(report))
-    made_of = {name: {"width": view.shape[1], "weight": weights[name]} for name, view in views.items()}
-    files.write_json(out / "semantic_ids.json", {"views": made_of} | report)
+    logger.info("%s", format_report(report))
+    view_sizes = {name: {"width": view.shape[1], "weight": weights[name]} for name, view in views.items()}
+    write_json(out / "semantic_ids.json", {"views": view_sizes} | report)
 
 
-def write_tokenizer(folder: Path, out: Path, tokenizer_size: int | None, instruction: str) -> None:
-    """`tokenizer/`, where one is asked for: fitted to the items, the instructions and the segments."""
-    if tokenizer_size:
-        items = data.load_interactions(folder / "interactions").items
-        texts = [*data.INSTRUCTIONS.values(), instruction, *map(item_text, items)]
-        # Once each: repeated wording would crowd out the rest.
-        segments = dict.fromkeys(chain.from_iterable(data.load_texts(folder / "segments.arrow")["text"]))
-        data.build_tokenizer([*texts, *segments], tokenizer_size).save_pretrained(out / "tokenizer")
+def write_chains(args: PrepareArguments, out: Path) -> None:
+    """`chains.arrow` and `chains.json`: a chain of thought per training sample, and how many each teacher wrote."""
+    data, split = load_interactions(args.output_dir)
+    train = samples(split, "train", args.targets, args.max_history)
+    teacher, batch_size = TemplateTeacher(data, split), BATCH_SIZE
+    counts = {"teacher": "template", "requests": len(train)}
+    if args.teacher == "openai":
+        from lasar_hf.reasoning.openai_teacher import OpenAITeacher  # needs an optional package
+
+        # The log is not in `out`, so that answers outlive a killed run.
+        log_path = Path(args.output_dir, "teacher_log.jsonl")
+        teacher = OpenAITeacher(
+            data, args.teacher_model, args.teacher_base_url, log_path, teacher, args.teacher_concurrency
+        )
+        batch_size = len(train)  # one call, so that its counts are those of all samples
+
+    def write(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
+        return {"chain_of_thought": teacher.chains_of_thought(train.select(indices))}
+
+    features = Features(chain_of_thought=Value("string"))
+    map_to_file(train, write, out / "chains.arrow", features, batch_size, with_indices=True)
+    if args.teacher == "openai":
+        counts = {"teacher": "openai", "model": args.teacher_model} | teacher.counts
+    write_json(out / "chains.json", counts)
 
 
-def write_segments(folder: Path, out: Path, max_latent_steps: int, segment_model: str | None) -> None:
-    """`segments.arrow`: the chains of thought, cut."""
-    cache = folder / "embedding_cache"  # not in `out`: it outlives a run that is killed
-    embed = partial(text_embeddings, model=segment_model, cache_dir=cache) if segment_model else None
-    preparation.write_segments(folder, out, max_latent_steps, embed)
+def write_segments(args: PrepareArguments, out: Path) -> None:
+    """`segments.arrow`: the chains of thought, cut into segments."""
+    chains = open_arrow(Path(args.output_dir, "chains.arrow"))
+    embed = None
+    if args.segment_model:
+        embed = partial(text_embeddings, model=args.segment_model, cache_dir=embedding_cache(args))
+    segmenter = Segmenter(embed, args.max_latent_steps)
+    segmenter.fit(batch["chain_of_thought"] for batch in chains.iter(BATCH_SIZE))
+
+    def cut(batch: dict[str, list]) -> dict[str, list]:
+        return {"segments": segmenter.cut(batch["chain_of_thought"])}
+
+    map_to_file(chains, cut, out / "segments.arrow", Features(segments=List(Value("string"))), BATCH_SIZE)
 
 
-def write_samples(folder: Path, out: Path, **settings: object) -> None:
-    """`items/`, `samples/` and `prepared.json`."""
-    preparation.write_samples(folder, out, SidCatalog.from_pretrained(folder / "catalog").codes.numpy(), **settings)
+def write_tokenizer(args: PrepareArguments, out: Path) -> None:
+    """`tokenizer/`, if one is asked for: fitted to the items, the instructions and the segments."""
+    if not args.tokenizer_size:
+        return
+    items = load_interactions(args.output_dir)[0].items
+    batches = open_arrow(Path(args.output_dir, "segments.arrow")).iter(BATCH_SIZE)
+    # Each distinct segment counts once, so that repeated wording does not dominate the vocabulary.
+    segments = dict.fromkeys(chain.from_iterable(chain.from_iterable(batch["segments"] for batch in batches)))
+    texts = [*INSTRUCTIONS.values(), args.instruction, *map(item_text, items), *segments]
+    build_tokenizer(texts, args.tokenizer_size).save_pretrained(out / "tokenizer")
 
 
-def unused(args: PrepareArguments) -> set[str]:
-    """Arguments that the others leave without effect: a change of theirs is no reason to run a step again."""
-    in_use = {
-        "validation_share": args.split == "global_time",
-        "test_share": args.split == "global_time",
-        "text_dim": args.embedding_model is None,
-        "collaborative_weight": args.collaborative_dim > 0,
-        "balanced": args.index is None,
-        "teacher_model": args.teacher == "openai",
-    }
-    return {name for name, is_used in in_use.items() if not is_used}
-
-
-def prepare(args: PrepareArguments, source: data.SourceArguments) -> list[str]:
-    """Run the steps that are not up to date; returns their names."""
-    if args.teacher == "openai" and not args.teacher_model:
-        raise ValueError("teacher is openai: name the endpoint's model by teacher_model.")
-    if args.allow_collisions and args.index is None:
-        raise ValueError("allow_collisions belongs to a ready-made index: Semantic IDs that are built never collide.")
+def write_samples(args: PrepareArguments, out: Path) -> None:
+    """`samples/` and `prepared.json`: the (history, target) pairs with chains of thought and segments."""
     folder = Path(args.output_dir)
+    _, split = load_interactions(folder)
+    parts = {part: samples(split, part, args.targets, args.max_history) for part in PARTS}
+    texts = [open_arrow(folder / name) for name in ("chains.arrow", "segments.arrow")]
+    parts["train"] = concatenate_datasets([parts["train"], *texts], axis=1)
+    DatasetDict(parts).save_to_disk(out / "samples")
+    write_json(out / "prepared.json", {"codebook_size": args.codebook_size, "max_history": args.max_history})
 
-    def step(run: Callable, after: str = "", names: str = "", bound: dict | None = None, **more: object) -> steps.Step:
-        """A step gets the arguments named, and they are its fingerprint with `more`; `bound` only its function."""
-        settings = {name: getattr(args, name) for name in names.split()}
-        name = run.__name__.removeprefix("write_")
-        run = partial(run, folder, **settings, **bound or {})
-        deciding = {key: value for key, value in settings.items() if key not in idle}
-        return steps.Step(name, run, deciding | more, tuple(after.split()))
 
-    idle = unused(args)
-    sids = "num_sid_levels codebook_size balanced collaborative_dim collaborative_weight seed allow_collisions"
-    index = files.file_hash(args.index) if args.index else None
-    unsaid = ("output_dir", "steps", "teacher_base_url", "teacher_concurrency")  # they do not decide what is written
-    card = {"arguments": {k: v for k, v in (asdict(source) | asdict(args)).items() if k not in unsaid}}
-    card["lasar_hf"] = __version__
-    endpoint = {"base_url": args.teacher_base_url, "concurrency": args.teacher_concurrency}
-    read = {"source": source, "seed": args.seed}
-    return steps.run_steps(folder, [
-        step(preparation.write_interactions, bound=read, **data.source_settings(source, args.seed)),
-        step(preparation.write_split, "interactions", "split validation_share test_share"),
-        step(write_embeddings, "interactions", "embedding_model text_dim seed"),
-        step(write_semantic_ids, "interactions split embeddings", sids, {"index": args.index}, index=index),
-        step(preparation.write_chains, "interactions split", "targets max_history teacher teacher_model", endpoint),
-        step(write_segments, "chains", "max_latent_steps segment_model"),
-        step(write_tokenizer, "interactions segments", "tokenizer_size instruction"),
-        step(write_samples, "interactions split semantic_ids chains segments", "targets max_history codebook_size"),
-        step(preparation.write_card, "samples tokenizer", bound=card, **card),
-    ], args.steps)  # fmt: skip
+def write_card(args: PrepareArguments, out: Path) -> None:
+    """`data_card.json`: arguments, counts, description of the data, Semantic IDs and chains of thought."""
+    folder = Path(args.output_dir)
+    data = PreparedData.load(folder)
+    batches = data.samples["train"].select_columns("segments").iter(BATCH_SIZE)
+    num_segments = sum(len(segments) for batch in batches for segments in batch["segments"])
+    description = read_json(folder / "interactions.json")["description"]
+    counts = {
+        "users": len(data.users),
+        "items": len(data.items),
+        "interactions": description["interactions"],
+        **{f"{part}_samples": len(table) for part, table in data.samples.items()},
+        "mean_depth": round(num_segments / len(data.samples["train"]), 3),
+    }
+    show(counts)
+    card = card_settings(args) | {"counts": counts, "data": description}
+    card |= {name: read_json(folder / f"{name}.json") for name in ("semantic_ids", "chains")}
+    write_json(out / "data_card.json", card)
+
+
+def card_settings(args: PrepareArguments) -> dict[str, object]:
+    """What the card says about the run: all arguments that decide what is written."""
+    ignored = ("output_dir", "steps", "teacher_base_url", "teacher_concurrency")
+    arguments = {name: value for name, value in asdict(args).items() if name not in ignored}
+    return {"arguments": arguments, "lasar_hf": __version__}
+
+
+def map_to_file(table: Dataset, function, path: Path, features: Features, batch_size: int, **options) -> None:
+    """Write the result of a function of batches to an Arrow file, so that memory holds one batch."""
+    table.map(
+        function, batched=True, batch_size=batch_size, remove_columns=table.column_names, features=features,
+        cache_file_name=str(path), load_from_cache_file=False, new_fingerprint=path.stem, **options,
+    )
+
+
+def open_arrow(path: Path) -> Dataset:
+    """Open an Arrow file, memory-mapped; the fingerprint depends on the content, not on the time of writing."""
+    return Dataset(Dataset.from_file(str(path)).data, fingerprint=file_hash(path)[:16])
+
+
+def embedding_cache(args: PrepareArguments) -> Path:
+    """Folder of sentence embeddings, which outlives a killed run."""
+    return Path(args.output_dir, "embedding_cache")
+
+
+def show(counts: dict[str, float]) -> None:
+    """Log counts in one line."""
+    logger.info(", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items()))
+
+
+def prepare_steps(args: PrepareArguments) -> list[Step]:
+    """
+    The steps, each with the arguments that decide its files and the steps whose files it reads. An argument that has
+    no effect, such as `text_dim` with an `embedding_model`, is left out: changing it does not repeat a step.
+    """
+
+    def values(*names: str) -> dict[str, object]:
+        return {name: getattr(args, name) for name in names}
+
+    split = values("split")
+    if args.split == "global_time":
+        split = values("split", "validation_share", "test_share")
+    embeddings = values("embedding_model", "seed") | ({} if args.embedding_model else values("text_dim"))
+    semantic_ids = values("num_sid_levels", "codebook_size", "collaborative_dim", "seed", "allow_collisions")
+    semantic_ids["index"] = file_hash(args.index) if args.index else None
+    if args.collaborative_dim:
+        semantic_ids |= values("collaborative_weight")
+    chains = values("targets", "max_history", "teacher")
+    if args.teacher == "openai":
+        chains |= values("teacher_model")
+    segments = values("max_latent_steps", "segment_model")
+    return [
+        Step("interactions", partial(write_interactions, args), source_settings(args.source, args.source_args) | split),
+        Step("embeddings", partial(write_embeddings, args), embeddings, ("interactions",)),
+        Step("semantic_ids", partial(write_semantic_ids, args), semantic_ids, ("interactions", "embeddings")),
+        Step("chains", partial(write_chains, args), chains, ("interactions",)),
+        Step("segments", partial(write_segments, args), segments, ("chains",)),
+        Step(
+            "tokenizer", partial(write_tokenizer, args), values("tokenizer_size", "instruction"),
+            ("interactions", "segments"),
+        ),
+        Step(
+            "samples", partial(write_samples, args), values("targets", "max_history", "codebook_size"),
+            ("interactions", "semantic_ids", "chains", "segments"),
+        ),
+        Step("card", partial(write_card, args), card_settings(args), ("samples", "tokenizer")),
+    ]  # fmt: skip
+
+
+def prepare(args: PrepareArguments) -> list[str]:
+    """Run the steps that are not up to date; returns their names."""
+    return run_steps(args.output_dir, prepare_steps(args), args.steps)
 
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    prepare(*TrlParser((PrepareArguments, data.SourceArguments)).parse_args_and_config())
+    prepare(*TrlParser((PrepareArguments,)).parse_args_and_config())

@@ -1,12 +1,13 @@
-"""Training rows: layout, where the loss is, and that nothing but the training part is read."""
+"""Training examples: their layout, the tokens with loss, and that only the training part is read."""
 
 import numpy as np
 import pytest
 from datasets import Dataset
 
+from lasar_hf import LasarProcessor, SidCatalog
 from lasar_hf.data import (
+    ALIGNMENT_TASKS,
     Interactions,
-    LasarProcessor,
     alignment_examples,
     build_tokenizer,
     grpo_examples,
@@ -18,10 +19,8 @@ from lasar_hf.data import (
     sft_examples,
 )
 from lasar_hf.model.configuration_lasar import CONTROL_TOKENS, sid_tokens
-from lasar_hf.reasoning import AnchorStore
 
 
-CODES = np.array([[0, 1], [2, 2], [1, 0], [2, 0], [1, 1], [0, 0]])
 DATA = Interactions(
     [f"i{row}" for row in range(6)],
     [
@@ -35,13 +34,18 @@ DATA = Interactions(
     ["u", "v"],
     [[0, 1, 2, 4, 5], [3, 0, 4, 5]],
 )
+CATALOG = SidCatalog([[0, 1], [2, 2], [1, 0], [2, 0], [1, 1], [0, 0]], DATA.item_ids)
+
+
+def sid_tokenizer(texts):
+    tokenizer = build_tokenizer(texts, 300)
+    tokenizer.add_special_tokens({"extra_special_tokens": [*CONTROL_TOKENS, *sid_tokens(2, 3)]})
+    return tokenizer
 
 
 @pytest.fixture(scope="module")
 def processor():
-    tokenizer = build_tokenizer(["Recommend the next item.", "red blue chair tea"], 300)
-    tokenizer.add_special_tokens({"extra_special_tokens": [*CONTROL_TOKENS, *sid_tokens(2, 3)]})
-    return LasarProcessor(tokenizer, CODES, instruction="Next:")
+    return LasarProcessor(sid_tokenizer(["Recommend the next item.", "red blue chair tea"]), CATALOG, "Next:")
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +64,7 @@ def learned(processor, row):
     return text(processor, [label for label in row["labels"] if label != -100])
 
 
-def test_sft_rows(processor, split):
+def test_sft_examples(processor, split):
     rows = sft_examples(samples(split, "train"), processor)
     assert rows.column_names == ["input_ids", "labels", "task"] and set(rows["task"]) == {"next_item"}
     assert [text(processor, ids) for ids in rows["input_ids"]] == [
@@ -71,7 +75,7 @@ def test_sft_rows(processor, split):
     assert [learned(processor, row) for row in rows] == ["<a_2><b_2>", "<a_1><b_0>", "<a_0><b_1>"]
 
 
-def test_history_rows_learn_every_item(processor, split):
+def test_history_examples_learn_every_item(processor, split):
     rows = history_examples(split, processor)
     assert [text(processor, ids) for ids in rows["input_ids"]] == [
         "Next:<a_0><b_1><a_2><b_2><|latent_start|><|latent_end|><a_1><b_0>",
@@ -80,14 +84,14 @@ def test_history_rows_learn_every_item(processor, split):
     assert [learned(processor, row) for row in rows] == ["<a_0><b_1><a_2><b_2><a_1><b_0>", "<a_2><b_0><a_0><b_1>"]
 
 
-def test_history_rows_under_a_short_limit(processor, split):
-    short = LasarProcessor(processor.tokenizer, CODES, instruction="Next:", max_history=1)
+def test_history_examples_under_a_short_limit(processor, split):
+    short = LasarProcessor(processor.tokenizer, CATALOG, instruction="Next:", max_history=1)
     row = history_examples(split, short)[0]
     assert text(short, row["input_ids"]) == "Next:<a_2><b_2><|latent_start|><|latent_end|><a_1><b_0>"
     assert learned(short, row) == "<a_2><b_2><a_1><b_0>"
 
 
-def test_alignment_rows(processor, split):
+def test_alignment_examples(processor, split):
     rows = alignment_examples(DATA, split, processor, max_text_tokens=12)
     of = {task: [row for row in rows if row["task"] == task] for task in set(rows["task"])}
     assert {task: len(found) for task, found in of.items()} == {
@@ -112,7 +116,7 @@ def test_title_histories_use_the_training_part_only(processor, split):
     assert processor.tokenizer.convert_tokens_to_ids("<a_0>") not in row["input_ids"]
 
 
-def test_alignment_rows_order_is_seeded_and_no_text_gives_no_rows(processor, split):
+def test_alignment_examples_order_is_seeded_and_no_text_gives_no_rows(processor, split):
     one, same, other = (alignment_examples(DATA, split, processor, seed=seed)["input_ids"][:] for seed in (0, 0, 1))
     assert one == same != other and sorted(one) == sorted(other)
     bare = Interactions(DATA.item_ids, [{}] * 6, DATA.user_ids, DATA.histories)
@@ -120,59 +124,63 @@ def test_alignment_rows_order_is_seeded_and_no_text_gives_no_rows(processor, spl
     assert len(rows) == 0 and rows.column_names == ["input_ids", "labels", "task"]
 
 
-def test_alignment_rows_refuses(processor, split):
-    with pytest.raises(ValueError, match="`tasks` holds 'sid_to_price'"):
+def test_an_unknown_alignment_task_is_named(processor, split):
+    with pytest.raises(ValueError, match="sid_to_price"):
         alignment_examples(DATA, split, processor, tasks=["sid_to_price"])
-    tokenizer = build_tokenizer(["x"], 300)
-    tokenizer.add_special_tokens({"extra_special_tokens": [*CONTROL_TOKENS, *sid_tokens(2, 3)]})
+
+
+def test_titles_need_an_end_of_text_token(split):
+    tokenizer = sid_tokenizer(["x"])
     tokenizer.eos_token = None
-    with pytest.raises(ValueError, match="end-of-text token"):
-        alignment_examples(DATA, split, LasarProcessor(tokenizer, CODES), tasks=["sid_to_title"])
+    with pytest.raises(ValueError, match="eos_token"):
+        alignment_examples(DATA, split, LasarProcessor(tokenizer, CATALOG), tasks=["sid_to_title"])
 
 
-def anchors(*depths, hidden_size=2):
-    vectors = np.arange(sum(depths) * hidden_size, dtype=np.float32).reshape(-1, hidden_size)
-    return AnchorStore(vectors, np.arange(sum(depths)), np.cumsum([0, *depths]), "hash")
+@pytest.mark.parametrize("task", ALIGNMENT_TASKS)
+def test_alignment_prompts_start_like_the_main_task(processor, split, task):
+    with_bos = LasarProcessor(processor.tokenizer, CATALOG, instruction="Next:", add_bos=True)
+    bos = processor.tokenizer.bos_token_id
+    plain, marked = (alignment_examples(DATA, split, one, tasks=[task]) for one in (processor, with_bos))
+    assert list(marked["input_ids"]) == [[bos, *ids] for ids in plain["input_ids"]]
+    assert list(marked["labels"]) == [[-100, *labels] for labels in plain["labels"]]
 
 
-def test_reasoning_rows(processor, split):
-    rows = reasoning_examples(samples(split, "train"), processor, depths=[1, 3, 2])
-    assert rows.column_names == ["input_ids", "labels", "depth", "sample"]
-    assert text(processor, rows[1]["input_ids"]) == (
+def test_reasoning_examples_have_latent_tokens(processor, split):
+    examples = reasoning_examples(samples(split, "train"), processor, depths=[1, 3, 2])
+    assert examples.column_names == ["input_ids", "labels", "depth", "sample_index"]
+    assert text(processor, examples["input_ids"][1]) == (
         "Next:<a_0><b_1><a_2><b_2><|latent_start|><|latent|><|latent|><|latent|><|latent_end|><a_1><b_0>"
     )
-    assert learned(processor, rows[1]) == "<a_1><b_0>"
-    assert rows["depth"][:] == [1, 3, 2] and rows["sample"][:] == [0, 1, 2]
+    assert learned(processor, examples[1]) == "<a_1><b_0>"
 
 
-def test_reasoning_rows_with_anchors(processor, split):
-    rows = reasoning_examples(samples(split, "train"), processor, [1, 3, 2], anchors(1, 3, 2))
-    assert rows["anchors"][:] == [[[0, 1]], [[2, 3], [4, 5], [6, 7]], [[8, 9], [10, 11]]]
+def test_reasoning_examples_name_their_sample(processor, split):
+    examples = reasoning_examples(samples(split, "train"), processor, depths=[1, 3, 2])
+    assert examples["depth"][:] == [1, 3, 2]
+    assert examples["sample_index"][:] == [0, 1, 2]
 
 
-@pytest.mark.parametrize(
-    ("depths", "store", "message"),
-    [
-        ([1, 2], None, "2 entries for 3 samples"),
-        ([1, 0, 2], None, "the depth of sample 1 is 0"),
-        ([1, 3, 2], anchors(1, 3), "belong to 2 samples, not to these 3"),
-        ([1, 3, 2], anchors(1, 2, 2), "sample 1 has depth 3, but 2 anchors"),
-    ],
-)
-def test_reasoning_rows_refuses(processor, split, depths, store, message):
-    with pytest.raises(ValueError, match=message):
-        reasoning_examples(samples(split, "train"), processor, depths, store)
+@pytest.mark.parametrize(("depths", "match"), [([1, 2], "depths"), ([1, 0, 2], r"depths\[1\]")])
+def test_wrong_depths_are_refused(processor, split, depths, match):
+    with pytest.raises(ValueError, match=match):
+        reasoning_examples(samples(split, "train"), processor, depths)
 
 
-def test_grpo_rows(processor, split):
-    part = samples(split, "train")
-    rows = grpo_examples(part, processor)
-    assert rows.column_names == ["prompt", "target"]
-    assert rows[1] == {"prompt": "Next:<a_0><b_1><a_2><b_2><|latent_start|>", "target": 2}
-    rows = grpo_examples(part, processor, anchors(1, 3, 2))
-    assert rows["terminal_anchor"][:] == [[0, 1], [6, 7], [10, 11]]
-    with pytest.raises(ValueError, match="belong to 2 samples"):
-        grpo_examples(part, processor, anchors(1, 3))
+def test_grpo_examples_hold_prompt_and_target(processor, split):
+    examples = grpo_examples(samples(split, "train"), processor)
+    assert examples.column_names == ["prompt", "target"]
+    assert examples[1] == {"prompt": "Next:<a_0><b_1><a_2><b_2><|latent_start|>", "target": 2}
+
+
+def test_grpo_examples_hold_the_terminal_anchor(processor, split):
+    anchors = np.arange(6, dtype=np.float32).reshape(3, 2)
+    examples = grpo_examples(samples(split, "train"), processor, anchors)
+    assert examples["terminal_anchor"][:] == anchors.tolist()
+
+
+def test_grpo_examples_need_an_anchor_per_sample(processor, split):
+    with pytest.raises(ValueError, match="terminal_anchors"):
+        grpo_examples(samples(split, "train"), processor, np.zeros((2, 4)))
 
 
 def test_no_samples_is_an_error(processor):
@@ -188,7 +196,7 @@ def numbered(name, count, **more):
 TABLES = {"a": numbered("a", 10), "b": numbered("b", 4), "c": numbered("c", 3)}
 
 
-def test_mix_rows_counts():
+def test_mix_weights_count_examples():
     rows = mix_examples(TABLES, {"b": 2.5, "c": 0, "a": 0.4})
     names = list(rows["row"])
     assert sorted(set(rows["task"])) == ["a", "b"] and len(rows) == 14
@@ -198,20 +206,20 @@ def test_mix_rows_counts():
     assert len(drawn) == len(set(drawn)) == 4
 
 
-def test_mix_rows_without_weights_is_all_rows_in_order():
+def test_mix_without_weights_keeps_all_examples_in_order():
     assert list(mix_examples(TABLES)["row"]) == [*TABLES["a"]["row"], *TABLES["b"]["row"], *TABLES["c"]["row"]]
 
 
-def test_mix_rows_is_seeded():
+def test_mix_is_seeded():
     one, same, other = (list(mix_examples(TABLES, {"a": 0.5}, seed=seed)["row"]) for seed in (0, 0, 1))
     assert one == same != other
 
 
-def test_mix_rows_keeps_the_columns_that_all_have():
+def test_mix_keeps_the_columns_that_all_have():
     assert mix_examples({"a": numbered("a", 2, extra=[1, 2]), "b": numbered("b", 2)}).column_names == ["row", "task"]
 
 
-def test_mix_rows_of_real_rows(processor, split):
+def test_mix_of_real_examples(processor, split):
     main, alignment = sft_examples(samples(split, "train"), processor), alignment_examples(DATA, split, processor)
     rows = mix_examples({"next_item": main, "alignment": alignment}, {"alignment": 2})
     assert len(rows) == 3 + 2 * 13 and rows.column_names == ["input_ids", "labels", "task"]
@@ -220,13 +228,13 @@ def test_mix_rows_of_real_rows(processor, split):
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        ({"d": 1}, "`weights` names 'd', which is no table: choose among a, b, c"),
-        ({"a": -1}, "the weight of 'a' is -1"),
-        ({"a": float("nan")}, "the weight of 'a' is nan"),
-        ({"a": float("inf")}, "the weight of 'a' is inf"),
-        ({"a": 0, "b": 0.0, "c": 0.1}, "the mix has no rows"),
+        ({"d": 1}, "weights .*'d'"),
+        ({"a": -1}, "weights .*-1 .*'a'"),
+        ({"a": float("nan")}, "weights .*nan .*'a'"),
+        ({"a": float("inf")}, "weights .*inf .*'a'"),
+        ({"a": 0, "b": 0.0, "c": 0.1}, "weight"),
     ],
 )
-def test_mix_rows_refuses(weights, message):
+def test_wrong_weights_are_refused(weights, message):
     with pytest.raises(ValueError, match=message):
         mix_examples(TABLES, weights)

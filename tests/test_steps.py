@@ -1,4 +1,4 @@
-"""Steps with fingerprints: what runs again, what a dying run leaves, and that resuming gives the same files."""
+"""Steps: which of them run again, and that a killed run resumes to the same files."""
 
 import json
 import os
@@ -6,20 +6,18 @@ import shutil
 
 import pytest
 
-from lasar_hf import steps as pipeline_module
-from lasar_hf.files import file_hash
 from lasar_hf.steps import Step, run_steps
 
 
 def chain(folder, one=1, two=2, extra=True):
-    """Two sources, a step that reads both, and one that reads this; each writes what it was told and what it read."""
+    """Two sources, a step that reads both, and one that reads that step; each writes its setting and its inputs."""
 
     def writer(name, setting, reads=(), extra=False):
         def run(out):
             text = "".join((folder / read / "text").read_text() for read in reads)
             (out / name).mkdir()
             (out / name / "text").write_text(f"{name}{setting}({text})")
-            (out / name / "zzz").write_text("")  # goes or comes later than the text
+            (out / name / "zzz").write_text("")  # moved after the text
             if name != "both":
                 (out / f"{name}.done").write_text("")
             if extra:
@@ -35,7 +33,7 @@ def files(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def test_nothing_changed_nothing_runs(tmp_path):
+def test_nothing_runs_without_a_change(tmp_path):
     assert run_steps(tmp_path, chain(tmp_path)) == ["one", "two", "both", "last"]
     assert (tmp_path / "last" / "text").read_text() == "last0(both0(one1()two2()))"
     before = {name: os.stat(tmp_path / name).st_mtime_ns for name in files(tmp_path)}
@@ -49,29 +47,40 @@ def test_a_changed_setting_runs_its_step_and_those_after_it(tmp_path):
     assert (tmp_path / "last" / "text").read_text() == "last0(both0(one1()two3()))"
 
 
-def test_a_lost_file_is_made_again(tmp_path):
+def test_a_lost_file_is_written_again(tmp_path):
     run_steps(tmp_path, chain(tmp_path))
     (tmp_path / "two.done").unlink()
     assert run_steps(tmp_path, chain(tmp_path)) == ["two", "both", "last"]
 
 
-def test_what_a_step_writes_no_more_goes_away(tmp_path):
+def test_files_no_longer_written_are_deleted(tmp_path):
     run_steps(tmp_path, chain(tmp_path))
     assert (tmp_path / "extra").exists()
     run_steps(tmp_path, chain(tmp_path, extra=False))
     assert not (tmp_path / "extra").exists()
 
 
-def test_some_steps_only(tmp_path):
+def test_one_step_runs_alone(tmp_path):
     assert run_steps(tmp_path, chain(tmp_path), ["one"]) == ["one"]
-    with pytest.raises(ValueError, match="step 'both' reads 'two', which .* has not up to date"):
+
+
+def test_a_step_needs_the_steps_it_reads(tmp_path):
+    run_steps(tmp_path, chain(tmp_path), ["one"])
+    with pytest.raises(ValueError, match="'both' .*'two'"):
         run_steps(tmp_path, chain(tmp_path), ["both"])
-    with pytest.raises(ValueError, match="there is no step 'three': choose among one, two, both, last"):
+
+
+def test_an_unknown_step_is_named(tmp_path):
+    with pytest.raises(ValueError, match="'three'"):
         run_steps(tmp_path, chain(tmp_path), ["three"])
+
+
+def test_files_made_of_old_files_are_deleted(tmp_path):
     run_steps(tmp_path, chain(tmp_path))
-    # what was made of the old files would not belong to the new ones
-    assert run_steps(tmp_path, chain(tmp_path, one=5), ["one"]) == ["one"]
-    assert not (tmp_path / "both").exists() and not (tmp_path / "last.done").exists() and (tmp_path / "two").exists()
+    run_steps(tmp_path, chain(tmp_path, one=5), ["one"])
+    assert not (tmp_path / "both").exists()
+    assert not (tmp_path / "last.done").exists()
+    assert (tmp_path / "two").exists()
 
 
 def test_files_without_marks_are_replaced(tmp_path):
@@ -82,11 +91,11 @@ def test_files_without_marks_are_replaced(tmp_path):
 
 
 class Killed(BaseException):
-    """Stands for kill -9: nothing of the package may catch it."""
+    """Stands for kill -9: the package must not catch it."""
 
 
 def dying(monkeypatch, operations, at):
-    """The `at`-th of these file operations does not happen any more."""
+    """These file operations raise from the `at`-th on."""
     count = iter(range(10_000))
 
     def wrap(operation):
@@ -106,7 +115,7 @@ def test_killed_between_any_two_file_operations(tmp_path, monkeypatch):
     run_steps(tmp_path / "calm", chain(tmp_path / "calm", two=3, extra=False))
     expected = files(tmp_path / "calm")
     run_steps(tmp_path / "old", chain(tmp_path / "old"))
-    operations = [(pipeline_module.os, name) for name in ("replace", "unlink", "rmdir", "mkdir")]
+    operations = [(os, name) for name in ("replace", "unlink", "rmdir", "mkdir")]
     for at in range(1000):
         folder = tmp_path / str(at)
         run_steps(folder, chain(folder))
@@ -115,19 +124,19 @@ def test_killed_between_any_two_file_operations(tmp_path, monkeypatch):
             try:
                 run_steps(folder, chain(folder, two=3, extra=False))
             except Killed:
-                if (folder / "last.done").exists():  # what looks complete is so, and never a mix of old and new
+                if (folder / "last.done").exists():  # what looks complete must not mix old and new
                     assert (folder / "two" / "text").read_text() in (folder / "last" / "text").read_text()
             else:
                 break
         back = shutil.copytree(folder, tmp_path / f"{at}-back")
         run_steps(folder, chain(folder, two=3, extra=False))
         assert files(folder) == expected, at
-        run_steps(back, chain(back))  # or one thinks better of it
+        run_steps(back, chain(back))  # or the old settings come back
         assert files(back) == files(tmp_path / "old"), at
     assert at > 20
 
 
-def test_a_step_that_fails_leaves_nothing(tmp_path):
+def test_a_failing_step_leaves_no_files(tmp_path):
     def run(out):
         (out / "half").write_text("x")
         raise ValueError("no")
@@ -137,10 +146,3 @@ def test_a_step_that_fails_leaves_nothing(tmp_path):
     assert not (tmp_path / "half").exists() and not (tmp_path / "steps" / "bad.json").exists()
     assert run_steps(tmp_path, [Step("bad", lambda out: (out / "half").write_text("y"))]) == ["bad"]
     assert json.loads((tmp_path / "steps" / "bad.json").read_text())["outputs"] == ["half"]
-
-
-def test_file_hash(tmp_path):
-    (tmp_path / "a").write_bytes(b"x")
-    (tmp_path / "b").write_bytes(b"x")
-    (tmp_path / "c").write_bytes(b"y")
-    assert file_hash(tmp_path / "a") == file_hash(tmp_path / "b") != file_hash(tmp_path / "c")

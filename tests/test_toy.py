@@ -1,4 +1,4 @@
-"""The generated shop: it is deterministic, and its users have the structure it promises."""
+"""The generated shop: it is deterministic, and its users follow the documented patterns."""
 
 from collections import Counter, defaultdict
 
@@ -16,22 +16,22 @@ def shop():
 
 @pytest.fixture(scope="module")
 def hits(shop):
-    """Share of validation items found, by kind of user: Markov's first and the two rules that know the shop."""
+    """Share of validation items that a Markov model and the rules of the shop predict, by kind of user."""
     split = leave_one_out(shop)
     following = defaultdict(Counter)
     for sequence in split.train:
         for one, other in zip(sequence, sequence[1:], strict=False):
             following[one][other] += 1
-    found = defaultdict(list)
-    for user, sequence, target in zip(split.user_ids, split.train, split.validation, strict=True):
+    hits = defaultdict(list)
+    for user, sequence, (target,) in zip(split.user_ids, split.train, split.validation, strict=True):
         kind, last, before = user.split("-")[0], sequence[-1], sequence[-2]
         ranked = [item for item, _ in following[last].most_common(10)]
-        found[kind, "markov@1"].append(ranked[:1] == [target])
-        found[kind, "markov@10"].append(target in ranked)
-        found[kind, "next volume"].append(next_volume(last, len(shop.items)) == target)
-        found[kind, "next of brand"].append(next_of_brand(last, len(shop.items)) == target)
-        found[kind, "look two back"].append(next_volume(before, len(shop.items)) == target)
-    return {key: float(np.mean(values)) for key, values in found.items()}
+        hits[kind, "markov@1"].append(ranked[:1] == [target])
+        hits[kind, "markov@10"].append(target in ranked)
+        hits[kind, "next volume"].append(next_volume(last, len(shop.items)) == target)
+        hits[kind, "next of brand"].append(next_of_brand(last, len(shop.items)) == target)
+        hits[kind, "look two back"].append(next_volume(before, len(shop.items)) == target)
+    return {key: float(np.mean(values)) for key, values in hits.items()}
 
 
 def test_equal_seeds_give_equal_shops(shop):
@@ -48,7 +48,7 @@ def test_sizes(shop):
     assert 250 < kinds["alternating"] < 350 and kinds["series"] > 100 and kinds["brand"] > 70
 
 
-def test_followers_take_one_hop(hits):
+def test_followers_need_only_the_last_item(hits):
     assert hits["series", "next volume"] > 0.85
     assert hits["brand", "next of brand"] > 0.85
     assert hits["series", "markov@10"] > 0.7 and hits["brand", "markov@10"] > 0.7
@@ -57,11 +57,11 @@ def test_followers_take_one_hop(hits):
 def test_alternating_users_need_the_item_before_the_last(hits):
     assert hits["alternating", "look two back"] > 0.85
     assert hits["alternating", "markov@1"] < 0.1 and hits["alternating", "markov@10"] < 0.2
-    assert hits["series", "look two back"] < 0.1  # so one rule does not serve everybody
+    assert hits["series", "look two back"] < 0.1  # one rule does not fit all users
 
 
 @pytest.mark.parametrize("num_items", [48, 56, 64, 192])
-def test_steps_go_through_the_whole_brand(num_items):
+def test_steps_visit_the_whole_brand(num_items):
     for step in (next_volume, next_of_brand):
         assert sorted(step(item, num_items) for item in range(num_items)) == list(range(num_items))
         for start in range(0, num_items, 3 * VOLUMES):
@@ -74,8 +74,8 @@ def test_steps_go_through_the_whole_brand(num_items):
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"num_items": 47}, {"num_items": 40_000}, {"num_users": 0}], ids=["few", "many", "nobody"]
+    "arguments", [{"num_items": 47}, {"num_items": 40_000}, {"num_users": 0}], ids=["few items", "many items", "no users"]
 )
-def test_impossible_sizes(arguments):
-    with pytest.raises(ValueError, match=rf"`{next(iter(arguments))}` is"):
+def test_impossible_sizes_are_refused(arguments):
+    with pytest.raises(ValueError, match=next(iter(arguments))):
         toy_shop(**arguments)

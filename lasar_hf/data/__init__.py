@@ -1,6 +1,5 @@
-"""From raw interactions to training examples: readers, splits, prompts, prepared data."""
+"""From raw interactions to training examples: readers, splits, examples, prepared data."""
 
-from .card import describe
 from .examples import (
     ALIGNMENT_TASKS,
     INSTRUCTIONS,
@@ -13,11 +12,9 @@ from .examples import (
     stage1_examples,
 )
 from .interactions import Interactions, read_index, read_lcrec
-from .prepared_data import PreparedData
-from .readers import read_amazon, read_table
-from .sources import SourceArguments, read_source, source_settings
-from .splits import Split, TimeSplit, global_time, leave_one_out, samples
-from .storage import load_interactions, load_split, load_texts, save_interactions, save_split, save_texts
+from .prepared_data import PreparedData, describe
+from .readers import read_amazon2018, read_amazon2023, read_items, read_source, read_table
+from .splits import Split, global_time, leave_one_out, samples
 from .tokenizer import build_tokenizer
 from .toy import toy_shop
 
@@ -27,9 +24,7 @@ __all__ = [
     "INSTRUCTIONS",
     "Interactions",
     "PreparedData",
-    "SourceArguments",
     "Split",
-    "TimeSplit",
     "alignment_examples",
     "build_tokenizer",
     "describe",
@@ -37,22 +32,17 @@ __all__ = [
     "grpo_examples",
     "history_examples",
     "leave_one_out",
-    "load_interactions",
-    "load_split",
-    "load_texts",
     "mix_examples",
-    "read_amazon",
+    "read_amazon2018",
+    "read_amazon2023",
     "read_index",
+    "read_items",
     "read_lcrec",
     "read_source",
     "read_table",
     "reasoning_examples",
     "samples",
-    "save_interactions",
-    "save_split",
-    "save_texts",
     "sft_examples",
-    "source_settings",
     "stage1_examples",
     "toy_shop",
 ]

@@ -1,4 +1,10 @@
-"""Training rows: samples in token ids with labels, for each stage of training and for the alignment tasks."""
+"""
+Training examples: samples as token ids with labels, for each stage of training and for the alignment tasks.
+
+Stage 1:  prompt <|latent_start|><|latent_end|> SID                    [`sft_examples`], [`history_examples`]
+Stage 2:  prompt <|latent_start|><|latent|>…<|latent|><|latent_end|> SID       [`reasoning_examples`]
+GRPO:     prompt <|latent_start|>                                      [`grpo_examples`]
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -12,65 +18,69 @@ from .prepared_data import PreparedData
 from .splits import Split, samples
 
 
-IGNORE = -100  # label of a token that no loss is computed on
-ALIGNMENT_TASKS = ("title_to_sid", "description_to_sid", "sid_to_title", "titles_to_sid")
+IGNORE_INDEX = -100  # label of tokens without loss
 INSTRUCTIONS = {
     "title_to_sid": "Which item has this title? ",
     "description_to_sid": "Which item fits this description? ",
     "sid_to_title": "What is the title of this item? ",
     "titles_to_sid": "Recommend the next item after these titles. ",
 }
-_TITLES_SHOWN = 8  # newest titles of a title history: a title is far longer than a SID
-_ROW = Features({"input_ids": List(Value("int64")), "labels": List(Value("int64")), "task": Value("string")})
+ALIGNMENT_TASKS = tuple(INSTRUCTIONS)
+MAX_TITLES = 8  # newest titles of a title history, since a title is far longer than a Semantic ID
+FEATURES = Features({"input_ids": List(Value("int64")), "labels": List(Value("int64")), "task": Value("string")})
 
 
 def sft_examples(samples: Dataset, processor: LasarProcessor) -> Dataset:
     """
-    Rows of stage 1: prompt, an empty latent region, the target's SID. The loss is on the SID.
+    Examples of stage 1: prompt, empty latent region, Semantic ID of the target. The loss is on the Semantic ID.
 
     Args:
         samples (`Dataset`):
-            From `samples`: columns `history` and `target`.
-        processor (`LasarProcessor`):
-            Token ids of histories and items.
+            From [`samples`]: columns `history` and `target`.
+        processor ([`LasarProcessor`]):
+            Prompt format and token ids.
 
     Returns:
-        `Dataset`: `input_ids` (prompt, `<|latent_end|>`, `M` SID tokens), `labels` (-100 but for the SID), `task`
-        (`"next_item"`); one row a sample, in order.
+        `Dataset`: `input_ids`, `labels` (-100 except for the `M` tokens of the Semantic ID) and `task`
+        (`"next_item"`); one example per sample, in order.
+
+    Raises:
+        `ValueError`: if there are no samples.
     """
 
     def build(batch: dict[str, list]) -> dict[str, list]:
         prompts = [[*processor.prompt_ids(history), processor.latent_end_token_id] for history in batch["history"]]
         return _labelled(prompts, processor.answer_ids(batch["target"]), "next_item")
 
-    return _map(samples, build, _ROW)
+    return _map(samples, build, FEATURES)
 
 
 def history_examples(split: Split, processor: LasarProcessor) -> Dataset:
     """
-    One row a user, with the loss on every item: each item of the training sequence is the next one of its prefix.
+    Examples with the loss on every item of a user's training sequence, for backbones that are trained from scratch:
+    one pass has several times the signal of a pass over [`sft_examples`].
 
-    For backbones trained from scratch: several times the signal of a pass over `sft_examples`. Only the training
-    part of the split is read; users with a single training item are left out.
+    Args:
+        split (`Split`):
+            Only its training part is read. Users with a single training item are left out.
+        processor ([`LasarProcessor`]):
+            Prompt format and token ids.
 
     Returns:
-        `Dataset`: `input_ids` (prompt of the training sequence but for its last item, `<|latent_end|>`, the last
-        item's SID), `labels` (every SID token; -100 on the instruction and the control tokens), `task` (`"history"`).
+        `Dataset`: `input_ids` as for [`sft_examples`] with the last training item as target, `labels` (-100 on the
+        instruction and the control tokens) and `task` (`"history"`).
     """
     start = len(processor.prefix_ids)
+    end = -2 - processor.sid_token_ids.shape[1]  # two control tokens and the answer follow the history
 
     def build(batch: dict[str, list]) -> dict[str, list]:
-        rows = _labelled(
-            [[*processor.prompt_ids(history), processor.latent_end_token_id] for history in batch["history"]],
-            processor.answer_ids(batch["target"]),
-            "history",
-        )
-        end = -2 - processor.sid_token_ids.shape[1]  # behind the history: two control tokens and the answer
-        for input_ids, labels in zip(rows["input_ids"], rows["labels"], strict=True):
+        prompts = [[*processor.prompt_ids(history), processor.latent_end_token_id] for history in batch["history"]]
+        examples = _labelled(prompts, processor.answer_ids(batch["target"]), "history")
+        for input_ids, labels in zip(examples["input_ids"], examples["labels"], strict=True):
             labels[start:end] = input_ids[start:end]
-        return rows
+        return examples
 
-    return _map(samples(split, "train", targets="last"), build, _ROW)
+    return _map(samples(split, "train", targets="last"), build, FEATURES)
 
 
 def alignment_examples(
@@ -82,242 +92,189 @@ def alignment_examples(
     seed: int = 0,
 ) -> Dataset:
     """
-    Rows that tie SIDs to text, mixed into stage 1 (the alignment tasks of LC-Rec and MiniOneRec).
+    Examples that connect Semantic IDs with text, mixed into stage 1 (the alignment tasks of LC-Rec and MiniOneRec).
 
     Args:
         interactions (`Interactions`):
-            The items' text.
+            Text of the items.
         split (`Split`):
-            Its training part gives the title histories; no validation or test item is read.
-        processor (`LasarProcessor`):
-            Token ids. Item text can not produce SID or control tokens.
+            Only its training part is read, for the title histories.
+        processor ([`LasarProcessor`]):
+            Token ids. Item text never produces Semantic-ID or control tokens.
         tasks (`Sequence[str]`, *optional*, defaults to all four):
-            `"title_to_sid"` and `"description_to_sid"` (one row an item: text, empty latent region, SID; loss on the
-            SID), `"sid_to_title"` (one row an item: SID, title, end of text; loss on title and end), `"titles_to_sid"`
-            (one row a user: titles of the training sequence, its last item's SID).
+            `"title_to_sid"` and `"description_to_sid"` (one example per item: text, empty latent region, Semantic ID;
+            loss on the Semantic ID), `"sid_to_title"` (one per item: Semantic ID, title, end of text; loss on title and
+            end), `"titles_to_sid"` (one per user: titles of the training sequence, Semantic ID of its last item).
         max_text_tokens (`int`, *optional*, defaults to `64`):
-            Tokens kept of each title or description.
+            Maximum number of tokens of a title or description.
         seed (`int`, *optional*, defaults to `0`):
-            Seed of the order of the rows.
+            Seed of the order.
 
     Returns:
-        `Dataset`: `input_ids`, `labels`, `task`; shuffled. Items without the text are left out, so it is empty when
-        there is none.
+        `Dataset`: `input_ids`, `labels`, `task`; shuffled. Items without the text have no example, so it may be empty.
 
     Raises:
-        ValueError: an unknown task, or a tokenizer without end-of-text token.
+        `ValueError`: if a task is unknown, or the tokenizer has no end-of-text token.
     """
-    parts = []
+    region = [processor.latent_start_token_id, processor.latent_end_token_id]
+    bos_ids = [processor.tokenizer.bos_token_id] if processor.add_bos else []
+    columns: dict[str, list] = {name: [] for name in FEATURES}
     for task in tasks:
         if task not in INSTRUCTIONS:
-            raise ValueError(f"`tasks` holds {task!r}, expected some of {', '.join(ALIGNMENT_TASKS)}.")
+            raise ValueError(f"tasks contains {task!r}; expected some of {', '.join(ALIGNMENT_TASKS)}.")
         field = "description" if task == "description_to_sid" else "title"
         texts = _item_texts(interactions, field, processor, max_text_tokens)
-        instruction = processor.tokenizer(INSTRUCTIONS[task], add_special_tokens=False).input_ids
+        prefix = bos_ids + processor.tokenizer(INSTRUCTIONS[task], add_special_tokens=False).input_ids
         if task == "titles_to_sid":
-            parts.append(_title_histories(split, processor, instruction, texts))
+            prompts, targets = _title_histories(split, texts, processor.text_ids(["; "])[0])
+            prompts, answers = [prefix + prompt + region for prompt in prompts], processor.answer_ids(targets)
+        elif task == "sid_to_title":
+            end = processor.tokenizer.eos_token_id
+            if end is None:
+                raise ValueError(f"Task {task!r} needs an end-of-text token; set tokenizer.eos_token.")
+            prompts = [prefix + sid for sid in processor.answer_ids(list(texts))]
+            answers = [[*text, end] for text in texts.values()]
         else:
-            rows = _sid_to_text if task == "sid_to_title" else _text_to_sid
-            parts.append(Dataset.from_dict(rows(processor, instruction, texts, task), features=_ROW))
-    return concatenate_datasets([Dataset.from_dict({name: [] for name in _ROW}, features=_ROW), *parts]).shuffle(seed)
+            prompts = [prefix + text + region for text in texts.values()]
+            answers = processor.answer_ids(list(texts))
+        for name, values in _labelled(prompts, answers, task).items():
+            columns[name] += values
+    return Dataset.from_dict(columns, features=FEATURES).shuffle(seed)
 
 
-def reasoning_examples(
-    samples: Dataset, processor: LasarProcessor, depths: Sequence[int]
-) -> Dataset:
+def reasoning_examples(samples: Dataset, processor: LasarProcessor, depths: Sequence[int]) -> Dataset:
     """
-    Rows of stage 2: prompt, `N` latent slots, `<|latent_end|>`, the target's SID. The loss is on the SID.
+    Examples of stage 2: prompt, `N` latent tokens, Semantic ID of the target. The loss is on the Semantic ID.
 
     Args:
-        samples (`Dataset`):
-            From `samples`.
-        processor (`LasarProcessor`):
-            Token ids.
+        samples, processor:
+            As for [`sft_examples`].
         depths (`Sequence[int]`):
-            Latent steps `N >= 1` of each sample, in the order of `samples`.
+            Number of latent steps `N >= 1` of each sample: `AnchorStore.depths`.
+
     Returns:
-        `Dataset`: `input_ids`, `labels`, `depth` (`int`) and `sample` (`int`, row of `samples`).
+        `Dataset`: `input_ids`, `labels`, `depth` (`int`) and `sample_index` (`int`, position in `samples`).
 
     Raises:
-        ValueError: another number of depths than of samples, or a depth below 1.
+        `ValueError`: if the number of depths is not that of the samples, or a depth is below 1.
     """
     depths = np.asarray(depths, dtype=np.int64)
     if len(depths) != len(samples):
-        raise ValueError(f"`depths` has {len(depths)} entries for {len(samples)} samples.")
+        raise ValueError(f"depths has {len(depths)} entries; expected {len(samples)}, one per sample.")
     if len(depths) and depths.min() < 1:
-        raise ValueError(f"the depth of sample {depths.argmin()} is {depths.min()}, expected at least 1.")
+        raise ValueError(f"depths[{depths.argmin()}] is {depths.min()}; expected at least 1.")
     features = Features(
-        {name: _ROW[name] for name in ("input_ids", "labels")} | {"depth": Value("int64"), "sample": Value("int64")}
+        input_ids=FEATURES["input_ids"],
+        labels=FEATURES["labels"],
+        depth=Value("int64"),
+        sample_index=Value("int64"),
     )
 
     def build(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
-        steps = depths[indices].tolist()
         prompts = [
             [*processor.prompt_ids(history), *[processor.latent_token_id] * depth, processor.latent_end_token_id]
-            for history, depth in zip(batch["history"], steps, strict=True)
+            for history, depth in zip(batch["history"], depths[indices].tolist(), strict=True)
         ]
-        rows = _labelled(prompts, processor.answer_ids(batch["target"]), "")
-        del rows["task"]
-        return rows | {"depth": steps, "sample": indices}
+        examples = _labelled(prompts, processor.answer_ids(batch["target"]), "")
+        del examples["task"]
+        return examples | {"depth": depths[indices], "sample_index": indices}
 
     return _map(samples, build, features, with_indices=True)
 
 
-def grpo_examples(samples: Dataset, processor: LasarProcessor, anchors=None) -> Dataset:
+def grpo_examples(
+    samples: Dataset, processor: LasarProcessor, terminal_anchors: np.ndarray | None = None
+) -> Dataset:
     """
-    Rows of the RL stage.
+    Examples of the GRPO stage.
 
     Args:
-        samples (`Dataset`):
-            From `samples`.
-        processor (`LasarProcessor`):
-            Writes the prompts.
-        anchors (`AnchorStore`, *optional*):
-            Anchors of the samples, for the terminal alignment.
+        samples, processor:
+            As for [`sft_examples`].
+        terminal_anchors (`np.ndarray` of shape `(S, H)`, *optional*):
+            Anchor of each sample's last segment, for the terminal alignment: `AnchorStore.terminal()`.
 
     Returns:
-        `Dataset`: `prompt` (`str`, ends in `<|latent_start|>`), `target` (`int`, item row) and, with anchors,
-        `terminal_anchor` (`H` floats: the anchor of the sample's last segment).
+        `Dataset`: `prompt` (`str`, ends in `<|latent_start|>`), `target` (`int`, item index) and, with anchors,
+        `terminal_anchor` (`H` floats).
+
+    Raises:
+        `ValueError`: if the number of anchors is not that of the samples.
     """
-    features = Features({"prompt": Value("string"), "target": Value("int64")})
-    if anchors is not None:
-        _same_length(anchors, samples)
-        if "segments" in samples.column_names:
-            _same_depths(anchors, np.array([len(segments) for segments in samples["segments"]]))
+    features = Features(prompt=Value("string"), target=Value("int64"))
+    if terminal_anchors is not None:
+        if len(terminal_anchors) != len(samples):
+            raise ValueError(f"terminal_anchors has {len(terminal_anchors)} rows for {len(samples)} samples.")
         features["terminal_anchor"] = List(Value("float32"))
 
     def build(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
-        rows = {"prompt": [processor.prompt_text(history) for history in batch["history"]], "target": batch["target"]}
-        if anchors is not None:
-            rows["terminal_anchor"] = [anchors[index][-1] for index in indices]
-        return rows
+        examples = {"prompt": list(map(processor.prompt_text, batch["history"])), "target": batch["target"]}
+        if terminal_anchors is not None:
+            examples["terminal_anchor"] = list(terminal_anchors[indices])
+        return examples
 
     return _map(samples, build, features, with_indices=True)
-
-
-def _map(samples: Dataset, build: Callable, features: Features, with_indices: bool = False) -> Dataset:
-    if not len(samples):
-        raise ValueError("there are no samples to make rows of.")
-    return samples.map(
-        build, batched=True, with_indices=with_indices, remove_columns=samples.column_names, features=features
-    )
-
-
-def _labelled(prompts: list[list[int]], answers: list[list[int]], task: str) -> dict[str, list]:
-    """Rows with the loss on the answer alone."""
-    pairs = list(zip(prompts, answers, strict=True))
-    return {
-        "input_ids": [prompt + answer for prompt, answer in pairs],
-        "labels": [[IGNORE] * len(prompt) + answer for prompt, answer in pairs],
-        "task": [task] * len(pairs),
-    }
-
-
-def _item_texts(
-    interactions: Interactions, field: str, processor: LasarProcessor, max_text_tokens: int
-) -> dict[int, list[int]]:
-    """Token ids of a text field for each item row that has it; one call of the tokenizer."""
-    rows = [row for row, item in enumerate(interactions.items) if item.get(field)]
-    ids = processor.text_ids([interactions.items[row][field] for row in rows])
-    return {row: text[:max_text_tokens] for row, text in zip(rows, ids, strict=True)}
-
-
-def _text_to_sid(processor: LasarProcessor, instruction: list[int], texts: dict[int, list[int]], task: str) -> dict:
-    region = [processor.latent_start_token_id, processor.latent_end_token_id]
-    return _labelled([instruction + text + region for text in texts.values()], processor.answer_ids(list(texts)), task)
-
-
-def _sid_to_text(processor: LasarProcessor, instruction: list[int], texts: dict[int, list[int]], task: str) -> dict:
-    end = processor.tokenizer.eos_token_id
-    if end is None:
-        raise ValueError(f"task {task!r} needs a tokenizer with an end-of-text token: set `tokenizer.eos_token`.")
-    prompts = [instruction + sid for sid in processor.answer_ids(list(texts))]
-    return _labelled(prompts, [[*text, end] for text in texts.values()], task)
-
-
-def _title_histories(
-    split: Split, processor: LasarProcessor, instruction: list[int], texts: dict[int, list[int]]
-) -> Dataset:
-    separator = processor.text_ids(["; "])[0]
-    region = [processor.latent_start_token_id, processor.latent_end_token_id]
-    rows: dict[str, list] = {name: [] for name in _ROW}
-    for sequence in split.train:
-        titles = [texts[item] for item in sequence[:-1][-_TITLES_SHOWN:] if item in texts]
-        if titles:
-            shown = [token for title in titles for token in [*title, *separator]][: -len(separator)]
-            row = _labelled([instruction + shown + region], [processor.answer_ids([sequence[-1]])[0]], "titles_to_sid")
-            for name, values in row.items():
-                rows[name] += values
-    return Dataset.from_dict(rows, features=_ROW)
-
-
-def _same_depths(anchors, depths: np.ndarray) -> None:
-    differs = np.flatnonzero(anchors.depths != depths)
-    if len(differs):
-        row = differs[0]
-        raise ValueError(f"sample {row} has depth {depths[row]}, but {anchors.depths[row]} anchors.")
-
-
-def _same_length(anchors, samples: Dataset) -> None:
-    if len(anchors) != len(samples):
-        raise ValueError(f"`anchors` belong to {len(anchors)} samples, not to these {len(samples)}.")
 
 
 def mix_examples(tables: Mapping[str, Dataset], weights: Mapping[str, float] | None = None, seed: int = 0) -> Dataset:
     """
-    Mix tables of rows, such as the main task and the alignment tasks, by weights.
+    Mix tables of examples by weights.
 
     Args:
         tables (`Mapping[str, Dataset]`):
-            Rows by name; columns that not all tables have are left out.
+            Examples by name. Columns that not all tables have are left out.
         weights (`Mapping[str, float]`, *optional*):
-            How often each row of a table is seen in a pass over the mix: `2` gives each row twice, `0.25` a quarter of
-            the rows (drawn by `seed`), `1.5` each row once and half of them again, `0` none. A table without a weight
-            has `1`.
+            Number of times that each example of a table occurs in the mix, 1 by default: `2` is twice, `0.25` a random
+            quarter of the examples, `1.5` all and a random half of them again, `0` none.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the draws.
 
     Returns:
-        `Dataset`: the rows of one table after those of another; trainers shuffle them anew in each epoch.
+        `Dataset`: the tables one after another; trainers shuffle them.
 
     Raises:
-        ValueError: a weight of an unknown table, one that is negative or not finite, or no row left.
+        `ValueError`: if a weight has no table, is negative or not finite, or no example remains.
     """
     weights = dict.fromkeys(tables, 1.0) | dict(weights or {})
     parts = []
     for number, (name, weight) in enumerate(weights.items()):
         if name not in tables:
-            raise ValueError(f"`weights` names {name!r}, which is no table: choose among {', '.join(tables)}.")
+            raise ValueError(f"weights contains {name!r}; expected some of {', '.join(tables)}.")
         if not 0 <= weight < np.inf:
-            raise ValueError(f"the weight of {name!r} is {weight}, expected a number of 0 or more.")
-        size = len(tables[name])
-        whole, part = divmod(weight, 1)
-        drawn = np.random.default_rng([seed, number]).permutation(size)[: round(part * size)]
-        parts.append(tables[name].select(np.concatenate([np.tile(np.arange(size), int(whole)), np.sort(drawn)])))
+            raise ValueError(f"weights has {weight} for {name!r}; expected a finite number of at least 0.")
+        table, (repeats, share) = tables[name], divmod(weight, 1)
+        drawn = np.random.default_rng([seed, number]).permutation(len(table))[: round(share * len(table))]
+        parts += [table] * int(repeats) + [table.select(np.sort(drawn))]
     if not sum(map(len, parts)):
-        raise ValueError("the mix has no rows: give a table with rows a weight above 0.")
-    columns = [column for column in parts[0].column_names if all(column in part.column_names for part in parts)]
-    return concatenate_datasets([part.select_columns(columns) for part in parts])
+        raise ValueError("The mix has no examples; give a table that is not empty a weight above 0.")
+    common = [name for name in parts[0].column_names if all(name in part.column_names for part in parts)]
+    return concatenate_datasets([part.select_columns(common) for part in parts])
 
 
-def stage1_examples(data: PreparedData, processor: LasarProcessor, rows: Sequence[str]) -> Dataset:
+def stage1_examples(data: PreparedData, processor: LasarProcessor, tasks: Sequence[str]) -> Dataset:
     """
-    The rows of stage 1 that a recipe asks for, mixed.
+    Examples of stage 1, mixed from several tasks.
 
     Args:
-        data (`PreparedData`):
-            What `recipes/prepare.py` left behind.
-        processor (`LasarProcessor`):
-            Token ids of histories and items.
-        rows (`Sequence[str]`):
-            Kinds of rows, each `name` or `name=weight` (see `mix_examples`): `next_item` (`sft_examples`), `history`
-            (`history_examples`), `alignment` (`alignment_examples`) or single tasks of it (`ALIGNMENT_TASKS`).
+        data ([`PreparedData`]):
+            What `recipes/prepare.py` wrote.
+        processor ([`LasarProcessor`]):
+            Prompt format and token ids.
+        tasks (`Sequence[str]`):
+            Tasks, each `name` or `name=weight` (see [`mix_examples`]): `next_item` ([`sft_examples`]), `history`
+            ([`history_examples`]), `alignment` ([`alignment_examples`]) or single tasks of `ALIGNMENT_TASKS`.
 
     Returns:
         `Dataset`: `input_ids`, `labels`.
 
     Raises:
-        ValueError: an unknown or repeated kind, a weight that is no number of 0 or more, or no row left.
+        `ValueError`: if a task is unknown or repeated, a weight is not a number of at least 0, or no example remains.
+
+    Example:
+
+    ```python
+    >>> examples = stage1_examples(data, processor, ["history", "next_item", "alignment=0.5"])
+    ```
     """
     align = partial(alignment_examples, data.interactions, data.split, processor)
     makers = {
@@ -326,22 +283,53 @@ def stage1_examples(data: PreparedData, processor: LasarProcessor, rows: Sequenc
         "alignment": align,
         **{task: partial(align, [task]) for task in ALIGNMENT_TASKS},
     }
-    weights = _row_weights(rows)
-    unknown = sorted(set(weights) - set(makers))
-    if unknown:
-        raise ValueError(f"rows holds {unknown}: choose among {sorted(makers)}.")
+    weights: dict[str, float] = {}
+    for entry in tasks:
+        name, has_weight, weight = entry.partition("=")
+        if name not in makers or name in weights:
+            raise ValueError(f"tasks contains {entry!r}; expected each of {', '.join(makers)} at most once.")
+        try:
+            weights[name] = float(weight) if has_weight else 1.0
+        except ValueError:
+            raise ValueError(f"tasks contains {entry!r}; expected name or name=number.") from None
     return mix_examples({name: makers[name]() for name in weights}, weights).select_columns(["input_ids", "labels"])
 
 
-def _row_weights(rows: Sequence[str]) -> dict[str, float]:
-    """Weight of each kind of row: `["next_item", "alignment=0.5"]` is 1 and 0.5."""
-    weights = {}
-    for entry in rows:
-        name, sign, weight = entry.partition("=")
-        if name in weights:
-            raise ValueError(f"rows holds {name!r} twice: give it once, with a weight.")
-        try:
-            weights[name] = float(weight) if sign else 1.0
-        except ValueError:
-            raise ValueError(f"rows holds {entry!r}: expected a name, or name=weight with a number.") from None
-    return weights
+def _map(samples: Dataset, build: Callable, features: Features, with_indices: bool = False) -> Dataset:
+    if not len(samples):
+        raise ValueError("There are no samples to make examples of.")
+    return samples.map(
+        build, batched=True, with_indices=with_indices, remove_columns=samples.column_names, features=features
+    )
+
+
+def _labelled(prompts: list[list[int]], answers: list[list[int]], task: str) -> dict[str, list]:
+    """Examples with the loss on the answer."""
+    pairs = list(zip(prompts, answers, strict=True))
+    return {
+        "input_ids": [prompt + answer for prompt, answer in pairs],
+        "labels": [[IGNORE_INDEX] * len(prompt) + answer for prompt, answer in pairs],
+        "task": [task] * len(pairs),
+    }
+
+
+def _item_texts(
+    interactions: Interactions, field: str, processor: LasarProcessor, max_text_tokens: int
+) -> dict[int, list[int]]:
+    """Token ids of a text field by the index of each item that has it; one call of the tokenizer."""
+    indices = [index for index, item in enumerate(interactions.items) if item.get(field)]
+    texts = processor.text_ids([interactions.items[index][field] for index in indices])
+    return {index: text[:max_text_tokens] for index, text in zip(indices, texts, strict=True)}
+
+
+def _title_histories(
+    split: Split, titles: dict[int, list[int]], separator: list[int]
+) -> tuple[list[list[int]], list[int]]:
+    """The titles before each user's last training item, separated, and this item."""
+    prompts, targets = [], []
+    for sequence in split.train:
+        shown = [titles[item] for item in sequence[:-1][-MAX_TITLES:] if item in titles]
+        if shown:
+            prompts.append([token for title in shown for token in [*title, *separator]][: -len(separator)])
+            targets.append(sequence[-1])
+    return prompts, targets

@@ -1,23 +1,24 @@
-"""Who took what in which order: the checked table every later step reads, and the reader of LC-Rec's file layout."""
+"""Users' interactions in order of time, checked once on construction, and the readers of the LC-Rec files."""
 
 import json
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
 from ..model.configuration_lasar import sid_token
-from .tables import id_text
 
 
 TEXT_FIELDS = ("title", "description", "brand", "categories")
-ID_FIELDS = ("asin", "parent_asin")  # what is left to tell an item without text from others
+ID_FIELDS = ("asin", "parent_asin")  # identify items that have no text
 CATEGORY_SEPARATOR = " > "
-# Control characters (but for white space) and those that turn the direction of writing: a title may not hide or
-# reorder what stands around it. Joiners stay, as scripts and emoji need them.
+# Control characters except white space, and those that change the writing direction: a title must not hide or reorder
+# the text around it. Joiners stay because scripts and emoji need them.
 _INVISIBLE = dict.fromkeys(
     {*range(0x20), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)} - set(b"\t\n\r"), " "
 )
@@ -26,27 +27,37 @@ _INVISIBLE = dict.fromkeys(
 @dataclass(frozen=True)
 class Interactions:
     """
-    Items, and for each user the items taken, oldest first. Checked once on construction.
+    Items, and the history of each user.
 
     Args:
         item_ids (`list[str]`):
-            The item's name in the raw files; the position in this list is the item's *row*, which every other part
-            of the library uses.
+            Name of each item in the raw files. The position in this list is the *item index*, which all other parts
+            of the library use.
         items (`list[dict[str, str]]`):
-            Text of each item: `title`, `description`, `brand`, `categories` (levels joined by `" > "`), and `asin`
-            or `parent_asin`, each key there only when known and not empty.
+            Text of each item: `title`, `description`, `brand`, `categories` (levels joined by `" > "`), `asin` and
+            `parent_asin`. Unknown and empty fields are left out.
         user_ids (`list[str]`):
-            The user's name in the raw files.
+            Name of each user in the raw files.
         histories (`list[list[int]]`):
-            Item rows of each user, oldest first.
+            Item indices of each user, oldest first.
         timestamps (`list[list[float]]`, *optional*):
-            Time of each item of each history, never falling within one; in the unit of the raw files.
+            Time of each interaction in the unit of the raw files, never decreasing within a history.
         counts (`dict[str, int]`, *optional*):
-            What a reader read and left out, for the data card.
+            Numbers of rows that a reader read and left out, for the data card.
 
     Raises:
-        ValueError: a user or item appears twice, a history is empty, a row does not exist, or the lengths of the
-            lists do not agree.
+        `ValueError`: if a user or item repeats, a history is empty, an item index does not exist, timestamps decrease,
+            or the lengths of the lists differ.
+
+    Example:
+
+    ```python
+    >>> from lasar_hf.data import Interactions
+
+    >>> shop = Interactions(["cup", "pot"], [{"title": "Blue cup"}, {}], ["anna"], [[1, 0]])
+    >>> shop.num_interactions
+    2
+    ```
     """
 
     item_ids: list[str]
@@ -57,80 +68,87 @@ class Interactions:
     counts: dict[str, int] = field(default_factory=dict, compare=False)
 
     def __post_init__(self):
-        if len(self.items) != len(self.item_ids):
-            raise ValueError(f"`items` has {len(self.items)} entries for {len(self.item_ids)} `item_ids`.")
-        if len(self.histories) != len(self.user_ids):
-            raise ValueError(f"`histories` has {len(self.histories)} entries for {len(self.user_ids)} `user_ids`.")
-        _refuse_twice("item", self.item_ids)
-        _refuse_twice("user", self.user_ids)
+        for name, values, owner, ids in (
+            ("items", self.items, "item_ids", self.item_ids),
+            ("histories", self.histories, "user_ids", self.user_ids),
+            ("timestamps", self.timestamps, "user_ids", self.user_ids),
+        ):
+            if values is not None and len(values) != len(ids):
+                raise ValueError(f"{name} has {len(values)} entries; expected {len(ids)}, one per entry of {owner}.")
+        _check_distinct("item_ids", self.item_ids)
+        _check_distinct("user_ids", self.user_ids)
+
         num_items = len(self.item_ids)
         for user, history in zip(self.user_ids, self.histories, strict=True):
-            if not len(history):
-                raise ValueError(f"user {user!r} has an empty history: give the user an item or leave the user out.")
+            check_not_empty(user, history)
             if min(history) < 0 or max(history) >= num_items:
-                row = next(row for row in history if not 0 <= row < num_items)
-                raise ValueError(f"user {user!r} has item row {row}, but there are {num_items} items.")
-        if self.timestamps is not None:
-            self._check_timestamps(self.timestamps)
+                index = next(index for index in history if not 0 <= index < num_items)
+                raise ValueError(f"User {user!r} has item index {index}; expected 0 to {num_items - 1}.")
 
-    def _check_timestamps(self, timestamps: list[list[float]]) -> None:
-        if len(timestamps) != len(self.user_ids):
-            raise ValueError(f"`timestamps` has {len(timestamps)} entries for {len(self.user_ids)} `user_ids`.")
-        for user, history, times in zip(self.user_ids, self.histories, timestamps, strict=True):
+        for user, history, times in zip(self.user_ids, self.histories, self.timestamps or (), strict=False):
             if len(times) != len(history):
-                raise ValueError(f"user {user!r} has {len(times)} timestamps for {len(history)} items.")
+                raise ValueError(f"User {user!r} has {len(times)} timestamps for {len(history)} items.")
             if any(later < earlier for earlier, later in pairwise(times)):
-                raise ValueError(f"user {user!r} has timestamps that fall: histories go from old to new.")
+                raise ValueError(f"User {user!r} has decreasing timestamps; sort histories from oldest to newest.")
 
     @property
     def num_interactions(self) -> int:
+        """Number of interactions of all users."""
         return sum(len(history) for history in self.histories)
+
+
+def check_not_empty(user: str, history: Sequence) -> None:
+    """Raise if a user has no items."""
+    if not len(history):
+        raise ValueError(f"User {user!r} has an empty history; add items or remove the user.")
+
+
+def _check_distinct(name: str, ids: list[str]) -> None:
+    if len(set(ids)) < len(ids):
+        seen: set[str] = set()
+        repeated = next(value for value in ids if value in seen or seen.add(value))
+        raise ValueError(f"{name} contains {repeated!r} twice; ids must be distinct.")
 
 
 def read_lcrec(folder: str | Path) -> Interactions:
     """
-    Read the layout of LC-Rec, LETTER and MiniOneRec: one `<Name>.inter.json` (user to item numbers, oldest first)
-    and, where there is one, `<Name>.item.json` (item to text). An item without text has an empty entry.
+    Read the files of LC-Rec, LETTER and MiniOneRec: one `<Name>.inter.json` (user to list of items, oldest first) and
+    optionally `<Name>.item.json` (item to text fields).
 
     Args:
         folder (`str` or `Path`):
-            Folder that holds the files of one data set.
+            Folder with the files of one data set.
 
     Returns:
-        `Interactions`: items in numeric order of their ids (as text where an id is no number), users in file order.
+        `Interactions`: items in natural order of their ids, users in the order of the file.
 
     Raises:
-        FileNotFoundError: there is no `*.inter.json`.
-        ValueError: several `*.inter.json`, broken JSON, a key twice, a history that is no list of items or empty.
+        `FileNotFoundError`: if there is no `*.inter.json`.
+        `ValueError`: if there are several, the JSON is broken, or a history is empty or not a list.
     """
     folder = Path(folder)
-    found = sorted(folder.glob("*.inter.json"))
-    if not found:
-        raise FileNotFoundError(f"{folder} holds no `<Name>.inter.json`: give the folder of one LC-Rec data set.")
-    if len(found) > 1:
-        names = ", ".join(path.name for path in found)
-        raise ValueError(f"{folder} holds several data sets ({names}): give each its own folder.")
-    path = found[0]
-    sequences = _read_object(path)
-    for user in sequences:
-        if id_text(user) is None:
-            raise ValueError(f"{path}: {user!r} is no name of a user.")
-    sequences = {user: _item_names(path, user, items) for user, items in sequences.items()}
+    paths = sorted(folder.glob("*.inter.json"))
+    if not paths:
+        raise FileNotFoundError(f"{folder} contains no <Name>.inter.json; expected the folder of an LC-Rec data set.")
+    if len(paths) > 1:
+        names = ", ".join(path.name for path in paths)
+        raise ValueError(f"{folder} contains several data sets ({names}); expected one.")
+    path = paths[0]
+    histories = _read_object(path)
+    histories = {user: _history(path, user, items) for user, items in histories.items()}
     text_path = path.with_name(path.name.removesuffix(".inter.json") + ".item.json")
     texts = _read_object(text_path) if text_path.exists() else {}
     for item, text in texts.items():
-        if id_text(item) is None:
-            raise ValueError(f"{text_path}: {item!r} is no name of an item.")
         if not isinstance(text, dict):
-            raise ValueError(f"{text_path}: item {item!r} is {type(text).__name__}, expected an object.")
+            raise ValueError(f"{text_path}: item {item!r} is {type(text).__name__}; expected an object.")
 
-    item_ids = sorted({item for items in sequences.values() for item in items} | set(texts), key=natural_order)
-    rows = {item: row for row, item in enumerate(item_ids)}
+    item_ids = sorted({item for items in histories.values() for item in items} | set(texts), key=natural_order)
+    index_of = {item: index for index, item in enumerate(item_ids)}
     return Interactions(
         item_ids=item_ids,
         items=[item_fields(texts.get(item, {})) for item in item_ids],
-        user_ids=list(sequences),
-        histories=[[rows[item] for item in items] for items in sequences.values()],
+        user_ids=list(histories),
+        histories=[[index_of[item] for item in items] for items in histories.values()],
     )
 
 
@@ -142,129 +160,146 @@ def read_index(
     allow_collisions: bool = False,
 ) -> np.ndarray:
     """
-    Read ready-made Semantic IDs from an `.index.json` file (item to its SID tokens, `["<a_17>", "<b_255>", …]`).
+    Read ready-made Semantic IDs from an `.index.json` file: item to its tokens, `["<a_17>", "<b_255>", …]`.
 
     Args:
         path (`str` or `Path`):
             The file.
         item_ids (`Sequence[str]`):
-            The catalogue, in row order: `Interactions.item_ids`. Other items of the file are left out.
+            Items of the catalogue: `Interactions.item_ids`. The file may contain others.
         num_sid_levels (`int`, *optional*, defaults to `4`):
-            Codes an item, M.
+            Number of codes per item, M.
         codebook_size (`int`, *optional*, defaults to `256`):
-            Codes a level, K.
+            Number of codes per level, K.
         allow_collisions (`bool`, *optional*, defaults to `False`):
-            Whether two items may share a SID.
+            Whether items may share a Semantic ID.
 
     Returns:
-        `np.ndarray`: codes `(I, M)`, int64, in `[0, K)`.
+        `np.ndarray`: codes `(I, M)`, int64, in `[0, K)`, in the order of `item_ids`.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: broken JSON, an item that has no SID, another number of levels, a token that is no SID token of
-            its level, a code that is too large, or two items with one SID. Each names the file and the item.
+        `FileNotFoundError`: if the file does not exist.
+        `ValueError`: if the JSON is broken, an item is missing or has wrong tokens, or two items share a Semantic ID.
     """
     path = Path(path)
     index = _read_object(path)
+    code_of = [{sid_token(level, code): code for code in range(codebook_size)} for level in range(num_sid_levels)]
     codes = np.empty((len(item_ids), num_sid_levels), dtype=np.int64)
-    known = {sid_token(lvl, code): (lvl, code) for lvl in range(num_sid_levels) for code in range(codebook_size)}
     owner: dict[tuple[str, ...], str] = {}
-    for row, item in enumerate(item_ids):
+    for position, item in enumerate(item_ids):
         if item not in index:
-            raise ValueError(f"{path}: item {item!r} has no SID; every item of the catalogue needs one.")
+            raise ValueError(f"{path}: item {item!r} is missing; expected a Semantic ID for every item.")
         tokens = index[item]
         if not isinstance(tokens, list) or len(tokens) != num_sid_levels:
-            count = len(tokens) if isinstance(tokens, list) else "no list of"
-            raise ValueError(f"{path}: item {item!r} has {count} SID levels, expected {num_sid_levels} SID levels.")
+            raise ValueError(f"{path}: item {item!r} has {tokens!r}; expected a list of {num_sid_levels} tokens.")
         for level, token in enumerate(tokens):
-            found = known.get(token) if isinstance(token, str) else None
-            if found is None or found[0] != level:
+            if not isinstance(token, str) or token not in code_of[level]:
                 raise ValueError(
-                    f"{path}: item {item!r} has {token!r} at level {level}, expected one of {sid_token(level, 0)} to "
+                    f"{path}: item {item!r} has {token!r} at level {level}; expected {sid_token(level, 0)} to "
                     f"{sid_token(level, codebook_size - 1)}."
                 )
-            codes[row, level] = found[1]
+            codes[position, level] = code_of[level][token]
         first = owner.setdefault(tuple(tokens), item)
         if first != item and not allow_collisions:
             raise ValueError(
-                f"{path}: items {first!r} and {item!r} share the SID {''.join(tokens)}; give each its own or pass "
-                "`allow_collisions=True`."
+                f"{path}: items {first!r} and {item!r} share the Semantic ID {''.join(tokens)}; resolve the collision "
+                "or set allow_collisions to True."
             )
     return codes
 
 
-def item_fields(raw: dict) -> dict[str, str]:
+def _history(path: Path, user: str, items: object) -> list[str]:
+    if not isinstance(items, list):
+        raise ValueError(f"{path}: user {user!r} has {type(items).__name__}; expected a list of items.")
+    if not items:
+        raise ValueError(f"{path}: user {user!r} has an empty history; add items or remove the user.")
+    names = [id_text(item) for item in items]
+    if None in names:
+        wrong = items[names.index(None)]
+        raise ValueError(f"{path}: user {user!r} has the item {wrong!r}; expected a number or a string.")
+    return names
+
+
+def _read_object(path: Path) -> dict:
+    """A JSON object whose keys are ids."""
+    content = parse_json(path.read_bytes(), path)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: contains {type(content).__name__}; expected a JSON object.")
+    for key in content:
+        if id_text(key) is None:
+            raise ValueError(f"{path}: {key!r} is not an id; expected text.")
+    return content
+
+
+def parse_json(content: bytes, path: str | Path, line: int | None = None) -> object:
+    """JSON from outside: errors name the file and the line, and an object with a repeated key is refused."""
+    where = f"{path}: line {line}" if line else str(path)
+
+    def unique_keys(pairs: list[tuple[str, object]]) -> dict:
+        content = dict(pairs)
+        if len(content) < len(pairs):
+            repeated = Counter(key for key, _ in pairs).most_common(1)[0][0]
+            raise ValueError(f"the key {repeated!r} appears twice")
+        return content
+
+    try:
+        return json.loads(content, object_pairs_hook=unique_keys)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: not UTF-8 text (byte {error.start}).") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: line {line or error.lineno}: broken JSON ({error.msg}).") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: broken JSON ({error}).") from error
+
+
+def clean_text(value: object) -> str:
     """
-    Keep the known text and id fields of a raw item that are not empty, as strings. Category levels come as a list, or
-    as text with commas between levels (a comma followed by a space belongs to a name: "Tapes, Adhesives & Sealants").
-    Control characters and marks that turn the direction of writing become spaces.
+    Text of a table cell, stripped, without control characters, changes of writing direction and unpaired surrogates.
+    `None` and NaN give an empty text, lists are joined by spaces.
+    """
+    if isinstance(value, list | tuple):
+        return " ".join(filter(None, map(clean_text, value)))
+    text = "" if value is None or value != value else str(value)
+    return text.encode("utf-8", "replace").decode("utf-8").translate(_INVISIBLE).strip()
+
+
+def id_text(value: object) -> str | None:
+    """
+    A user or item id as text. Whole numbers lose their decimal point, so that `7`, `7.0` and `"7"` are the same id.
+
+    Returns:
+        `str`, *optional*: `None` if the value cannot be an id: blank, a fraction, a float too large to be exact, a
+        boolean, a list, an object, or text with an unpaired surrogate.
+    """
+    is_whole = isinstance(value, float) and value.is_integer() and abs(value) < 2**53
+    if is_whole or (isinstance(value, Decimal) and value.is_finite() and value == value.to_integral_value()):
+        value = int(value)
+    if not isinstance(value, str | int) or isinstance(value, bool):
+        return None
+    text = str(value)
+    is_text = text.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in text)
+    return text if is_text and text.strip() else None
+
+
+def item_fields(raw: Mapping[str, object]) -> dict[str, str]:
+    """
+    The text and id fields of a raw item that are not empty, cleaned. Category levels are a list, or text with `" > "`
+    or commas between levels; a comma before a space belongs to a name ("Tapes, Adhesives & Sealants").
     """
     fields = {}
     for name in TEXT_FIELDS + ID_FIELDS:
         value = raw.get(name)
         if name == "categories" and isinstance(value, str):
             value = value.split(CATEGORY_SEPARATOR) if CATEGORY_SEPARATOR in value else re.split(r",(?! )", value)
-        if isinstance(value, list):
-            parts = [str(part).strip() for part in value if part is not None]
-            value = (CATEGORY_SEPARATOR if name == "categories" else " ").join(part for part in parts if part)
-        # JSON may hold half a surrogate pair, which no tokenizer and no file takes.
-        text = "" if value is None else str(value).encode("utf-8", "replace").decode("utf-8")
-        text = text.translate(_INVISIBLE).strip()
-        if text:
+        if name == "categories" and isinstance(value, list | tuple):
+            value = CATEGORY_SEPARATOR.join(filter(None, map(clean_text, value)))
+        if text := clean_text(value):
             fields[name] = text
     return fields
 
 
-def _item_names(path: Path, user: str, items: object) -> list[str]:
-    if not isinstance(items, list):
-        raise ValueError(f"{path}: user {user!r} has {type(items).__name__}, expected a list of items.")
-    if not items:
-        raise ValueError(f"{path}: user {user!r} has an empty history: give the user an item or leave the user out.")
-    names = [id_text(item) for item in items]
-    if None in names:
-        wrong = items[names.index(None)]
-        raise ValueError(f"{path}: user {user!r} has the item {wrong!r}, expected a number or a string.")
-    return names
-
-
-def _read_object(path: Path) -> dict:
-    """Load a JSON object, naming the file in every error; a key that comes twice would silently drop the first."""
-
-    twice: list[str] = []
-
-    def note_duplicate_keys(pairs: list[tuple[str, object]]) -> dict:
-        result = dict(pairs)
-        if len(result) < len(pairs):
-            seen: set[str] = set()
-            twice.append(next(key for key, _ in pairs if key in seen or seen.add(key)))
-        return result
-
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text (byte {error.start}).") from error
-    try:
-        result = json.loads(text, object_pairs_hook=note_duplicate_keys)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: line {error.lineno}: broken JSON ({error.msg}).") from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
-        raise ValueError(f"{path}: broken JSON ({error}).") from error
-    if twice:
-        raise ValueError(f"{path}: the key {twice[0]!r} appears twice.")
-    if not isinstance(result, dict):
-        raise ValueError(f"{path}: holds {type(result).__name__}, expected one JSON object.")
-    return result
-
-
 def natural_order(name: str) -> tuple[bool, int, str, str]:
-    """Key that sorts numbers by size, then all other names."""
+    """Sorting key: numbers by size, then all other names."""
     is_number = name.isascii() and name.isdigit()
-    digits = name.lstrip("0") if is_number else ""  # compared by length, then digit by digit, however many there are
+    digits = name.lstrip("0") if is_number else ""  # compared as text, since `int` refuses thousands of digits
     return (not is_number, len(digits), digits, name)
-
-
-def _refuse_twice(kind: str, names: list[str]) -> None:
-    if len(set(names)) < len(names):
-        seen: set[str] = set()
-        twice = next(name for name in names if name in seen or seen.add(name))
-        raise ValueError(f"{kind} {twice!r} appears twice; ids must be distinct.")

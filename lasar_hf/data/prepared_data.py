@@ -1,23 +1,21 @@
-"""What `recipes/prepare.py` leaves behind: items with their Semantic IDs, samples of each split, chains of thought."""
+"""The folder that `recipes/prepare.py` writes: items, users, samples and catalogue; and the numbers of a data card."""
 
-import json
-import os
-import shutil
 import warnings
-from dataclasses import dataclass
-from functools import cached_property, partial
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
-from ..files import write_json
+from ..files import read_json, write_json
 from ..model.catalog_lasar import SidCatalog
 from ..model.processing_lasar import LasarProcessor
 from .interactions import ID_FIELDS, TEXT_FIELDS, Interactions
-from .splits import Split, TimeSplit
-from .storage import load_split, save_split
+from .splits import PARTS, Split
 
 
 ITEM_FIELDS = TEXT_FIELDS + ID_FIELDS
@@ -26,182 +24,213 @@ ITEM_FIELDS = TEXT_FIELDS + ID_FIELDS
 @dataclass(frozen=True)
 class PreparedData:
     """
-    A data set ready for training.
+    A data set that is ready for training.
 
     Args:
         items (`Dataset`):
-            One row an item: `item_id` (`str`); `title`, `description`, `brand`, `categories`, `asin`, `parent_asin`
-            (`str`, empty when unknown); `codes` (list of `M` ints).
+            One row per item, in the order of the catalogue: `item_id`, `title`, `description`, `brand`, `categories`,
+            `asin` and `parent_asin` (`str`, empty if unknown).
+        users (`Dataset`):
+            One row per user: `user_id` (`str`), `train`, `validation` and `test` (item indices, oldest first).
         samples (`DatasetDict`):
-            `train`, `validation` and `test` with the columns `user_id` (`str`), `history` (item rows, oldest first)
-            and `target` (item row); `train` also has `chain_of_thought` (`str`) and `segments` (list of `str`, as many
-            as the sample's depth label).
+            `train`, `validation` and `test`, each with `user_id` (`str`), `history` (item indices, oldest first) and
+            `target` (item index). `train` also has `chain_of_thought` (`str`) and `segments` (list of `str`, whose
+            number is the sample's number of latent steps).
+        catalog ([`SidCatalog`]):
+            Semantic IDs and titles of the items.
         codebook_size (`int`):
-            Codes a level, `K`; not every code need be in use.
-        stored_split (`Split` or `TimeSplit`, *optional*):
-            What the samples were made of. A leave-one-out split is rebuilt from the samples if not given.
+            Number of codes per level. Not every code needs to be in use.
         max_history (`int`, *optional*):
-            Newest items of a history that the samples keep; all if not given.
+            Maximum number of history items that the samples keep.
+        split_fields (`dict`, *optional*):
+            Fields of [`Split`] that are not columns of `users`.
+
+    Example:
+
+    ```python
+    >>> from lasar_hf.data import PreparedData
+
+    >>> data = PreparedData.load("outputs/toy/data")
+    >>> data.samples["train"][0]["history"]
+    [17]
+    ```
     """
 
     items: Dataset
+    users: Dataset
     samples: DatasetDict
+    catalog: SidCatalog
     codebook_size: int
-    stored_split: Split | TimeSplit | None = None
     max_history: int | None = None
+    split_fields: dict[str, object] = field(default_factory=dict)
 
-    @cached_property
-    def codes(self) -> np.ndarray:
-        """Semantic IDs `(I, M)`, int64."""
-        return np.asarray(self.items["codes"], dtype=np.int64)
+    @classmethod
+    def load(cls, folder: str | Path) -> "PreparedData":
+        """
+        Open a folder that `recipes/prepare.py` wrote, memory-mapped.
 
-    @cached_property
-    def catalog(self) -> SidCatalog:
-        """The items with their Semantic IDs and titles."""
-        return SidCatalog(self.codes, self.item_ids, allow_collisions=True, titles=self.items["title"])
-
-    @cached_property
-    def item_ids(self) -> list[str]:
-        """Public id of each item row."""
-        return list(self.items["item_id"])
-
-    @cached_property
-    def split(self) -> Split | TimeSplit:
-        """Training sequences and held-out items of each user."""
-        if self.stored_split is not None:
-            return self.stored_split
-        validation, test = self.samples["validation"], self.samples["test"]
-        return Split(
-            user_ids=list(validation["user_id"]),
-            train=[list(history) for history in validation["history"]],
-            validation=list(validation["target"]),
-            test=list(test["target"]),
+        Raises:
+            `FileNotFoundError`: if the folder does not contain complete prepared data.
+        """
+        folder = Path(folder)
+        if not (folder / "prepared.json").exists():
+            raise FileNotFoundError(
+                f"{folder} contains no complete prepared data; run recipes/prepare.py with output_dir={folder}."
+            )
+        return cls(
+            Dataset.load_from_disk(folder / "items"),
+            Dataset.load_from_disk(folder / "users"),
+            DatasetDict.load_from_disk(folder / "samples"),
+            SidCatalog.from_pretrained(folder / "catalog"),
+            **read_json(folder / "prepared.json"),
+            split_fields=read_json(folder / "interactions.json")["split_fields"],
         )
 
     @cached_property
+    def split(self) -> Split:
+        """Training, validation and test items of each user."""
+        return Split(**_to_split_columns(self.users), **self.split_fields)
+
+    @cached_property
     def interactions(self) -> Interactions:
-        """Items and whole histories of the users that were kept."""
-        fields = [
-            {field: value for field, value in item.items() if field in ITEM_FIELDS and value} for item in self.items
-        ]
-        split = self.split
-        if isinstance(split, Split):
-            held_out = zip(split.validation, split.test, strict=True)
-        else:
-            held_out = ([*one, *other] for one, other in zip(split.validation, split.test, strict=True))
-        histories = [[*train, *rest] for train, rest in zip(split.train, held_out, strict=True)]
-        return Interactions(self.item_ids, fields, split.user_ids, histories)
+        """Items, and the whole histories of the users in the split, without timestamps."""
+        return _to_interactions(self.items, self.split)
 
     def processor(self, tokenizer: PreTrainedTokenizerBase, instruction: str, max_history: int) -> LasarProcessor:
         """
-        Prompts of the samples; warns where they are to show more of a history than the samples keep.
+        Processor for the samples.
 
         Args:
             tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-                Tokenizer with the SID and control tokens.
-            instruction (`str`):
-                Text before the history.
-            max_history (`int`):
-                Most items of a history that are shown.
+                Tokenizer with the Semantic-ID and control tokens.
+            instruction, max_history:
+                As for [`LasarProcessor`]. Warns if `max_history` is larger than the one of the samples.
 
         Returns:
             [`LasarProcessor`].
         """
         if self.max_history is not None and max_history > self.max_history:
             warnings.warn(
-                f"max_history is {max_history}, but the samples keep {self.max_history} items of a history: prepare "
-                f"with max_history={max_history} to show more.",
+                f"max_history is {max_history}, but the samples keep {self.max_history} history items; prepare the "
+                f"data with max_history={max_history}.",
                 stacklevel=2,
             )
         return LasarProcessor(tokenizer, self.catalog, instruction, max_history)
 
-    def check_catalog(self, item_ids: list[str], codes, source: str) -> None:
+    def check_catalog(self, catalog: SidCatalog, where: str) -> None:
         """
-        Check that a checkpoint's catalogue is this data's: the same items with the same Semantic IDs.
+        Check that the catalogue of a checkpoint has the items and Semantic IDs of this data.
 
         Args:
-            item_ids (`list[str]`):
-                Item ids of the catalogue.
-            codes (array of shape `(I, M)`):
-                Its Semantic IDs.
-            source (`str`):
-                Where the catalogue lies, for the message.
+            catalog ([`SidCatalog`]):
+                Catalogue of the checkpoint.
+            where (`str`):
+                Name of the checkpoint for the message.
 
         Raises:
             `ValueError`: if they differ.
         """
-        if list(item_ids) != self.item_ids or not np.array_equal(np.asarray(codes), self.codes):
+        if catalog.item_ids != self.catalog.item_ids or not catalog.codes.equal(self.catalog.codes):
             raise ValueError(
-                f"The catalogue in {source} holds other items or other Semantic IDs than the prepared data: train "
-                "again on this data, or name the data that the checkpoint was trained on."
+                f"The catalogue of {where} has other items or Semantic IDs than the prepared data; train again on this "
+                "data, or use the data that the checkpoint was trained on."
             )
 
-    @staticmethod
-    def item_table(interactions: Interactions, codes: np.ndarray) -> Dataset:
-        """
-        The `items` of a prepared data set.
 
-        Args:
-            interactions ([`Interactions`]):
-                The items' ids and text.
-            codes (`np.ndarray` of shape `(I, M)`):
-                Their Semantic IDs.
+def save_interactions(interactions: Interactions, split: Split, folder: str | Path) -> None:
+    """
+    Write `items/`, `users/` and `interactions.json` (fields of the split, and [`describe`]).
 
-        Returns:
-            `Dataset`: see [`PreparedData`].
-        """
-        columns = {"item_id": interactions.item_ids}
-        for field in ITEM_FIELDS:
-            columns[field] = [_as_text(item.get(field)) for item in interactions.items]
-        return Dataset.from_dict({**columns, "codes": codes.tolist()})
-
-    def save(self, folder: str | Path) -> None:
-        """
-        Write `items/`, `samples/`, `split/` and, last, `prepared.json`, each whole or not at all.
-
-        Args:
-            folder (`str` or `Path`):
-                Folder, created if missing.
-        """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "prepared.json").unlink(missing_ok=True)
-        writers = {"items": self.items.save_to_disk, "samples": self.samples.save_to_disk}
-        if self.stored_split is not None:
-            writers["split"] = partial(save_split, self.stored_split)
-        for name in ("items", "samples", "split"):
-            scratch = folder / f".{name}.tmp"
-            shutil.rmtree(scratch, ignore_errors=True)
-            if name in writers:
-                writers[name](scratch)
-            shutil.rmtree(folder / name, ignore_errors=True)
-            if name in writers:
-                os.replace(scratch, folder / name)
-        facts = {"codebook_size": self.codebook_size, "max_history": self.max_history}
-        write_json(folder / "prepared.json", facts)
-
-    @classmethod
-    def load(cls, folder: str | Path) -> "PreparedData":
-        """
-        Open what [`~PreparedData.save`] or `recipes/prepare.py` wrote, memory-mapped.
-
-        Args:
-            folder (`str` or `Path`):
-                The folder.
-
-        Raises:
-            `FileNotFoundError`: if there is no prepared data.
-        """
-        folder = Path(folder)
-        if not (folder / "prepared.json").exists():
-            raise FileNotFoundError(
-                f"{folder} holds no complete prepared data: run recipes/prepare.py with output_dir={folder}."
-            )
-        facts = json.loads((folder / "prepared.json").read_text(encoding="utf-8"))
-        items, samples = Dataset.load_from_disk(folder / "items"), DatasetDict.load_from_disk(folder / "samples")
-        split = load_split(folder / "split") if (folder / "split").exists() else None
-        return cls(items, samples, **facts, stored_split=split)
+    Args:
+        interactions (`Interactions`):
+            The items.
+        split (`Split`):
+            The users.
+        folder (`str` or `Path`):
+            Existing folder.
+    """
+    folder = Path(folder)
+    items = {"item_id": interactions.item_ids}
+    items |= {name: [item.get(name, "") for item in interactions.items] for name in ITEM_FIELDS}
+    Dataset.from_dict(items, features=Features(dict.fromkeys(items, Value("string")))).save_to_disk(folder / "items")
+    users = {"user_id": split.user_ids} | {part: getattr(split, part) for part in PARTS}
+    features = {"user_id": Value("string")} | dict.fromkeys(PARTS, List(Value("int64")))
+    Dataset.from_dict(users, features=Features(features)).save_to_disk(folder / "users")
+    fields = {name: getattr(split, name) for name in ("num_skipped", "validation_from", "test_from")}
+    write_json(
+        folder / "interactions.json", {"split_fields": fields, "description": describe(interactions, split)}
+    )
 
 
-def _as_text(value: str | list | None) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value or "")
+def load_interactions(folder: str | Path) -> tuple[Interactions, Split]:
+    """Read what [`save_interactions`] wrote: the items with the histories of the users in the split, and the split."""
+    folder = Path(folder)
+    fields = read_json(folder / "interactions.json")["split_fields"]
+    split = Split(**_to_split_columns(Dataset.load_from_disk(folder / "users")), **fields)
+    return _to_interactions(Dataset.load_from_disk(folder / "items"), split), split
+
+
+def _to_split_columns(users: Dataset) -> dict[str, list]:
+    columns = users.data.to_pydict()
+    return {"user_ids": columns.pop("user_id"), **columns}
+
+
+def _to_interactions(items: Dataset, split: Split) -> Interactions:
+    fields = [{name: item[name] for name in ITEM_FIELDS if item[name]} for item in items]
+    histories = [[*chain(*parts)] for parts in zip(split.train, split.validation, split.test, strict=True)]
+    return Interactions(list(items["item_id"]), fields, split.user_ids, histories)
+
+
+def describe(interactions: Interactions, split: Split | None = None) -> dict[str, object]:
+    """
+    Describe a data set for its data card.
+
+    Args:
+        interactions (`Interactions`):
+            The data set.
+        split (`Split`, *optional*):
+            Adds the sizes of its parts.
+
+    Returns:
+        `dict`: ready for JSON. `users`, `items`, `interactions`, `density`; `history_length` (`min`, `median`, `mean`,
+        `max`); `order` (how histories are sorted); `items_without_interactions`; `items_with` (each text field);
+        `items_without_text`; with timestamps `time` (`first`, `last`) and `tied_neighbours` (share of neighbours in a
+        history with equal times, whose order is that of the file); `reader` (counts of the reader); `split`.
+    """
+    lengths = np.array([len(history) for history in interactions.histories])
+    num_users, num_items, num_interactions = len(lengths), len(interactions.items), int(lengths.sum())
+    fields = Counter(chain.from_iterable(interactions.items))
+    card: dict[str, object] = {
+        "users": num_users,
+        "items": num_items,
+        "interactions": num_interactions,
+        "density": num_interactions / (num_users * num_items),
+        "history_length": {
+            "min": int(lengths.min()),
+            "median": float(np.median(lengths)),
+            "mean": float(lengths.mean()),
+            "max": int(lengths.max()),
+        },
+        "order": "as in the file, which has no times",
+        "items_without_interactions": num_items - len(set(chain.from_iterable(interactions.histories))),
+        "items_with": {name: fields[name] for name in TEXT_FIELDS},
+        "items_without_text": sum(not any(name in item for name in TEXT_FIELDS) for item in interactions.items),
+    }
+    if interactions.timestamps is not None:
+        gaps = np.concatenate([np.diff(times) for times in interactions.timestamps])
+        card["order"] = "by time; interactions of one user with equal times stay in the order of the file"
+        card["time"] = {
+            "first": min(times[0] for times in interactions.timestamps),
+            "last": max(times[-1] for times in interactions.timestamps),
+        }
+        card["tied_neighbours"] = float((gaps == 0).mean()) if len(gaps) else 0.0
+    if interactions.counts:
+        card["reader"] = dict(interactions.counts)
+    if split is not None:
+        card["split"] = {"kind": "leave-one-out", "users": len(split.user_ids), "users_skipped": split.num_skipped}
+        if split.validation_from is not None:
+            card["split"] |= {
+                "kind": "global time", "validation_from": split.validation_from, "test_from": split.test_from
+            }  # fmt: skip
+        card["split"] |= {part: sum(map(len, getattr(split, part))) for part in PARTS}
+    return card

@@ -1,28 +1,292 @@
-"""Readers of raw interaction logs: a user's own tables, and Amazon Reviews 2018 and 2023."""
+"""
+Readers of tables: your own, Amazon Reviews 2018 and 2023; and the sources of `recipes/prepare.py`.
 
+Tables are CSV, Parquet or JSON lines, plain or `.gz`, or data sets of `datasets`. They are read in batches, and only
+the columns that are asked for. A *source* is a function that returns `Interactions`; `SOURCES` lists those that
+have a name.
+"""
+
+import gzip
 import html
+import importlib
+import inspect
 import re
 import warnings
+import zlib
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from datetime import UTC, date, datetime
+from datetime import time as time_of_day
+from math import isfinite, nan
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
+import pyarrow as pa
+from datasets import Dataset, IterableDataset
+from pyarrow import csv, parquet
 
-from .interactions import TEXT_FIELDS, Interactions, item_fields, natural_order
-from .tables import Source, as_time, id_text, read_batches, source_name
+from ..files import file_hash
+from .interactions import (
+    TEXT_FIELDS,
+    Interactions,
+    clean_text,
+    id_text,
+    item_fields,
+    natural_order,
+    parse_json,
+    read_lcrec,
+)
+from .toy import toy_shop
 
 
-Sources = Source | Sequence[Source]
+Table = str | Path | Dataset | IterableDataset
+Tables = Table | Sequence[Table]
 
-_AMAZON = {  # column of: user, item, time, and of each text field
-    2018: ("reviewerID", "asin", "unixReviewTime", {"brand": "brand", "categories": "category"}),
-    2023: ("user_id", "parent_asin", "timestamp", {"brand": "store", "categories": "categories"}),
-}
+BATCH_SIZE = 65_536  # rows per batch
+AMAZON_2023 = "McAuley-Lab/Amazon-Reviews-2023"
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tables
+
+
+def as_time(value: object, where: str) -> float:
+    """A time as a number: numbers stay, dates become seconds since 1970 (UTC if they have no time zone)."""
+    time = nan
+    try:
+        if isinstance(value, str):
+            try:
+                time = float(value)
+            except ValueError:
+                value = datetime.fromisoformat(value.strip())
+        elif isinstance(value, date) and not isinstance(value, datetime):
+            value = datetime.combine(value, time_of_day())
+        if isinstance(value, datetime):
+            time = (value if value.tzinfo else value.replace(tzinfo=UTC)).timestamp()
+        elif not isinstance(value, str | bool):
+            time = float(value)
+    except (TypeError, ValueError, OverflowError):
+        pass
+    if not isfinite(time):
+        raise ValueError(f"{where} is {value!r}; expected a finite number or a date like 2024-01-31.")
+    return time
+
+
+def read_batches(
+    table: Table, columns: Sequence[str], optional: Sequence[str] = ()
+) -> Iterator[tuple[int, dict[str, list]]]:
+    """
+    Read columns of a file or data set in batches of at most `BATCH_SIZE` rows. CSV columns are read as text; `optional`
+    columns that the table does not have are `None`.
+
+    Yields:
+        `tuple[int, dict[str, list]]`: number of the batch's first row, counted from 1, and the values of each column.
+
+    Raises:
+        `FileNotFoundError`: if the file does not exist.
+        `ValueError`: if the format is unknown, a column is missing or ambiguous, or a row cannot be read.
+    """
+    names = [*columns, *optional]
+    start = 1
+    for batch in _raw_batches(table, columns, names):
+        size = len(next(iter(batch.values())))
+        if size:
+            yield start, {name: batch[name] if name in batch else [None] * size for name in names}
+        start += size
+
+
+def table_name(table: Table) -> str:
+    """Name of a table in messages: the path of a file, or the name of a data set."""
+    if isinstance(table, Dataset | IterableDataset):
+        return f"data set {table.info.dataset_name or 'in memory'}"
+    return str(table)
+
+
+def _raw_batches(table: Table, columns: Sequence[str], names: Sequence[str]) -> Iterator[dict[str, list]]:
+    if isinstance(table, Dataset | IterableDataset):
+        yield from _dataset_batches(table, columns, names)
+        return
+    path = Path(table)
+    suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+    if suffix not in (".csv", ".parquet", ".jsonl", ".ndjson", ".json"):
+        raise ValueError(f"{path}: unknown format; expected .csv, .parquet, .jsonl, .ndjson or .json, or these + .gz.")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file.")
+    if suffix not in (".csv", ".parquet"):
+        yield from _json_batches(path, columns, names)
+        return
+    try:
+        for batch in (_csv_batches if suffix == ".csv" else _parquet_batches)(path, columns, names):
+            yield batch.to_pydict()
+    except (pa.ArrowInvalid, UnicodeDecodeError, EOFError, OSError) as error:
+        raise ValueError(f"{path}: not readable as {suffix[1:]} ({str(error).splitlines()[0]}).") from error
+
+
+def _present(name: str, existing: Sequence[str], columns: Sequence[str], names: Sequence[str]) -> list[str]:
+    """The columns to read from a table, after a check that it has those it must have."""
+    for column in columns:
+        if column not in existing:
+            raise ValueError(f"{name} has no column {column!r}; its columns are {', '.join(existing)}.")
+    for column in names:
+        if list(existing).count(column) > 1:
+            raise ValueError(f"{name} has several columns named {column!r}; rename them.")
+    return [column for column in names if column in existing]
+
+
+def _dataset_batches(table: Dataset | IterableDataset, columns: Sequence[str], names: Sequence[str]):
+    existing = table.column_names
+    if existing is None:  # a stream without known features
+        existing = list(next(iter(table), {}))
+    known = _present(table_name(table), existing, columns, names)
+    for batch in table.select_columns(known).with_format(None).iter(BATCH_SIZE):
+        yield {column: list(batch[column]) for column in known}
+
+
+def _csv_batches(path: Path, columns: Sequence[str], names: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    with csv.open_csv(path) as reader:
+        known = _present(str(path), reader.schema.names, columns, names)
+    # As text: the id 007 keeps its zeros, and a column of numbers may contain a word further down.
+    convert = csv.ConvertOptions(
+        include_columns=known, column_types=dict.fromkeys(known, pa.string()), strings_can_be_null=False
+    )
+    with csv.open_csv(path, parse_options=csv.ParseOptions(newlines_in_values=True), convert_options=convert) as reader:
+        yield from reader
+
+
+def _parquet_batches(path: Path, columns: Sequence[str], names: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    with parquet.ParquetFile(path) as file:
+        known = _present(str(path), file.schema_arrow.names, columns, names)
+        yield from file.iter_batches(BATCH_SIZE, columns=known)
+
+
+def _json_batches(path: Path, columns: Sequence[str], names: Sequence[str]) -> Iterator[dict[str, list]]:
+    """
+    Not pyarrow's JSON reader: it rounds integers above 2**64, turns ids such as "2024-01-02" into dates, refuses
+    columns of mixed types and does not name the line of an error.
+    """
+    batch: dict[str, list] = {name: [] for name in names}
+    number = 0
+    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+        try:
+            for number, line in enumerate(file, start=1):
+                row = parse_json(line, path, number)
+                if not isinstance(row, dict):
+                    raise ValueError(f"{path}: line {number} is {type(row).__name__}; expected an object.")
+                for name in columns:
+                    if name not in row:
+                        raise ValueError(f"{path}: line {number} has no {name!r}.")
+                for name in names:
+                    batch[name].append(row.get(name))
+                if number % BATCH_SIZE == 0:
+                    yield batch
+                    batch = {name: [] for name in names}
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise ValueError(f"{path}: broken gzip file after line {number} ({error}).") from error
+    yield batch
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Items
+
+
+def read_items(
+    tables: Tables,
+    item_column: str = "item_id",
+    text_columns: Mapping[str, str] | None = None,
+    strip_markup: bool = False,
+) -> dict[str, dict[str, str]]:
+    """
+    Read the text of items. If an item has several rows, the first one counts.
+
+    Args:
+        tables (`str`, `Path`, `Dataset`, `IterableDataset` or a sequence of these):
+            One row per item, see [`read_table`].
+        item_column (`str`, *optional*, defaults to `"item_id"`):
+            Column of the item's id.
+        text_columns (`Mapping[str, str]`, *optional*):
+            Column of each text field, such as `{"title": "name"}`; the table must have them. By default those columns
+            of `title`, `description`, `brand` and `categories` that the table has.
+        strip_markup (`bool`, *optional*, defaults to `False`):
+            Whether to remove HTML tags and entities from the text.
+
+    Returns:
+        `dict[str, dict[str, str]]`: fields of each item by its id, as in `Interactions.items`.
+
+    Raises:
+        `FileNotFoundError`: if a file does not exist.
+        `ValueError`: if a column is missing, a row is broken or has no item id, or `text_columns` is empty or names an
+            unknown field.
+    """
+    fields, required = _text_fields(text_columns)
+    return _read_items(tables, item_column, fields, required, strip_markup)
+
+
+def _read_items(
+    tables: Tables,
+    item_column: str,
+    fields: Mapping[str, str],
+    required: bool,
+    strip_markup: bool,
+    item_ids: Collection[str] | None = None,
+) -> dict[str, dict[str, str]]:
+    """As [`read_items`], for some items only if `item_ids` is given; `fields` maps text fields to their columns."""
+    columns, optional = (fields.values(), ()) if required else ((), fields.values())
+    items: dict[str, dict[str, str]] = {}
+    num_repeated = 0
+    for table in _as_list(tables):
+        for start, batch in read_batches(table, [item_column, *columns], [*optional]):
+            for position, value in enumerate(batch[item_column]):
+                item_id = _checked_id(value, table, start + position, item_column)
+                if item_ids is not None and item_id not in item_ids:
+                    continue
+                if item_id in items:
+                    num_repeated += 1
+                    continue
+                raw = {field: batch[column][position] for field, column in fields.items()}
+                if strip_markup:
+                    raw = {field: _without_markup(value) for field, value in raw.items()}
+                items[item_id] = item_fields(raw)
+    if num_repeated:
+        warnings.warn(f"{num_repeated} rows repeat an item; the first row of an item counts.", stacklevel=3)
+    return items
+
+
+def _text_fields(text_columns: Mapping[str, str] | None) -> tuple[Mapping[str, str], bool]:
+    """Column of each text field, and whether a table must have these columns."""
+    if text_columns is None:
+        return {name: name for name in TEXT_FIELDS}, False
+    unknown = set(text_columns) - set(TEXT_FIELDS)
+    if unknown or not text_columns:
+        problem = f"contains {min(unknown)!r}" if unknown else "is empty"
+        raise ValueError(f"text_columns {problem}; expected some of {', '.join(TEXT_FIELDS)}.")
+    return text_columns, True
+
+
+def _without_markup(value: object) -> object:
+    """Text without HTML tags and entities, or a list of such texts."""
+    if isinstance(value, list | tuple):
+        return [_without_markup(part) for part in value]
+    return " ".join(re.sub(r"<[^<>]*>", " ", html.unescape(clean_text(value))).split())
+
+
+def _checked_id(value: object, table: Table, row: int, column: str) -> str:
+    text = id_text(value)
+    if text is None:
+        raise ValueError(f"{table_name(table)}: row {row} has {column} {value!r}; expected text or a whole number.")
+    return text
+
+
+def _as_list(tables: Tables) -> Sequence[Table]:
+    return tables if isinstance(tables, list | tuple) else [tables]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Interactions
 
 
 def read_table(
-    interactions: Sources,
-    items: Sources | None = None,
+    interactions: Tables,
+    items: Tables | None = None,
     *,
     user_column: str = "user_id",
     item_column: str = "item_id",
@@ -32,222 +296,273 @@ def read_table(
     keep_repeats: bool = False,
 ) -> Interactions:
     """
-    Read interactions, and the items' text, from tables with named columns.
+    Read interactions, and the text of items, from tables with named columns.
 
-    Order: by time; rows of one user at one time stay in the order of the file (the tie rule). Then repeats are
-    dropped, and users and items with fewer than `k_core` interactions, again until none is left. Only the columns
-    asked for are read, a batch at a time.
+    The rows of a user are sorted by time; rows with equal times stay in the order of the file. Then repeats are
+    dropped, and users and items with fewer than `k_core` interactions, until none is left.
 
     Args:
         interactions (`str`, `Path`, `Dataset`, `IterableDataset` or a sequence of these):
-            One row an interaction: CSV, Parquet or JSON lines (by the ending, `.gz` too), or a `datasets` data set.
+            One row per interaction: CSV, Parquet or JSON lines (by the suffix, `.gz` too), or a data set.
         items (same, *optional*):
-            One row an item. Items that are not in it are kept without text; the first row of an id counts.
+            One row per item. Items that are not in it have no text.
         user_column (`str`, *optional*, defaults to `"user_id"`):
             Column of the user.
         item_column (`str`, *optional*, defaults to `"item_id"`):
             Column of the item, in both tables.
         time_column (`str`, *optional*, defaults to `"timestamp"`):
-            Column of the time: numbers or ISO dates. `None`: the rows are in order already.
+            Column of the time: numbers or ISO dates. `None` or empty: the rows are in order already.
         text_columns (`Mapping[str, str]`, *optional*):
-            Column of each text field, such as `{"title": "name"}`; these columns must be there. Without it, those of
-            `title`, `description`, `brand` and `categories` that are there.
+            As for [`read_items`].
         k_core (`int`, *optional*, defaults to `5`):
-            Fewest interactions of a user and of an item; `1` keeps all.
+            Minimum number of interactions of a user and of an item; `1` keeps all.
         keep_repeats (`bool`, *optional*, defaults to `False`):
-            Whether a user may take an item again. If not, the first time counts, as in the field's data sets. The same
-            user, item and time is one interaction in any case.
+            Whether a user may interact with an item several times. By default only the first time counts, as in the
+            field's data sets. The same user, item and time is one interaction in any case.
 
     Returns:
-        `Interactions`: users and items in natural order of their ids, with `timestamps` (where there is a time column)
-        and `counts` of what was read and left out.
+        `Interactions`: users and items in natural order of their ids, with `timestamps` (if there is a time column)
+        and `counts` of rows that were read and left out.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: a missing column, a broken row, a row without user, item or time, an unknown text field, or nothing
-            left after the filters. Names the file and the row.
+        `FileNotFoundError`: if a file does not exist.
+        `ValueError`: if a column is missing, a row is broken or has no user, item or time, or nothing remains.
+
+    Example:
+
+    ```python
+    >>> from lasar_hf.data import read_table
+
+    >>> shop = read_table("ratings.csv", "products.parquet", user_column="user", item_column="product")
+    ```
     """
-    check_text_columns(text_columns)
-    text_columns, required = (text_columns, True) if text_columns else ({name: name for name in TEXT_FIELDS}, False)
-    log = _Log(user_column, item_column, time_column)
-    for source in _listed(interactions):
-        log.read(source)
-    table = log.interactions(k_core, keep_repeats)
+    fields, required = _text_fields(text_columns)
+    data = _read_interactions(interactions, user_column, item_column, time_column or None, k_core, keep_repeats)
     if items is not None:
-        _fill_text(table, _listed(items), item_column, text_columns, required, str)
-    return table
+        _add_text(data, _read_items(items, item_column, fields, required, False, set(data.item_ids)))
+    return data
 
 
-def read_amazon(
-    reviews: Sources, metadata: Sources | None = None, version: int = 2023, k_core: int = 5
+def read_amazon2018(interactions: Tables, items: Tables | None = None, k_core: int = 5) -> Interactions:
+    """
+    Read Amazon Reviews 2018: the 5-core JSON lines (`Musical_Instruments_5.json.gz`) and `meta_<Category>.json.gz`.
+
+    Of several reviews of an item by a user the earliest counts, and HTML is removed from the text. Arguments, result
+    and errors as for [`read_table`].
+    """
+    text_columns = {"brand": "brand", "categories": "category"}
+    return _read_amazon(interactions, items, ("reviewerID", "asin", "unixReviewTime"), text_columns, k_core)
+
+
+def read_amazon2023(
+    interactions: Tables | None = None,
+    items: Tables | None = None,
+    category: str | None = None,
+    revision: str = "main",
+    k_core: int = 5,
 ) -> Interactions:
     """
-    Read Amazon Reviews 2018 or 2023.
+    Read Amazon Reviews 2023: `5core/rating_only/<Category>.csv` or the reviews of `McAuley-Lab/Amazon-Reviews-2023`,
+    and `raw_meta_<Category>`, as files or data sets; or download a category from the Hub.
+
+    Of several reviews of an item by a user the earliest counts, and HTML is removed from the text. Other arguments,
+    result and errors as for [`read_table`].
 
     Args:
-        reviews (`str`, `Path`, `Dataset`, `IterableDataset` or a sequence of these):
-            2018: the 5-core JSON lines (`Musical_Instruments_5.json.gz`). 2023: `5core/rating_only/<Category>.csv`, or
-            the reviews of `McAuley-Lab/Amazon-Reviews-2023` as JSON lines, Parquet or opened by `datasets`.
-        metadata (same, *optional*):
-            2018: `meta_<Category>.json.gz`. 2023: `raw_meta_<Category>`, in one of the same forms.
-        version (`int`, *optional*, defaults to `2023`):
-            2018 or 2023: they name their columns differently.
-        k_core (`int`, *optional*, defaults to `5`):
-            Fewest interactions of a user and of an item.
+        category (`str`, *optional*):
+            Category to download instead of `interactions` and `items`.
+        revision (`str`, *optional*, defaults to `"main"`):
+            Revision of the data set on the Hub; a commit hash pins it.
+    """
+    if (interactions is None) == (category is None) or (category is not None and items is not None):
+        raise ValueError("Give either interactions (and items), or the category to download from the Hub.")
+    if category is not None:
+        from huggingface_hub import hf_hub_download  # only this source needs the network
+
+        files = (f"benchmark/5core/rating_only/{category}.csv", f"raw/meta_categories/meta_{category}.jsonl")
+        interactions, items = (
+            hf_hub_download(AMAZON_2023, name, repo_type="dataset", revision=revision) for name in files
+        )
+    text_columns = {"brand": "store", "categories": "categories"}
+    return _read_amazon(interactions, items, ("user_id", "parent_asin", "timestamp"), text_columns, k_core)
+
+
+def _read_amazon(
+    interactions: Tables, items: Tables | None, columns: tuple[str, str, str], text_columns: dict, k_core: int
+) -> Interactions:
+    data = _read_interactions(interactions, *columns, k_core, keep_repeats=False)
+    if items is not None:
+        fields = {"title": "title", "description": "description"} | text_columns
+        _add_text(data, _read_items(items, columns[1], fields, False, True, set(data.item_ids)))
+    return data
+
+
+def _add_text(data: Interactions, texts: dict[str, dict[str, str]]) -> None:
+    for item_id, item in zip(data.item_ids, data.items, strict=True):
+        item.update(texts.get(item_id, {}))
+    num_empty = sum(not item for item in data.items)
+    if num_empty:
+        warnings.warn(f"{num_empty} of {len(data.items)} items have no text; they are kept.", stacklevel=3)
+
+
+def _read_interactions(
+    tables: Tables, user_column: str, item_column: str, time_column: str | None, k_core: int, keep_repeats: bool
+) -> Interactions:
+    # 1. Read all rows: three numbers per row, and each name once.
+    users, items, times = array("i"), array("i"), array("d")
+    user_numbers: dict[str, int] = {}
+    item_numbers: dict[str, int] = {}
+    columns = [user_column, item_column, *([time_column] if time_column else [])]
+    for table in _as_list(tables):
+        for start, batch in read_batches(table, columns):
+            for row, (user, item) in enumerate(zip(batch[user_column], batch[item_column], strict=True), start):
+                user = _checked_id(user, table, row, user_column)
+                item = _checked_id(item, table, row, item_column)
+                users.append(user_numbers.setdefault(user, len(user_numbers)))
+                items.append(item_numbers.setdefault(item, len(item_numbers)))
+            for row, time in enumerate(batch[time_column] if time_column else (), start):
+                times.append(as_time(time, f"{table_name(table)}: row {row}, {time_column}"))
+    if not users:
+        raise ValueError("The tables contain no interactions.")
+
+    # 2. Sort by user and time. The sort is stable, so rows with equal times keep the order of the file.
+    columns = {"user": users, "item": items, "time": times or range(len(users))}
+    log = pd.DataFrame({name: np.asarray(values) for name, values in columns.items()})
+    log = log.iloc[np.lexsort((log["time"], log["user"]))]
+
+    # 3. Drop repeats, then users and items with few rows, until none is left.
+    unique = log.drop_duplicates(["user", "item", "time"] if keep_repeats else ["user", "item"])
+    kept, size = unique, -1
+    while size != len(kept):
+        size = len(kept)
+        counts = kept.groupby("user")["user"].transform("size"), kept.groupby("item")["item"].transform("size")
+        kept = kept[(counts[0] >= k_core) & (counts[1] >= k_core)]
+    if not len(kept):
+        raise ValueError(f"No interaction remains: no users and items have {k_core} each; decrease k_core.")
+
+    # 4. Number the remaining users and items in natural order of their names.
+    user_names, item_names = list(user_numbers), list(item_numbers)
+    item_order = sorted(kept["item"].unique().tolist(), key=lambda item: natural_order(item_names[item]))
+    item_index = np.empty(len(item_names), dtype=np.int64)
+    item_index[item_order] = np.arange(len(item_order))
+    numbers, starts = np.unique(kept["user"], return_index=True)
+    user_order = sorted(range(len(numbers)), key=lambda position: natural_order(user_names[numbers[position]]))
+    histories = np.split(item_index[kept["item"].to_numpy()], starts[1:])
+    timestamps = np.split(kept["time"].to_numpy(), starts[1:])
+    return Interactions(
+        item_ids=[item_names[item] for item in item_order],
+        items=[{} for _ in item_order],
+        user_ids=[user_names[numbers[position]] for position in user_order],
+        histories=[histories[position].tolist() for position in user_order],
+        timestamps=[timestamps[position].tolist() for position in user_order] if times else None,
+        counts={
+            "rows_read": len(log),
+            "repeats_dropped": len(log) - len(unique),
+            "below_core_dropped": len(unique) - len(kept),
+            "users_dropped": len(user_names) - len(user_order),
+            "items_dropped": len(item_names) - len(item_order),
+        },
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sources
+
+SOURCES: dict[str, Callable[..., Interactions]] = {
+    "toy": toy_shop,
+    "table": read_table,
+    "amazon2018": read_amazon2018,
+    "amazon2023": read_amazon2023,
+    "lcrec": read_lcrec,
+}
+
+
+def read_source(source: str, source_args: Mapping[str, object] | None = None) -> Interactions:
+    """
+    Read a data set by the name of its source.
+
+    Args:
+        source (`str`):
+            A key of `SOURCES`, an existing folder (for [`read_lcrec`]), or the dotted path of your own function that
+            returns `Interactions`, such as `"my_package.shop.read"`.
+        source_args (`Mapping[str, object]`, *optional*):
+            Arguments of that function.
 
     Returns:
-        `Interactions`: see `read_table`. Of a user and an item the earliest review counts; text is without markup.
+        `Interactions`: what the function returns.
 
     Raises:
-        ValueError: another version, and what `read_table` raises.
+        `FileNotFoundError`: if the source is unknown, or a file does not exist.
+        `ValueError`: if the function does not accept the arguments or does not return `Interactions`, and as the
+            function.
+
+    Example:
+
+    ```python
+    >>> from lasar_hf.data import read_source
+
+    >>> shop = read_source("table", {"interactions": "ratings.csv", "k_core": 3})
+    ```
     """
-    if version not in _AMAZON:
-        raise ValueError(f"`version` is {version}, expected 2018 or 2023.")
-    user_column, item_column, time_column, text_columns = _AMAZON[version]
-    log = _Log(user_column, item_column, time_column)
-    for source in _listed(reviews):
-        log.read(source)
-    table = log.interactions(k_core, keep_repeats=False)
-    if metadata is not None:
-        columns = {"title": "title", "description": "description"} | text_columns
-        _fill_text(table, _listed(metadata), item_column, columns, False, without_markup)
-    return table
+    function, arguments = _bind_source(source, source_args)
+    interactions = function(**arguments)
+    if not isinstance(interactions, Interactions):
+        raise ValueError(f"source {source!r} returned {type(interactions).__name__}; expected Interactions.")
+    return interactions
 
 
-class _Log:
-    """Interactions while they are read: three numbers each, and the names of users and items once."""
+def source_settings(source: str, source_args: Mapping[str, object] | None = None) -> dict[str, object]:
+    """
+    What decides the result of [`read_source`], ready for JSON. Arguments as for [`read_source`].
 
-    def __init__(self, user_column: str, item_column: str, time_column: str | None):
-        self.columns = [user_column, item_column] + ([time_column] if time_column else [])
-        self.user_ids: dict[str, int] = {}
-        self.item_ids: dict[str, int] = {}
-        self.users, self.items, self.times = array("i"), array("i"), array("d")
-
-    def read(self, source: Source) -> None:
-        name = source_name(source)
-        for start, batch in read_batches(source, self.columns):
-            users, items, *times = (batch[column] for column in self.columns)
-            for row, pair in enumerate(zip(users, items, strict=True), start):
-                user, item = map(id_text, pair)
-                if user is None or item is None:
-                    column, value = (self.columns[0], pair[0]) if user is None else (self.columns[1], pair[1])
-                    missing = value is None or value == ""
-                    said = "" if missing else f": {value!r} is none, expected text or a whole number"
-                    raise ValueError(f"{name}: row {row} has no {column}{said}.")
-                self.users.append(self.user_ids.setdefault(user, len(self.user_ids)))
-                self.items.append(self.item_ids.setdefault(item, len(self.item_ids)))
-            if times:
-                column = self.columns[2]
-                self.times.extend(
-                    as_time(time, f"{name}: row {row}, {column}") for row, time in enumerate(times[0], start)
-                )
-
-    def interactions(self, k_core: int, keep_repeats: bool) -> Interactions:
-        """Order, drop repeats, filter, and name what is left."""
-        if not len(self.users):
-            raise ValueError("there are no interactions to read.")
-        users, items = np.asarray(self.users), np.asarray(self.items)
-        times = np.asarray(self.times) if len(self.times) else np.arange(len(users), dtype=np.float64)
-        rows = np.lexsort((times, users))  # stable: equal users and times stay in the order of the file
-        kept = rows[_first_of_each(users[rows], items[rows], times[rows] if keep_repeats else None)]
-        num_repeats = len(rows) - len(kept)
-        kept = _k_core(users, items, kept, k_core)
-        if not len(kept):
-            raise ValueError(f"no interaction is left: no users and items have {k_core} each; lower `k_core`.")
-        user_names, item_names = list(self.user_ids), list(self.item_ids)
-        item_order = sorted(np.unique(items[kept]).tolist(), key=lambda item: natural_order(item_names[item]))
-        row_of_item = np.empty(len(item_names), dtype=np.int64)
-        row_of_item[item_order] = np.arange(len(item_order))
-        found, starts = np.unique(users[kept], return_index=True)  # the rows of a user are neighbours
-        rows_of = dict(zip(found.tolist(), np.split(kept, starts[1:]), strict=True))
-        user_order = sorted(rows_of, key=lambda user: natural_order(user_names[user]))
-        return Interactions(
-            item_ids=[item_names[item] for item in item_order],
-            items=[{} for _ in item_order],
-            user_ids=[user_names[user] for user in user_order],
-            histories=[row_of_item[items[rows_of[user]]].tolist() for user in user_order],
-            timestamps=[times[rows_of[user]].tolist() for user in user_order] if len(self.times) else None,
-            counts={
-                "rows_read": len(users),
-                "repeats_dropped": num_repeats,
-                "below_core_dropped": len(users) - num_repeats - len(kept),
-                "users_dropped": len(self.user_ids) - len(user_order),
-                "items_dropped": len(self.item_ids) - len(item_order),
-            },
-        )
+    Returns:
+        `dict`: name and arguments of the function, with the SHA-256 of its content in place of each file or folder.
+        The code of your own function and the content of data sets on the Hub are not looked at.
+    """
+    function, arguments = _bind_source(source, source_args)
+    return {"source": function.__name__, "source_args": {name: _hashed(value) for name, value in arguments.items()}}
 
 
-def _first_of_each(users: np.ndarray, items: np.ndarray, times: np.ndarray | None) -> np.ndarray:
-    """Positions, ascending, of the first row of each user and item, and time where one is given."""
-    keys = (items, users) if times is None else (times, items, users)
-    order = np.lexsort(keys)
-    new = np.ones(len(order), dtype=bool)
-    new[1:] = np.any([key[order][1:] != key[order][:-1] for key in keys], axis=0)
-    return np.sort(order[new])
+def _bind_source(source: str, source_args: Mapping[str, object] | None) -> tuple[Callable, dict[str, object]]:
+    """The function of a source, and its arguments after a check against its signature."""
+    arguments = dict(source_args or {})
+    if source in SOURCES:
+        function = SOURCES[source]
+    elif Path(source).is_dir():
+        function, arguments = read_lcrec, {"folder": source} | arguments
+    else:
+        function = _import_source(source)
+    signature = inspect.signature(function)
+    try:
+        signature.bind(**arguments)
+    except TypeError as error:
+        expected = ", ".join(signature.parameters)
+        raise ValueError(f"source_args of source {source!r}: {error}; its arguments are {expected}.") from error
+    return function, arguments
 
 
-def _k_core(users: np.ndarray, items: np.ndarray, kept: np.ndarray, k: int) -> np.ndarray:
-    """Drop rows of users and items with fewer than `k` rows, again until none is left; order stays."""
-    while len(kept):
-        enough = (np.bincount(users[kept])[users[kept]] >= k) & (np.bincount(items[kept])[items[kept]] >= k)
-        if enough.all():
-            break
-        kept = kept[enough]
-    return kept
+def _import_source(source: str) -> Callable:
+    module, _, name = source.rpartition(".")
+    if module and all(part.isidentifier() for part in source.split(".")):
+        try:
+            return getattr(importlib.import_module(module), name)
+        except AttributeError as error:
+            raise ValueError(f"source {source!r}: module {module} has no function {name!r}.") from error
+        except ModuleNotFoundError as error:
+            if not f"{module}.".startswith(f"{error.name}."):  # the module exists but imports one that does not
+                raise
+    raise FileNotFoundError(
+        f"Unknown source {source!r}; expected {', '.join(SOURCES)}, an existing LC-Rec folder, or a dotted path to a "
+        "function."
+    )
 
 
-def _fill_text(
-    table: Interactions,
-    sources: Sequence[Source],
-    item_column: str,
-    text_columns: Mapping[str, str],
-    required: bool,
-    clean: Callable[[str], str],
-) -> None:
-    """Read the text of the items at hand; others of the file are passed over."""
-    rows = {item: row for row, item in enumerate(table.item_ids)}
-    filled: set[int] = set()
-    again = 0
-    columns = list(text_columns.values())
-    for source in sources:
-        needed, optional = ([item_column, *columns], []) if required else ([item_column], columns)
-        for _, batch in read_batches(source, needed, optional):
-            for position, item in enumerate(batch[item_column]):
-                row = rows.get(id_text(item))
-                if row is None:
-                    continue
-                again += row in filled
-                if row not in filled:
-                    filled.add(row)
-                    raw = {field: cleaned(batch[column][position], clean) for field, column in text_columns.items()}
-                    table.items[row].update(item_fields(raw))
-    if again:
-        warnings.warn(f"{again} rows repeat an item of {source_name(sources[0])}; the first counts.", stacklevel=3)
-    without = sum(not item for item in table.items)
-    if without:
-        warnings.warn(f"{without} of {len(rows)} items have no text; they are kept without.", stacklevel=3)
-
-
-def check_text_columns(text_columns: Mapping[str, str] | None) -> None:
-    """Refuse a mapping from text fields to columns that is empty, or names a field that there is not."""
-    if text_columns is not None and not text_columns:
-        raise ValueError("`text_columns` names no column: leave it out for those that have the fields' names.")
-    unknown = set(text_columns or ()) - set(TEXT_FIELDS)
-    if unknown:
-        raise ValueError(f"`text_columns` names {min(unknown)!r}, expected some of {', '.join(TEXT_FIELDS)}.")
-
-
-def cleaned(value: object, clean: Callable[[str], str] = str) -> object:
-    """A text field with each of its strings cleaned; `None` for nothing, as NaN is in a column of numbers."""
+def _hashed(value: object) -> object:
     if isinstance(value, list | tuple):
-        return [clean(str(part)) for part in value if part is not None]
-    return None if value is None or value != value else clean(str(value))
-
-
-def without_markup(text: str) -> str:
-    """Text without HTML, as the reviews of Amazon hold it."""
-    return " ".join(re.sub(r"<[^<>]*>", " ", html.unescape(text)).split())
-
-
-def _listed(sources: Sources) -> Sequence[Source]:
-    return sources if isinstance(sources, list | tuple) else [sources]
+        return [_hashed(part) for part in value]
+    path = Path(value) if isinstance(value, str | Path) and value else None
+    if path is None or not path.exists():
+        return value
+    if path.is_file():
+        return file_hash(path)
+    return {child.name: file_hash(child) for child in sorted(path.iterdir()) if child.is_file()}

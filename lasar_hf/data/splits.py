@@ -11,182 +11,185 @@ from datasets import Dataset
 from .interactions import Interactions
 
 
-# Histories of one user overlap, so a table of samples is longer than the data: so many of its entries at a time.
-_ENTRIES_A_CHUNK = 2**22
+PARTS = ("train", "validation", "test")
+# The histories of one user overlap, so a table of samples is longer than the data. It is built in chunks of about this
+# many history entries.
+CHUNK_SIZE = 2**22
 
 
 @dataclass(frozen=True)
 class Split:
     """
-    Leave-one-out split: row `i` of each list belongs to `user_ids[i]`.
+    Training, validation and test items of each user. Entry `i` of each list belongs to `user_ids[i]`.
 
     Args:
         user_ids (`list[str]`):
-            Users that were kept.
-        train (`list[list[int]]`):
-            Item rows of each user without the last two, oldest first.
-        validation (`list[int]`):
-            The last item but one.
-        test (`list[int]`):
-            The last item.
+            Users.
+        train, validation, test (`list[list[int]]`):
+            Item indices of each user in each part, oldest first. A user's parts follow each other in time. With
+            leave-one-out, validation and test have one item per user; with a global-time split any part of a user may
+            be empty.
         num_skipped (`int`, *optional*, defaults to `0`):
-            Users left out for having fewer than three items.
-    """
-
-    user_ids: list[str]
-    train: list[list[int]]
-    validation: list[int]
-    test: list[int]
-    num_skipped: int = 0
-
-
-def leave_one_out(interactions: Interactions) -> Split:
-    """
-    Split each history: last item test, the one before validation, the rest training (the field's protocol).
-
-    Users with fewer than three items are skipped and counted; one warning says how many.
-
-    Raises:
-        ValueError: a history is empty (named by its user), or no user has three items.
-    """
-    user_ids, train, validation, test = [], [], [], []
-    for user, history in zip(interactions.user_ids, interactions.histories, strict=True):
-        if not len(history):
-            raise ValueError(f"user {user!r} has an empty history: give the user an item or leave the user out.")
-        if len(history) < 3:
-            continue
-        user_ids.append(user)
-        train.append(list(history[:-2]))
-        validation.append(history[-2])
-        test.append(history[-1])
-    num_skipped = len(interactions.user_ids) - len(user_ids)
-    if not user_ids:
-        raise ValueError(f"none of the {num_skipped} users has three items, so there is nothing to split.")
-    if num_skipped:
-        warnings.warn(
-            f"skipped {num_skipped} of {len(interactions.user_ids)} users: fewer than three items.", stacklevel=2
-        )
-    return Split(user_ids, train, validation, test, num_skipped)
-
-
-@dataclass(frozen=True)
-class TimeSplit:
-    """
-    Global-time split: row `i` of each list belongs to `user_ids[i]`; each of a user's lists may be empty.
-
-    Args:
-        user_ids (`list[str]`):
-            All users.
-        train (`list[list[int]]`):
-            Item rows taken before `validation_from`, oldest first.
-        validation (`list[list[int]]`):
-            Those from `validation_from` on, but before `test_from`.
-        test (`list[list[int]]`):
-            Those from `test_from` on.
-        validation_from, test_from (`float`):
-            Points in time, in the unit of the timestamps.
+            Number of users that were left out because they have fewer than three items (leave-one-out).
+        validation_from, test_from (`float`, *optional*):
+            Times at which the validation and the test part start (global time).
     """
 
     user_ids: list[str]
     train: list[list[int]]
     validation: list[list[int]]
     test: list[list[int]]
-    validation_from: float
-    test_from: float
+    num_skipped: int = 0
+    validation_from: float | None = None
+    test_from: float | None = None
 
 
-def global_time(interactions: Interactions, validation_share: float = 0.1, test_share: float = 0.1) -> TimeSplit:
+def leave_one_out(interactions: Interactions) -> Split:
     """
-    Split all interactions at two points in time: nothing that a model trains on is later than what it is tested on,
-    which leave-one-out does not promise.
+    Split each history: the last item is test, the one before is validation, the others are training (the protocol of
+    SASRec, TIGER and LC-Rec).
+
+    Users with fewer than three items are left out, with a warning. Unlike [`global_time`], the training items of one
+    user may be later than the test item of another.
 
     Args:
         interactions (`Interactions`):
-            With timestamps.
+            The data set.
+
+    Returns:
+        `Split`: the three parts.
+
+    Raises:
+        `ValueError`: if no user has three items.
+    """
+    histories = {
+        user: list(history)
+        for user, history in zip(interactions.user_ids, interactions.histories, strict=True)
+        if len(history) >= 3
+    }
+    num_users = len(interactions.user_ids)
+    if not histories:
+        raise ValueError(f"None of the {num_users} users has three items; leave-one-out needs at least three.")
+    num_skipped = num_users - len(histories)
+    if num_skipped:
+        warnings.warn(f"Left out {num_skipped} of {num_users} users with fewer than three items.", stacklevel=2)
+    return Split(
+        user_ids=list(histories),
+        train=[history[:-2] for history in histories.values()],
+        validation=[history[-2:-1] for history in histories.values()],
+        test=[history[-1:] for history in histories.values()],
+        num_skipped=num_skipped,
+    )
+
+
+def global_time(interactions: Interactions, validation_share: float = 0.1, test_share: float = 0.1) -> Split:
+    """
+    Split all interactions at two points in time, so that no training item is later than a validation or test item.
+
+    Args:
+        interactions (`Interactions`):
+            The data set, with timestamps.
         validation_share (`float`, *optional*, defaults to `0.1`):
             Share of the interactions between the two points.
         test_share (`float`, *optional*, defaults to `0.1`):
-            Share of the interactions after the second point; equal times stay on one side.
+            Share of the interactions after the second point. Interactions with equal times stay in one part.
+
+    Returns:
+        `Split`: the three parts.
 
     Raises:
-        ValueError: no timestamps, shares that leave no training part, or a part without interactions.
+        `ValueError`: if there are no timestamps, or a part would be empty.
     """
     if interactions.timestamps is None:
-        raise ValueError("a global-time split needs timestamps: read them with a time column, or use leave_one_out.")
+        raise ValueError("A global-time split needs timestamps; set time_column, or use leave_one_out.")
     if not (0 < validation_share < 1 and 0 < test_share < 1 and validation_share + test_share < 1):
-        raise ValueError(f"the shares {validation_share} and {test_share} must be above 0 and leave a training part.")
-    times = np.sort(np.concatenate([np.asarray(one) for one in interactions.timestamps]))
+        raise ValueError(
+            f"validation_share is {validation_share} and test_share is {test_share}; expected positive numbers with a "
+            "sum below 1."
+        )
+    times = np.sort(np.concatenate([np.asarray(user_times) for user_times in interactions.timestamps]))
     validation_from, test_from = (
         float(times[int(len(times) * share)]) for share in (1 - validation_share - test_share, 1 - test_share)
     )
     if not times[0] < validation_from < test_from:
-        raise ValueError("too few distinct timestamps for these shares: a part would be empty.")
-    parts: dict[str, list[list[int]]] = {"train": [], "validation": [], "test": []}
-    for history, one in zip(interactions.histories, interactions.timestamps, strict=True):
-        first, second = np.searchsorted(one, [validation_from, test_from]).tolist()
-        for name, part in zip(parts, (slice(first), slice(first, second), slice(second, None)), strict=True):
-            parts[name].append(list(history[part]))
-    return TimeSplit(interactions.user_ids, **parts, validation_from=validation_from, test_from=test_from)
+        raise ValueError(
+            "There are too few distinct timestamps for validation_share and test_share: a part would be empty."
+        )
+    parts: dict[str, list[list[int]]] = {part: [] for part in PARTS}
+    for history, user_times in zip(interactions.histories, interactions.timestamps, strict=True):
+        first, second = np.searchsorted(user_times, [validation_from, test_from]).tolist()
+        for part, items in zip(PARTS, (slice(first), slice(first, second), slice(second, None)), strict=True):
+            parts[part].append(list(history[items]))
+    return Split(interactions.user_ids, **parts, validation_from=validation_from, test_from=test_from)
 
 
-def samples(split: Split | TimeSplit, name: str, targets: str = "all", max_history: int | None = None) -> Dataset:
+def samples(split: Split, part: str, targets: str = "all", max_history: int | None = None) -> Dataset:
     """
-    The samples of one part of the split.
+    The samples of one part of a split: each item of the part is a target, and its history is all that the user
+    interacted with before, in earlier parts too. The first item of a user has no history and is not a target.
 
     Args:
-        split (`Split` or `TimeSplit`):
-            From `leave_one_out` or `global_time`.
-        name (`str`):
-            `"train"`: targets lie inside the training sequence. `"validation"`: the history is the training
-            sequence. `"test"`: the history is the training sequence and the validation item. In a global-time split
-            every item of the part is a target, and its history is all that the user took before.
+        split (`Split`):
+            From [`leave_one_out`] or [`global_time`].
+        part (`str`):
+            `"train"`, `"validation"` or `"test"`.
         targets (`str`, *optional*, defaults to `"all"`):
-            For `"train"` only: `"all"` takes every position from the second on, `"last"` only the last (one target
-            a user, as the paper seems to do).
+            For `"train"`: every item from the second on (`"all"`), or only a user's last one (`"last"`).
         max_history (`int`, *optional*):
-            Newest items of a history that a sample keeps, all if not given. The table grows with a user's number of
-            targets times the length of their histories: the square of a long sequence without a limit.
+            Maximum number of history items of a sample; the newest are kept. All by default, which makes the table
+            grow with the square of the length of a history.
 
     Returns:
-        `Dataset`: columns `user_id` (`str`), `history` (`list[int]`, item rows, oldest first, never empty),
-        `target` (`int`, item row), in the order of the users, then of time.
+        `Dataset`: columns `user_id` (`str`), `history` (`list[int]`, item indices, oldest first, never empty) and
+        `target` (`int`, item index), sorted by user, then time.
+
+    Raises:
+        `ValueError`: if an argument is out of range.
+
+    Example:
+
+    ```python
+    >>> from lasar_hf.data import Split, samples
+
+    >>> samples(Split(["anna"], [[4, 2]], [[0]], [[3]]), "test")[0]
+    {'user_id': 'anna', 'history': [4, 2, 0], 'target': 3}
+    ```
     """
-    if name not in ("train", "validation", "test"):
-        raise ValueError(f"`name` is {name!r}, expected 'train', 'validation' or 'test'.")
+    if part not in PARTS:
+        raise ValueError(f"part is {part!r}; expected 'train', 'validation' or 'test'.")
     if targets not in ("all", "last"):
-        raise ValueError(f"`targets` is {targets!r}, expected 'all' or 'last'.")
+        raise ValueError(f"targets is {targets!r}; expected 'all' or 'last'.")
     if max_history is not None and max_history < 1:
-        raise ValueError(f"`max_history` is {max_history}, expected at least 1.")
-    parts = [split.train]
-    for held_out in {"train": [], "validation": [split.validation], "test": [split.validation, split.test]}[name]:
-        parts.append([[item] for item in held_out] if isinstance(split, Split) else held_out)
-    num_targets = np.array([len(own) for own in parts[-1]])
-    if name == "train" and targets == "last":
+        raise ValueError(f"max_history is {max_history}; expected at least 1.")
+    parts = [getattr(split, name) for name in PARTS[: PARTS.index(part) + 1]]
+    num_targets = np.array([len(items) for items in parts[-1]])
+    if part == "train" and targets == "last":
         num_targets = np.minimum(num_targets, 1)
-    longest = np.sum([[len(own) for own in part] for part in parts], axis=0)
-    entries = np.cumsum(num_targets * np.minimum(longest, max_history or longest.max()))
-    edges = np.flatnonzero(np.diff(entries // _ENTRIES_A_CHUNK)) + 1
+
+    # Cut the users into chunks of about CHUNK_SIZE history entries.
+    lengths = np.sum([[len(items) for items in sequences] for sequences in parts], axis=0)
+    entries = np.cumsum(num_targets * np.minimum(lengths, max_history or lengths.max()))
+    edges = np.flatnonzero(np.diff(entries // CHUNK_SIZE)) + 1
     tables = []
     for first, last in zip([0, *edges], [*edges, len(entries)], strict=True):
-        own = slice(first, last)
-        sequences = [[*chain.from_iterable(pieces)] for pieces in zip(*(part[own] for part in parts), strict=True)]
-        tables.append(_sample_table(split.user_ids[own], sequences, num_targets[own], max_history))
+        users = slice(first, last)
+        sequences = [[*chain(*items)] for items in zip(*(sequences[users] for sequences in parts), strict=True)]
+        tables.append(_sample_table(split.user_ids[users], sequences, num_targets[users], max_history))
     return Dataset(pa.concat_tables(tables))
 
 
 def _sample_table(
     user_ids: list[str], sequences: list[list[int]], num_targets: np.ndarray, max_history: int | None
 ) -> pa.Table:
-    """
-    The last `num_targets` items of each sequence are targets, each with the items before it as history; a sequence's
-    first item is none. Each history is a slice of its sequence; all slices are copied by one index.
-    """
-    lengths = np.fromiter((len(sequence) for sequence in sequences), dtype=np.int64, count=len(sequences))
+    """Samples of the last `num_targets` items of each sequence."""
+    # All sequences as one array, and the index in it of each target.
+    lengths = np.fromiter(map(len, sequences), dtype=np.int64, count=len(sequences))
     items = np.fromiter(chain.from_iterable(sequences), dtype=np.int64, count=lengths.sum())
     starts = np.cumsum(lengths) - lengths
-    first = np.maximum(lengths - num_targets, 1)  # place of a sequence's first target
+    first = np.maximum(lengths - num_targets, 1)  # position of each sequence's first target
     users = np.repeat(np.arange(len(sequences)), np.maximum(lengths - first, 0))
     target = starts[users] + first[users] + np.arange(len(users)) - np.searchsorted(users, users)
+    # Each history is a slice of its sequence. One index copies all slices.
     history_lengths = np.minimum(target - starts[users], max_history or len(items))
     offsets = np.concatenate([[0], np.cumsum(history_lengths)])
     index = np.arange(offsets[-1]) + np.repeat(target - history_lengths - offsets[:-1], history_lengths)

@@ -1,14 +1,14 @@
-"""A generated shop whose users have structure: some continue a series, some alternate between two interests."""
+"""A generated shop: some users continue a series, others alternate between two interests."""
 
 import numpy as np
 
 from .interactions import CATEGORY_SEPARATOR, Interactions
 
 
-VOLUMES = 8  # items of a series
-SERIES_A_BRAND = 3
+VOLUMES = 8  # items per series
+SERIES_PER_BRAND = 3
 SHARES = {"series": 0.3, "brand": 0.2, "alternating": 0.5}
-NOISE = 0.05  # share of positions at which a user takes some other item instead
+NOISE = 0.05  # share of random items
 
 _BRANDS = ("Harrow", "Larkspur", "Quillon", "Tamarind", "Osprey", "Velden", "Mirrin", "Calder", "Juniper", "Ashgrove")
 _HOUSES = ("Press", "House", "Studio", "Works", "Workshop", "Editions", "Collective", "Makers", "Atelier", "Supply")
@@ -41,52 +41,62 @@ _NUMBERS = ("One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight")
 
 def toy_shop(num_users: int = 600, num_items: int = 192, seed: int = 0) -> Interactions:
     """
-    Generate a shop: items come in series of eight volumes, three series make a brand, each series has a category.
+    Generate a shop. Eight volumes make a series, three series make a brand, and each series has a category.
 
-    Three kinds of users, told by the prefix of the user id:
+    There are three kinds of users. The prefix of the user id names the kind:
 
-    * `series-…` take the volumes of a series in order, then those of the brand's next series;
-    * `brand-…` go through a brand: the same volume of each of its series, then the next volume;
-    * `alternating-…` follow two series of two brands, turn about, each in order: what comes next is told by the item
-      before the last one, and hardly by the last.
+    * `series-…` reads the volumes of a series in order, then those of the brand's next series;
+    * `brand-…` reads the same volume of each series of a brand, then the next volume of each;
+    * `alternating-…` alternates between two series of two brands, each in order. The next item follows from the item
+      before the last one, and hardly from the last.
 
-    At one position in twenty a user takes any other item instead.
+    One position in twenty is a random item instead.
 
     Args:
         num_users (`int`, *optional*, defaults to `600`):
-            Users; each has 6 to 12 items.
+            Number of users. Each has 6 to 12 items.
         num_items (`int`, *optional*, defaults to `192`):
-            Items; rounded down to whole series.
+            Number of items, rounded down to whole series.
         seed (`int`, *optional*, defaults to `0`):
-            Equal arguments give the equal shop.
+            Seed of the random numbers.
 
     Returns:
         `Interactions`: items have title, description, brand and categories.
 
     Raises:
-        ValueError: too few items for two brands, or more than there are names for.
+        `ValueError`: if there are too few items for two brands, more than there are names, or no users.
+
+    Example:
+
+    ```python
+    >>> from lasar_hf.data import toy_shop
+
+    >>> shop = toy_shop(num_users=2)
+    >>> shop.user_ids[1], shop.histories[1]
+    ('series-1', [43, 44, 45, 46, 47, 24, 25, 26, 27, 28, 29, 30])
+    ```
     """
     num_series = num_items // VOLUMES
     names = [" ".join(filter(None, name)) for name in _name_parts()]
-    if not 2 * SERIES_A_BRAND <= num_series <= len(names):
-        least, most = 2 * SERIES_A_BRAND * VOLUMES, len(names) * VOLUMES
-        raise ValueError(f"`num_items` is {num_items}, expected {least} to {most}.")
+    if not 2 * SERIES_PER_BRAND <= num_series <= len(names):
+        least, most = 2 * SERIES_PER_BRAND * VOLUMES, len(names) * VOLUMES
+        raise ValueError(f"num_items is {num_items}; expected {least} to {most}.")
     if num_users < 1:
-        raise ValueError(f"`num_users` is {num_users}, expected at least 1.")
+        raise ValueError(f"num_users is {num_users}; expected at least 1.")
     rng = np.random.default_rng(seed)
     titles = [names[index] for index in rng.permutation(len(names))[:num_series]]
     categories = rng.permutation(np.arange(num_series) % len(_CATEGORIES))
     items = [
-        _item(titles[series], series // SERIES_A_BRAND, _CATEGORIES[categories[series]], volume)
+        _item(titles[series], series // SERIES_PER_BRAND, _CATEGORIES[categories[series]], volume)
         for series in range(num_series)
         for volume in range(VOLUMES)
     ]
-    # A few series are taken far more often than others, as in any shop.
+    # A few series are far more popular than the others.
     popularity = 1.0 / np.arange(1, num_series + 1)
     popularity = rng.permutation(popularity / popularity.sum())
     kinds = rng.choice(list(SHARES), size=num_users, p=list(SHARES.values()))
     return Interactions(
-        item_ids=[f"item-{row}" for row in range(len(items))],
+        item_ids=[f"item-{index}" for index in range(len(items))],
         items=items,
         user_ids=[f"{kind}-{user}" for user, kind in enumerate(kinds)],
         histories=[_history(str(kind), num_series, popularity, rng) for kind in kinds],
@@ -94,22 +104,22 @@ def toy_shop(num_users: int = 600, num_items: int = 192, seed: int = 0) -> Inter
 
 
 def next_volume(item: int, num_items: int) -> int:
-    """The volume after an item; after a series' last one the first of the brand's next series."""
+    """The next volume; after the last volume of a series, the first of the brand's next series."""
     return _brand_step(item, num_items, series_first=False)
 
 
 def next_of_brand(item: int, num_items: int) -> int:
-    """The same volume of the brand's next series; after its last series the next volume of its first."""
+    """The same volume of the brand's next series; after the last series, the next volume of the first."""
     return _brand_step(item, num_items, series_first=True)
 
 
 def _brand_step(item: int, num_items: int, series_first: bool) -> int:
     series, volume = divmod(item, VOLUMES)
-    first = series // SERIES_A_BRAND * SERIES_A_BRAND
-    count = min(SERIES_A_BRAND, num_items // VOLUMES - first)  # the last brand may have fewer series
+    first = series // SERIES_PER_BRAND * SERIES_PER_BRAND
+    count = min(SERIES_PER_BRAND, num_items // VOLUMES - first)  # the last brand may have fewer series
     if series_first:
-        place = (volume * count + series - first + 1) % (count * VOLUMES)
-        return (first + place % count) * VOLUMES + place // count
+        position = (volume * count + series - first + 1) % (count * VOLUMES)
+        return (first + position % count) * VOLUMES + position // count
     return first * VOLUMES + ((series - first) * VOLUMES + volume + 1) % (count * VOLUMES)
 
 
@@ -117,7 +127,7 @@ def _history(kind: str, num_series: int, popularity: np.ndarray, rng: np.random.
     num_items = num_series * VOLUMES
     series = [rng.choice(num_series, p=popularity)]
     if kind == "alternating":
-        elsewhere = np.where(np.arange(num_series) // SERIES_A_BRAND == series[0] // SERIES_A_BRAND, 0.0, popularity)
+        elsewhere = np.where(np.arange(num_series) // SERIES_PER_BRAND == series[0] // SERIES_PER_BRAND, 0.0, popularity)
         series.append(rng.choice(num_series, p=elsewhere / elsewhere.sum()))
     upcoming = [int(one * VOLUMES + rng.integers(VOLUMES)) for one in series]
     step = next_of_brand if kind == "brand" else next_volume

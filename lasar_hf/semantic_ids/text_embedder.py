@@ -52,19 +52,7 @@ class TfidfEmbedder:
         self.components: np.ndarray | None = None  # (width, V) float32, width <= dim
 
     def fit(self, texts: Sequence[str]) -> "TfidfEmbedder":
-        """
-        Learn the vocabulary, the weights of its words, and the directions of largest variance.
-
-        Args:
-            texts (`Sequence[str]`):
-                At least one text.
-
-        Returns:
-            [`TfidfEmbedder`]: itself.
-
-        Raises:
-            `ValueError`: no text, or `dim` below 1.
-        """
+        """Learn the vocabulary, the weights of its words, and the directions of largest variance."""
         if isinstance(texts, str) or not len(texts):
             raise ValueError(f"texts is {texts!r}; expected a sequence of at least one text.")
         if self.dim < 1:
@@ -88,17 +76,9 @@ class TfidfEmbedder:
 
     def transform(self, texts: Sequence[str]) -> np.ndarray:
         """
-        Embed texts without fitting again.
+        Embed texts without fitting again: vectors `(N, dim)`, float32.
 
-        Args:
-            texts (`Sequence[str]`):
-                `N` texts. Words outside the vocabulary are ignored.
-
-        Returns:
-            `np.ndarray` of shape `(N, dim)`, float32. A text without a known word gets a zero row.
-
-        Raises:
-            `ValueError`: the embedder is not fitted.
+        Words outside the vocabulary are ignored. A text without a known word gets a zero row.
         """
         self._check_fitted()
         vectors = np.zeros((len(texts), self.dim), dtype=np.float32)
@@ -111,15 +91,7 @@ class TfidfEmbedder:
         return self.fit(texts).transform(texts)
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
-        """
-        Write vocabulary, word weights, components and settings into one safetensors file.
-
-        The file is the same byte for byte after the same fit, and loading it runs no code.
-
-        Args:
-            save_directory (`str` or `os.PathLike`):
-                Folder, created if missing.
-        """
+        """Write one safetensors file, the same byte for byte after the same fit, into a folder, created if missing."""
         self._check_fitted()
         words = [] if self.vectorizer is None else self.vectorizer.get_feature_names_out().tolist()
         idf = np.zeros(0) if self.vectorizer is None else self.vectorizer.idf_
@@ -130,16 +102,7 @@ class TfidfEmbedder:
 
     @classmethod
     def from_pretrained(cls, save_directory: str | os.PathLike) -> "TfidfEmbedder":
-        """
-        Load an embedder that [`~TfidfEmbedder.save_pretrained`] wrote; its vectors are exactly the same.
-
-        Args:
-            save_directory (`str` or `os.PathLike`):
-                Folder to read.
-
-        Raises:
-            `FileNotFoundError`: the folder has no embedder.
-        """
+        """Load an embedder that [`~TfidfEmbedder.save_pretrained`] wrote; its vectors are exactly the same."""
         path = Path(save_directory) / EMBEDDER_NAME
         if not path.is_file():
             raise FileNotFoundError(f"{path} not found; expected the folder of a saved TfidfEmbedder.")
