@@ -1,7 +1,7 @@
 """
 Recommend with a checkpoint: item ids in, items with titles out.
 
-    python examples/recommend.py outputs/quickstart/model 12 40 13
+    python examples/recommend.py outputs/quickstart/model item-12 item-40 item-13
 """
 
 import argparse
