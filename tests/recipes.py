@@ -57,6 +57,11 @@ def save_prepared(folder: Path, users: int = 23, max_history: int = 50) -> None:
     write_json(folder / "prepared.json", {"codebook_size": 4, "max_history": max_history})
 
 
+def first_code_reward(completion_ids: list[list[int]], **kwargs) -> list[float]:
+    """A reward as a user writes it, for the dotted path of `reward_funcs`."""
+    return [float(ids[0] % 2) for ids in completion_ids]
+
+
 def report(folder: Path) -> dict:
     """The report of recipes/eval.py without its folder and its times."""
     content = json.loads((folder / "report.json").read_text())

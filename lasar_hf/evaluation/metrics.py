@@ -40,7 +40,7 @@ def ranks(predictions: Any, references: Any) -> np.ndarray:
     """
     predictions, references = _integers("predictions", predictions, 2), _integers("references", references, 1)
     if len(predictions) != len(references):
-        raise ValueError(f"predictions has {len(predictions)} lists; expected one for each of {len(references)} references.")
+        raise ValueError(f"predictions has {len(predictions)} lists, references {len(references)} items.")
     if len(references) == 0:
         raise ValueError("predictions and references are empty; expected at least one user.")
     _refuse("references", references < 0, references, "a target must be an item index, 0 or more")

@@ -118,7 +118,8 @@ class RankingEvaluator:
 
     def __call__(self, model: LasarForGenerativeRec) -> dict[str, float]:
         """`HR@k`, `NDCG@k` and `mean_depth` of the model."""
-        output = recommend_samples(model, self.samples, self.processor, max(self.ks), self.num_beams, self.latent_steps)
+        top_k = max(self.ks)
+        output = recommend_samples(model, self.samples, self.processor, top_k, self.num_beams, self.latent_steps)
         targets, num_items = self.samples["target"], len(self.processor.catalog)
         row = evaluate_recommendations(output.items, targets, num_items, output.latent_steps, ks=self.ks)
         return {name: value for name, value in row.items() if name.startswith(("HR", "NDCG", "mean_depth"))}
