@@ -26,9 +26,6 @@ def popularity_ranking(train_sequences: Sequence[Sequence[int]], num_items: int,
 
     Returns:
         `np.ndarray` of shape `(k,)`, int64: item indices, best first; -1 pads if the catalogue has fewer items.
-
-    Raises:
-        `ValueError`: if an item index is outside the catalogue.
     """
     return _pad(_popularity_order(train_sequences, num_items)[:top_k], top_k)
 

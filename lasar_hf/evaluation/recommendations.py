@@ -17,24 +17,12 @@ from .report import evaluate_recommendations
 
 @dataclass(frozen=True)
 class Recommendations:
-    """
-    Recommendations for a table of samples, in the order of the table.
+    """Recommendations for a table of samples, in the order of the table."""
 
-    Args:
-        items (`np.ndarray` of shape `(U, k)`):
-            Item indices, best first; -1 pads.
-        scores (`np.ndarray` of shape `(U, k)`):
-            Log-probabilities; `-inf` at padding.
-        latent_steps (`np.ndarray` of shape `(U,)`):
-            Number of latent steps of each sample.
-        seconds (`float`):
-            Wall-clock time of all samples together.
-    """
-
-    items: np.ndarray
-    scores: np.ndarray
-    latent_steps: np.ndarray
-    seconds: float
+    items: np.ndarray  # (U, k) item indices, best first; -1 pads
+    scores: np.ndarray  # (U, k) log-probabilities; -inf at padding
+    latent_steps: np.ndarray  # (U,)
+    seconds: float  # wall-clock time of all samples together
 
 
 def recommend_samples(
@@ -70,9 +58,6 @@ def recommend_samples(
             Whether to show a progress bar.
         exclude_history (`bool`, *optional*, defaults to `False`):
             Whether to leave the items of a sample's history out of its recommendations.
-
-    Returns:
-        [`Recommendations`].
     """
     histories = samples["history"]
     prompts = [processor.prompt_ids(history) for history in histories]

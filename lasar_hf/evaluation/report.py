@@ -37,9 +37,6 @@ def evaluate_recommendations(
     Returns:
         `dict`: the numbers of [`score_predictions`], `mean_depth` if `latent_steps` is given and `ms_per_user`
         (milliseconds) if `seconds` is given.
-
-    Raises:
-        `ValueError`: as [`score_predictions`]; if `latent_steps` does not have one entry per user.
     """
     row = score_predictions(predictions, targets, num_items, ks)
     if latent_steps is not None:
@@ -82,7 +79,6 @@ def save_report(folder: str | os.PathLike, rows: Mapping[str, Row], details: Map
 
     Raises:
         `ValueError`: if a number is not finite. Nothing is written then.
-        `TypeError`: if JSON cannot represent a detail.
     """
     content = json.dumps({"results": rows, "details": details or {}}, indent=2, allow_nan=False) + "\n"
     for name, text in {"report.json": content, "report.md": comparison_table(rows)}.items():
