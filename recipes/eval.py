@@ -79,6 +79,7 @@ def evaluate_model(args: EvaluateArguments, data: PreparedData, samples, path: s
     state = PartialState()
     processor = LasarProcessor.from_pretrained(path)
     data.check_catalog(processor.catalog, path)
+    data.processor(processor.tokenizer, processor.instruction, processor.max_history)  # warns if samples keep less
     model = LasarForGenerativeRec.from_pretrained(path).to(state.device).eval()
 
     # 1. Deal out whole batches in the order of recommend_samples, so that any number of processes rounds alike.

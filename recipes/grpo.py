@@ -65,6 +65,7 @@ def main(script: GRPOScriptArguments, training_args: LasarGRPOConfig, model_args
     model = model_args.model_name_or_path
     processor = LasarProcessor.from_pretrained(model)
     data.check_catalog(processor.catalog, model)
+    data.processor(processor.tokenizer, processor.instruction, processor.max_history)  # warns if samples keep less
     config = LasarConfig.from_pretrained(model)
     rewards = load_rewards(script.reward_funcs, processor.catalog, config, training_args.num_generations)
     if model_args.use_peft:  # adapters are named after the layers of the loaded model

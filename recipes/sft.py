@@ -120,6 +120,7 @@ def stage2_model(script: SFTScriptArguments, model_args: LasarModelConfig, data:
     processor = LasarProcessor.from_pretrained(model_args.model_name_or_path)
     processor.check_format(instruction=script.instruction, max_history=script.max_history)
     data.check_catalog(processor.catalog, model_args.model_name_or_path)
+    data.processor(processor.tokenizer, processor.instruction, processor.max_history)  # warns if samples keep less
     return LasarForGenerativeRec.from_pretrained(model_args.model_name_or_path, **model_args.init_kwargs), processor
 
 

@@ -72,6 +72,13 @@ def test_another_catalogue_is_refused(recipe, folder, tmp_path):
         recipe.main(recipe.EvaluateArguments(**args))
 
 
+def test_samples_that_keep_less_than_the_prompts_show_give_a_warning(recipe, folder, tmp_path):
+    save_prepared(tmp_path / "data", max_history=2)
+    args = arguments(folder, tmp_path / "report") | {"data_dir": str(tmp_path / "data"), "users": 3}
+    with pytest.warns(UserWarning, match="max_history"):
+        recipe.main(recipe.EvaluateArguments(**args))
+
+
 @pytest.mark.parametrize("models", [["path/only"], ["a=x", "a=y"], ["Markov=x"], ["a=x@half"]])
 def test_models_that_cannot_be_read_are_refused(recipe, models):
     with pytest.raises(ValueError, match="models"):
