@@ -1,23 +1,25 @@
 """
-Reinforcement learning of quality and depth together.
+Reinforcement learning (GRPO) of recommendation quality and depth.
 
     accelerate launch recipes/grpo.py --config recipes/scientific/grpo.yaml
 
-Resumes from the last checkpoint in `output_dir` where there is one.
+Resumes from the last checkpoint in `output_dir`. The prompt format is that of the starting checkpoint.
 """
 
 from dataclasses import asdict, dataclass, field
 
-from transformers import AutoTokenizer, set_seed
+import numpy as np
+from transformers import set_seed
 from trl import TrlParser
 
-from lasar_hf import LasarForGenerativeRec, LasarGRPOConfig, LasarGRPOTrainer, SidCatalog
+from lasar_hf import LasarConfig, LasarForGenerativeRec, LasarGRPOConfig, LasarGRPOTrainer, LasarProcessor
 from lasar_hf.data import PreparedData, grpo_examples
 from lasar_hf.files import folder_hashes
 from lasar_hf.reasoning import AnchorStore, checkpoint_hash
 from lasar_hf.trainers import (
     LasarModelConfig,
     checkpoint_to_resume,
+    load_rewards,
     lora_from_arguments,
     save_trained,
     unsharded_weights,
@@ -26,50 +28,55 @@ from lasar_hf.trainers import (
 
 @dataclass
 class GRPOScriptArguments:
-    """From what, on which rows."""
+    """Arguments of reinforcement learning, next to those of the trainer and the model."""
 
     data_dir: str = field(metadata={"help": "Folder that recipes/prepare.py wrote."})
-    stage1_model: str | None = field(
-        default=None, metadata={"help": "Stage-1 checkpoint, whose anchors are used; no terminal loss if not given."}
+    anchors_dir: str | None = field(
+        default=None, metadata={"help": "Anchors that stage 2 wrote. Without them there is no terminal loss."}
     )
-    anchors_dir: str | None = field(default=None, metadata={"help": "Anchors that stage 2 wrote."})
-    instruction: str = field(default="Recommend the next item.", metadata={"help": "Text before the history."})
-    max_history: int = field(default=50, metadata={"help": "Most items of a history that are shown."})
+    stage1_model: str | None = field(default=None, metadata={"help": "Stage-1 checkpoint that encoded the anchors."})
+    reward_funcs: list[str] = field(
+        default_factory=lambda: ["exact_match", "ranking"],
+        metadata={"help": "Rewards: exact_match, ranking, or the dotted path of a function, such as mine.diversity."},
+    )
 
 
-def terminal_anchors(script: GRPOScriptArguments, dtype: str) -> AnchorStore | None:
-    """The anchors of stage 2, checked against the checkpoint that made them."""
+def terminal_anchors(script: GRPOScriptArguments, dtype: str) -> np.ndarray | None:
+    """Last anchor of each sample `(S, H)`, after a check that the stage-1 checkpoint encoded it."""
     if script.anchors_dir is None:
         return None
     if script.stage1_model is None:
-        raise ValueError("anchors_dir is given without stage1_model: name the checkpoint that made the anchors.")
+        raise ValueError("anchors_dir is set without stage1_model: name the checkpoint that encoded the anchors.")
     with unsharded_weights():
         stage1 = LasarForGenerativeRec.from_pretrained(script.stage1_model, dtype=dtype)
-    return AnchorStore.load(script.anchors_dir, checkpoint_hash(stage1))
+    return AnchorStore.load(script.anchors_dir, checkpoint_hash(stage1)).terminal()
 
 
 def main(script: GRPOScriptArguments, training_args: LasarGRPOConfig, model_args: LasarModelConfig) -> None:
-    """Train and save model, tokenizer and catalogue together."""
+    """Train and save a checkpoint that evaluation and serving load."""
+    if model_args.model_name_or_path is None:
+        raise ValueError("GRPO continues stage 2: set model_name_or_path to its checkpoint.")
     set_seed(training_args.seed)
     data = PreparedData.load(script.data_dir)
     checkpoint = checkpoint_to_resume(
         training_args, **asdict(script), **asdict(model_args), data=folder_hashes(script.data_dir, "**/data-*.arrow"),
         start=folder_hashes(model_args.model_name_or_path, "*.safetensors"),
     )
-    catalog = SidCatalog.from_pretrained(model_args.model_name_or_path)
-    data.check_catalog(catalog.item_ids, catalog.codes, model_args.model_name_or_path)
-    tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path)
-    processor = data.processor(tokenizer, script.instruction, script.max_history)
-    training_args.model_init_kwargs = model_args.init_kwargs | (training_args.model_init_kwargs or {})
-    peft_config = None
-    if model_args.use_peft:
+    model = model_args.model_name_or_path
+    processor = LasarProcessor.from_pretrained(model)
+    data.check_catalog(processor.catalog, model)
+    data.processor(processor.tokenizer, processor.instruction, processor.max_history)  # warns if samples keep less
+    config = LasarConfig.from_pretrained(model)
+    rewards = load_rewards(script.reward_funcs, processor.catalog, config, training_args.num_generations)
+    if model_args.use_peft:  # adapters are named after the layers of the loaded model
         with unsharded_weights():
-            model = LasarForGenerativeRec.from_pretrained(model_args.model_name_or_path, **model_args.init_kwargs)
-        peft_config = lora_from_arguments(model, model_args)
+            model = LasarForGenerativeRec.from_pretrained(model, **model_args.init_kwargs)
+    else:  # by name, so that TRL can load the reference model too
+        training_args.model_init_kwargs = model_args.init_kwargs | (training_args.model_init_kwargs or {})
     trainer = LasarGRPOTrainer(
-        model_args.model_name_or_path, training_args, catalog,
+        model, training_args, reward_funcs=rewards, processing_class=processor,
         train_dataset=grpo_examples(data.samples["train"], processor, terminal_anchors(script, model_args.dtype)),
-        processing_class=tokenizer, peft_config=peft_config,
+        peft_config=lora_from_arguments(model, model_args),
     )
     trainer.train(resume_from_checkpoint=checkpoint)
     save_trained(trainer)

@@ -1,16 +1,14 @@
 """
-Recommend for a table of histories, in shards that several processes share and a second run completes.
+Recommend for a table of histories, in shards that several processes share. A second run completes a first one.
 
     accelerate launch recipes/recommend.py --config recipes/scientific/recommend.yaml
     torchrun --nproc_per_node 2 recipes/recommend.py --config recipes/scientific/recommend.yaml
 
-Reads `user_id` and `history` (item ids, oldest first) from Parquet or JSON lines and writes `part-00000.parquet` …
-with `user_id`, `item_ids`, `scores` (log-probabilities) and `latent_steps`. The shards do not depend on the number of
-processes. A shard appears when it is whole; one that is there is not computed again.
+Reads `user_id` and `history` (item ids, oldest first) from Parquet or JSON lines. Writes `part-00000.parquet` … with
+`user_id`, `item_ids`, `scores` (log-probabilities) and `latent_steps`. The shards do not depend on the number of
+processes; a complete shard is not computed again. The prompt format is that of the checkpoint.
 """
 
-import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -20,138 +18,132 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer
 from trl import TrlParser
 
-from lasar_hf import LasarForGenerativeRec, SidCatalog
-from lasar_hf.data import LasarProcessor
-from lasar_hf.data.tables import id_text, read_batches
+from lasar_hf import LasarForGenerativeRec, LasarProcessor, SidCatalog
+from lasar_hf.data.readers import id_text, read_batches
 from lasar_hf.evaluation import recommend_samples
-from lasar_hf.files import file_hash, folder_hashes, write_json
+from lasar_hf.files import atomic_file, file_hash, folder_hashes, read_json, write_json
+from lasar_hf.onednn import onednn_linear
 
 
-# What decides the answers of a checkpoint.
+# Files of a checkpoint that decide its recommendations.
 MODEL_FILES = (
-    "*.safetensors", "*.bin", "config.json", "adapter_config.json", "sid_catalog.json", "tokenizer*", "vocab*",
-    "merges.txt", "*.model", "*.py",
+    "*.safetensors", "*.bin", "config.json", "adapter_config.json", "processor_config.json", "sid_catalog.json",
+    "tokenizer*", "vocab*", "merges.txt", "*.model", "*.py",
 )  # fmt: skip
 
 
 @dataclass
 class RecommendArguments:
-    """For whom to recommend what, with which model."""
+    """Arguments of a batch of recommendations."""
 
-    model: str = field(metadata={"help": "Checkpoint with its tokenizer and catalogue."})
+    model: str = field(metadata={"help": "Checkpoint with its processor and catalogue."})
     histories: str = field(metadata={"help": "`.parquet` or `.jsonl` with `user_id` and `history` (item ids)."})
     output_dir: str = field(metadata={"help": "Folder of the shards."})
-    top_k: int = field(default=10, metadata={"help": "Items for each user."})
+    top_k: int = field(default=10, metadata={"help": "Items per user."})
     num_beams: int = field(default=50, metadata={"help": "Width of the beam search."})
-    latent_steps: int | None = field(default=None, metadata={"help": "Fixed depth, 0 for none; else the policy's."})
-    exclude_history: bool = field(default=False, metadata={"help": "Never recommend an item of the history."})
-    instruction: str = field(default="Recommend the next item.", metadata={"help": "Text before the history."})
-    max_history: int = field(default=50, metadata={"help": "Most items of a history that are shown."})
-    batch_size: int = field(default=64, metadata={"help": "Users a batch."})
-    shard_size: int = field(default=2048, metadata={"help": "Users a shard."})
+    latent_steps: int | None = field(
+        default=None, metadata={"help": "Number of latent steps, 0 for direct generation. Default: the policy's."}
+    )
+    exclude_history: bool = field(default=False, metadata={"help": "Leave out the items of the history."})
+    batch_size: int = field(default=64, metadata={"help": "Users per batch."})
+    shard_size: int = field(default=2048, metadata={"help": "Users per shard."})
 
     def __post_init__(self):
         for name in ("batch_size", "shard_size"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1.")
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1.")
 
 
 def read_histories(path: Path, catalog: SidCatalog) -> tuple[list[str], list[list[int]]]:
-    """User ids, and histories as item rows. Raises `ValueError` for what is missing, empty or unknown."""
+    """User ids, and their histories as item indices."""
     users, histories = [], []
     for start, batch in read_batches(path, ["user_id", "history"]):
-        for number, (user, history) in enumerate(zip(batch["user_id"], batch["history"], strict=True), start):
-            name = id_text(user)
-            if name is None:
-                raise ValueError(f"{path}: row {number} has no user_id.")
-            if history and not isinstance(history, list):
-                raise ValueError(f"{path}: the history of user {name!r} is {history!r}, expected a list of item ids.")
-            if not history:
-                raise ValueError(f"{path}: the history of user {name!r} is empty.")
-            rows = [catalog.index_of.get(id_text(item)) for item in history]
-            if None in rows:
-                unknown = history[rows.index(None)]
-                raise ValueError(f"{path}: user {name!r} has the item {unknown!r}, which the catalogue lacks.")
-            users.append(name)
-            histories.append(rows)
+        for row, (user, history) in enumerate(zip(batch["user_id"], batch["history"], strict=True), start):
+            user_id = id_text(user)
+            if user_id is None:
+                raise ValueError(f"{path}: row {row}: invalid user_id {user!r}; expected a string or an integer.")
+            if not isinstance(history, list) or not history:
+                raise ValueError(f"{path}: the history of user {user_id!r} is {history!r}; expected a list of ids.")
+            items = [catalog.index_of.get(id_text(item)) for item in history]
+            if None in items:
+                unknown = history[items.index(None)]
+                raise ValueError(f"{path}: the history of user {user_id!r} has {unknown!r}; not in the catalogue.")
+            users.append(user_id)
+            histories.append(items)
     if not users:
-        raise ValueError(f"{path} holds no history.")
+        raise ValueError(f"{path} has no rows; expected a user_id and a history in each.")
     return users, histories
 
 
-def model_files(model: str) -> dict[str, str]:
-    """Hash of each file that decides what a checkpoint answers; of an adapter, those of what it adapts too."""
+def model_hashes(model: str) -> dict[str, str]:
+    """Hash of each file that decides the recommendations; for an adapter, those of its base model too."""
     parts = [folder_hashes(model, pattern) for pattern in MODEL_FILES]
-    files = {name: digest for part in parts for name, digest in part.items()}
+    hashes = {name: digest for part in parts for name, digest in part.items()}
     adapter = Path(model, "adapter_config.json")
     if adapter.exists():
-        base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
-        files |= {f"{base}/{name}": digest for name, digest in model_files(base).items()}
-    return files
+        base = read_json(adapter)["base_model_name_or_path"]
+        hashes |= {f"{base}/{name}": digest for name, digest in model_hashes(base).items()}
+    return hashes
 
 
-def check_request(args: RecommendArguments, folder: Path) -> None:
-    """Write down what the shards answer; a folder with shards that answer something else is refused."""
-    request = {**asdict(args), "histories_sha256": file_hash(args.histories), "model": model_files(args.model)}
+def write_request(args: RecommendArguments, folder: Path) -> None:
+    """Write the settings of the shards; refuse a folder whose shards have other settings."""
+    request = {**asdict(args), "histories_sha256": file_hash(args.histories), "model": model_hashes(args.model)}
     del request["output_dir"], request["histories"]
     path = folder / "request.json"
     if path.exists() and any(folder.glob("part-*.parquet")):
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = read_json(path)
         changed = sorted(name for name in request if request[name] != before.get(name))
         if changed:
-            raise ValueError(f"{folder} holds shards made with another {', '.join(changed)}: use another output_dir.")
+            raise ValueError(
+                f"{folder} holds shards with different settings ({', '.join(changed)}). Use another output_dir."
+            )
     write_json(path, request)
 
 
 def is_done(path: Path, request: str) -> bool:
-    """Whether a shard is there. Raises `ValueError` for one of another request, as two jobs in one folder leave."""
+    """Whether the shard exists. Two jobs in one folder can leave one of another request, which is refused."""
     if not path.exists():
         return False
     if (pq.read_schema(path).metadata or {}).get(b"request") != request.encode():
-        raise ValueError(f"{path} answers another request than this one: use another output_dir.")
+        raise ValueError(f"{path} was produced with different settings. Use another output_dir.")
     return True
 
 
 def main(args: RecommendArguments) -> None:
-    """Recommend for every user whose shard is not there yet."""
-    state = PartialState(cpu=not torch.accelerator.is_available())  # else every process would be alone on a CPU
+    """Recommend for the users of every missing shard."""
+    state = PartialState(cpu=not torch.accelerator.is_available())  # otherwise CPU processes do not find each other
     folder = Path(args.output_dir)
-    catalog = SidCatalog.from_pretrained(args.model)
-    users, histories = read_histories(Path(args.histories), catalog)
+    processor = LasarProcessor.from_pretrained(args.model)
+    users, histories = read_histories(Path(args.histories), processor.catalog)
     folder.mkdir(parents=True, exist_ok=True)
     if state.is_main_process:
-        check_request(args, folder)
+        write_request(args, folder)
     state.wait_for_everyone()
     request = file_hash(folder / "request.json")
     model = LasarForGenerativeRec.from_pretrained(args.model).to(state.device).eval()
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    processor = LasarProcessor(tokenizer, catalog.codes.numpy(), args.instruction, args.max_history)
-    shards = range(0, len(users), args.shard_size)
-    for number in tqdm(range(len(shards))[state.process_index :: state.num_processes], desc="Shards",
-                       disable=not state.is_main_process):
+    shards = list(enumerate(range(0, len(users), args.shard_size)))[state.process_index :: state.num_processes]
+    for number, start in tqdm(shards, desc="Shards", disable=not state.is_main_process):
         path = folder / f"part-{number:05d}.parquet"
         if is_done(path, request):
             continue
-        part = slice(shards[number], shards[number] + args.shard_size)
-        samples = Dataset.from_dict({"history": histories[part]})
-        found = recommend_samples(
-            model, samples, processor, catalog, args.top_k, args.num_beams, args.latent_steps, args.batch_size,
-            exclude_history=args.exclude_history,
-        )
-        kept = found.items >= 0
+        shard = slice(start, start + args.shard_size)
+        with onednn_linear(model):
+            output = recommend_samples(
+                model, Dataset.from_dict({"history": histories[shard]}), processor, args.top_k, args.num_beams,
+                args.latent_steps, args.batch_size, exclude_history=args.exclude_history,
+            )
+        decoded = processor.decode_recommendations(output)
         table = pa.table({
-            "user_id": users[part],
-            "item_ids": [[catalog.item_ids[item] for item in row[keep]] for row, keep in
-                         zip(found.items, kept, strict=True)],
-            "scores": pa.array([row[keep] for row, keep in zip(found.scores, kept, strict=True)],
-                               pa.list_(pa.float32())),
-            "latent_steps": found.latent_steps,
-        }).replace_schema_metadata({"request": request})
-        pq.write_table(table, folder / f"{path.name}.tmp")
-        os.replace(folder / f"{path.name}.tmp", path)
+            "user_id": users[shard],
+            "item_ids": [[entry["item_id"] for entry in entries] for entries in decoded],
+            "scores": pa.array([[entry["score"] for entry in entries] for entries in decoded], pa.list_(pa.float32())),
+            "latent_steps": output.latent_steps,
+        })
+        with atomic_file(path) as temporary:
+            pq.write_table(table.replace_schema_metadata({"request": request}), temporary)
     state.wait_for_everyone()
 
 

@@ -1,10 +1,10 @@
 """
-Supervised stages: 1 grounds Semantic IDs, 2 teaches latent reasoning.
+Supervised training: stage 1 grounds the Semantic IDs, stage 2 teaches latent reasoning.
 
     accelerate launch recipes/sft.py --config recipes/scientific/stage1.yaml
     accelerate launch recipes/sft.py --config recipes/scientific/stage2.yaml
 
-Resumes from the last checkpoint in `output_dir` where there is one.
+Resumes from the last checkpoint in `output_dir`. The result holds model, tokenizer, catalogue and prompt format.
 """
 
 from dataclasses import asdict, dataclass, field, fields
@@ -14,9 +14,9 @@ from accelerate import PartialState
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import TrlParser
 
-from lasar_hf import LasarForGenerativeRec, LasarSFTConfig, LasarSFTTrainer, SidCatalog
+from lasar_hf import LasarForGenerativeRec, LasarProcessor, LasarSFTConfig, LasarSFTTrainer
 from lasar_hf.arguments import check_choices, read_json_object
-from lasar_hf.data import LasarProcessor, PreparedData, reasoning_examples, sft_examples, stage1_examples
+from lasar_hf.data import PreparedData, reasoning_examples, sft_examples, stage1_examples
 from lasar_hf.evaluation import RankingEvaluator
 from lasar_hf.files import folder_hashes
 from lasar_hf.reasoning import AnchorStore, checkpoint_hash, encode_anchors
@@ -32,31 +32,38 @@ from lasar_hf.trainers import (
 
 @dataclass
 class SFTScriptArguments:
-    """Which stage, from what, on which rows."""
+    """Arguments of supervised training, next to those of the trainer and the model."""
 
     data_dir: str = field(metadata={"help": "Folder that recipes/prepare.py wrote."})
     stage: int = field(default=1, metadata={"help": "1: SID grounding, 2: latent reasoning.", "choices": [1, 2]})
     backbone_config: dict | str | None = field(
-        default=None, metadata={"help": "Stage 1 from scratch: arguments of the backbone's config, with `model_type`."}
+        default=None,
+        metadata={"help": "Stage 1 from scratch: config of the backbone with `model_type` (or JSON)."},
     )
-    max_latent_steps: int = field(default=8, metadata={"help": "Largest number of latent steps."})
-    instruction: str = field(default="Recommend the next item.", metadata={"help": "Text before the history."})
-    max_history: int = field(default=50, metadata={"help": "Most items of a history that are shown."})
+    max_latent_steps: int = field(default=8, metadata={"help": "Stage 1: largest number of latent steps."})
     codebook_init: bool = field(
-        default=False, metadata={"help": "Stage 1: start the Semantic-ID tokens from the quantizer's codebooks."}
+        default=False, metadata={"help": "Stage 1: initialise the Semantic-ID tokens from the quantizer's codebooks."}
     )
-    rows: list[str] = field(
+    tasks: list[str] = field(
         default_factory=lambda: ["next_item", "alignment"],
         metadata={
-            "help": "Stage 1 rows: next_item (each sample), history (loss on every item of a user), alignment or some "
-            "of its tasks title_to_sid, description_to_sid, sid_to_title, titles_to_sid. A weight is how often a row "
-            "is seen in an epoch: next_item=2 is twice, alignment=0.5 a half of the rows, the same in every epoch."
+            "help": "Stage 1 tasks: next_item (one example per sample), history (loss on every item of a user), "
+            "alignment, or some of its parts title_to_sid, description_to_sid, sid_to_title, titles_to_sid. "
+            "next_item=2 repeats the examples of a task, alignment=0.5 keeps a fixed half of them."
         },
+    )
+    instruction: str | None = field(
+        default=None, metadata={"help": "Text before the history. Stage 2 uses that of the stage-1 checkpoint."}
+    )
+    max_history: int | None = field(
+        default=None,
+        metadata={"help": "Maximum number of history items in a prompt (most recent kept). Stage 2: as instruction."},
     )
     anchor_context: str = field(
         default="segment",
         metadata={
-            "help": "Stage 2: encode a segment alone (segment; the paper) or after prompt and earlier ones (chain).",
+            "help": "Stage 2: encode a segment alone (segment, as in the paper) or after the prompt and the earlier "
+            "segments (chain).",
             "choices": ["segment", "chain"],
         },
     )
@@ -66,91 +73,94 @@ class SFTScriptArguments:
         check_choices(self)
         read_json_object(self, "backbone_config")
         if self.backbone_config is not None and self.backbone_config.get("model_type") not in CONFIG_MAPPING:
-            kind = self.backbone_config.get("model_type")
-            raise ValueError(f"backbone_config has the model_type {kind!r}: name one that transformers knows.")
+            model_type = self.backbone_config.get("model_type")
+            raise ValueError(f"backbone_config has model_type {model_type!r}; expected one that transformers knows.")
 
 
-def load_model(script: SFTScriptArguments, model_args: LasarModelConfig, data: PreparedData):
-    """The stage-1 checkpoint of stage 2; for stage 1 a pre-trained backbone, or one from scratch."""
-    if script.stage == 2:
-        if model_args.model_name_or_path is None:
-            raise ValueError("Stage 2 continues stage 1: name its checkpoint in model_name_or_path.")
-        catalog = SidCatalog.from_pretrained(model_args.model_name_or_path)
-        data.check_catalog(catalog.item_ids, catalog.codes, model_args.model_name_or_path)
-        model = LasarForGenerativeRec.from_pretrained(model_args.model_name_or_path, **model_args.init_kwargs)
-        return model, AutoTokenizer.from_pretrained(model_args.model_name_or_path)
+def new_backbone(script: SFTScriptArguments, model_args: LasarModelConfig, tokenizer):
+    """A backbone with random weights for the tokenizer that prepare.py fitted."""
+    config_class = CONFIG_MAPPING[script.backbone_config["model_type"]]
+    names = {"model_type", *config_class.attribute_map, *(part.name for part in fields(config_class))}
+    unknown = sorted(set(script.backbone_config) - names)
+    if unknown:
+        raise ValueError(f"backbone_config has {unknown}, which {config_class.__name__} does not have.")
+    config = AutoConfig.for_model(
+        **script.backbone_config, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+    )
+    return AutoModelForCausalLM.from_config(config, **model_args.from_config_kwargs)
+
+
+def stage1_model(script: SFTScriptArguments, model_args: LasarModelConfig, data: PreparedData):
+    """A pre-trained or new backbone with Semantic-ID tokens, and its processor."""
+    if script.backbone_config is None and model_args.model_name_or_path is None:
+        raise ValueError("Stage 1 starts from a backbone: set model_name_or_path or backbone_config.")
     if script.backbone_config is None:
-        if model_args.model_name_or_path is None:
-            raise ValueError("Stage 1 starts from a backbone: give model_name_or_path or backbone_config.")
         tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path)
         backbone = AutoModelForCausalLM.from_pretrained(model_args.model_name_or_path, **model_args.init_kwargs)
     else:
         tokenizer = AutoTokenizer.from_pretrained(Path(script.data_dir, "tokenizer"))
-        config_class = CONFIG_MAPPING[script.backbone_config["model_type"]]
-        known = {"model_type", *config_class.attribute_map, *(part.name for part in fields(config_class))}
-        unknown = sorted(set(script.backbone_config) - known)
-        if unknown:
-            raise ValueError(f"backbone_config holds {unknown}, which {config_class.__name__} does not have.")
-        config = AutoConfig.for_model(
-            **script.backbone_config, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-        )
-        backbone = AutoModelForCausalLM.from_config(config, **model_args.from_config_kwargs)
+        backbone = new_backbone(script, model_args, tokenizer)
     model = LasarForGenerativeRec.from_backbone(
-        backbone, tokenizer, data.codes.shape[1], data.codebook_size, script.max_latent_steps
+        backbone, tokenizer, data.catalog.num_levels, data.codebook_size, script.max_latent_steps
     )
     if script.codebook_init:
-        if not Path(script.data_dir, "quantizer").exists():
-            raise ValueError(f"codebook_init needs a quantizer, but {script.data_dir} has none: unset it.")
-        model.set_sid_embeddings(ResidualKMeans.from_pretrained(Path(script.data_dir, "quantizer")).codebooks)
-    return model, tokenizer
+        quantizer = Path(script.data_dir, "quantizer")
+        if not quantizer.exists():
+            raise ValueError(f"codebook_init needs a quantizer, but {script.data_dir} has none. Set it to false.")
+        model.set_sid_embeddings(ResidualKMeans.from_pretrained(quantizer).codebooks)
+    instruction = "Recommend the next item." if script.instruction is None else script.instruction
+    return model, data.processor(tokenizer, instruction, 50 if script.max_history is None else script.max_history)
 
 
-def stage2_anchors(
-    script: SFTScriptArguments, model, data: PreparedData, processor: LasarProcessor, folder: Path
-) -> AnchorStore:
-    """Anchors by the stage-1 checkpoint, computed by the main process and read by all."""
-    stage1 = checkpoint_hash(model)
+def stage2_model(script: SFTScriptArguments, model_args: LasarModelConfig, data: PreparedData):
+    """The stage-1 checkpoint and its processor."""
+    if model_args.model_name_or_path is None:
+        raise ValueError("Stage 2 continues stage 1: set model_name_or_path to its checkpoint.")
+    processor = LasarProcessor.from_pretrained(model_args.model_name_or_path)
+    processor.check_format(instruction=script.instruction, max_history=script.max_history)
+    data.check_catalog(processor.catalog, model_args.model_name_or_path)
+    data.processor(processor.tokenizer, processor.instruction, processor.max_history)  # warns if samples keep less
+    return LasarForGenerativeRec.from_pretrained(model_args.model_name_or_path, **model_args.init_kwargs), processor
+
+
+def stage2_anchors(script: SFTScriptArguments, model, data: PreparedData, processor, folder: Path) -> AnchorStore:
+    """Anchors of the training samples, encoded by the main process and memory-mapped by all."""
+    samples, prompts = data.samples["train"], None
+    if script.anchor_context == "chain":
+        prompts = [processor.prompt_ids(history) for history in samples["history"]]
     state = PartialState()
-    if state.is_main_process:  # resumes, and does nothing where the same segments were encoded
-        samples, prompts = data.samples["train"], None
-        if script.anchor_context == "chain":
-            prompts = [processor.prompt_ids(history) for history in samples["history"]]
-        encode_anchors(
-            model.model.backbone, processor.tokenizer, samples["segments"], stage1, device=state.device, folder=folder,
-            context=script.anchor_context, prompts=prompts,
-        )
+    if state.is_main_process:  # opens the folder if it already holds these anchors
+        encode_anchors(model, processor, samples["segments"], folder=folder, prompts=prompts, device=state.device)
     state.wait_for_everyone()
-    return AnchorStore.load(folder, stage1)
+    return AnchorStore.load(folder, checkpoint_hash(model))
 
 
 def main(script: SFTScriptArguments, training_args: LasarSFTConfig, model_args: LasarModelConfig) -> None:
-    """Train one stage and save model, tokenizer and catalogue together."""
+    """Train one stage and save a checkpoint that the next stage, evaluation and serving load."""
     set_seed(training_args.seed)
     data = PreparedData.load(script.data_dir)
     checkpoint = checkpoint_to_resume(
         training_args, **asdict(script), **asdict(model_args), data=folder_hashes(script.data_dir, "**/data-*.arrow"),
         start=folder_hashes(model_args.model_name_or_path, "*.safetensors"),
     )
-    catalog = SidCatalog.from_pretrained(Path(script.data_dir, "catalog"))
     with unsharded_weights():
-        model, tokenizer = load_model(script, model_args, data)
-    processor = data.processor(tokenizer, script.instruction, script.max_history)
+        model, processor = (stage1_model if script.stage == 1 else stage2_model)(script, model_args, data)
     anchors = None
     if script.stage == 1:
-        rows = stage1_examples(data, processor, script.rows)
+        examples = stage1_examples(data, processor, script.tasks)
     else:
         anchors = stage2_anchors(script, model, data, processor, Path(training_args.output_dir, "anchors"))
-        rows = reasoning_examples(data.samples["train"], processor, anchors.depths)
-    validation = data.samples["validation"]
-    eval_samples = validation.shuffle(seed=0).select(range(min(script.eval_users, len(validation))))
-    evaluator = None
+        examples = reasoning_examples(data.samples["train"], processor, anchors.depths)
+    eval_examples, evaluator = None, None
     if script.eval_users:
-        evaluator = RankingEvaluator(eval_samples, processor, catalog, latent_steps=0 if script.stage == 1 else None)
+        validation = data.samples["validation"].shuffle(seed=0)
+        validation = validation.select(range(min(script.eval_users, len(validation))))
+        eval_examples = sft_examples(validation, processor).remove_columns("task")
+        evaluator = RankingEvaluator(validation, processor, latent_steps=0 if script.stage == 1 else None)
     trainer = LasarSFTTrainer(
-        model, training_args, catalog, anchors, train_dataset=rows,
-        eval_dataset=sft_examples(eval_samples, processor).remove_columns("task") if script.eval_users else None,
-        processing_class=tokenizer, ranking_evaluator=evaluator, peft_config=lora_from_arguments(model, model_args),
+        model, training_args, anchors=anchors, ranking_evaluator=evaluator, train_dataset=examples,
+        eval_dataset=eval_examples, processing_class=processor, peft_config=lora_from_arguments(model, model_args),
     )
     trainer.train(resume_from_checkpoint=checkpoint)
     save_trained(trainer)

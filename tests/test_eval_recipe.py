@@ -1,7 +1,5 @@
-"""recipes/eval.py: one process and two write the same report."""
+"""recipes/eval.py: the report, the prompt format, and two processes against one."""
 
-import importlib.util
-import json
 import os
 import subprocess
 import sys
@@ -10,38 +8,25 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from datasets import Dataset, DatasetDict
+from trl import TrlParser
 
+from lasar_hf import LasarForGenerativeRec
 from lasar_hf.data import PreparedData
-from tests.tiny import tiny_catalog, tiny_model
-
-
-ROOT = Path(__file__).resolve().parents[1]
+from tests.recipes import ROOT, load_recipe, report, save_checkpoint, save_prepared
+from tests.tiny import tiny_catalog
 
 
 @pytest.fixture(scope="module")
 def recipe():
-    spec = importlib.util.spec_from_file_location("evaluate_recipe", ROOT / "recipes" / "eval.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return load_recipe("eval")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A checkpoint and data of 23 users whose histories differ in length."""
+    """A checkpoint, and prepared data of 23 users."""
     folder = tmp_path_factory.mktemp("evaluate")
-    catalog = tiny_catalog()
-    for part in (*tiny_model(), catalog):
-        part.save_pretrained(folder / "checkpoint")
-    rows = [
-        {"user_id": f"user-{u}", "history": [(3 * u + step) % 20 for step in range(1 + u % 7)], "target": 5 * u % 20}
-        for u in range(23)
-    ]
-    items = Dataset.from_dict({"item_id": catalog.item_ids, "codes": catalog.codes.tolist()})
-    held_out = Dataset.from_list(rows)
-    PreparedData(items, DatasetDict(train=held_out, validation=held_out, test=held_out), 4).save(folder / "data")
+    save_checkpoint(folder / "checkpoint", instruction="")
+    save_prepared(folder / "data")
     return folder
 
 
@@ -50,41 +35,88 @@ def arguments(folder: Path, out: Path) -> dict:
     return dict(data_dir=str(folder / "data"), output_dir=str(out), models=models, batch_size=3, num_beams=8)
 
 
-def report(out: Path) -> dict:
-    """What the report says, but for the time it took and where it lies."""
-    read = json.loads((out / "report.json").read_text())
-    del read["details"]["arguments"]["output_dir"]
-    for row in read["results"].values():
-        row.pop("ms_per_user", None)
-    return read
+def test_report_has_baselines_and_models(recipe, folder, tmp_path):
+    recipe.main(recipe.EvaluateArguments(**arguments(folder, tmp_path)))
+    assert list(report(tmp_path)["results"]) == ["popularity", "Markov", "direct", "policy"]
 
 
-def test_processes_share_the_batches(recipe, folder, tmp_path, monkeypatch):
-    """Two processes, one after the other, each recommend for some users, in the batches of one, whose work it is."""
+def test_table_is_printed_even_if_saving_fails(recipe, folder, tmp_path, monkeypatch, capsys):
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(recipe, "save_report", fail)
+    with pytest.raises(OSError, match="disk full"):
+        recipe.main(recipe.EvaluateArguments(**arguments(folder, tmp_path) | {"users": 3}))
+    assert "| policy |" in capsys.readouterr().out
+
+
+def test_unusable_output_dir_fails_before_the_work(recipe, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(recipe, "evaluate_model", lambda *_: pytest.fail("the models were evaluated first"))
+    (tmp_path / "file").write_text("a file is in the way of the folder")
+    with pytest.raises(OSError):
+        recipe.main(recipe.EvaluateArguments(**arguments(folder, tmp_path / "file")))
+
+
+def test_another_instruction_is_refused(recipe, folder, tmp_path):
+    """The prompt format belongs to the checkpoint, so there is no argument for it."""
+    options = [f"--data_dir={folder / 'data'}", f"--output_dir={tmp_path}", "--instruction", "Buy this."]
+    with pytest.raises(ValueError, match="instruction"):
+        TrlParser((recipe.EvaluateArguments,)).parse_args_and_config(options)
+
+
+def test_another_catalogue_is_refused(recipe, folder, tmp_path):
+    save_checkpoint(tmp_path / "other")
+    tiny_catalog(seed=1).save_pretrained(tmp_path / "other")  # other Semantic IDs
+    args = arguments(folder, tmp_path / "report") | {"models": [f"other={tmp_path / 'other'}"]}
+    with pytest.raises(ValueError, match="other"):
+        recipe.main(recipe.EvaluateArguments(**args))
+
+
+def test_samples_that_keep_less_than_the_prompts_show_give_a_warning(recipe, folder, tmp_path):
+    save_prepared(tmp_path / "data", max_history=2)
+    args = arguments(folder, tmp_path / "report") | {"data_dir": str(tmp_path / "data"), "users": 3}
+    with pytest.warns(UserWarning, match="max_history"):
+        recipe.main(recipe.EvaluateArguments(**args))
+
+
+@pytest.mark.parametrize("models", [["path/only"], ["a=x", "a=y"], ["Markov=x"], ["a=x@half"]])
+def test_models_that_cannot_be_read_are_refused(recipe, models):
+    with pytest.raises(ValueError, match="models"):
+        recipe.parse_models(models)
+
+
+def test_processes_share_the_batches_of_one(recipe, folder, tmp_path, monkeypatch):
+    """Two processes, run one after the other, recommend for the users of one, in the same batches."""
     args = recipe.EvaluateArguments(**arguments(folder, tmp_path))
     data, batches = PreparedData.load(args.data_dir), []
-    plain = recipe.LasarForGenerativeRec.recommend
-    monkeypatch.setattr(
-        recipe.LasarForGenerativeRec, "recommend",
-        lambda self, ids, *rest, **named: (batches.append(ids.tolist()), plain(self, ids, *rest, **named))[1],
-    )
+    recommend = LasarForGenerativeRec.recommend
+
+    def record(self, input_ids, *rest, **options):
+        batches.append(input_ids.tolist())
+        return recommend(self, input_ids, *rest, **options)
+
+    monkeypatch.setattr(LasarForGenerativeRec, "recommend", record)
 
     def evaluate(index: int, count: int) -> tuple[np.ndarray, list]:
         state = SimpleNamespace(process_index=index, num_processes=count, is_main_process=index == 0, device="cpu")
         monkeypatch.setattr(recipe, "PartialState", lambda: state)
         batches.clear()
         items, _ = recipe.evaluate_model(args, data, data.samples["test"], str(folder / "checkpoint"), None)
-        return items, batches[1:]  # the first one warms up
+        return items, batches[1:]  # without the batch that warms up
 
-    (one, all_batches), (first, some), (second, others) = evaluate(0, 1), evaluate(0, 2), evaluate(1, 2)
+    (one, all_batches), (first, first_batches), (second, second_batches) = (
+        evaluate(0, 1), evaluate(0, 2), evaluate(1, 2)
+    )
     assert [len(batch) for batch in all_batches] == [3] * 7 + [2]
-    assert (some, others) == (all_batches[::2], all_batches[1::2])
-    assert (first[:, 0] >= 0).sum() == 12 and np.array_equal(np.maximum(first, second), one)
+    assert first_batches == all_batches[::2]
+    assert second_batches == all_batches[1::2]
+    assert (first[:, 0] >= 0).sum() == 12
+    assert np.array_equal(np.maximum(first, second), one)
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_two_processes_report_what_one_reports(recipe, folder, tmp_path):
+def test_two_processes_report_the_same_as_one(recipe, folder, tmp_path):
     args = arguments(folder, tmp_path / "one")
     recipe.main(recipe.EvaluateArguments(**args))
     options = ["--models", *args.pop("models")]
@@ -97,5 +129,5 @@ def test_two_processes_report_what_one_reports(recipe, folder, tmp_path):
         env={**os.environ, "PYTHONPATH": path},
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("| policy |") == 1  # each process alone would evaluate everyone, and print it
+    assert done.stdout.count("| policy |") == 1  # two processes that do not find each other would both print it
     assert report(tmp_path / "two") == report(tmp_path / "one")

@@ -1,10 +1,9 @@
-"""The recipes' YAML files name arguments that exist, and unknown ones are refused."""
+"""The recipes' YAML files and scripts, and the stages of training from one checkpoint to the next."""
 
 import dataclasses
 import functools
 import json
-import os
-import runpy
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from trl import TrlParser
 
-from lasar_hf import LasarGRPOConfig, LasarSFTConfig
+from lasar_hf import LasarForGenerativeRec, LasarGRPOConfig, LasarProcessor, LasarSFTConfig
 from lasar_hf.data import (
     ALIGNMENT_TASKS,
     PreparedData,
-    SourceArguments,
     alignment_examples,
     history_examples,
     sft_examples,
@@ -25,120 +24,233 @@ from lasar_hf.data import (
 )
 from lasar_hf.reasoning import encode_anchors
 from lasar_hf.trainers import LasarModelConfig
-from tests.preparing import processor_of, run
-from tests.tiny import tiny_model
+from tests.recipes import ROOT, load_recipe, save_checkpoint, save_prepared
+from tests.tiny import tiny_tokenizer
 
 
-ROOT = Path(__file__).resolve().parents[1]
+RECIPES = ROOT / "recipes"
 SCRIPT_OF = {"stage1": "sft", "stage2": "sft"}
-SHARED = {
-    "prepare": (SourceArguments,),
-    "sft": (LasarSFTConfig, LasarModelConfig),
-    "grpo": (LasarGRPOConfig, LasarModelConfig),
+SHARED = {"sft": (LasarSFTConfig, LasarModelConfig), "grpo": (LasarGRPOConfig, LasarModelConfig)}
+FILES = sorted(path for path in RECIPES.glob("*/*.yaml") if path.parent.name != "accelerate_configs")
+BACKBONE = {
+    "model_type": "gpt_neox", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "max_position_embeddings": 256,
 }
-FILES = sorted(path for path in (ROOT / "recipes").glob("*/*.yaml") if path.parent.name != "accelerate_configs")
 
 
 @functools.cache
-def arguments_of(script: str) -> set[str]:
-    """Every key that a recipe's parser knows."""
-    names = runpy.run_path(str(ROOT / "recipes" / f"{script}.py"))
+def argument_classes(script: str) -> tuple[type, ...]:
+    names = vars(load_recipe(script))
     own = [part for name, part in names.items() if name.endswith("Arguments") and dataclasses.is_dataclass(part)]
-    assert own, f"recipes/{script}.py defines no arguments"
-    return {field.name for part in (*own, *SHARED.get(script, ())) for field in dataclasses.fields(part)}
+    return *own, *SHARED.get(script, ())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_every_key_is_an_argument(path):
     script = SCRIPT_OF.get(path.stem, path.stem)
-    unknown = set(yaml.safe_load(path.read_text())) - arguments_of(script)
-    assert not unknown
-    # The header is the literal command.
-    assert f"recipes/{script}.py --config recipes/{path.parent.name}/{path.name}" in path.read_text().splitlines()[0]
+    names = {field.name for part in argument_classes(script) for field in dataclasses.fields(part)}
+    assert set(yaml.safe_load(path.read_text())) <= names
 
 
-def test_a_dictionary_is_json_on_the_command_line_and_itself_in_yaml():
-    arguments = runpy.run_path(str(ROOT / "recipes" / "sft.py"))["SFTScriptArguments"]
-    said = {"model_type": "qwen3", "hidden_size": 8}
-    for value in (said, json.dumps(said)):
-        assert arguments(data_dir="x", backbone_config=value).backbone_config == said
-    for wrong, message in (
-        ("qwen3", "expected JSON"), ("[1]", "expected an object"), ("{}", "the model_type None: name one"),
-        ({"model_type": "qwen33"}, "the model_type 'qwen33': name one"),
-    ):
-        with pytest.raises(ValueError, match=f"backbone_config .*{message}"):
-            arguments(data_dir="x", backbone_config=wrong)
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_first_line_is_the_command(path):
+    script = SCRIPT_OF.get(path.stem, path.stem)
+    command = f"recipes/{script}.py --config recipes/{path.parent.name}/{path.name}"
+    assert command in path.read_text().splitlines()[0]
 
 
-@pytest.mark.parametrize("key", ["lerning_rate: 0.1", "load_in_4bit: true", "stage: 3", "sid_loss: Catalog"])
-def test_an_unknown_key_is_refused(tmp_path, key):
-    config = tmp_path / "stage1.yaml"
-    config.write_text((ROOT / "recipes/toy/stage1.yaml").read_text() + f"{key}\n")
-    command = [sys.executable, str(ROOT / "recipes/sft.py"), "--config", str(config)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, cwd=tmp_path, timeout=300,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    assert done.returncode != 0 and key.split(":")[0] in done.stderr
-    assert not (tmp_path / "outputs").exists()
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*/run.sh")), ids=lambda path: path.parent.name)
+def test_run_sh_runs_every_stage(path):
+    text = path.read_text()
+    subprocess.run(["bash", "-n", path], check=True)
+    stages = re.findall(rf"--config recipes/{re.escape(path.parent.name)}/(\w+)\.yaml", text)
+    assert stages == ["prepare", "stage1", "stage2", "grpo", "eval"]
 
 
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("toy")
-    run(folder, toy_users=12)
-    data = PreparedData.load(folder)
-    return data, processor_of(folder, data)
+@pytest.mark.parametrize("script", sorted(path.stem for path in RECIPES.glob("*.py")))
+def test_scripts_leave_the_import_path_alone(script):
+    before = list(sys.path)
+    load_recipe(script)
+    assert sys.path == before
 
 
-def stage1(prepared, *rows):
-    """What recipes/sft.py trains on, as pairs of tuples."""
-    return pairs(stage1_examples(*prepared, rows))
-
-
-def pairs(*tables):
-    return [(tuple(row["input_ids"]), tuple(row["labels"])) for table in tables for row in table]
-
-
-def test_rows_of_stage_1_are_mixed_by_weights(prepared):
-    data, processor = prepared
-    main, history = sft_examples(data.samples["train"], processor), history_examples(data.split, processor)
-    alignment = alignment_examples(data.interactions, data.split, processor)
-    assert stage1(prepared, "history", "alignment") == pairs(history, alignment)  # no weight: each row once, in order
-    mixed = stage1(prepared, "next_item=2", "alignment=0.5", "history=0")
-    assert mixed[: 2 * len(main)] == 2 * pairs(main)
-    drawn = mixed[2 * len(main) :]
-    assert len(drawn) == round(len(alignment) / 2) and set(drawn) < set(pairs(alignment))
-    assert sorted(stage1(prepared, *ALIGNMENT_TASKS)) == sorted(pairs(alignment))
-    titles = alignment_examples(data.interactions, data.split, processor, ["title_to_sid"])
-    assert stage1(prepared, "title_to_sid") == pairs(titles)
-
-
-@pytest.mark.parametrize("context", ["segment", "chain"])
-def test_anchors_of_stage_2(prepared, tmp_path, context):
-    data, processor = prepared
-    model, _ = tiny_model()
-    model.resize_token_embeddings(len(processor.tokenizer))
-    names = runpy.run_path(str(ROOT / "recipes/sft.py"))
-    script = names["SFTScriptArguments"](data_dir="", anchor_context=context)
-    store = names["stage2_anchors"](script, model, data, processor, tmp_path)
-    samples = data.samples["train"]
-    prompts = [processor.prompt_ids(history) for history in samples["history"]] if context == "chain" else None
-    options = {"context": context, "prompts": prompts}
-    expected = encode_anchors(model.model.backbone, processor.tokenizer, samples["segments"], "", **options)
-    assert all(np.array_equal(one, other) for one, other in zip(store, expected, strict=True))
+# ---------------------------------------------------------------------------------------------------------------------
+# Arguments
 
 
 @pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        (["next_itme"], r"rows holds \['next_itme'\]: choose among"),
-        (["history=much"], "rows holds 'history=much': expected a name, or name=weight"),
-        (["history", "history=2"], "rows holds 'history' twice"),
-        (["history=-1"], "the weight of 'history' is -1"),
-        (["history=0"], "the mix has no rows"),
-    ],
+    "line", ["lerning_rate: 0.1", "load_in_4bit: true", "stage: 3", "sid_loss: Catalog", "rows: [history]"]
 )
-def test_rows_that_are_refused(prepared, rows, message):
-    with pytest.raises(ValueError, match=message):
-        stage1(prepared, *rows)
+def test_wrong_keys_and_values_are_refused(tmp_path, line):
+    config = tmp_path / "stage1.yaml"
+    config.write_text((RECIPES / "toy/stage1.yaml").read_text() + f"{line}\n")
+    with pytest.raises(ValueError, match=line.split(":")[0]):
+        TrlParser(argument_classes("sft")).parse_args_and_config(["--config", str(config)])
+
+
+@pytest.mark.parametrize("script", ["grpo", "recommend"])
+@pytest.mark.parametrize("line", ["instruction: Buy this.", "max_history: 7"])
+def test_the_prompt_format_is_not_an_argument_after_training(tmp_path, script, line):
+    config = tmp_path / "config.yaml"
+    config.write_text((RECIPES / f"scientific/{script}.yaml").read_text() + f"{line}\n")
+    with pytest.raises(ValueError, match=line.split(":")[0]):
+        TrlParser(argument_classes(script)).parse_args_and_config(["--config", str(config)])
+
+
+@pytest.mark.parametrize("value", [BACKBONE, json.dumps(BACKBONE)])
+def test_backbone_config_may_be_json(value):
+    assert load_recipe("sft").SFTScriptArguments(data_dir="x", backbone_config=value).backbone_config == BACKBONE
+
+
+@pytest.mark.parametrize("value", ["qwen3", "[1]", "{}", {"model_type": "qwen33"}])
+def test_other_backbone_configs_are_refused(value):
+    with pytest.raises(ValueError, match="backbone_config"):
+        load_recipe("sft").SFTScriptArguments(data_dir="x", backbone_config=value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tasks of stage 1
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Prepared data with a tokenizer for a backbone from scratch."""
+    folder = tmp_path_factory.mktemp("data")
+    save_prepared(folder, users=12)
+    tiny_tokenizer().save_pretrained(folder / "tokenizer")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(folder):
+    return PreparedData.load(folder)
+
+
+@pytest.fixture(scope="module")
+def processor(tmp_path_factory):
+    return save_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+def pairs(*tables) -> list[tuple]:
+    return [(tuple(example["input_ids"]), tuple(example["labels"])) for table in tables for example in table]
+
+
+def test_tasks_without_weights_are_concatenated(data, processor):
+    history = history_examples(data.split, processor)
+    alignment = alignment_examples(data.interactions, data.split, processor)
+    assert pairs(stage1_examples(data, processor, ["history", "alignment"])) == pairs(history, alignment)
+
+
+def test_weights_repeat_and_draw_examples(data, processor):
+    next_item = sft_examples(data.samples["train"], processor)
+    alignment = alignment_examples(data.interactions, data.split, processor)
+    mixed = pairs(stage1_examples(data, processor, ["next_item=2", "alignment=0.5", "history=0"]))
+    assert mixed[: 2 * len(next_item)] == 2 * pairs(next_item)
+    drawn = mixed[2 * len(next_item) :]
+    assert len(drawn) == round(len(alignment) / 2)
+    assert set(drawn) <= set(pairs(alignment))
+
+
+def test_alignment_is_all_of_its_tasks(data, processor):
+    alignment = alignment_examples(data.interactions, data.split, processor)
+    examples = stage1_examples(data, processor, [task for task in ALIGNMENT_TASKS if task != "description_to_sid"])
+    assert sorted(pairs(examples)) == sorted(pairs(alignment))
+
+
+@pytest.mark.parametrize("tasks", [["next_itme"], ["history=much"], ["history", "history=2"], ["history=-1"]])
+def test_tasks_that_cannot_be_read_are_refused(data, processor, tasks):
+    with pytest.raises(ValueError, match="tasks|history"):
+        stage1_examples(data, processor, tasks)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From stage to stage
+
+
+def settings(output_dir: Path, **options: object) -> dict:
+    """Two small steps on a CPU."""
+    return dict(
+        output_dir=str(output_dir), max_steps=2, per_device_train_batch_size=8, bf16=False, use_cpu=True,
+        gradient_checkpointing=False, report_to="none", save_strategy="no", disable_tqdm=True, **options,
+    )
+
+
+@pytest.fixture(scope="module")
+def stage1(folder, tmp_path_factory):
+    """Checkpoint of recipes/sft.py, stage 1, with a prompt format that is not the default one."""
+    recipe, output_dir = load_recipe("sft"), tmp_path_factory.mktemp("stage1")
+    script = recipe.SFTScriptArguments(
+        data_dir=str(folder), backbone_config=BACKBONE, max_latent_steps=4, tasks=["next_item"],
+        instruction="the item", max_history=3, eval_users=4,
+    )
+    training_args = LasarSFTConfig(**settings(output_dir, eval_strategy="steps", eval_steps=2))
+    recipe.main(script, training_args, LasarModelConfig())
+    return output_dir
+
+
+@pytest.fixture(scope="module")
+def stage2(folder, stage1, tmp_path_factory):
+    """Checkpoint of recipes/sft.py, stage 2."""
+    recipe, output_dir = load_recipe("sft"), tmp_path_factory.mktemp("stage2")
+    script = recipe.SFTScriptArguments(data_dir=str(folder), stage=2)
+    recipe.main(script, LasarSFTConfig(**settings(output_dir)), LasarModelConfig(model_name_or_path=str(stage1)))
+    return output_dir
+
+
+def prompt_format(checkpoint: Path) -> tuple[str, int]:
+    processor = LasarProcessor.from_pretrained(checkpoint)
+    return processor.instruction, processor.max_history
+
+
+def test_stage1_saves_its_prompt_format(stage1):
+    assert prompt_format(stage1) == ("the item", 3)
+
+
+def test_stage2_keeps_the_prompt_format(stage2):
+    assert prompt_format(stage2) == ("the item", 3)
+
+
+@pytest.mark.parametrize("setting", [{"instruction": ""}, {"max_history": 4}])
+def test_stage2_refuses_another_prompt_format(folder, stage1, tmp_path, setting):
+    recipe = load_recipe("sft")
+    script = recipe.SFTScriptArguments(data_dir=str(folder), stage=2, **setting)
+    with pytest.raises(ValueError, match=next(iter(setting))):
+        recipe.main(script, LasarSFTConfig(**settings(tmp_path)), LasarModelConfig(model_name_or_path=str(stage1)))
+
+
+@pytest.mark.parametrize("use_peft", [False, True])
+def test_grpo_continues_stage2(folder, stage1, stage2, tmp_path, use_peft):
+    recipe = load_recipe("grpo")
+    script = recipe.GRPOScriptArguments(
+        data_dir=str(folder), anchors_dir=str(stage2 / "anchors"), stage1_model=str(stage1),
+        reward_funcs=["exact_match", "tests.recipes.first_code_reward"],
+    )
+    model_args = LasarModelConfig(model_name_or_path=str(stage2), use_peft=use_peft)
+    recipe.main(script, LasarGRPOConfig(**settings(tmp_path, num_generations=4)), model_args)
+    model, processor = LasarForGenerativeRec.from_pretrained(tmp_path), LasarProcessor.from_pretrained(tmp_path)
+    output = model.recommend(**processor([["item-1"]]), catalog=processor.catalog, top_k=2)
+    assert prompt_format(tmp_path) == ("the item", 3)
+    assert output.items.min() >= 0
+
+
+def test_grpo_refuses_anchors_without_their_checkpoint(folder, stage2, tmp_path):
+    recipe = load_recipe("grpo")
+    script = recipe.GRPOScriptArguments(data_dir=str(folder), anchors_dir=str(stage2 / "anchors"))
+    with pytest.raises(ValueError, match="stage1_model"):
+        recipe.main(script, LasarGRPOConfig(**settings(tmp_path)), LasarModelConfig(model_name_or_path=str(stage2)))
+
+
+@pytest.mark.parametrize("context", ["segment", "chain"])
+def test_anchors_of_stage2(data, tmp_path, context):
+    recipe, processor = load_recipe("sft"), save_checkpoint(tmp_path / "checkpoint")
+    model = LasarForGenerativeRec.from_pretrained(tmp_path / "checkpoint")
+    script = recipe.SFTScriptArguments(data_dir="", anchor_context=context)
+    store = recipe.stage2_anchors(script, model, data, processor, tmp_path / "anchors")
+    samples = data.samples["train"]
+    prompts = [processor.prompt_ids(history) for history in samples["history"]] if context == "chain" else None
+    expected = encode_anchors(model, processor, samples["segments"], prompts=prompts)
+    assert all(np.array_equal(ours, theirs) for ours, theirs in zip(store, expected, strict=True))

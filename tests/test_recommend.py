@@ -1,6 +1,5 @@
-"""The batch job: shards, resuming, several processes, bad histories, and the same job on Ray."""
+"""recipes/recommend.py: shards, resuming, several processes, bad histories, and the same job on Ray."""
 
-import importlib.util
 import json
 import os
 import shutil
@@ -14,29 +13,24 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from lasar_hf import SidCatalog
-from lasar_hf.data import LasarProcessor
-from tests.tiny import batch, tiny_catalog, tiny_model
+from lasar_hf import LasarProcessor, SidCatalog
+from tests.recipes import ROOT, load_recipe, save_checkpoint
+from tests.tiny import tiny_model
 
 
-ROOT = Path(__file__).resolve().parents[1]
 HISTORIES = [[f"item-{(3 * user + step) % 20}" for step in range(1 + user % 5)] for user in range(11)]
 
 
 @pytest.fixture(scope="module")
 def recipe():
-    spec = importlib.util.spec_from_file_location("recommend_recipe", ROOT / "recipes" / "recommend.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return load_recipe("recommend")
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
+    """A checkpoint whose prompt format is not the default one."""
     folder = tmp_path_factory.mktemp("checkpoint")
-    for part in (*tiny_model(), tiny_catalog()):
-        part.save_pretrained(folder)
+    save_checkpoint(folder, instruction="item the next", max_history=4)
     return folder
 
 
@@ -58,160 +52,197 @@ def arguments(checkpoint, tmp_path, histories=None, **options):
     )
 
 
+def run(recipe, args: dict) -> None:
+    recipe.main(recipe.RecommendArguments(**args))
+
+
 def shards(folder: Path) -> dict[str, list[dict]]:
     return {path.name: pq.read_table(path).to_pylist() for path in sorted(folder.glob("part-*.parquet"))}
 
 
+def shard_rows(folder: Path) -> list[dict]:
+    return [row for shard in shards(folder).values() for row in shard]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the shards hold
+
+
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
 def test_shards_hold_what_recommend_returns(recipe, checkpoint, tmp_path, suffix):
-    histories = write_histories(tmp_path / f"histories{suffix}")
-    recipe.main(recipe.RecommendArguments(**arguments(checkpoint, tmp_path, histories)))
-    written = shards(tmp_path / "out")
-    assert list(map(len, written.values())) == [3, 3, 3, 2]
-    rows = [row for shard in written.values() for row in shard]
-    model, tokenizer = tiny_model()
-    catalog = SidCatalog.from_pretrained(checkpoint)
-    processor = LasarProcessor(tokenizer, catalog.codes.numpy())
+    """Without any argument for it, the instruction and max_history are those of the checkpoint."""
+    run(recipe, arguments(checkpoint, tmp_path, write_histories(tmp_path / f"histories{suffix}")))
+    assert [len(rows) for rows in shards(tmp_path / "out").values()] == [3, 3, 3, 2]
+    rows = shard_rows(tmp_path / "out")
     assert [row["user_id"] for row in rows] == [f"user-{i}" for i in range(11)]
+    model, _ = tiny_model()
+    processor = LasarProcessor.from_pretrained(checkpoint)
     for row, history in zip(rows, HISTORIES, strict=True):
-        expected = model.recommend(
-            **batch([processor.prompt_ids([catalog.index_of[i] for i in history])]), catalog=catalog, top_k=4
-        )
-        assert row["item_ids"] == [catalog.item_ids[i] for i in expected.items[0]]
+        expected = model.recommend(**processor([history]), catalog=processor.catalog, top_k=4)
+        assert row["item_ids"] == [processor.catalog.item_ids[i] for i in expected.items[0]]
         assert row["latent_steps"] == expected.latent_steps
         torch.testing.assert_close(torch.tensor(row["scores"]), expected.scores[0], atol=2e-5, rtol=0)
 
 
-def test_a_second_run_computes_only_what_is_missing(recipe, checkpoint, tmp_path, monkeypatch):
-    args = recipe.RecommendArguments(**arguments(checkpoint, tmp_path))
-    recipe.main(args)
+def test_the_history_can_be_excluded(recipe, checkpoint, tmp_path):
+    run(recipe, arguments(checkpoint, tmp_path, exclude_history=True) | {"top_k": 20})
+    everything = {f"item-{i}" for i in range(20)}
+    for row, history in zip(shard_rows(tmp_path / "out"), HISTORIES, strict=True):
+        assert set(row["item_ids"]) == everything - set(history)
+        assert len(row["scores"]) == len(row["item_ids"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Resuming
+
+
+def test_a_second_run_computes_only_missing_shards(recipe, checkpoint, tmp_path, monkeypatch):
+    args = arguments(checkpoint, tmp_path)
+    run(recipe, args)
     first, calls = shards(tmp_path / "out"), []
     (tmp_path / "out" / "part-00002.parquet").unlink()
-    (tmp_path / "out" / "part-00003.parquet.tmp").write_text("left over by a run that was killed")
-    plain = recipe.recommend_samples
-    monkeypatch.setattr(recipe, "recommend_samples", lambda *a, **k: (calls.append(a), plain(*a, **k))[1])
-    recipe.main(args)
-    assert len(calls) == 1 and shards(tmp_path / "out") == first
-    for change in (dict(latent_steps=1), dict(histories=write_histories(tmp_path / "other.jsonl", HISTORIES[1:]))):
-        with pytest.raises(ValueError, match="another (latent_steps|histories_sha256): use another output_dir"):
-            recipe.main(recipe.RecommendArguments(**arguments(checkpoint, tmp_path, **change)))
+    (tmp_path / "out" / ".part-00003.1.tmp.parquet").write_text("left over by a run that was killed")
+    recommend_samples = recipe.recommend_samples
+    monkeypatch.setattr(
+        recipe, "recommend_samples", lambda *a, **k: (calls.append(a), recommend_samples(*a, **k))[1]
+    )
+    run(recipe, args)
+    assert len(calls) == 1
+    assert shards(tmp_path / "out") == first
 
 
-def test_shards_of_a_model_are_not_those_of_one_trained_again(recipe, checkpoint, tmp_path):
+def test_another_setting_is_refused(recipe, checkpoint, tmp_path):
+    run(recipe, arguments(checkpoint, tmp_path))
+    with pytest.raises(ValueError, match="latent_steps"):
+        run(recipe, arguments(checkpoint, tmp_path, latent_steps=1))
+
+
+def test_other_histories_are_refused(recipe, checkpoint, tmp_path):
+    run(recipe, arguments(checkpoint, tmp_path))
+    with pytest.raises(ValueError, match="histories"):
+        run(recipe, arguments(checkpoint, tmp_path, write_histories(tmp_path / "other.jsonl", HISTORIES[1:])))
+
+
+def test_a_moved_model_may_resume(recipe, checkpoint, tmp_path):
+    args = arguments(checkpoint, tmp_path)
+    run(recipe, args)
     moved = shutil.copytree(checkpoint, tmp_path / "moved")
-    args = arguments(checkpoint, tmp_path)
-    recipe.main(recipe.RecommendArguments(**args))
-    recipe.main(recipe.RecommendArguments(**args | {"model": str(moved)}))
-    (moved / "eval_results.json").write_text("{}")  # says nothing about the answers
-    recipe.main(recipe.RecommendArguments(**args | {"model": str(moved)}))
-    tiny_model(seed=1)[0].save_pretrained(moved)
-    with pytest.raises(ValueError, match="another model: use another output_dir"):
-        recipe.main(recipe.RecommendArguments(**args | {"model": str(moved)}))
-
-
-def test_shards_may_lie_beside_the_model(recipe, checkpoint, tmp_path):
-    args = arguments(shutil.copytree(checkpoint, tmp_path / "model"), tmp_path)
-    for _ in range(2):
-        recipe.main(recipe.RecommendArguments(**args | {"output_dir": args["model"]}))
-    assert len(shards(tmp_path / "model")) == 4
-
-
-def test_a_refused_request_leaves_the_folder_free(recipe, checkpoint, tmp_path):
-    with pytest.raises(ValueError, match="latent_steps is 9"):
-        recipe.main(recipe.RecommendArguments(**arguments(checkpoint, tmp_path, latent_steps=9)))
-    recipe.main(recipe.RecommendArguments(**arguments(checkpoint, tmp_path, latent_steps=2)))
+    (moved / "eval_results.json").write_text("{}")  # does not decide the recommendations
+    run(recipe, args | {"model": str(moved)})
     assert len(shards(tmp_path / "out")) == 4
-    with pytest.raises(ValueError, match="shard_size is 0"):
-        recipe.RecommendArguments(**arguments(checkpoint, tmp_path) | {"shard_size": 0})
 
 
-def test_ids_are_kept_as_they_stand(recipe, tmp_path):
-    """Names that look like dates, numbers as users, and a file without rows."""
-    catalog = SidCatalog(torch.tensor([[0], [1]]), ["2020-01-01", "7"])
-    path = tmp_path / "histories.jsonl"
-    path.write_text('{"user_id": "2021-02-03", "history": ["2020-01-01", 7]}\n{"user_id": 5, "history": [7]}\n')
-    users, histories = recipe.read_histories(path, catalog)
-    assert users == ["2021-02-03", "5"] and histories == [[0, 1], [1]]
-    for text, message in (
-        ("", "holds no history"),
-        ('{"user_id": "a", "history": "77"}', "history of user 'a' is '77', expected a list of item ids"),
-        ('{"user_id": null, "history": [7]}', "row 1 has no user_id"),
-        ('{"user_id": "a", "history": [7, null]}', "has the item None, which the catalogue lacks"),
-    ):
-        path.write_text(text)
-        with pytest.raises(ValueError, match=message):
-            recipe.read_histories(path, catalog)
-    pq.write_table(pa.table({"user_id": [1.0], "history": [[7.0, 7.0]]}), tmp_path / "floats.parquet")
-    assert recipe.read_histories(tmp_path / "floats.parquet", catalog) == (["1"], [[1, 1]])
+@pytest.mark.parametrize("change", ["weights", "prompt format"])
+def test_a_changed_model_is_refused(recipe, checkpoint, tmp_path, change):
+    changed = shutil.copytree(checkpoint, tmp_path / "changed")
+    args = arguments(changed, tmp_path)
+    run(recipe, args)
+    if change == "weights":
+        tiny_model(seed=1)[0].save_pretrained(changed)
+    else:
+        save_checkpoint(changed, instruction="")
+    with pytest.raises(ValueError, match="model"):
+        run(recipe, args)
 
 
-def test_a_shard_of_another_job_is_refused(recipe, checkpoint, tmp_path):
-    """Two jobs that began in one empty folder."""
-    args = arguments(checkpoint, tmp_path)
-    recipe.main(recipe.RecommendArguments(**args))
-    request = tmp_path / "out" / "request.json"
-    request.write_text(request.read_text().replace('"top_k": 4', '"top_k": 3'))
-    with pytest.raises(ValueError, match="part-00000.parquet answers another request"):
-        recipe.main(recipe.RecommendArguments(**args | {"top_k": 3}))
-
-
-def test_an_adapter_is_known_with_its_base(recipe, tmp_path):
+def test_an_adapter_is_hashed_with_its_base_model(recipe, tmp_path):
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     for folder in (base, adapter):
         folder.mkdir()
         (folder / "model.safetensors").write_text(folder.name)
     (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
-    before = recipe.model_files(str(adapter))
+    before = recipe.model_hashes(str(adapter))
     (base / "model.safetensors").write_text("trained again")
-    assert recipe.model_files(str(adapter)) != before
+    assert recipe.model_hashes(str(adapter)) != before
 
 
-def test_the_history_can_be_excluded(recipe, checkpoint, tmp_path):
-    recipe.main(recipe.RecommendArguments(**{**arguments(checkpoint, tmp_path, exclude_history=True), "top_k": 20}))
-    rows = [row for shard in shards(tmp_path / "out").values() for row in shard]
-    everything = {f"item-{i}" for i in range(20)}
-    for row, history in zip(rows, HISTORIES, strict=True):
-        assert set(row["item_ids"]) == everything - set(history) and len(row["scores"]) == len(row["item_ids"])
+def test_shards_may_be_in_the_folder_of_the_model(recipe, checkpoint, tmp_path):
+    args = arguments(shutil.copytree(checkpoint, tmp_path / "model"), tmp_path)
+    for _ in range(2):
+        run(recipe, args | {"output_dir": args["model"]})
+    assert len(shards(tmp_path / "model")) == 4
+
+
+def test_a_refused_request_does_not_block_the_folder(recipe, checkpoint, tmp_path):
+    with pytest.raises(ValueError, match="latent_steps"):
+        run(recipe, arguments(checkpoint, tmp_path, latent_steps=9))
+    run(recipe, arguments(checkpoint, tmp_path, latent_steps=2))
+    assert len(shards(tmp_path / "out")) == 4
+
+
+def test_a_shard_of_another_job_is_refused(recipe, checkpoint, tmp_path):
+    """Two jobs that start in the same empty folder."""
+    args = arguments(checkpoint, tmp_path)
+    run(recipe, args)
+    request = tmp_path / "out" / "request.json"
+    request.write_text(request.read_text().replace('"top_k": 4', '"top_k": 3'))
+    with pytest.raises(ValueError, match="part-00000.parquet"):
+        run(recipe, args | {"top_k": 3})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading histories
+
+
+@pytest.fixture
+def catalog():
+    """Item ids that look like dates and numbers."""
+    return SidCatalog(torch.tensor([[0], [1]]), ["2020-01-01", "7"])
+
+
+def test_ids_of_json_lines_stay_text(recipe, tmp_path, catalog):
+    path = tmp_path / "histories.jsonl"
+    path.write_text('{"user_id": "2021-02-03", "history": ["2020-01-01", 7]}\n{"user_id": 5, "history": [7]}\n')
+    assert recipe.read_histories(path, catalog) == (["2021-02-03", "5"], [[0, 1], [1]])
+
+
+def test_whole_numbers_of_parquet_lose_their_point(recipe, tmp_path, catalog):
+    pq.write_table(pa.table({"user_id": [1.0], "history": [[7.0, 7.0]]}), tmp_path / "floats.parquet")
+    assert recipe.read_histories(tmp_path / "floats.parquet", catalog) == (["1"], [[1, 1]])
 
 
 @pytest.mark.parametrize(
-    ("histories", "message"),
+    ("text", "name"),
     [
-        ([["item-1"], ["item-2", "gone"]], "user 'user-1' has the item 'gone'"),
-        ([["item-1"], []], "history of user 'user-1' is empty"),
-        ([[3, 4]], "user 'user-0' has the item 3, which"),
+        ("", "history"),
+        ('{"user_id": "a", "history": "77"}', "history"),
+        ('{"user_id": null, "history": [7]}', "user_id"),
+        ('{"user_id": "a", "history": [7, null]}', "None"),
+        ('{"user_id": "a", "items": [7]}', "history"),
     ],
 )
+def test_rows_that_are_not_histories_are_refused(recipe, tmp_path, catalog, text, name):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=name):
+        recipe.read_histories(path, catalog)
+
+
+@pytest.mark.parametrize(
+    ("histories", "name"), [([["item-1"], ["item-2", "gone"]], "gone"), ([["item-1"], []], "user-1"), ([[3, 4]], "3")]
+)
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
-def test_bad_histories_are_refused_before_anything_is_written(
-    recipe, checkpoint, tmp_path, suffix, histories, message
-):
-    path = write_histories(tmp_path / f"histories{suffix}", histories)
-    with pytest.raises(ValueError, match=message):
-        recipe.main(recipe.RecommendArguments(**arguments(checkpoint, tmp_path, path)))
+def test_bad_histories_are_refused_before_writing(recipe, checkpoint, tmp_path, suffix, histories, name):
+    path = write_histories(tmp_path / f"rows{suffix}", histories)
+    with pytest.raises(ValueError, match=name):
+        run(recipe, arguments(checkpoint, tmp_path, path))
     assert not (tmp_path / "out").exists()
 
 
-def test_a_missing_column_is_named(recipe, checkpoint, tmp_path):
-    (tmp_path / "histories.jsonl").write_text('{"user_id": "a", "items": ["item-1"]}\n')
-    with pytest.raises(ValueError, match="histories.jsonl: line 1 has no 'history'"):
-        recipe.main(
-            recipe.RecommendArguments(**arguments(checkpoint, tmp_path, tmp_path / "histories.jsonl"))
-        )
+@pytest.mark.parametrize("name", ["batch_size", "shard_size"])
+def test_sizes_below_one_are_refused(recipe, checkpoint, tmp_path, name):
+    with pytest.raises(ValueError, match=name):
+        recipe.RecommendArguments(**arguments(checkpoint, tmp_path) | {name: 0})
 
 
-def run(command: list[str], **variables) -> str:
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, **variables}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stderr
+# ---------------------------------------------------------------------------------------------------------------------
+# Several processes
 
 
 def test_processes_share_the_shards(recipe, checkpoint, tmp_path, monkeypatch):
-    """Two processes, one after the other, each write their half of what one writes."""
+    """Two processes, run one after the other, each write half of the shards of one."""
     args = arguments(checkpoint, tmp_path)
-    recipe.main(recipe.RecommendArguments(**args))
+    run(recipe, args)
     args["output_dir"], written = str(tmp_path / "two"), []
     for index in (0, 1):
         state = SimpleNamespace(
@@ -219,23 +250,30 @@ def test_processes_share_the_shards(recipe, checkpoint, tmp_path, monkeypatch):
             wait_for_everyone=lambda: None,
         )
         monkeypatch.setattr(recipe, "PartialState", lambda state=state, **_: state)
-        recipe.main(recipe.RecommendArguments(**args))
+        run(recipe, args)
         written.append(sorted(shards(tmp_path / "two")))
-    assert written[0] == ["part-00000.parquet", "part-00002.parquet"] and len(written[1]) == 4
+    assert written[0] == ["part-00000.parquet", "part-00002.parquet"]
     assert shards(tmp_path / "two") == shards(tmp_path / "out")
+
+
+def start(command: list[str], **variables) -> str:
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, **variables}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stderr
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_two_processes_write_what_one_writes(recipe, checkpoint, tmp_path):
+def test_two_processes_write_the_same_as_one(recipe, checkpoint, tmp_path):
     args = arguments(checkpoint, tmp_path)
-    recipe.main(recipe.RecommendArguments(**args))
+    run(recipe, args)
     args["output_dir"] = str(tmp_path / "two")
     options = [part for name, value in args.items() for part in (f"--{name}", str(value))]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    shown = run([*launch, "recipes/recommend.py", *options])
-    assert shown.count("Shards:   0%") == 1  # each process alone would do everything, and show it
-    assert len(shards(tmp_path / "two")) == 4
+    output = start([*launch, "recipes/recommend.py", *options])
+    assert output.count("Shards:   0%") == 1  # two processes that do not find each other would both show it
     assert shards(tmp_path / "two") == shards(tmp_path / "out")
 
 
@@ -243,15 +281,16 @@ def test_two_processes_write_what_one_writes(recipe, checkpoint, tmp_path):
 def test_ray_recommends_the_same(recipe, checkpoint, tmp_path):
     pytest.importorskip("ray", reason="Ray Data is not installed: pip install 'lasar_hf[ray]'")
     args = arguments(checkpoint, tmp_path, exclude_history=True)
-    recipe.main(recipe.RecommendArguments(**args))
-    run([sys.executable, "examples/ray_recommend.py", args["model"], args["histories"], str(tmp_path / "ray"),
-         "--workers", "2", "--top_k", "4", "--batch_size", "3", "--exclude_history"],
-        RAY_ENABLE_UV_RUN_RUNTIME_ENV="0")
+    run(recipe, args)
+    start([sys.executable, "examples/ray_recommend.py", args["model"], args["histories"], str(tmp_path / "ray"),
+           "--workers", "2", "--top_k", "4", "--batch_size", "3", "--exclude_history"],
+          RAY_ENABLE_UV_RUN_RUNTIME_ENV="0")
     rows = [row for path in (tmp_path / "ray").glob("*.parquet") for row in pq.read_table(path).to_pylist()]
-    rows = {row["user_id"]: row for row in rows}
-    expected = [row for shard in shards(tmp_path / "out").values() for row in shard]
+    by_user = {row["user_id"]: row for row in rows}
+    expected = shard_rows(tmp_path / "out")
     assert len(rows) == len(expected)
     for row in expected:
-        found = rows[row["user_id"]]
-        assert (found["item_ids"], found["latent_steps"]) == (row["item_ids"], row["latent_steps"])
-        torch.testing.assert_close(torch.tensor(found["scores"]), torch.tensor(row["scores"]), atol=2e-5, rtol=0)
+        other = by_user[row["user_id"]]
+        assert other["item_ids"] == row["item_ids"]
+        assert other["latent_steps"] == row["latent_steps"]
+        torch.testing.assert_close(torch.tensor(other["scores"]), torch.tensor(row["scores"]), atol=2e-5, rtol=0)

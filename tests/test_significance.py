@@ -1,4 +1,4 @@
-"""Paired bootstrap: finds a real difference, not a chance one, and uses the pairing."""
+"""Paired bootstrap: finds a real difference, not one by chance, and uses the pairing."""
 
 import numpy as np
 import pytest
@@ -26,13 +26,17 @@ def test_pairing_finds_what_unpaired_values_hide():
     assert result.p_value == pytest.approx(2 / 501)
 
 
-def test_equal_recommenders_have_p_of_one_and_swapping_changes_the_sign():
+def test_equal_recommenders_have_a_p_value_of_one():
     values = np.random.default_rng(0).random(50)
     same = paired_bootstrap(values, values, num_resamples=200)
     assert (same.difference, same.low, same.high, same.p_value) == (0.0, 0.0, 0.0, 1.0)
-    forth = paired_bootstrap(values, values[::-1] ** 2, num_resamples=200)
-    back = paired_bootstrap(values[::-1] ** 2, values, num_resamples=200)
-    assert (forth.low, forth.high, forth.p_value) == pytest.approx((-back.high, -back.low, back.p_value))
+
+
+def test_swapping_changes_the_sign():
+    values = np.random.default_rng(0).random(50)
+    result = paired_bootstrap(values, values[::-1] ** 2, num_resamples=200)
+    swapped = paired_bootstrap(values[::-1] ** 2, values, num_resamples=200)
+    assert (result.low, result.high, result.p_value) == pytest.approx((-swapped.high, -swapped.low, swapped.p_value))
 
 
 def test_false_alarms_are_as_rare_as_promised():
@@ -41,20 +45,19 @@ def test_false_alarms_are_as_rare_as_promised():
     assert 0.01 < np.mean(np.array(p_values) < 0.05) < 0.10
 
 
-def test_seed_decides():
+def test_equal_seeds_give_equal_results():
     values = np.random.default_rng(0).random((2, 30))
     assert paired_bootstrap(*values, num_resamples=100) == paired_bootstrap(*values, num_resamples=100)
+
+
+def test_other_seeds_give_other_results():
+    values = np.random.default_rng(0).random((2, 30))
     assert paired_bootstrap(*values, num_resamples=100) != paired_bootstrap(*values, num_resamples=100, seed=1)
 
 
 @pytest.mark.parametrize(
-    ("values_a", "values_b", "message"),
-    [
-        ([1.0, 2.0], [1.0], "one value per user each"),
-        ([1.0], [1.0], "at least 2 users"),
-        ([1.0, 2.0], [1.0, np.nan], "user 1 has a value that is not finite"),
-    ],
+    ("values_a", "values_b"), [([1.0, 2.0], [1.0]), ([1.0], [1.0]), ([1.0, 2.0], [1.0, np.nan])]
 )
-def test_wrong_input_is_named(values_a, values_b, message):
-    with pytest.raises(ValueError, match=message):
+def test_wrong_input_is_refused(values_a, values_b):
+    with pytest.raises(ValueError, match="values_a"):
         paired_bootstrap(values_a, values_b)

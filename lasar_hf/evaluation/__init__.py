@@ -1,4 +1,4 @@
-"""Metrics, baselines, significance and reports, which read ranked item rows; and the loop that makes these rows."""
+"""Ranking metrics, baselines, significance tests and reports over item indices; recommending for many samples."""
 
 from .baselines import markov_ranking, popularity_ranking
 from .metrics import RankingMetrics, hits_per_user, ndcg_per_user, ranking_metrics, ranks, score_predictions

@@ -1,9 +1,9 @@
-"""Popularity and first-order Markov: the two rankings every result is shown beside.
+"""
+Popularity and first-order Markov, the baselines of every results table.
 
-Both learn from the training sequences alone, at test time too: with leave-one-out, the validation item is the context
-of a test prediction (not the last training item) but adds no transition and no popularity. Items the user already has
-stay in the ranking, the context itself included. Popularity counts every training item of every user, the first of a
-sequence too. Ties go to the smaller item row.
+Both learn from the training sequences only, for the test set too: the validation item is the context of a test
+prediction, but it adds no transition and no count. Items of the user's history stay in the ranking. Ties go to the
+smaller item index.
 """
 
 from collections.abc import Sequence
@@ -14,83 +14,78 @@ from scipy import sparse
 
 def popularity_ranking(train_sequences: Sequence[Sequence[int]], num_items: int, top_k: int) -> np.ndarray:
     """
-    The items that occur most often in the training sequences; one ranking for all users.
+    Most frequent items of the training sequences: one ranking for all users.
 
     Args:
-        train_sequences (`Sequence[Sequence[int]]`): item rows of each user, oldest first.
-        num_items (`int`): size of the catalogue.
-        top_k (`int`): length of the ranking.
+        train_sequences (`Sequence[Sequence[int]]`):
+            Item indices of each user, oldest first.
+        num_items (`int`):
+            Size of the catalogue.
+        top_k (`int`):
+            Length of the ranking, `k`.
 
     Returns:
-        `np.ndarray` of shape `(top_k,)`, int64: item rows, best first, `-1` pads if the catalogue has fewer.
-
-    Raises:
-        `ValueError`: an item row outside the catalogue.
+        `np.ndarray` of shape `(k,)`, int64: item indices, best first; -1 pads if the catalogue has fewer items.
     """
-    return _padded(_popularity_order(train_sequences, num_items)[:top_k], top_k)
+    return _pad(_popularity_order(train_sequences, num_items)[:top_k], top_k)
 
 
 def markov_ranking(
     train_sequences: Sequence[Sequence[int]], contexts: Sequence[int] | np.ndarray, num_items: int, top_k: int
 ) -> np.ndarray:
     """
-    The items that most often came right after the context in the training sequences.
+    Items that most often directly follow the context item in the training sequences.
 
-    Equal counts are ordered by popularity, then by item row; items that never came after it follow by popularity.
+    Ties are ordered by popularity, then by item index. Items that never follow the context come last, by popularity.
+    Arguments as for [`popularity_ranking`] and:
 
     Args:
-        train_sequences (`Sequence[Sequence[int]]`): item rows of each user, oldest first.
-        contexts (`(U,)` int): the newest item of each history: the last training item for validation, the validation
-            item for test.
-        num_items (`int`): size of the catalogue.
-        top_k (`int`): length of the rankings.
+        contexts (`Sequence[int]` of length `U`):
+            Newest item of each history.
 
     Returns:
-        `np.ndarray` of shape `(U, top_k)`, int64: item rows, best first, `-1` pads if the catalogue has fewer.
-
-    Raises:
-        `ValueError`: an item row outside the catalogue.
+        `np.ndarray` of shape `(U, k)`, int64: item indices, best first, padded with -1.
     """
     contexts = np.asarray(contexts, dtype=np.int64)
-    _check_rows("contexts", contexts, num_items)
+    _check_items("contexts", contexts, num_items)
     popular = _popularity_order(train_sequences, num_items)
+    popularity_rank = np.empty(num_items, dtype=np.int64)
+    popularity_rank[popular] = np.arange(num_items)
     counts = _transition_counts(train_sequences, num_items)
-    place = np.empty(num_items, dtype=np.int64)
-    place[popular] = np.arange(num_items)
 
-    # Many users share their newest item: rank once for each distinct one.
-    distinct, which = np.unique(contexts, return_inverse=True)
+    # Users share contexts: rank once for each distinct one.
+    distinct, context_index = np.unique(contexts, return_inverse=True)
     rankings = np.empty((len(distinct), top_k), dtype=np.int64)
-    for row, context in enumerate(distinct):
-        here = slice(counts.indptr[context], counts.indptr[context + 1])
-        successors = counts.indices[here]
-        successors = successors[np.lexsort((place[successors], -counts.data[here]))]
-        rest = popular[:top_k]
-        rest = rest[~np.isin(rest, successors)]
-        rankings[row] = _padded(np.concatenate([successors, rest])[:top_k], top_k)
-    return rankings[which]
+    for index, context in enumerate(distinct):
+        stored = slice(counts.indptr[context], counts.indptr[context + 1])
+        successors = counts.indices[stored]
+        successors = successors[np.lexsort((popularity_rank[successors], -counts.data[stored]))]
+        others = popular[:top_k]
+        others = others[~np.isin(others, successors)]
+        rankings[index] = _pad(np.concatenate([successors, others])[:top_k], top_k)
+    return rankings[context_index]
 
 
 def _popularity_order(train_sequences: Sequence[Sequence[int]], num_items: int) -> np.ndarray:
-    """All item rows `(num_items,)`, the most frequent first, ties by row."""
+    """All item indices `(I,)`, the most frequent first."""
     items = np.concatenate([np.asarray(sequence, dtype=np.int64) for sequence in train_sequences])
-    _check_rows("train_sequences", items, num_items)
+    _check_items("train_sequences", items, num_items)
     return np.argsort(-np.bincount(items, minlength=num_items), kind="stable")
 
 
 def _transition_counts(train_sequences: Sequence[Sequence[int]], num_items: int) -> sparse.csr_array:
-    """`(num_items, num_items)`: how often the column's item came right after the row's."""
+    """`(I, I)`: how often the item of the column directly follows the item of the row."""
     before = np.concatenate([np.asarray(sequence[:-1], dtype=np.int64) for sequence in train_sequences])
     after = np.concatenate([np.asarray(sequence[1:], dtype=np.int64) for sequence in train_sequences])
     counts = sparse.coo_array((np.ones(len(before), dtype=np.int64), (before, after)), shape=(num_items, num_items))
-    return counts.tocsr()  # adds up equal pairs
+    return counts.tocsr()  # sums equal pairs
 
 
-def _padded(ranking: np.ndarray, top_k: int) -> np.ndarray:
+def _pad(ranking: np.ndarray, top_k: int) -> np.ndarray:
     return np.pad(ranking, (0, top_k - len(ranking)), constant_values=-1)
 
 
-def _check_rows(name: str, items: np.ndarray, num_items: int) -> None:
-    outside = (items < 0) | (items >= num_items)
-    if outside.any():
-        raise ValueError(f"{name} has item row {items[outside.argmax()]}, but the catalogue has {num_items} items")
+def _check_items(name: str, items: np.ndarray, num_items: int) -> None:
+    is_outside = (items < 0) | (items >= num_items)
+    if is_outside.any():
+        raise ValueError(f"{name} has item index {items[is_outside.argmax()]}; the catalogue has {num_items} items.")

@@ -1,4 +1,4 @@
-"""Recommending for a whole table of samples, and watching ranking metrics while a model trains."""
+"""Recommendations for a table of samples, and ranking metrics during training."""
 
 import time
 from collections.abc import Sequence
@@ -17,24 +17,12 @@ from .report import evaluate_recommendations
 
 @dataclass(frozen=True)
 class Recommendations:
-    """
-    Recommendations of a table of samples, in its order.
+    """Recommendations for a table of samples, in the order of the table."""
 
-    Args:
-        items (`np.ndarray` of shape `(U, k)`):
-            Item rows, best first, -1 pads.
-        scores (`np.ndarray` of shape `(U, k)`):
-            Log-probabilities, `-inf` where padded.
-        latent_steps (`np.ndarray` of shape `(U,)`):
-            Latent steps taken for each user.
-        seconds (`float`):
-            Wall-clock time of all users together.
-    """
-
-    items: np.ndarray
-    scores: np.ndarray
-    latent_steps: np.ndarray
-    seconds: float
+    items: np.ndarray  # (U, k) item indices, best first; -1 pads
+    scores: np.ndarray  # (U, k) log-probabilities; -inf at padding
+    latent_steps: np.ndarray  # (U,)
+    seconds: float  # wall-clock time of all samples together
 
 
 def recommend_samples(
@@ -49,30 +37,27 @@ def recommend_samples(
     exclude_history: bool = False,
 ) -> Recommendations:
     """
-    Recommend for every sample, sorted by length so that batches hold little padding.
+    Recommend for every sample. Samples are batched by length, which keeps padding small.
 
     Args:
         model ([`LasarForGenerativeRec`]):
             The model.
         samples (`Dataset`):
-            With a column `history` (item rows, oldest first).
+            Table with a column `history` (item indices, oldest first).
         processor ([`LasarProcessor`]):
-            The checkpoint's prompt format and catalogue.
+            Prompt format and catalogue of the model.
         top_k (`int`, *optional*, defaults to `20`):
-            Items for each sample.
+            Number of items per sample, `k`.
         num_beams (`int`, *optional*, defaults to `50`):
             Width of the beam search.
         latent_steps (`int`, *optional*):
-            Depth of every sample, 0 for direct generation; the policy head's choice if not given.
+            Number of latent steps of every sample, 0 for direct generation. By default the policy head chooses.
         batch_size (`int`, *optional*, defaults to `64`):
-            Samples a batch.
+            Samples per batch.
         progress (`bool`, *optional*, defaults to `False`):
             Whether to show a progress bar.
         exclude_history (`bool`, *optional*, defaults to `False`):
-            Whether items of a sample's history are never recommended to it.
-
-    Returns:
-        [`Recommendations`].
+            Whether to leave the items of a sample's history out of its recommendations.
     """
     histories = samples["history"]
     prompts = [processor.prompt_ids(history) for history in histories]
@@ -81,30 +66,26 @@ def recommend_samples(
     depths = np.empty(len(prompts), dtype=np.int64)
     start_time = time.perf_counter()
     for start in tqdm(range(0, len(order), batch_size), desc="Recommending", disable=not progress):
-        rows = order[start : start + batch_size]
-        batch = processor.pad([prompts[row] for row in rows]).to(model.device)
+        batch = order[start : start + batch_size]
+        inputs = processor.pad([prompts[sample] for sample in batch]).to(model.device)
         output = model.recommend(
-            **batch, catalog=processor.catalog, top_k=top_k, num_beams=num_beams, latent_steps=latent_steps,
-            deny=[torch.tensor(histories[row]) for row in rows] if exclude_history else None, allow_empty=True,
+            **inputs, catalog=processor.catalog, top_k=top_k, num_beams=num_beams, latent_steps=latent_steps,
+            deny=[torch.tensor(histories[sample]) for sample in batch] if exclude_history else None, allow_empty=True,
         )
-        items[rows], scores[rows] = output.items.cpu().numpy(), output.scores.float().cpu().numpy()
-        depths[rows] = output.latent_steps.cpu().numpy()
+        items[batch], scores[batch] = output.items.cpu().numpy(), output.scores.float().cpu().numpy()
+        depths[batch] = output.latent_steps.cpu().numpy()
     return Recommendations(items, scores, depths, time.perf_counter() - start_time)
 
 
 class RankingEvaluator:
     """
-    HR, NDCG and mean depth on held-out users while a model trains, see `ranking_evaluator` of [`LasarSFTTrainer`].
+    HR@k, NDCG@k and mean depth on held-out samples, as `ranking_evaluator` of [`LasarSFTTrainer`].
+
+    Arguments as for [`recommend_samples`] and:
 
     Args:
         samples (`Dataset`):
-            With the columns `history` and `target`.
-        processor ([`LasarProcessor`]):
-            The checkpoint's prompt format and catalogue.
-        num_beams (`int`, *optional*, defaults to `20`):
-            Width of the beam search.
-        latent_steps (`int`, *optional*):
-            Depth of every sample, 0 for direct generation; the policy head's choice if not given.
+            Table with the columns `history` and `target`.
         ks (`Sequence[int]`, *optional*, defaults to `(5, 10, 20)`):
             Cut-offs.
     """
@@ -121,18 +102,9 @@ class RankingEvaluator:
         self.num_beams, self.latent_steps, self.ks = num_beams, latent_steps, ks
 
     def __call__(self, model: LasarForGenerativeRec) -> dict[str, float]:
-        """
-        Args:
-            model ([`LasarForGenerativeRec`]):
-                The model as it stands.
-
-        Returns:
-            `dict[str, float]`: `HR@k`, `NDCG@k` and `mean_depth`.
-        """
-        recommended = recommend_samples(
-            model, self.samples, self.processor, max(self.ks), self.num_beams, self.latent_steps
-        )
-        row = evaluate_recommendations(
-            recommended.items, self.samples["target"], len(self.processor.catalog), recommended.latent_steps, ks=self.ks
-        )
+        """`HR@k`, `NDCG@k` and `mean_depth` of the model."""
+        top_k = max(self.ks)
+        output = recommend_samples(model, self.samples, self.processor, top_k, self.num_beams, self.latent_steps)
+        targets, num_items = self.samples["target"], len(self.processor.catalog)
+        row = evaluate_recommendations(output.items, targets, num_items, output.latent_steps, ks=self.ks)
         return {name: value for name, value in row.items() if name.startswith(("HR", "NDCG", "mean_depth"))}

@@ -1,4 +1,4 @@
-"""Is the difference between two recommenders more than chance? Paired bootstrap over users (METHOD, protocol)."""
+"""Paired bootstrap over users: is the difference between two recommenders larger than chance?"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,15 +9,7 @@ from scipy import stats
 
 @dataclass(frozen=True)
 class BootstrapResult:
-    """
-    Outcome of [`paired_bootstrap`].
-
-    Args:
-        difference (`float`): mean of `a` minus mean of `b`.
-        low (`float`): lower end of the confidence interval of the difference.
-        high (`float`): upper end of the confidence interval of the difference.
-        p_value (`float`): two-sided.
-    """
+    """Mean of `values_a` minus mean of `values_b`, its confidence interval `low … high` and the two-sided p-value."""
 
     difference: float
     low: float
@@ -35,34 +27,37 @@ def paired_bootstrap(
     """
     Percentile bootstrap of the mean difference between two recommenders on the same users.
 
-    Users are drawn with replacement, each with both of its values (Efron and Tibshirani, 1993). The p-value inverts
-    the interval: it is below `1 - confidence_level` where the interval excludes 0, but never below
-    `2 / (num_resamples + 1)`.
+    Users are drawn with replacement, each with both values (Efron and Tibshirani, 1993). The p-value inverts the
+    interval; the smallest possible one is `2 / (num_resamples + 1)`.
 
     Args:
-        values_a (`(U,)` float): a metric for each user, [`ndcg_per_user`] say.
-        values_b (`(U,)` float): the same metric of the other recommender, users in the same order.
-        num_resamples (`int`, *optional*, defaults to `10000`): bootstrap samples.
-        seed (`int`, *optional*, defaults to `0`): of the resampling.
-        confidence_level (`float`, *optional*, defaults to `0.95`): of the interval.
+        values_a, values_b (`Sequence[float]` of length `U`):
+            A metric of the same users under two recommenders, such as [`ndcg_per_user`].
+        num_resamples (`int`, *optional*, defaults to `10000`):
+            Number of bootstrap samples.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the resampling.
+        confidence_level (`float`, *optional*, defaults to `0.95`):
+            Level of the interval.
 
     Raises:
-        `ValueError`: arrays of different length, fewer than two users, or a value that is not finite.
+        `ValueError`: if the lengths differ, there are fewer than two users, or a value is not finite.
     """
     values_a, values_b = np.asarray(values_a, dtype=np.float64), np.asarray(values_b, dtype=np.float64)
     if values_a.ndim != 1 or values_a.shape != values_b.shape:
-        raise ValueError(f"values_a {values_a.shape} and values_b {values_b.shape} must be one value per user each")
+        raise ValueError(f"values_a {values_a.shape} and values_b {values_b.shape} must have one value per user.")
     if len(values_a) < 2:
-        raise ValueError(f"a bootstrap over users needs at least 2 users, not {len(values_a)}")
+        raise ValueError(f"values_a has {len(values_a)} users; expected at least 2.")
     differences = values_a - values_b
     if not np.isfinite(differences).all():
-        raise ValueError(f"user {int((~np.isfinite(differences)).argmax())} has a value that is not finite")
+        user = int((~np.isfinite(differences)).argmax())
+        raise ValueError(f"values_a[{user}] or values_b[{user}] is not finite.")
 
     result = stats.bootstrap(
         (differences,),
         np.mean,
         n_resamples=num_resamples,
-        batch=max(1, 2**22 // len(differences)),  # 32 MB at a time
+        batch=max(1, 2**22 // len(differences)),  # at most 32 MB at a time
         confidence_level=confidence_level,
         method="percentile",
         rng=np.random.default_rng(seed),
