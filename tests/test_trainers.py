@@ -42,7 +42,7 @@ def sft_setup(depths=DEPTHS, **model_kwargs):
     for i, depth in enumerate(depths):
         answer = sid_ids(model, catalog.codes[i])
         ids = row(model, 4 + i % 3, depth, answer, seed=i)
-        rows.append({"input_ids": ids, "labels": [-100] * (len(ids) - 3) + answer, "sample": i})
+        rows.append({"input_ids": ids, "labels": [-100] * (len(ids) - 3) + answer, "sample_index": i})
     generator = np.random.default_rng(0)
     count = max(sum(depths), 1)
     anchors = AnchorStore(
@@ -381,7 +381,7 @@ def test_stock_sft_trainer_runs_the_latent_loop(tmp_path):
     model, tokenizer, _, rows, _ = sft_setup()
     trainer = SFTTrainer(
         model, SFTConfig(str(tmp_path), **COMMON, per_device_train_batch_size=3, max_length=None),
-        train_dataset=rows.remove_columns("sample"), processing_class=tokenizer,
+        train_dataset=rows.remove_columns("sample_index"), processing_class=tokenizer,
     )
     inputs = next(iter(trainer.get_train_dataloader()))
     loss = trainer.compute_loss(trainer.model.eval(), dict(inputs))
@@ -440,7 +440,7 @@ def test_ranking_metrics_join_the_evaluation(tmp_path):
     seen = iter([0.5, 0.25])
     trainer = LasarSFTTrainer(
         model, args, catalog, anchors, ranking_evaluator=lambda model: {"NDCG@10": next(seen)}, train_dataset=rows,
-        eval_dataset=rows.remove_columns("sample"), processing_class=tokenizer,  # held out: no anchors
+        eval_dataset=rows.remove_columns("sample_index"), processing_class=tokenizer,  # held out: no anchors
     )
     trainer.train()
     assert trainer.state.best_metric == 0.5 and trainer.state.best_model_checkpoint.endswith("checkpoint-1")

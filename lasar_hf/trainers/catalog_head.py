@@ -1,8 +1,8 @@
 """The catalogue-normalised head under TRL's protocol: TRL's trainers score items by the distribution of decoding.
 
-TRL's trainers call `model(..., labels=labels, fused_lm_head=True)` and read log-probabilities per token. With this head
-in the place of TRL's own, both trainers, their losses and their metrics use the distribution of decoding_lasar: Semantic
-IDs (SIDs) are normalised over the codes that continue an item, text tokens over the vocabulary.
+TRL's trainers call `model(..., labels=labels, fused_lm_head=True)` and read log-probabilities per token. With this
+head in the place of TRL's own, their losses and metrics use the distribution of decoding_lasar: Semantic IDs (SIDs)
+are normalised over the codes that continue an item, text tokens over the vocabulary.
 """
 
 import types
@@ -22,12 +22,11 @@ def add_catalog_head(model: LasarForGenerativeRec, catalog: SidCatalog, temperat
     """
     Let `model(..., labels=labels, fused_lm_head=True)` score SID labels over the catalogue, see [`score_labels`].
 
-    The call returns TRL's `FusedCausalLMOutput` with `log_probs`, `entropy`, `is_top1` and `label_mask` of shape
-    `(B, L - 1)`, zero where the label is -100. Every other call is the model's own forward.
+    Every other call is the model's own forward.
 
     Args:
         model ([`LasarForGenerativeRec`]):
-            Model to patch. A head added before, for example by TRL, is replaced.
+            Model to patch. A head that TRL added before is replaced.
         catalog ([`SidCatalog`]):
             The items.
         temperature (`float`, *optional*, defaults to `1.0`):
@@ -68,18 +67,16 @@ def score_labels(
             Model whose head scores.
         hidden_states (`torch.Tensor` of shape `(B, L, H)`):
             Final hidden states.
-        input_ids (`torch.Tensor` of shape `(B, L)`):
-            Tokens; the codes before a SID label are read from here.
-        labels (`torch.Tensor` of shape `(B, L)`):
-            Labels, not shifted, -100 where nothing is scored.
+        input_ids, labels (`torch.Tensor` of shape `(B, L)`):
+            Tokens, and labels that are not shifted, -100 where nothing is scored.
         trie ([`SidTrie`]):
             Trie of the catalogue.
         temperature (`float`, *optional*, defaults to `1.0`):
             Temperature the logits are divided by.
 
     Returns:
-        `FusedCausalLMOutput`: `log_probs`, `entropy`, `is_top1` and `label_mask`, `(B, L - 1)`, float32, and `loss`,
-        the mean negative log-probability.
+        `FusedCausalLMOutput`: `log_probs`, `entropy`, `is_top1` and `label_mask` of shape `(B, L - 1)`, zero where the
+        label is -100, and `loss`, the mean negative log-probability.
 
     Raises:
         `ValueError`: if a label does not continue an item of the catalogue.

@@ -44,18 +44,12 @@ class LasarGRPOConfig(GRPOConfig):
     loss_type: str = field(default="grpo", metadata={"help": "Aggregation of the policy-gradient loss."})
     learning_rate: float = field(default=1e-5, metadata={"help": "The initial learning rate for AdamW."})
     max_completion_length: int | None = field(default=4, metadata={"help": "Set to the number of SID levels."})
-    disable_dropout: bool = field(
-        default=True, metadata={"help": "Score candidates without dropout, as they are drawn."}
-    )
+    disable_dropout: bool = field(default=True, metadata={"help": "Score candidates as drawn, without dropout."})
     sampling: str = field(
-        default="sample",
-        metadata={
-            "help": "How the candidates of a group are drawn.", "choices": ["sample", "stochastic_beams"]
-        },
+        default="sample", metadata={"help": "How candidates are drawn.", "choices": ["sample", "stochastic_beams"]}
     )
     alignment: str = field(
-        default="kl",
-        metadata={"help": "Distance of the terminal anchor loss.", "choices": [*DISTANCES, "none"]},
+        default="kl", metadata={"help": "Distance of the terminal anchor loss.", "choices": [*DISTANCES, "none"]}
     )
     terminal_weight: float = field(default=0.1, metadata={"help": "Weight of the terminal anchor loss, gamma_KL."})
     depth_weight: float = field(

@@ -21,7 +21,7 @@ from ..model.catalog_lasar import SidCatalog
 from ..model.decoding_lasar import sample_items
 from .catalog_head import add_catalog_head
 from .grpo_config import LasarGRPOConfig
-from .latent_states import LatentStateRecorder, last_latent, latent_metrics, unwrap_lasar
+from .latent_states import LatentStateRecorder, latent_metrics, unwrap_lasar
 from .lora import complete_reference, refuse_zero3, train_policy_head
 from .losses import DISTANCES, reinforce_loss
 from .rewards import load_rewards
@@ -30,13 +30,15 @@ from .trainer_mixin import LasarTrainerMixin, split_processor
 
 
 STATE_NAME = "lasar_state.json"
+# Arguments of TRL that have to keep these values.
+SUPPORTED = {
+    "mask_truncated_completions": False, "use_vllm": False, "use_transformers_continuous_batching": False, "top_k": 0,
+    "top_p": 1.0, "min_p": None, "repetition_penalty": 1.0, "generation_kwargs": None,
+}  # fmt: skip
 
 
 class EpochRepeatSampler(RepeatSampler):
-    """
-    TRL's sampler. The only change is that the order depends on the epoch alone, so that a run which resumes in a later
-    epoch sees the same prompts.
-    """
+    """TRL's sampler, in an order that depends on the epoch alone: a run that resumes later sees the same prompts."""
 
     def set_epoch(self, epoch: int) -> None:
         """Called by the Trainer before each epoch."""
@@ -65,43 +67,30 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
             `output_dir/reference_model`.
         args ([`LasarGRPOConfig`]):
             Arguments.
-        catalog ([`SidCatalog`], *optional*):
-            The items. Defaults to the catalogue of `processing_class`.
+        catalog, processing_class:
+            As for [`LasarSFTTrainer`]; one of them must have the items.
         reward_funcs (`list[Callable]`, *optional*):
             Rewards `f(completion_ids, target, **kwargs) -> list[float]`, see [`~lasar_hf.trainers.load_rewards`].
             Defaults to exact match and ranking.
         train_dataset ([`~datasets.Dataset`]):
             Columns `prompt` (text that ends in `<|latent_start|>`), `target` (index in the catalogue) and, for the
             terminal loss, `terminal_anchor` (`H` floats), see [`~lasar_hf.data.grpo_examples`].
-        processing_class ([`LasarProcessor`] or [`~transformers.PreTrainedTokenizerBase`], *optional*):
-            A processor is saved with each checkpoint; with a tokenizer that is the tokenizer and the catalogue.
         kwargs:
             Passed to [`~trl.GRPOTrainer`].
 
     Raises:
-        `ValueError`: if there is no catalogue or it differs from the processor's, if a process would draw part of a
-            group, if `save_steps` is not a generation boundary, or if an argument does not work with fixed-length
-            answers from the latent loop (`mask_truncated_completions`, `use_vllm`, `top_p`, …).
-
-    Example:
-
-    ```python
-    >>> trainer = LasarGRPOTrainer(
-    ...     "outputs/stage2", LasarGRPOConfig("outputs/grpo"),
-    ...     train_dataset=grpo_examples(data.samples["train"], processor), processing_class=processor,
-    ... )
-    >>> trainer.train()
-    ```
+        `ValueError`: if the catalogue is missing or differs from the processor's, or an argument does not work with
+            candidates from the latent loop (the message names it).
     """
 
     # State that passes through `self` between TRL's methods, in the order of a generation:
-    #   draw_candidates                  the rollout; what it returns beside token ids TRL adds to the examples, for
-    #                                    rewards (`items`) and for the loss (`depth_log_prob`)
+    #   draw_candidates                  returns, beside token ids, what TRL adds to the examples: `items` for rewards
+    #                                    and `depth_log_prob` for the loss
     #   _calculate_rewards               keeps the mean reward of each group in `self._group_rewards`
-    #   _generate_and_score_completions  moves both into the batch, which TRL shuffles and splits into micro-batches,
+    #   _generate_and_score_completions  writes both into the batch, which TRL shuffles and splits into micro-batches,
     #                                    and updates `self.reward_baseline`
     #   compute_loss                     reads them from its micro-batch, and the latent states from `self._recorder`
-    # `reward_baseline` is saved with each checkpoint; the others live within one step.
+    # `reward_baseline` is saved with each checkpoint; the others last for one generation.
 
     _tag_names = ["trl", "grpo", "lasar"]
     _name = "LASAR GRPO"
@@ -165,7 +154,7 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
 
     def draw_candidates(self, prompts: list[str], trainer: GRPOTrainer) -> dict[str, list]:
         """
-        Candidates in TRL's `rollout_func` protocol: one depth and one latent loop per prompt, `G` items from the policy.
+        Candidates in TRL's `rollout_func` protocol: per prompt one depth, one latent loop and `G` items.
 
         Args:
             prompts (`list[str]` of length `B · G`):
@@ -174,10 +163,9 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
                 This trainer.
 
         Returns:
-            `dict[str, list]`, each list of length `B · G`: `prompt_ids` including the latent slots; `completion_ids`,
-            `M` SID tokens, the candidates of a group in descending order of probability; `items`, their indices in the
-            catalogue; `depth_log_prob`, `log π(N | h_0)` of the depth; and `logprobs`, which is `None` since training
-            and drawing use the same engine.
+            `dict[str, list]`, lists of length `B · G`: `prompt_ids` with the latent slots, `completion_ids` (`M` SID
+            tokens, each group in descending order of probability), `items` (their indices in the catalogue),
+            `depth_log_prob` (`log π(N | h_0)`) and `logprobs` (`None`: training and drawing use the same engine).
         """
         group_size = self.group_size
         # 1. Each prompt once, left-padded.
@@ -214,12 +202,11 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
         """A depth `(B,)` with its log-probability `(B,)` and `G` items `(B, G)` for each prompt."""
         trie = self.catalog.trie(prompt_ids.device)
         state = lasar.encode_prompts(prompt_ids, prompt_mask, sampled_depth)
-        leaves, _ = sample_items(
-            lasar, state, trie, group_size, self.temperature, replacement=self.args.sampling == "sample"
-        )  # (B, G)
+        replacement = self.args.sampling == "sample"
+        leaves, _ = sample_items(lasar, state, trie, group_size, self.temperature, replacement=replacement)  # (B, G)
         log_policy = state.depth_logits.float().log_softmax(dim=-1)  # (B, N_max)
         log_probs = log_policy.gather(1, state.depths[:, None] - 1)[:, 0]  # (B,)
-        # Items that share a Semantic ID are one candidate, named by the first of them.
+        # Items that share a Semantic ID are one candidate, represented by the first of them.
         return state.depths, log_probs, trie.items(leaves)[..., 0]
 
     def _get_train_sampler(self, dataset=None):
@@ -232,18 +219,19 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         """Keep the mean reward of each group, from which the depth policy learns."""
-        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # (all B · G, functions)
-        weighted = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)  # (all B · G,)
-        group_means = weighted.view(-1, self.group_size).mean(dim=1)  # (all B,)
-        self._group_rewards = group_means.repeat_interleave(self.group_size)  # (all B · G,)
+        # A sequence is a candidate here; P counts those of all processes.
+        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # (P, functions)
+        weighted = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)  # (P,)
+        group_means = weighted.view(-1, self.group_size).mean(dim=1)  # (P / G,)
+        self._group_rewards = group_means.repeat_interleave(self.group_size)  # (P,)
         return rewards
 
     def _generate_and_score_completions(self, inputs):
         """Add what the extra losses need to the batch, so that TRL shuffles and splits it with the candidates."""
         output = super()._generate_and_score_completions(inputs)
-        rewards = self._group_rewards  # of all processes
+        rewards = self._group_rewards  # (P,)
         start = self.accelerator.process_index * len(inputs)
-        output["group_reward"] = rewards[start : start + len(inputs)]  # (B · G,)
+        output["group_reward"] = rewards[start : start + len(inputs)]  # (B · G,), those of this process
         mean = rewards.mean().item()
         baseline = mean if self.reward_baseline is None else self.reward_baseline
         output["reward_baseline"] = torch.full_like(output["group_reward"], baseline)  # (B · G,)
@@ -267,8 +255,9 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
 
         # 2. Terminal loss: the last latent state against the last anchor. Depths differ, so no other step has one.
         if "terminal_anchor" in inputs:
-            distance = DISTANCES[self.args.alignment]
-            terminal = distance(last_latent(output), inputs["terminal_anchor"]).mean()
+            steps = output.latent_steps
+            last = output.latent_states[torch.arange(len(steps), device=steps.device), steps]  # (B, H)
+            terminal = DISTANCES[self.args.alignment](last, inputs["terminal_anchor"]).mean()
             metrics["terminal_loss"] = terminal
             extra = extra + self.args.terminal_weight * terminal
 
@@ -288,7 +277,7 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
         return loss + extra / (self.current_gradient_accumulation_steps if mode == "train" else 1)
 
     def _save_checkpoint(self, model, trial):
-        """Save the baseline and the position within a generation. First, since TRL's last file completes a checkpoint."""
+        """Save the baseline and the position in a generation, before TRL's last file completes the checkpoint."""
         if self.args.should_save:
             folder = os.path.join(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
             micro_batch = self._step % (self.args.steps_per_generation * self.num_iterations)
@@ -310,64 +299,52 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
 
 
 def _check_arguments(args: LasarGRPOConfig, has_eval: bool, num_items: int) -> None:
-    """Refuse arguments under which the candidates could not be drawn or scored as the paper does."""
-    if args.mask_truncated_completions:
-        raise ValueError("mask_truncated_completions is not supported: answers have no end token, so it would mask all.")
+    """Refuse arguments under which candidates could not be drawn, scored or resumed."""
+    for name, supported in SUPPORTED.items():
+        if getattr(args, name) != supported:
+            raise ValueError(
+                f"{name} is not supported: candidates come from the latent loop, have no end token, and must be drawn "
+                f"from the distribution that is scored. Keep {supported}; only temperature can be changed."
+            )
     is_zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
     if is_zero3 and not args.ds3_gather_for_generation:
         raise ValueError("ds3_gather_for_generation must be True under ZeRO-3: drawing reads rows of the head.")
-    if args.use_vllm or args.use_transformers_continuous_batching:
-        raise ValueError(
-            "use_vllm and use_transformers_continuous_batching are not supported: candidates come from the latent loop."
-        )
-    unsupported = {"top_k": 0, "top_p": 1.0, "min_p": None, "repetition_penalty": 1.0, "generation_kwargs": None}
-    for name, default in unsupported.items():
-        if getattr(args, name) != default:
-            raise ValueError(
-                f"{name} is not supported: candidates must come from the distribution that is scored. Keep {default}; "
-                "only temperature can be changed."
-            )
-    # Groups: the ranking reward and the depth policy need all candidates of a prompt in one process.
+    # A group must not be split over processes.
     group_size = args.num_generations
-    local = args.per_device_train_batch_size * args.steps_per_generation
-    if local % group_size:
-        raise ValueError(
-            f"per_device_train_batch_size × steps_per_generation ({local}) must be divisible by num_generations "
-            f"({group_size})."
-        )
-    if has_eval and args.per_device_eval_batch_size % group_size:
-        raise ValueError(
-            f"per_device_eval_batch_size ({args.per_device_eval_batch_size}) must be divisible by num_generations "
-            f"({group_size})."
-        )
+    sizes = {"per_device_train_batch_size × steps_per_generation": args.per_device_train_batch_size
+             * args.steps_per_generation}
+    if has_eval:
+        sizes["per_device_eval_batch_size"] = args.per_device_eval_batch_size
+    for name, size in sizes.items():
+        if size % group_size:
+            raise ValueError(f"{name} ({size}) must be divisible by num_generations ({group_size}).")
     if args.num_generations_eval not in (None, group_size):
         raise ValueError(
-            f"num_generations_eval is {args.num_generations_eval}; expected num_generations ({group_size}), since the "
-            "ranking reward has one group size. Leave it out."
+            f"num_generations_eval is {args.num_generations_eval}; expected num_generations ({group_size}), the group "
+            "size of the ranking reward. Leave it out."
         )
     if args.sampling == "stochastic_beams" and group_size > num_items:
         raise ValueError(
-            f"num_generations ({group_size}) is larger than the catalogue ({num_items} items), of which "
-            'sampling="stochastic_beams" draws without replacement. Lower it, or set sampling="sample".'
+            f"num_generations is {group_size}, but there are {num_items} items to draw without replacement. Lower it, "
+            'or set sampling="sample".'
         )
-    # Checkpoints: candidates are not saved, so a run resumes exactly at generation boundaries only.
+    if args.save_strategy == "steps":
+        _check_save_steps(args)
+
+
+def _check_save_steps(args: LasarGRPOConfig) -> None:
+    """Candidates are not saved, so a run resumes exactly only between two generations."""
     generate_every = args.steps_per_generation * args.num_iterations
     boundary = generate_every // math.gcd(generate_every, args.gradient_accumulation_steps)
-    if args.save_strategy == "steps" and (args.save_steps < 1 or int(args.save_steps) % boundary):
+    if args.save_steps < 1 or int(args.save_steps) % boundary:
         raise ValueError(
-            f"save_steps is {args.save_steps}; expected a multiple of {boundary} (steps), since candidates are drawn "
-            f"every {generate_every} micro-batches and a run resumes exactly only between two draws."
+            f"save_steps is {args.save_steps}; expected a multiple of {boundary} steps, at which no drawn candidates "
+            "are left to learn from. A run resumes exactly only there."
         )
 
 
 def disable_functional_dropout(model: nn.Module) -> None:
-    """
-    Set dropout rates that layers pass to functions (mostly attention) to 0. TRL disables dropout modules only.
-
-    Args:
-        model (`nn.Module`):
-            The policy or its reference.
-    """
+    """Set dropout rates that layers pass to functions (attention's) to 0. TRL disables dropout modules only."""
     for module in model.modules():
         for name, value in vars(module).items():
             if "dropout" in name and isinstance(value, float):

@@ -35,13 +35,6 @@ class LatentStateRecorder:
         return output
 
 
-def last_latent(output: LasarModelOutput) -> torch.Tensor:
-    """`h_N` of each sequence, `(B, H)`."""
-    hidden_size = output.latent_states.shape[-1]
-    index = output.latent_steps[:, None, None].expand(-1, 1, hidden_size)  # (B, 1, H)
-    return output.latent_states.gather(1, index)[:, 0]
-
-
 @torch.no_grad()
 def latent_metrics(output: LasarModelOutput, embedding: nn.Embedding) -> dict[str, torch.Tensor]:
     """
@@ -49,14 +42,13 @@ def latent_metrics(output: LasarModelOutput, embedding: nn.Embedding) -> dict[st
 
     Args:
         output ([`LasarModelOutput`]):
-            Output of a forward of the base model.
+            Output of the base model.
         embedding (`nn.Embedding`):
             The backbone's input embeddings.
 
     Returns:
         `dict[str, torch.Tensor]`: scalars `mean_depth` (steps), `depth_entropy` (nats) and `latent_norm_ratio`, the
-        mean norm of the inputs of the latent slots divided by that of the embeddings. A growing ratio is the usual
-        failure of latent loops.
+        norm of the latent slots' inputs relative to the embeddings', which grows when a latent loop diverges.
     """
     steps = output.latent_steps  # (B,)
     metrics = {"mean_depth": steps.float().mean(), "depth_entropy": depth_entropy(output.depth_logits).mean()}

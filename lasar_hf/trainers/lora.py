@@ -45,12 +45,6 @@ def lasar_lora_config(
 
     Raises:
         `ValueError`: if the backbone does not have a linear layer that `target_modules` names.
-
-    Example:
-
-    ```python
-    >>> trainer = LasarSFTTrainer(model, args, processing_class=processor, peft_config=lasar_lora_config(model, r=8))
-    ```
     """
     # 1. Names of the layers to adapt.
     modules = model.model.backbone.named_modules()
@@ -83,18 +77,7 @@ def lasar_lora_config(
 
 
 def lora_from_arguments(model: LasarForGenerativeRec, arguments: LasarModelConfig) -> LoraConfig | None:
-    """
-    [`lasar_lora_config`] with the arguments of a recipe.
-
-    Args:
-        model ([`LasarForGenerativeRec`]):
-            The model to adapt.
-        arguments ([`LasarModelConfig`]):
-            Arguments of the recipe.
-
-    Returns:
-        [`~peft.LoraConfig`], *optional*: `None` without `use_peft`.
-    """
+    """[`lasar_lora_config`] with the arguments of a recipe; `None` without `use_peft`."""
     if not arguments.use_peft:
         return None
     return lasar_lora_config(
@@ -105,8 +88,8 @@ def lora_from_arguments(model: LasarForGenerativeRec, arguments: LasarModelConfi
 
 def train_policy_head(lasar: LasarForGenerativeRec, trainable: bool) -> None:
     """
-    Train or freeze the policy head. Without a loss on it it must be frozen: DDP waits for the gradient of every
-    trainable parameter.
+    Train or freeze the policy head. DDP waits for the gradient of every trainable parameter, so a head without a loss
+    must be frozen.
 
     Args:
         lasar ([`LasarForGenerativeRec`]):
@@ -115,7 +98,7 @@ def train_policy_head(lasar: LasarForGenerativeRec, trainable: bool) -> None:
             Whether the loss gives the policy head a gradient.
 
     Raises:
-        `ValueError`: if the model is adapted and the adapter would not save the policy head.
+        `ValueError`: if an adapter would not save the trained policy head.
     """
     head = lasar.model.policy_head
     if isinstance(head, ModulesToSaveWrapper):
@@ -133,12 +116,8 @@ def complete_reference(model: PeftModel) -> None:
     """
     Copy the token rows that TRL leaves out of its reference adapter.
 
-    If the model comes with an adapter, TRL keeps a frozen copy of it, `ref`, as the reference. TRL copies the
-    parameters with `.default.` in their name, but names of trainable token rows end in `.default`.
-
-    Args:
-        model ([`~peft.PeftModel`]):
-            The policy. Without an adapter `ref` nothing happens.
+    If the model comes with an adapter, TRL keeps a frozen copy of it, `ref`, as the reference. TRL copies parameters
+    with `.default.` in their name, but names of token rows end in `.default`. Without `ref` nothing happens.
     """
     parameters = dict(model.named_parameters())
     for name, parameter in parameters.items():
@@ -169,12 +148,7 @@ def save_trained(trainer: Trainer) -> None:
 
 
 def refuse_zero3(model: object, args: TrainingArguments, peft_config: PeftConfig | None) -> None:
-    """
-    Refuse to train an adapter under ZeRO-3. The arguments are those of a trainer.
-
-    Raises:
-        `ValueError`: if there is an adapter and ZeRO-3.
-    """
+    """Raise a `ValueError` for an adapter under ZeRO-3; the arguments are those of a trainer."""
     is_adapted = peft_config is not None or isinstance(model, PeftModel)
     if is_adapted and args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3:
         raise ValueError(

@@ -153,20 +153,8 @@ def exact_depth_loss(
         A_N     = (R_N − λN) − Σ_{N'} π(N') (R_{N'} − λN')
         L_depth = −Σ_N π(N).detach() · A_N · log π(N | h_0) − η · H(π)
 
-    It equals [`reinforce_loss`] in expectation and has no sampling noise.
-
-    Args:
-        depth_logits (`torch.Tensor` of shape `(B, N_max)`):
-            Logits of the policy head; class `k` means `k + 1` latent steps.
-        rewards (`torch.Tensor` of shape `(B, N_max)`):
-            Reward of each depth, `R_1 … R_{N_max}`.
-        step_cost (`float`):
-            Cost of a latent step, `λ`.
-        entropy_weight (`float`):
-            Weight of the entropy bonus, `η`.
-
-    Returns:
-        `torch.Tensor`: scalar mean over the prompts.
+    Arguments and result as for [`reinforce_loss`], which this equals in expectation, with `rewards` of shape
+    `(B, N_max)`: the reward of each depth, `R_1 … R_{N_max}`.
     """
     log_policy = depth_logits.float().log_softmax(dim=-1)  # (B, N_max)
     policy = log_policy.exp().detach()  # (B, N_max)

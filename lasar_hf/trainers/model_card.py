@@ -1,4 +1,4 @@
-"""The model card of a run. TRL's own template is looked up inside the trl package, so a subclass elsewhere cannot use it."""
+"""The model card of a run. TRL looks up templates inside its own package, so a subclass elsewhere cannot use them."""
 
 import os
 
@@ -22,19 +22,7 @@ model = AutoModel.from_pretrained("{name}", trust_remote_code=True)"""
 
 
 def save_model_card(trainer, model_name: str | None, tags: list[str], description: str) -> None:
-    """
-    Write `README.md` to `output_dir`, with metadata, usage and the main arguments of the run.
-
-    Args:
-        trainer ([`LasarSFTTrainer`] or [`LasarGRPOTrainer`]):
-            The trainer.
-        model_name (`str`, *optional*):
-            Name of the model. Defaults to the name of the output folder.
-        tags (`list[str]`):
-            Tags for the Hub.
-        description (`str`):
-            One sentence on how the model was trained.
-    """
+    """Write `README.md` to the trainer's `output_dir`, with metadata, usage and the main arguments of the run."""
     if not trainer.is_world_process_zero():
         return
     name = model_name or os.path.basename(os.path.normpath(trainer.args.output_dir))

@@ -8,6 +8,7 @@ from trl import ModelConfig
 from ..arguments import check_choices
 
 
+# Fields of TRL that have to keep their defaults.
 UNSUPPORTED = (
     "load_in_8bit", "load_in_4bit", "bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage",
     "lora_modules_to_save", "lora_target_parameters", "lora_task_type",
@@ -17,13 +18,9 @@ UNSUPPORTED = (
 @dataclass
 class LasarModelConfig(ModelConfig):
     r"""
-    Arguments of the model and its LoRA. The only changes w.r.t. [`~trl.ModelConfig`] are the choices of
-    `attn_implementation` and that quantised weights, and LoRA fields that [`lasar_lora_config`] sets itself, are
-    refused; everything else is inherited.
-
-    Args:
-        attn_implementation (`str`, *optional*):
-            `"sdpa"` or `"eager"`; transformers' choice if not given.
+    Arguments of the model and its LoRA. The only change w.r.t. [`~trl.ModelConfig`] is that quantised weights, other
+    attention than `"sdpa"` and `"eager"`, and the LoRA fields that [`lasar_lora_config`] sets itself are refused;
+    everything else is inherited.
 
     Raises:
         `ValueError`: if a value is not one of its field's choices, or an unsupported field is set.
@@ -37,8 +34,10 @@ class LasarModelConfig(ModelConfig):
         check_choices(self)
         changed = [f.name for f in fields(self) if f.name in UNSUPPORTED and getattr(self, f.name) != f.default]
         if changed:
-            raise ValueError(f"{', '.join(changed)} is not supported: weights are not quantised, and the LoRA of "
-                             "recipes trains token rows and policy head by itself. Leave it out.")
+            raise ValueError(
+                f"{', '.join(changed)} is not supported: weights are not quantised, and LoRA always trains the token "
+                "rows and the policy head. Leave it out."
+            )
         super().__post_init__()
 
     @property

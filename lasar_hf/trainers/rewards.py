@@ -44,14 +44,13 @@ class ExactMatchReward:
 
     def __call__(self, completion_ids: list[list[int]], target: list[int], **kwargs) -> list[float]:
         """
+        Rewards of `B · G` candidates.
+
         Args:
             completion_ids (`list[list[int]]`):
                 Token ids of each candidate.
             target (`list[int]`):
                 Index of the target item in the catalogue, for each candidate.
-
-        Returns:
-            `list[float]`: rewards.
 
         Raises:
             `ValueError`: if a target is not an index of the catalogue.
@@ -69,14 +68,10 @@ class RankingReward(ExactMatchReward):
     Penalty for wrong candidates by their rank, in groups that contain the target.
 
     If one of a group's `G` candidates is the target, a wrong one at rank `r` gets
-    `−(1 / log2(r + 1)) / Σ_j (1 / log2(j + 1))`. Groups without the target get 0. LASAR, arXiv 2605.10207, RL stage;
-    use it together with [`ExactMatchReward`], which alone rewards the target.
+    `−(1 / log2(r + 1)) / Σ_j (1 / log2(j + 1))`. Groups without the target get 0. LASAR, arXiv 2605.10207, RL stage.
+    Use it together with [`ExactMatchReward`], which rewards the target and whose other arguments it has.
 
     Args:
-        catalog ([`SidCatalog`]):
-            The items.
-        config ([`LasarConfig`]):
-            Configuration of the model, for the token ids.
         num_generations (`int`):
             Candidates per group, `G`.
 
@@ -85,7 +80,7 @@ class RankingReward(ExactMatchReward):
     ```python
     >>> reward = RankingReward(catalog, model.config, num_generations=3)
     >>> reward(processor.answer_ids([4, 7, 2]), target=[7, 7, 7])
-    [-0.4692787013200887, 0.0, -0.23463935066004434]
+    [-0.46927872602275644, 0.0, -0.23463936301137822]
     ```
     """
 
@@ -116,13 +111,9 @@ def load_rewards(
 
     Args:
         names (`list[str]`):
-            `"exact_match"`, `"ranking"`, or the dotted path of a function, which may be in the current directory.
-        catalog ([`SidCatalog`]):
-            The items.
-        config ([`LasarConfig`]):
-            Configuration of the model.
-        num_generations (`int`):
-            Candidates per group.
+            `"exact_match"`, `"ranking"`, or the dotted path of a function; the current directory is searched too.
+        catalog, config, num_generations:
+            As for [`RankingReward`].
 
     Returns:
         `list[Callable]`: `reward_funcs` for [`LasarGRPOTrainer`].
@@ -134,11 +125,10 @@ def load_rewards(
 
     ```python
     >>> # my_rewards.py
-    >>> def few_sales(items, sales, **kwargs):
-    ...     '''1 for items that were sold less than ten times; `sales` is a column of the training examples.'''
-    ...     return [float(counts[item] < 10) for item, counts in zip(items, sales, strict=True)]
+    >>> def half_match(completion_ids, target, items, **kwargs):
+    ...     return [float(item == wanted) / 2 for item, wanted in zip(items, target, strict=True)]
 
-    >>> load_rewards(["exact_match", "my_rewards.few_sales"], catalog, model.config, num_generations=8)
+    >>> load_rewards(["exact_match", "my_rewards.half_match"], catalog, model.config, num_generations=8)
     ```
     """
     built_in = {

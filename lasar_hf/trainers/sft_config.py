@@ -30,21 +30,13 @@ class LasarSFTConfig(SFTConfig):
     >   example; `max_history` of the processor limits the prompt instead.
     """
 
-    max_length: int | None = field(
-        default=None, metadata={"help": "Maximum length of an example. Truncation removes its answer."}
-    )
+    max_length: int | None = field(default=None, metadata={"help": "Maximum length of an example."})
     sid_loss: str = field(
         default="catalog",
-        metadata={
-            "help": "Normalisation at SID positions: over the codes that continue an item, or over the vocabulary.",
-            "choices": ["catalog", "vocab"],
-        },
+        metadata={"help": "What SID tokens are normalised over.", "choices": ["catalog", "vocab"]},
     )
     alignment: str = field(
-        default="kl",
-        metadata={
-            "help": "Distance between latent states and semantic anchors.", "choices": [*DISTANCES, "none"]
-        },
+        default="kl", metadata={"help": "Distance of latent states and anchors.", "choices": [*DISTANCES, "none"]}
     )
     alignment_weight: float = field(default=0.1, metadata={"help": "Weight of the alignment loss, alpha."})
     policy_weight: float = field(

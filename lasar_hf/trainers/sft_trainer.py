@@ -3,11 +3,11 @@
 The life of a batch:
 
 1. `LasarDataCollator` pads the examples and adds the anchors of their samples.
-2. `compute_loss` calls TRL's, which calls `model(..., labels=labels, fused_lm_head=True)`. That forward is not the model's
-   own: `add_catalog_head` replaced it (TRL's head stays with `sid_loss="vocab"`). It runs `LasarModel`, that is prompt,
-   latent loop and answer, and scores the labels over the catalogue. TRL makes the cross-entropy from these.
-3. In the same pass a forward hook on `LasarModel` (`LatentStateRecorder`) keeps its output. `compute_loss` reads the latent
-   states and the depth logits from there and adds the alignment and policy losses; the model does not run twice.
+2. `compute_loss` calls TRL's, which calls `model(..., labels=labels, fused_lm_head=True)`. This forward is not the
+   model's own: `add_catalog_head` replaced it (with `sid_loss="vocab"` it is TRL's). It runs `LasarModel` (prompt,
+   latent loop, answer) and scores the labels over the catalogue; TRL makes the cross-entropy from the scores.
+3. In the same pass a forward hook on `LasarModel` (`LatentStateRecorder`) keeps its output, from which `compute_loss`
+   reads the latent states and depth logits for the other losses. The model does not run a second time.
 """
 
 from collections.abc import Callable
@@ -41,8 +41,7 @@ class LasarDataCollator(DataCollatorForLanguageModeling):
 
     Args:
         anchors ([`~lasar_hf.reasoning.AnchorStore`], *optional*):
-            Anchors of each sample. Examples name their sample in the column `sample_index`; held-out examples have no
-            such column and get no anchors.
+            Anchors of each sample. Held-out examples, without a column `sample_index`, get none.
         latent_token_id (`int`, *optional*):
             Id of `<|latent|>`, to check that an example has as many latent slots as its sample has anchors.
     """
@@ -63,8 +62,8 @@ class LasarDataCollator(DataCollatorForLanguageModeling):
         slots = sum(token == self.latent_token_id for token in example["input_ids"])
         if slots != len(vectors):
             raise ValueError(
-                f"The example with sample_index {example['sample_index']} has {slots} latent slots, but its sample has "
-                f"{len(vectors)} anchors. Make examples and anchors from the same segments."
+                f"sample_index {example['sample_index']}: the example has {slots} latent slots and the sample "
+                f"{len(vectors)} anchors. Make both from the same segments."
             )
         return vectors
 
@@ -99,20 +98,20 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
             Examples with `input_ids` and `labels`, see [`~lasar_hf.data.sft_examples`] and
             [`~lasar_hf.data.reasoning_examples`].
         processing_class ([`LasarProcessor`] or [`~transformers.PreTrainedTokenizerBase`], *optional*):
-            A processor is saved with each checkpoint; with a tokenizer that is the tokenizer and the catalogue.
+            Saved with each checkpoint; a tokenizer together with the catalogue.
         kwargs:
             Passed to [`~trl.SFTTrainer`].
 
     Raises:
-        `ValueError`: if `sid_loss="catalog"` and there is no catalogue, if `catalog` differs from the processor's, or
-            if packing, padding-free batches, label smoothing or `compute_loss_func` are set.
+        `ValueError`: if the catalogue is missing or differs from the processor's, or for packing, padding-free
+            batches, label smoothing and `compute_loss_func`.
 
     Example:
 
     ```python
-    >>> args = LasarSFTConfig("outputs/stage1")
+    >>> examples = sft_examples(data.samples["train"], processor)
     >>> trainer = LasarSFTTrainer(
-    ...     model, args, train_dataset=sft_examples(data.samples["train"], processor), processing_class=processor
+    ...     model, LasarSFTConfig("outputs/stage1"), train_dataset=examples, processing_class=processor
     ... )
     >>> trainer.train()
     ```
@@ -138,11 +137,10 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
         if args.sid_loss == "catalog" and self.catalog is None:
             raise ValueError('sid_loss="catalog" needs the items. Pass catalog, or a LasarProcessor.')
         if args.packing or args.padding_free:
-            raise ValueError("packing and padding_free are not supported: an example must be one sequence of the batch.")
+            raise ValueError("packing and padding_free are not supported: the latent loop needs one example a row.")
         if args.label_smoothing_factor > 0 or kwargs.get("compute_loss_func") is not None:
             raise ValueError(
-                "label_smoothing_factor and compute_loss_func are not supported: their loss would leave out the latent "
-                "losses."
+                "label_smoothing_factor and compute_loss_func are not supported: their loss has no latent terms."
             )
         refuse_zero3(model, args, kwargs.get("peft_config"))
         super().__init__(
@@ -179,8 +177,8 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
         # 1. Cross-entropy of the next token; this runs the model.
         anchors = inputs.pop("anchors", None)
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        # 2. Terms on the latent states. The Trainer sums the losses of accumulated micro-batches. TRL's part is divided
-        # by the tokens of all of them already, these terms by the number of micro-batches here.
+        # 2. Terms on the latent states. The Trainer sums over accumulated micro-batches: TRL's loss is divided by the
+        # tokens of all of them already, these terms by their number here.
         extra = self._latent_losses(self._recorder.pop(), anchors)
         if num_items_in_batch is not None:
             extra = extra / self.current_gradient_accumulation_steps

@@ -17,9 +17,8 @@ def unsharded_weights():
     """
     Create and load models with all their weights, whatever the run's DeepSpeed stage.
 
-    Creating the training arguments configures ZeRO-3, and from then on transformers shards every model while it is
-    created. Sharded weights cannot be resized ([`LasarForGenerativeRec.from_backbone`]) or hashed, and a single process
-    cannot run the model. The trainer shards a whole model itself. Without ZeRO-3 this does nothing.
+    Once training arguments configured ZeRO-3, transformers shards every model that is created. Sharded weights cannot
+    be resized or hashed, and one process cannot run the model. The trainer shards a whole model itself.
 
     Example:
 
@@ -47,9 +46,6 @@ def run_with_gathered_weights(root: nn.Module, function: Callable[[], T]) -> T:
             The model as the trainer wrapped it. Without FSDP2 the function is called directly.
         function (`Callable`):
             Uses the model in other ways than its forward. Every process must call it.
-
-    Returns:
-        The function's result.
     """
     if not isinstance(root, FSDPModule):
         return function()

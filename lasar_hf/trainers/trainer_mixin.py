@@ -12,17 +12,8 @@ def split_processor(
     processing_class: PreTrainedTokenizerBase | LasarProcessor | None, catalog: SidCatalog | None
 ) -> tuple[LasarProcessor | None, PreTrainedTokenizerBase | None, SidCatalog | None]:
     """
-    The processor, the tokenizer for TRL and the catalogue. TRL would read any processor as that of a vision model.
-
-    Args:
-        processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`LasarProcessor`], *optional*):
-            What the trainer was given.
-        catalog ([`SidCatalog`], *optional*):
-            The items. Defaults to the processor's catalogue.
-
-    Returns:
-        `tuple` of [`LasarProcessor`], [`~transformers.PreTrainedTokenizerBase`] and [`SidCatalog`], each `None` if it
-        was not given.
+    The processor, the tokenizer for TRL and the catalogue, each `None` if it was not given. TRL would treat any
+    processor as that of a vision model. The arguments are those of a trainer.
 
     Raises:
         `ValueError`: if `catalog` is not the processor's catalogue.
@@ -46,25 +37,13 @@ class LasarTrainerMixin:
     """Methods of both trainers, which set `processor`, `catalog`, `_tag_names` and `_description`."""
 
     def log_means(self, metrics: dict[str, torch.Tensor]) -> None:
-        """
-        Add metrics to TRL's log, each averaged over the processes.
-
-        Args:
-            metrics (`dict[str, torch.Tensor]`):
-                Scalars; the names must be the same on all processes.
-        """
+        """Add scalars to TRL's log, averaged over the processes; their names must be the same on all of them."""
         mode = "train" if self.model.training else "eval"
         for name, value in metrics.items():
             self._metrics[mode][name].append(self.accelerator.gather(value.detach().float()).mean().item())
 
     def save_processor(self, folder: str) -> None:
-        """
-        Save the processor, or the catalogue if the trainer has a tokenizer only. A checkpoint alone can recommend.
-
-        Args:
-            folder (`str`):
-                Folder of the weights.
-        """
+        """Save the processor, or the catalogue alone beside a tokenizer, so that the folder is enough to recommend."""
         part = self.catalog if self.processor is None else self.processor
         if part is not None:
             part.save_pretrained(folder)
