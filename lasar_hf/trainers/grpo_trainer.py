@@ -57,9 +57,8 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
 
     For each prompt a depth `N ~ π(· | h_0)` is drawn and the latent loop runs once. The `G` candidates are drawn from
     the policy normalised over the catalogue, which also scores them, so the ratio is 1 on-policy. The latent slots are
-    part of the prompt's token ids, so every forward of TRL runs at that depth. `L_RF` is
-    [`~lasar_hf.trainers.reinforce_loss`] on the depth policy. Both losses read the latent states of the pass that made
-    `L_GRPO`.
+    part of the prompt's token ids, so every forward of TRL runs at that depth. `alignment` may replace `KL_bi`; `L_RF`
+    is [`~lasar_hf.trainers.reinforce_loss`].
 
     Args:
         model (`str` or [`LasarForGenerativeRec`] or [`~peft.PeftModel`]):
@@ -125,14 +124,8 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
             # TRL warns that `rollout_func` is experimental. Its version is pinned and a test covers the contract.
             warnings.filterwarnings("ignore", message="You are using 'rollout_func'")
             super().__init__(
-                model=model,
-                reward_funcs=reward_funcs,
-                args=args,
-                train_dataset=train_dataset,
-                eval_dataset=eval_dataset,
-                processing_class=tokenizer,
-                rollout_func=self.draw_candidates,
-                **kwargs,
+                model, reward_funcs, args, train_dataset=train_dataset, eval_dataset=eval_dataset,
+                processing_class=tokenizer, rollout_func=self.draw_candidates, **kwargs,
             )
         if isinstance(self.model, PeftModel):
             complete_reference(self.model)
@@ -159,8 +152,6 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
         Args:
             prompts (`list[str]` of length `B · G`):
                 Each prompt `G` times in a row.
-            trainer ([`~trl.GRPOTrainer`]):
-                This trainer.
 
         Returns:
             `dict[str, list]`, lists of length `B · G`: `prompt_ids` with the latent slots, `completion_ids` (`M` SID
@@ -175,15 +166,13 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
         prompt_ids, mask = prompt_ids.to(self.accelerator.device), mask.to(self.accelerator.device)
 
         # 2. Depths and their log-probabilities (B,), items (B, G), on gathered weights.
+        gather = {"gather_deepspeed3_params": self.args.ds3_gather_for_generation}
         with (
-            unwrap_model_for_generation(
-                self.model_wrapped, self.accelerator,
-                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
-            ) as unwrapped,
-            unwrap_lasar(unwrapped).evaluation_mode() as lasar,
+            unwrap_model_for_generation(self.model_wrapped, self.accelerator, **gather) as model,
+            unwrap_lasar(model).evaluation_mode() as lasar,
         ):
             draw = partial(self._draw, lasar, prompt_ids, mask, group_size)
-            depths, log_probs, items = run_with_gathered_weights(unwrapped, draw)
+            depths, log_probs, items = run_with_gathered_weights(model, draw)
 
         # 3. Tokens: prompt, latent slots and <|latent_end|>, then the SID tokens of each item.
         config = lasar.config
@@ -211,10 +200,9 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
 
     def _get_train_sampler(self, dataset=None):
         """TRL's order of prompts, as a function of the epoch."""
-        sampler = super()._get_train_sampler(dataset)
+        base = super()._get_train_sampler(dataset)
         return EpochRepeatSampler(
-            sampler.data_source, sampler.mini_repeat_count, sampler.batch_size, sampler.repeat_count, sampler.shuffle,
-            sampler.seed,
+            base.data_source, base.mini_repeat_count, base.batch_size, base.repeat_count, base.shuffle, base.seed
         )
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
@@ -311,13 +299,17 @@ def _check_arguments(args: LasarGRPOConfig, has_eval: bool, num_items: int) -> N
         raise ValueError("ds3_gather_for_generation must be True under ZeRO-3: drawing reads rows of the head.")
     # A group must not be split over processes.
     group_size = args.num_generations
-    sizes = {"per_device_train_batch_size × steps_per_generation": args.per_device_train_batch_size
-             * args.steps_per_generation}
-    if has_eval:
-        sizes["per_device_eval_batch_size"] = args.per_device_eval_batch_size
-    for name, size in sizes.items():
-        if size % group_size:
-            raise ValueError(f"{name} ({size}) must be divisible by num_generations ({group_size}).")
+    local = args.per_device_train_batch_size * args.steps_per_generation
+    if local % group_size:
+        raise ValueError(
+            f"per_device_train_batch_size × steps_per_generation ({local}) must be divisible by num_generations "
+            f"({group_size})."
+        )
+    if has_eval and args.per_device_eval_batch_size % group_size:
+        raise ValueError(
+            f"per_device_eval_batch_size ({args.per_device_eval_batch_size}) must be divisible by num_generations "
+            f"({group_size})."
+        )
     if args.num_generations_eval not in (None, group_size):
         raise ValueError(
             f"num_generations_eval is {args.num_generations_eval}; expected num_generations ({group_size}), the group "

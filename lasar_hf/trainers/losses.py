@@ -86,16 +86,7 @@ def alignment_loss(
 
 
 def depth_entropy(depth_logits: torch.Tensor) -> torch.Tensor:
-    """
-    Entropy of the depth policy.
-
-    Args:
-        depth_logits (`torch.Tensor` of shape `(B, N_max)`):
-            Logits of the policy head; class `k` means `k + 1` latent steps.
-
-    Returns:
-        `torch.Tensor` of shape `(B,)`: entropies in nats, float32.
-    """
+    """Entropy `(B,)` of the depth policy, in nats, from the logits `(B, N_max)` of the policy head."""
     log_policy = depth_logits.float().log_softmax(dim=-1)  # (B, N_max)
     return -(log_policy.exp() * log_policy).sum(dim=-1)
 

@@ -27,8 +27,8 @@ def checkpoint_to_resume(args: TrainingArguments, **origin: Any) -> str | None:
     """
     The newest complete checkpoint in `output_dir`, if the run that wrote it had the same settings.
 
-    A run writes its settings to `output_dir/run.json` when it starts. A checkpoint without the file that is written
-    last (`trainer_state.json`) is incomplete and is skipped.
+    A run writes its settings to `run.json` when it starts. A checkpoint without `trainer_state.json`, which is written
+    last, is incomplete and is skipped.
 
     Args:
         args ([`~transformers.TrainingArguments`]):

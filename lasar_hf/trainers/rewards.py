@@ -44,13 +44,7 @@ class ExactMatchReward:
 
     def __call__(self, completion_ids: list[list[int]], target: list[int], **kwargs) -> list[float]:
         """
-        Rewards of `B · G` candidates.
-
-        Args:
-            completion_ids (`list[list[int]]`):
-                Token ids of each candidate.
-            target (`list[int]`):
-                Index of the target item in the catalogue, for each candidate.
+        Rewards of candidates, given their token ids and the index of the target item in the catalogue for each.
 
         Raises:
             `ValueError`: if a target is not an index of the catalogue.
@@ -115,9 +109,6 @@ def load_rewards(
         catalog, config, num_generations:
             As for [`RankingReward`].
 
-    Returns:
-        `list[Callable]`: `reward_funcs` for [`LasarGRPOTrainer`].
-
     Raises:
         `ValueError`: if a name is unknown or a dotted path cannot be imported.
 
@@ -125,10 +116,10 @@ def load_rewards(
 
     ```python
     >>> # my_rewards.py
-    >>> def half_match(completion_ids, target, items, **kwargs):
+    >>> def half_match(target, items, **kwargs):
     ...     return [float(item == wanted) / 2 for item, wanted in zip(items, target, strict=True)]
 
-    >>> load_rewards(["exact_match", "my_rewards.half_match"], catalog, model.config, num_generations=8)
+    >>> rewards = load_rewards(["ranking", "my_rewards.half_match"], catalog, model.config, num_generations=8)
     ```
     """
     built_in = {

@@ -144,12 +144,7 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
             )
         refuse_zero3(model, args, kwargs.get("peft_config"))
         super().__init__(
-            model=model,
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=tokenizer,
-            **kwargs,
+            model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, processing_class=tokenizer, **kwargs
         )
         lasar = unwrap_lasar(self.model)
         self.ranking_evaluator = ranking_evaluator
