@@ -88,14 +88,8 @@ def lora_from_arguments(model: LasarForGenerativeRec, arguments: LasarModelConfi
 
 def train_policy_head(lasar: LasarForGenerativeRec, trainable: bool) -> None:
     """
-    Train or freeze the policy head. DDP waits for the gradient of every trainable parameter, so a head without a loss
-    must be frozen.
-
-    Args:
-        lasar ([`LasarForGenerativeRec`]):
-            The model, without wrappers.
-        trainable (`bool`):
-            Whether the loss gives the policy head a gradient.
+    Train or freeze the policy head of a model without wrappers. DDP waits for the gradient of every trainable
+    parameter, so a head without a loss must be frozen.
 
     Raises:
         `ValueError`: if an adapter would not save the trained policy head.
@@ -130,10 +124,6 @@ def save_trained(trainer: Trainer) -> None:
     Save the model and its processor (or tokenizer and catalogue) to `output_dir`, from which the next stage starts.
 
     After training with LoRA this merges the adapter into the model; the adapter alone goes to `output_dir/adapter`.
-
-    Args:
-        trainer ([`LasarSFTTrainer`] or [`LasarGRPOTrainer`]):
-            The trainer, after training.
     """
     folder = trainer.args.output_dir
     if not isinstance(trainer.model, PeftModel):

@@ -1,7 +1,7 @@
 """Rewards of the RL stage. A reward is any `f(completion_ids, target, **kwargs) -> list[float]`, as in TRL.
 
-The candidates of a prompt follow each other in descending order of probability. Besides the columns of the training
-examples, `kwargs` holds `items`, the index of each candidate in the catalogue.
+The candidates of a prompt follow each other in descending order of probability. `kwargs` has the columns of the
+training examples and `items`, the index of each candidate in the catalogue.
 """
 
 import importlib

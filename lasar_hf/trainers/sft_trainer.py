@@ -137,7 +137,7 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
         if args.sid_loss == "catalog" and self.catalog is None:
             raise ValueError('sid_loss="catalog" needs the items. Pass catalog, or a LasarProcessor.')
         if args.packing or args.padding_free:
-            raise ValueError("packing and padding_free are not supported: the latent loop needs one example a row.")
+            raise ValueError("packing and padding_free are not supported: the latent loop needs one example per row.")
         if args.label_smoothing_factor > 0 or kwargs.get("compute_loss_func") is not None:
             raise ValueError(
                 "label_smoothing_factor and compute_loss_func are not supported: their loss has no latent terms."

@@ -39,13 +39,13 @@ def unsharded_weights():
 
 def run_with_gathered_weights(root: nn.Module, function: Callable[[], T]) -> T:
     """
-    Call a function with the weights gathered that FSDP2 gathers for the root's forward (embeddings and head).
+    Call a function while the weights are gathered that FSDP2 gathers for the root's forward (embeddings and head).
 
     Args:
         root (`nn.Module`):
             The model as the trainer wrapped it. Without FSDP2 the function is called directly.
         function (`Callable`):
-            Uses the model in other ways than its forward. Every process must call it.
+            Uses the model other than through its forward. Every process must call it.
     """
     if not isinstance(root, FSDPModule):
         return function()
