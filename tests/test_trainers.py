@@ -476,7 +476,11 @@ def test_a_processor_hands_its_tokenizer_to_trl(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", ["sft", "grpo"])
 @pytest.mark.parametrize(
-    "other", [tiny_catalog(seed=1), tiny_catalog(num_items=19), tiny_catalog().remove(["item-3"])],
+    "other",
+    [
+        tiny_catalog(seed=1), SidCatalog(tiny_catalog().codes, [f"other-{i}" for i in range(20)]),
+        tiny_catalog().remove(["item-3"]),
+    ],
     ids=["codes", "items", "removed"],
 )
 def test_a_catalogue_other_than_the_processors_is_refused(tmp_path, kind, other):
