@@ -1,4 +1,4 @@
-"""Checks of arguments that a parser leaves out."""
+"""Checks of arguments that a parser does not make."""
 
 import json
 from dataclasses import fields
@@ -7,35 +7,33 @@ from typing import Any
 
 def check_choices(arguments: Any) -> None:
     """
-    Refuse values outside a field's `choices`.
-
-    `argparse` checks them on the command line only: a value from a YAML file, or from Python, is not looked at.
+    Refuse values that are not among a field's `choices`, which `argparse` checks on the command line only.
 
     Args:
         arguments:
-            Instance of a dataclass whose fields may have `metadata["choices"]`. `None` is no choice and passes.
+            Instance of a dataclass whose fields may have `metadata["choices"]`. `None` is always accepted.
 
     Raises:
-        `ValueError`: if a value is none of its field's choices.
+        `ValueError`: if a value is not one of its field's choices.
     """
     for field in fields(arguments):
         choices, value = field.metadata.get("choices"), getattr(arguments, field.name)
         if choices is not None and value is not None and value not in choices:
-            raise ValueError(f"{field.name} is {value!r}: choose among {', '.join(map(str, choices))}.")
+            raise ValueError(f"{field.name} is {value!r}; expected {', '.join(map(str, choices))}.")
 
 
 def read_json_object(arguments: Any, name: str) -> None:
     """
-    Replace a field's JSON text, as a command line gives it, by the object that it says; YAML gives the object itself.
+    Parse a field that holds JSON text, as a command line gives it. YAML and Python give the object itself.
 
     Args:
         arguments:
-            Instance of a dataclass.
+            Instance of a dataclass; the field is replaced by the object.
         name (`str`):
             The field.
 
     Raises:
-        `ValueError`: if the text is no JSON object.
+        `ValueError`: if the text is not a JSON object.
     """
     text = getattr(arguments, name)
     if not isinstance(text, str):
@@ -43,7 +41,7 @@ def read_json_object(arguments: Any, name: str) -> None:
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{name} is {text!r}, expected JSON: {error.msg}.") from error
+        raise ValueError(f"{name} is {text!r}; expected JSON ({error.msg}).") from error
     if not isinstance(value, dict):
-        raise ValueError(f'{name} is {text!r}, expected an object like {{"key": "value"}}.')
+        raise ValueError(f'{name} is {text!r}; expected an object such as {{"key": "value"}}.')
     setattr(arguments, name, value)

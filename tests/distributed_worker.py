@@ -1,10 +1,10 @@
 """
-One process of the distributed tests: trains tiny models for a few steps and writes down the losses.
+One process of the distributed tests: trains tiny models for a few steps and writes the losses to a file.
 
     torchrun --nproc_per_node 2 -m tests.distributed_worker out trainer fsdp2
 
-A way is `trainer` (whatever the launcher set up) or `fsdp2` (torch's fully_shard in a loop of our own, since
-accelerate quietly runs DDP in its place on a CPU).
+Two ways to train: `trainer` (as the launcher set it up) and `fsdp2` (torch's fully_shard in a loop of our own, since
+accelerate silently runs DDP instead on a CPU).
 """
 
 import itertools
@@ -28,29 +28,29 @@ from lasar_hf import (
     SidCatalog,
 )
 from lasar_hf.trainers import unsharded_weights
-from tests.test_trainers import COMMON, first_code, grpo_setup, sft_setup
 from tests.tiny import batch, row
+from tests.training import COMMON, first_code, grpo_setup, sft_setup
 
 
 STEPS = 4
 GLOBAL_BATCH = 8
-DEPTHS = [1, 1, 1, 1, 4, 3, 4, 2, 2, 2, 2, 2, 1, 1, 1, 1]  # dealt to the ranks by fours: their depths differ
+DEPTHS = [1, 1, 1, 1, 4, 3, 4, 2, 2, 2, 2, 2, 1, 1, 1, 1]  # each rank gets four at a time: their depths differ
 
 
 class FixedDraws(LasarGRPOTrainer):
     """Draws each group under a seed made of its prompt, so that the draws do not depend on the number of processes."""
 
-    def _draw_candidates(self, prompts, trainer):
+    def draw_candidates(self, prompts, trainer):
         group_size, parts = self.num_generations, []
         for start in range(0, len(prompts), group_size):
             torch.manual_seed(zlib.crc32(prompts[start].encode()) + self.state.global_step)
-            parts.append(super()._draw_candidates(prompts[start : start + group_size], trainer))
-        names = ("prompt_ids", "completion_ids", "depth_log_prob")
+            parts.append(super().draw_candidates(prompts[start : start + group_size], trainer))
+        names = ("prompt_ids", "completion_ids", "items", "depth_log_prob")
         return {**{name: sum((part[name] for part in parts), []) for name in names}, "logprobs": None}
 
 
 def arguments(folder: Path) -> dict:
-    """SGD, since Adam's first steps take the sign of gradients that are rounding errors."""
+    """SGD, since Adam's first steps follow the sign even of gradients that are rounding errors."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     return {
         **COMMON, "output_dir": str(folder), "max_steps": STEPS, "per_device_train_batch_size": GLOBAL_BATCH // world,
@@ -60,19 +60,19 @@ def arguments(folder: Path) -> dict:
 
 
 def shard_everything(args) -> None:
-    """ZeRO-3 leaves small weights whole, which would be all of a tiny model's."""
+    """ZeRO-3 does not shard small weights, which all weights of a tiny model are."""
     if args.deepspeed_plugin is not None:
         zero = args.deepspeed_plugin.deepspeed_config["zero_optimization"]
         zero["stage3_param_persistence_threshold"] = 0
 
 
 def prompt_scores(lasar: LasarForGenerativeRec, catalog: SidCatalog) -> list[list[float]]:
-    """Scores of what is recommended for two prompts."""
+    """Scores of the recommendations for two prompts."""
     return lasar.recommend(**batch([row(lasar, 5, 0), row(lasar, 8, 0, seed=1)]), catalog=catalog).scores.tolist()
 
 
 def sft_trainer(folder: Path) -> LasarSFTTrainer:
-    """Stage 2; the checkpoint that it starts from is made whole."""
+    """Stage 2, from a model that is created unsharded."""
     args = LasarSFTConfig(**arguments(folder), policy_weight=0.1, train_sampling_strategy="sequential")
     shard_everything(args)
     with unsharded_weights():
@@ -84,7 +84,7 @@ def sft_trainer(folder: Path) -> LasarSFTTrainer:
 
 
 def grpo_trainer(folder: Path) -> LasarGRPOTrainer:
-    """RL with a reference model; both are loaded from a path, which ZeRO-3 splits while it loads."""
+    """RL with a reference model; both are loaded from a path, which ZeRO-3 shards while it loads."""
     args = LasarGRPOConfig(**arguments(folder), num_generations=4, shuffle_dataset=False, beta=0.1)
     shard_everything(args)
     with unsharded_weights():
@@ -104,7 +104,7 @@ def by_trainer(trainer) -> list[dict]:
 
 
 def by_fsdp2(trainer) -> list[dict]:
-    """What the Trainer's loop does, on a model under fully_shard."""
+    """The Trainer's loop, on a model under fully_shard."""
     model = trainer.model
     model.gradient_checkpointing_enable({"use_reentrant": False})
     for layer in model.model.backbone.layers:
@@ -129,7 +129,7 @@ def run(task: str, way: str, folder: Path) -> list[dict]:
     trainer = {"sft": sft_trainer, "grpo": grpo_trainer}[task](folder)
     logs = {"trainer": by_trainer, "fsdp2": by_fsdp2}[way](trainer)
     if task == "sft":
-        logs.append(trainer._rank())  # as at an evaluation
+        logs.append(trainer.rank())  # as at an evaluation
     if way == "trainer":
         trainer.save_model(str(folder / "saved"))
         trainer.accelerator.wait_for_everyone()

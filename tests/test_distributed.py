@@ -33,7 +33,7 @@ def one_process(tmp_path_factory):
 
 
 def two_processes(launcher: list[str], out: Path, *ways: str) -> dict[tuple[str, str], list[dict]]:
-    """Logs of each task and way, trained by the processes of a launcher."""
+    """Logs of each task and way of training, by the processes of a launcher."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-m", *launcher, "-m", "tests.distributed_worker", str(out), *ways],
@@ -44,7 +44,7 @@ def two_processes(launcher: list[str], out: Path, *ways: str) -> dict[tuple[str,
 
 
 def assert_same_series(got: list[dict], expected: list[dict]):
-    """Every step's loss, its terms where they are logged, then the scores of recommended items, saved weights' too."""
+    """Losses and their terms per step, then the scores of recommendations, by the trained and by the saved weights."""
     assert distributed_worker.STEPS <= len(got) <= len(expected)  # a loop of our own saves nothing
     for step, (one, two) in enumerate(zip(expected, got, strict=False)):
         assert two.keys() >= ({"loss", "grad_norm"} if step < distributed_worker.STEPS else one.keys())
@@ -64,7 +64,7 @@ def test_ddp_and_fsdp2_train_as_one_process_does(one_process, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
 def test_deepspeed_trains_as_one_process_does(one_process, tmp_path, stage):
-    """Under the recipe's own configuration, but for the device and the number of processes."""
+    """With the recipe's configuration, except for the device and the number of processes."""
     if importlib.util.find_spec("deepspeed") is None:
         pytest.skip('deepspeed is not installed: pip install -e ".[deepspeed]"')
     config = yaml.safe_load((CONFIGS / f"zero{stage}.yaml").read_text())
@@ -89,6 +89,7 @@ def test_deepspeed_trains_as_one_process_does(one_process, tmp_path, stage):
 def test_accelerate_reads_each_configuration(name, kind, processes):
     path = CONFIGS / f"{name}.yaml"
     config = load_config_from_file(str(path))  # refuses unknown keys
-    assert (str(config.distributed_type).split(".")[-1], config.num_processes) == (kind, processes)
+    assert str(config.distributed_type).split(".")[-1] == kind
+    assert config.num_processes == processes
     assert config.use_cpu == (name == "cpu")
     assert f"accelerate launch --config_file recipes/accelerate_configs/{name}.yaml" in path.read_text()

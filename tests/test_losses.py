@@ -1,6 +1,7 @@
-"""Loss functions against their equations, written out."""
+"""Losses and rewards against their equations, written out."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from lasar_hf.trainers import (
     bidirectional_kl,
     depth_entropy,
     exact_depth_loss,
+    load_rewards,
     reinforce_loss,
 )
 from tests.tiny import sid_ids, tiny_catalog, tiny_model
@@ -23,13 +25,17 @@ def test_bidirectional_kl_is_the_mean_of_both_divergences():
     p, q = a.softmax(-1), b.softmax(-1)
     expected = 0.5 * ((p * (p / q).log()).sum(-1) + (q * (q / p).log()).sum(-1))
     torch.testing.assert_close(bidirectional_kl(a, b), expected)
-    torch.testing.assert_close(bidirectional_kl(a, a + 3), torch.zeros(3), atol=1e-6, rtol=0)
+
+
+def test_bidirectional_kl_of_equal_distributions_is_zero():
+    a = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(bidirectional_kl(a, a + 3), torch.zeros(3), atol=1e-6, rtol=0)  # softmax ignores the 3
 
 
 @pytest.mark.parametrize("distance", ["kl", "cosine", "mse"])
-def test_alignment_averages_over_steps_then_rows(distance):
+def test_alignment_averages_over_steps_then_sequences(distance):
     torch.manual_seed(0)
-    latents, anchors = torch.randn(3, 4, 6, requires_grad=True), torch.randn(3, 4, 6, requires_grad=True)
+    latents, anchors = torch.randn(3, 4, 6), torch.randn(3, 4, 6)
     mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]]).bool()
     loss = alignment_loss(latents, anchors, mask, distance)
     one = torch.ones(1, 1, dtype=torch.bool)
@@ -38,11 +44,18 @@ def test_alignment_averages_over_steps_then_rows(distance):
         for i, n in enumerate([2, 4])
     ]
     torch.testing.assert_close(loss, (sum(single[0]) / 2 + sum(single[1]) / 4) / 2)
-    loss.backward()
-    assert anchors.grad is None and not latents.grad[2].any() and not latents.grad[0, 2:].any()
 
 
-def test_reinforce_loss():
+def test_alignment_has_gradients_for_existing_steps_only():
+    torch.manual_seed(0)
+    latents, anchors = torch.randn(2, 3, 6, requires_grad=True), torch.randn(2, 3, 6, requires_grad=True)
+    mask = torch.tensor([[1, 1, 0], [0, 0, 0]]).bool()
+    alignment_loss(latents, anchors, mask).backward()
+    assert anchors.grad is None
+    assert torch.equal(latents.grad.any(dim=-1), mask)
+
+
+def test_reinforce_loss_is_its_equation():
     logits = torch.tensor([[0.0, 1.0, 2.0], [1.0, 0.0, 0.0]], requires_grad=True)
     loss = reinforce_loss(logits, torch.tensor([3, 1]), torch.tensor([1.0, 0.5]), 0.25, 0.1, 0.5)
     policy = logits.softmax(-1)
@@ -52,7 +65,7 @@ def test_reinforce_loss():
 
 
 def test_reinforce_with_depths_of_another_policy_is_unbiased():
-    """Weighed by the ratio, the gradient expected under the drawing policy is the one expected under π."""
+    """Weighted by the ratio, the gradient expected under the drawing policy is the one expected under π."""
     torch.manual_seed(0)
     logits, drawn = torch.randn(1, 4, requires_grad=True), torch.randn(4).log_softmax(-1)
     depths, rewards = torch.arange(1, 5), torch.rand(4)
@@ -85,26 +98,56 @@ def test_reinforce_is_the_exact_gradient_on_average():
     torch.testing.assert_close(total, exact)
 
 
-def test_rewards():
+@pytest.fixture
+def groups():
+    """Catalogue, configuration, candidates and targets of two groups of three; the first has its target at rank 2."""
     model, _ = tiny_model()
     catalog = tiny_catalog()
-    items = [4, 7, 2, 9, 1, 3]  # two groups of three; the first holds its target at rank 2
-    completions = [sid_ids(model, catalog.codes[item]) for item in items]
-    target = [7, 7, 7, 0, 0, 0]
-    assert ExactMatchReward(catalog, model.config)(completions, target) == [0, 1, 0, 0, 0, 0]
+    completions = [sid_ids(model, catalog.codes[item]) for item in (4, 7, 2, 9, 1, 3)]
+    return catalog, model.config, completions, [7, 7, 7, 0, 0, 0]
+
+
+def test_exact_match_rewards_the_target(groups):
+    catalog, config, completions, target = groups
+    assert ExactMatchReward(catalog, config)(completions, target) == [0, 1, 0, 0, 0, 0]
+
+
+def test_ranking_penalises_by_rank_in_groups_with_the_target(groups):
+    catalog, config, completions, target = groups
     weights = [1 / math.log2(rank + 1) for rank in (1, 2, 3)]
     expected = [-weights[0] / sum(weights), 0, -weights[2] / sum(weights), 0, 0, 0]
-    assert RankingReward(catalog, model.config, 3)(completions, target) == pytest.approx(expected)
+    assert RankingReward(catalog, config, 3)(completions, target) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("index", [-3, 20])
+def test_a_target_outside_the_catalogue_is_refused(groups, index):
+    catalog, config, completions, _ = groups
+    with pytest.raises(ValueError, match=f"target is {index}"):
+        ExactMatchReward(catalog, config)(completions[:1], [index])
+
+
+def test_rewards_load_by_name(groups):
+    catalog, config, completions, target = groups
+    rewards = load_rewards(["ranking", "exact_match"], catalog, config, 3)
+    assert rewards[0](completions, target) == RankingReward(catalog, config, 3)(completions, target)
+    assert rewards[1](completions, target) == ExactMatchReward(catalog, config)(completions, target)
+
+
+def test_a_reward_loads_from_the_current_directory(groups, tmp_path, monkeypatch):
+    (tmp_path / "shop_rewards.py").write_text("def short(completion_ids, target, **kwargs):\n    return [0.5]\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))  # restored afterwards
+    (reward,) = load_rewards(["shop_rewards.short"], *groups[:2], 3)
+    assert reward([[1]], [0]) == [0.5]
+
+
+@pytest.mark.parametrize("name", ["exact", "no_such_module.reward", "math.no_such_reward"])
+def test_an_unknown_reward_is_named(groups, name):
+    with pytest.raises(ValueError, match=f"reward '{name}'"):
+        load_rewards([name], *groups[:2], 3)
 
 
 def test_alignment_refuses_anchors_of_another_depth():
     latents, mask = torch.randn(2, 3, 4), torch.ones(2, 3, dtype=torch.bool)
-    with pytest.raises(ValueError, match="its own anchor"):
+    with pytest.raises(ValueError, match="anchors"):
         alignment_loss(latents, torch.randn(2, 1, 4), mask)
-
-
-def test_rewards_refuse_a_target_outside_the_catalogue():
-    model, _ = tiny_model()
-    catalog = tiny_catalog()
-    with pytest.raises(ValueError, match="target is -3"):
-        ExactMatchReward(catalog, model.config)([sid_ids(model, catalog.codes[0])], [-3])

@@ -11,20 +11,19 @@ from lasar_hf import (
     LasarForGenerativeRec,
     LasarGRPOConfig,
     LasarGRPOTrainer,
+    LasarProcessor,
     LasarSFTConfig,
     LasarSFTTrainer,
-    SidCatalog,
 )
-from lasar_hf.trainers import lasar_lora_config, save_trained
-from lasar_hf.trainers.lora import refuse_zero3
-from tests.test_modeling import DEPTHS as MIXED_DEPTHS
-from tests.test_modeling import SIDES, functional, gradients, mixed_rows
-from tests.test_trainers import COMMON, DEPTHS, first_code, grpo_setup, sft_setup
+from lasar_hf.trainers import LasarModelConfig, lasar_lora_config, lora_from_arguments, refuse_zero3, save_trained
+from tests.references import DEPTHS as MIXED_DEPTHS
+from tests.references import SIDES, functional, gradients, mixed_rows
 from tests.tiny import batch, row, tiny_catalog, tiny_model
+from tests.training import COMMON, DEPTHS, first_code, grpo_setup, moved, parameters, sft_setup
 
 
 BACKBONES = ["qwen3", "gpt_neox"]
-# Adam would move the LoRA's B alone in its first step, and the A only from the second on.
+# B of a LoRA starts at zero, so A has no gradient in the first step.
 OPTIONS = {**COMMON, "max_steps": 3, "per_device_train_batch_size": 3}
 
 
@@ -32,7 +31,7 @@ def sft_trainer(folder, tied=False, depths=DEPTHS, peft_config=None, **kwargs):
     model, tokenizer, catalog, rows, anchors = sft_setup(depths, tie_word_embeddings=tied)
     args = LasarSFTConfig(str(folder), **{**OPTIONS, **kwargs})
     return LasarSFTTrainer(
-        model, args, catalog, anchors, train_dataset=rows, processing_class=tokenizer,
+        model, args, anchors=anchors, train_dataset=rows, processing_class=LasarProcessor(tokenizer, catalog),
         peft_config=peft_config or lasar_lora_config(model, r=4),
     )
 
@@ -49,14 +48,6 @@ def grpo_trainer(folder, wrap, **kwargs):
     )
 
 
-def state(model):
-    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-
-
-def moved(before, model):
-    return {name for name, parameter in model.named_parameters() if not torch.equal(before[name], parameter)}
-
-
 def trained_rows(config):
     first = config.sid_token_offset
     return [*range(min(config.latent_start_token_id, first), first + config.num_sid_tokens)]
@@ -64,7 +55,7 @@ def trained_rows(config):
 
 @pytest.mark.parametrize("kind", BACKBONES)
 @pytest.mark.parametrize("tied", [True, False])
-def test_what_is_trained(kind, tied):
+def test_lora_trains_adapters_token_rows_and_policy_head(kind, tied):
     model, _ = tiny_model(kind, tie_word_embeddings=tied)
     tables = 1 if tied else 2
     linear = sum(isinstance(part, torch.nn.Linear) for part in model.model.backbone.modules())
@@ -74,16 +65,50 @@ def test_what_is_trained(kind, tied):
     assert sum("trainable_tokens_delta" in name for name in names) == tables
     assert sum("policy_head.modules_to_save" in name for name in names) == 4
     assert len(names) == 2 * linear + tables + 4
-    config = lasar_lora_config(tiny_model(kind)[0])
-    assert config.trainable_token_indices["lm_head"] == trained_rows(model.config)
+
+
+@pytest.mark.parametrize("kind", BACKBONES)
+def test_lora_trains_the_rows_of_new_tokens_only(kind):
+    model, _ = tiny_model(kind)
+    assert lasar_lora_config(model).trainable_token_indices["lm_head"] == trained_rows(model.config)
 
 
 def test_layers_can_be_chosen_by_name():
     model, _ = tiny_model()
     adapted = get_peft_model(model, lasar_lora_config(model, target_modules=["q_proj", "v_proj"]))
     assert sum("lora_A" in name for name, _ in adapted.named_parameters()) == 4
-    with pytest.raises(ValueError, match=r"target_modules holds \['query'\]"):
+
+
+def test_unknown_layers_are_refused():
+    with pytest.raises(ValueError, match=r"target_modules .*'query'"):
         lasar_lora_config(tiny_model()[0], target_modules=["query", "v_proj"])
+
+
+@pytest.mark.parametrize("names", [["q_proj"], ["q_proj", "v_proj"], "all-linear", None])
+def test_lora_reads_a_recipes_arguments(names):
+    arguments = LasarModelConfig(use_peft=True, lora_r=2, lora_target_modules=names)
+    config = lora_from_arguments(tiny_model()[0], arguments)
+    layers = names if isinstance(names, list) else ["down_proj", "q_proj"]
+    assert config.r == 2
+    assert all(layer in config.target_modules for layer in layers)
+
+
+def test_without_use_peft_there_is_no_lora():
+    assert lora_from_arguments(tiny_model()[0], LasarModelConfig()) is None
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"load_in_8bit": True}, {"load_in_4bit": True}, {"bnb_4bit_quant_type": "fp4"},
+        {"use_bnb_nested_quant": True}, {"bnb_4bit_quant_storage": "uint8"}, {"lora_modules_to_save": ["lm_head"]},
+        {"lora_target_parameters": ["weight"]}, {"lora_task_type": "SEQ_CLS"}, {"dtype": "float64"},
+        {"attn_implementation": "flash_attention_2"},
+    ],
+)
+def test_unsupported_model_arguments_are_refused(field):
+    with pytest.raises(ValueError, match=next(iter(field))):
+        LasarModelConfig(**field)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -94,29 +119,33 @@ def test_sft_moves_the_adapter_and_nothing_else(tmp_path, tied, stage, sid_loss)
     trainer = sft_trainer(tmp_path, tied, sid_loss=sid_loss, **options)
     model = trainer.model
     table = model.get_base_model().get_input_embeddings().weight.detach().clone()
-    before = state(model)
+    before = parameters(model)
     trainer.train()
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert moved(before, model) == trained
     assert any("policy_head" in name for name in trained) == (stage == 2)
     change = (model.get_base_model().get_input_embeddings().weight - table).abs().amax(dim=1)
-    assert set(change.nonzero()[:, 0].tolist()) <= set(trained_rows(model.config)) and change.any()
+    assert change.any()
+    assert set(change.nonzero()[:, 0].tolist()) <= set(trained_rows(model.config))
 
 
 @pytest.mark.parametrize("wrap", [True, False])
-def test_grpo_takes_the_model_without_the_adapter_as_reference(tmp_path, wrap):
+def test_grpo_reference_is_the_model_without_adapter(tmp_path, wrap):
     trainer = grpo_trainer(tmp_path, wrap, beta=0.1)
-    model, before = trainer.model, state(trainer.model)
+    model, before = trainer.model, parameters(trainer.model)
     trainer.train()
-    assert trainer.ref_model is None and not (tmp_path / "reference_model").exists()
+    assert trainer.ref_model is None
+    assert not (tmp_path / "reference_model").exists()
     logs = [log["kl"] for log in trainer.state.log_history if "kl" in log]
-    assert logs[0] == pytest.approx(0, abs=1e-6) and logs[-1] > 1e-6
+    assert logs[0] == pytest.approx(0, abs=1e-6)
+    assert logs[-1] > 1e-6
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert moved(before, model) == trained and any("policy_head" in name for name in trained)
+    assert moved(before, model) == trained
+    assert any("policy_head" in name for name in trained)
     assert not any(".ref." in name for name in trained)
 
 
-def test_an_adapter_that_was_trained_before_is_its_own_reference(tmp_path):
+def test_grpo_reference_copies_a_given_adapter(tmp_path):
     model, tokenizer, catalog, rows = grpo_setup()
     adapted = get_peft_model(model, lasar_lora_config(model, r=4, lora_dropout=0.0))
     for parameter in adapted.parameters():
@@ -150,18 +179,33 @@ def test_save_load_and_merge_recommend_the_same(tmp_path, tied):
     merged = PeftModel.from_pretrained(LasarForGenerativeRec.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
     save_trained(trainer)
     whole = LasarForGenerativeRec.from_pretrained(tmp_path / "out")
-    assert torch.equal(SidCatalog.from_pretrained(tmp_path / "out").codes, catalog.codes)
     assert (whole.lm_head.weight is whole.get_input_embeddings().weight) == tied
     for model in (loaded, merged.merge_and_unload(), whole):
         got = recommend(model)
-        assert torch.equal(got.items, expected.items) and torch.equal(got.latent_steps, expected.latent_steps)
+        assert torch.equal(got.items, expected.items)
+        assert torch.equal(got.latent_steps, expected.latent_steps)
         torch.testing.assert_close(got.scores, expected.scores, atol=1e-5, rtol=1e-5)
 
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_adapter_saves_its_token_rows_only(tmp_path, tied):
+    trainer = sft_trainer(tmp_path, tied)
+    trainer.save_model(str(tmp_path / "adapter"))
+    base = trainer.model.get_base_model()
     saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     width, rows = base.config.hidden_size, len(trained_rows(base.config))
     whole_tables = [name for name, value in saved.items() if value.shape[0] == base.config.vocab_size]
     assert not whole_tables
     assert sum(value.shape == (rows, width) for value in saved.values()) == (1 if tied else 2)
+
+
+@pytest.mark.parametrize("name", [".", "adapter"])
+def test_merged_model_and_adapter_come_with_the_processor(tmp_path, name):
+    trainer = sft_trainer(tmp_path)
+    save_trained(trainer)
+    processor = LasarProcessor.from_pretrained(tmp_path / name)
+    assert processor.to_dict() == trainer.processor.to_dict()
+    assert torch.equal(processor.catalog.codes, trainer.catalog.codes)
 
 
 def test_sft_of_an_adapter_resumes_bit_exactly(tmp_path):
@@ -170,7 +214,7 @@ def test_sft_of_an_adapter_resumes_bit_exactly(tmp_path):
     whole.train()
     resumed = sft_trainer(tmp_path / "again", **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
-    expected = state(whole.model)
+    expected = parameters(whole.model)
     for name, parameter in resumed.model.named_parameters():
         assert torch.equal(parameter, expected[name]), name
 
@@ -196,15 +240,20 @@ def test_checkpointing_changes_no_gradient_of_the_adapter():
         torch.testing.assert_close(results[1][name], expected, atol=1e-6, rtol=1e-6)
 
 
-def test_an_adapter_that_would_lose_the_policy_head_is_refused(tmp_path):
+def test_an_adapter_without_policy_head_is_refused(tmp_path):
     config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"])
-    with pytest.raises(ValueError, match="lasar_lora_config"):
+    with pytest.raises(ValueError, match="modules_to_save"):
         sft_trainer(tmp_path, policy_weight=0.1, peft_config=config)
-    sft_trainer(tmp_path, depths=[0] * 6, peft_config=config)  # stage 1 does not train it
+
+
+def test_stage_1_accepts_an_adapter_without_policy_head(tmp_path):
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"])
+    trainer = sft_trainer(tmp_path, depths=[0] * 6, peft_config=config)
+    assert trainer.args.policy_weight == 0
 
 
 def test_zero3_is_refused():
     args = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=3))
     with pytest.raises(ValueError, match="zero2.yaml"):
         refuse_zero3("path", args, LoraConfig())
-    refuse_zero3("path", args, None)
+    refuse_zero3("path", args, None)  # full training is supported

@@ -5,90 +5,36 @@ import inspect
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
 from trl import GRPOTrainer, SFTConfig, SFTTrainer
 
 from lasar_hf import (
     LasarForGenerativeRec,
     LasarGRPOConfig,
     LasarGRPOTrainer,
+    LasarProcessor,
     LasarSFTConfig,
     LasarSFTTrainer,
     SidCatalog,
 )
-from lasar_hf.reasoning.anchors import AnchorStore
 from lasar_hf.trainers import (
+    DISTANCES,
     add_catalog_head,
     alignment_loss,
-    bidirectional_kl,
     checkpoint_to_resume,
     depth_entropy,
     reinforce_loss,
 )
 from tests.tiny import batch, row, sid_ids, tiny_catalog, tiny_model
-
-
-COMMON = dict(
-    use_cpu=True, bf16=False, report_to="none", max_steps=2, logging_steps=1, save_strategy="no",
-    learning_rate=1e-2, disable_tqdm=True,
+from tests.training import (
+    COMMON,
+    first_code,
+    grpo_setup,
+    grpo_trainer,
+    moved,
+    parameters,
+    sft_setup,
+    sft_trainer,
 )
-DEPTHS = [1, 3, 2, 4, 1, 2]
-
-
-def sft_setup(depths=DEPTHS, **model_kwargs):
-    model, tokenizer = tiny_model(**model_kwargs)
-    catalog = tiny_catalog()
-    rows = []
-    for i, depth in enumerate(depths):
-        answer = sid_ids(model, catalog.codes[i])
-        ids = row(model, 4 + i % 3, depth, answer, seed=i)
-        rows.append({"input_ids": ids, "labels": [-100] * (len(ids) - 3) + answer, "sample": i})
-    generator = np.random.default_rng(0)
-    count = max(sum(depths), 1)
-    anchors = AnchorStore(
-        generator.normal(size=(count, 16)).astype(np.float32), np.arange(count),
-        np.concatenate([[0], np.cumsum(np.maximum(depths, 1))]), "hash",
-    ) if min(depths) > 0 else None
-    return model, tokenizer, catalog, Dataset.from_list(rows), anchors
-
-
-def grpo_setup(**model_kwargs):
-    model, tokenizer = tiny_model(**model_kwargs)
-    catalog = tiny_catalog()
-    texts = ["the red book", "the blue chair", "red chair", "blue item ."]
-    anchor = np.linspace(-1, 1, 16).tolist()
-    rows = [{"prompt": f"{t}<a_1><b_2><c_3><|latent_start|>", "target": i, "terminal_anchor": anchor}
-            for i, t in enumerate(texts)]
-    return model, tokenizer, catalog, Dataset.from_list(rows)
-
-
-def parameters(model):
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
-
-
-def moved(before, model, ignore=()):
-    return {n for n, p in model.named_parameters() if not torch.equal(before[n], p) and n not in ignore}
-
-
-def sft_trainer(tmp_path, depths=DEPTHS, model_kwargs=None, **kwargs):
-    model, tokenizer, catalog, rows, anchors = sft_setup(depths, **(model_kwargs or {}))
-    args = LasarSFTConfig(str(tmp_path), **{**COMMON, "per_device_train_batch_size": 3, **kwargs})
-    return LasarSFTTrainer(model, args, catalog, anchors, train_dataset=rows, processing_class=tokenizer)
-
-
-def first_code(completion_ids, **kwargs):
-    """A reward that differs within every group, so that every step has a gradient."""
-    return [float(ids[0] % 4) for ids in completion_ids]
-
-
-def grpo_trainer(tmp_path, model_kwargs=None, reward_funcs=None, **kwargs):
-    model, tokenizer, catalog, rows = grpo_setup(**(model_kwargs or {}))
-    args = LasarGRPOConfig(
-        str(tmp_path), **{**COMMON, "per_device_train_batch_size": 8, "num_generations": 4, **kwargs}
-    )
-    return LasarGRPOTrainer(
-        model, args, catalog, reward_funcs, train_dataset=rows, processing_class=tokenizer
-    )
 
 
 @pytest.mark.parametrize("sid_loss", ["catalog", "vocab"])
@@ -107,14 +53,18 @@ def test_stage_1_freezes_the_policy_head(tmp_path):
     trainer = sft_trainer(tmp_path, depths=[0] * 6)
     before = parameters(trainer.model)
     trainer.train()
-    still = {name for name in before if "policy_head" in name}
-    assert moved(before, trainer.model) == set(before) - still and still
-    # The next stage makes it learn again.
-    trainer = LasarSFTTrainer(
-        trainer.model, LasarSFTConfig(str(tmp_path), **COMMON, policy_weight=1.0), tiny_catalog(),
-        train_dataset=sft_setup()[3], processing_class=trainer.processing_class,
+    policy_head = {name for name in before if "policy_head" in name}
+    assert len(policy_head) == 4
+    assert moved(before, trainer.model) == set(before) - policy_head
+
+
+def test_stage_2_unfreezes_the_policy_head(tmp_path):
+    stage1 = sft_trainer(tmp_path, depths=[0] * 6)
+    LasarSFTTrainer(
+        stage1.model, LasarSFTConfig(str(tmp_path), **COMMON, policy_weight=1.0), tiny_catalog(),
+        train_dataset=sft_setup()[3], processing_class=stage1.processing_class,
     )
-    assert all(p.requires_grad for p in trainer.model.parameters())
+    assert all(p.requires_grad for p in stage1.model.parameters())
 
 
 def test_stage_2_loss_is_the_sum_of_its_terms(tmp_path):
@@ -123,13 +73,15 @@ def test_stage_2_loss_is_the_sum_of_its_terms(tmp_path):
     inputs = next(iter(trainer.get_train_dataloader()))
     loss = trainer.compute_loss(model, dict(inputs))
     outputs = model(inputs["input_ids"], inputs["attention_mask"])
+    # Cross-entropy by the definition: each code among the codes that continue an item with the same prefix.
     cross_entropy, count = 0.0, 0
     for i in range(len(inputs["labels"])):
-        places = (inputs["labels"][i] != -100).nonzero()[:, 0]
-        codes = [int(inputs["labels"][i, p]) - model.config.sid_token_id(level, 0) for level, p in enumerate(places)]
-        for level, place in enumerate(places):
+        positions = (inputs["labels"][i] != -100).nonzero()[:, 0]
+        answer = inputs["labels"][i, positions].tolist()
+        codes = [token - model.config.sid_token_id(level, 0) for level, token in enumerate(answer)]
+        for level, position in enumerate(positions):
             follow = sorted({c[level] for c in catalog.codes.tolist() if c[:level] == codes[:level]})
-            logits = outputs.logits[i, place - 1, [model.config.sid_token_id(level, c) for c in follow]]
+            logits = outputs.logits[i, position - 1, [model.config.sid_token_id(level, c) for c in follow]]
             cross_entropy -= logits.log_softmax(0)[follow.index(codes[level])]
             count += 1
     depth = outputs.latent_steps
@@ -156,24 +108,25 @@ def test_text_labels_are_scored_over_the_vocabulary():
     scored = model(ids, labels=labels, fused_lm_head=True)
     expected = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
     torch.testing.assert_close(scored.log_probs[0, 1:], expected[1:])
-    assert scored.log_probs[0, 0] == 0 and scored.label_mask.tolist() == [[False, True, True, True, True]]
+    assert scored.log_probs[0, 0] == 0
+    assert scored.label_mask.tolist() == [[False, True, True, True, True]]
 
 
-def test_a_label_outside_the_catalogue_is_an_error():
+def test_a_label_outside_the_catalogue_is_refused():
     model, _ = tiny_model()
     catalog = tiny_catalog(num_items=3)
     add_catalog_head(model, catalog)
-    known = {tuple(c) for c in catalog.codes.tolist()}
-    stranger = next(c for c in [(0, 0, 0), (0, 0, 1), (1, 1, 1), (2, 2, 2)] if c not in known)
-    ids = torch.tensor([row(model, 4, 0, sid_ids(model, stranger))])
+    items = {tuple(c) for c in catalog.codes.tolist()}
+    other = next(c for c in [(0, 0, 0), (0, 0, 1), (1, 1, 1), (2, 2, 2)] if c not in items)
+    ids = torch.tensor([row(model, 4, 0, sid_ids(model, other))])
     labels = torch.full_like(ids, -100)
     labels[:, -3:] = ids[:, -3:]
-    with pytest.raises(ValueError, match="no item of the catalogue continues so"):
+    with pytest.raises(ValueError, match="labels"):
         model(ids, labels=labels, fused_lm_head=True)
 
 
 def test_loss_on_every_item_of_a_history():
-    """Labels on several items of one row: each code is scored among the continuations of its own item."""
+    """Labels on several items of one sequence: each code is scored among the continuations of its own item."""
     model, _ = tiny_model()
     catalog = tiny_catalog()
     add_catalog_head(model, catalog)
@@ -184,13 +137,13 @@ def test_loss_on_every_item_of_a_history():
     labels[:, :2], labels[:, 8:10] = -100, -100
     scored = model(ids, labels=labels, fused_lm_head=True)
     assert scored.label_mask.sum() == 9
-    single = torch.tensor([[3, 4, *items[0]]])  # the first item alone, then nothing after it
-    alone = model(single, labels=torch.where(single >= 15, single, -100), fused_lm_head=True)
+    single = torch.tensor([[3, 4, *items[0]]])
+    alone = model(single, labels=torch.where(single >= 15, single, -100), fused_lm_head=True)  # ids below 15 are text
     torch.testing.assert_close(scored.log_probs[0, 1:4], alone.log_probs[0, 1:4])
 
 
 @pytest.mark.parametrize("sampling", ["sample", "stochastic_beams"])
-@pytest.mark.parametrize("beta", [0.0, 0.1])
+@pytest.mark.parametrize("beta", [0.0, 0.1])  # without and with a reference model
 def test_grpo_moves_every_parameter_and_logs_every_term(tmp_path, sampling, beta):
     trainer = grpo_trainer(tmp_path, reward_funcs=[first_code], sampling=sampling, beta=beta)
     before = parameters(trainer.model)
@@ -201,54 +154,88 @@ def test_grpo_moves_every_parameter_and_logs_every_term(tmp_path, sampling, beta
                 "rewards/first_code/mean", "latent_norm_ratio"}
     assert expected <= set(logs)
     assert ("kl" in logs) == (beta > 0)
-    if beta > 0:
-        assert logs["kl"] == pytest.approx(0, abs=1e-5)  # the reference is the model that training started from
+    assert logs.get("kl", 0) == pytest.approx(0, abs=1e-5)  # the reference is the model that training started from
 
 
-def test_grpo_draws_valid_candidates_in_order_and_one_depth_a_group(tmp_path):
+@pytest.fixture
+def drawn(tmp_path):
+    """A trainer, and the candidates it draws for four prompts."""
     trainer = grpo_trainer(tmp_path)
-    config, catalog = trainer.model.config, trainer.catalog
-    prompts = [text for text in trainer.train_dataset["prompt"] for _ in range(4)]
+    prompts = [text for text in trainer.train_dataset["prompt"] for _ in range(4)]  # four candidates each
     torch.manual_seed(0)
-    drawn = trainer._draw_candidates(prompts, trainer)
-    known = {tuple(sid_ids(trainer.model, codes)) for codes in catalog.codes}
-    assert all(tuple(ids) in known for ids in drawn["completion_ids"])
-    for group in range(4):
-        heads = {tuple(ids) for ids in drawn["prompt_ids"][4 * group : 4 * group + 4]}
-        assert len(heads) == 1
-        (head,) = heads
-        depth = head.count(config.latent_token_id)
-        assert 1 <= depth <= 4 and head[-1] == config.latent_end_token_id
-        scores = [
-            trainer.model(
-                **batch([[*head, *ids]]), labels=torch.tensor([[-100] * len(head) + ids]), fused_lm_head=True
-            ).log_probs.sum().item()
-            for ids in drawn["completion_ids"][4 * group : 4 * group + 4]
-        ]
-        assert scores == sorted(scores, reverse=True)
+    return trainer, trainer.draw_candidates(prompts, trainer)
 
 
-def test_grpo_ratio_is_one_on_policy_and_the_depth_loss_reads_the_group_reward(tmp_path):
-    trainer = grpo_trainer(tmp_path, depth_weight=1.0, terminal_weight=0.5, beta=0.0)
+def test_grpo_candidates_are_items_of_the_catalogue(drawn):
+    trainer, candidates = drawn
+    answers = [sid_ids(trainer.model, trainer.catalog.codes[item]) for item in candidates["items"]]
+    assert len(answers) == 16
+    assert candidates["completion_ids"] == answers
+
+
+def test_grpo_draws_one_depth_per_group(drawn):
+    trainer, candidates = drawn
+    config = trainer.model.config
+    for start in range(0, 16, 4):
+        group = candidates["prompt_ids"][start : start + 4]
+        assert group[1:] == group[:-1]
+        assert group[0][-1] == config.latent_end_token_id
+        assert 1 <= group[0].count(config.latent_token_id) <= 4  # the tiny model's max_latent_steps
+
+
+def test_grpo_candidates_of_a_group_descend_in_probability(drawn):
+    trainer, candidates = drawn
+    pairs = zip(candidates["prompt_ids"], candidates["completion_ids"], strict=True)
+    scores = [
+        trainer.model(
+            **batch([[*prompt, *ids]]), labels=torch.tensor([[-100] * len(prompt) + ids]), fused_lm_head=True
+        ).log_probs.sum().item()
+        for prompt, ids in pairs
+    ]
+    for start in range(0, 16, 4):
+        assert scores[start : start + 4] == sorted(scores[start : start + 4], reverse=True)
+
+
+def scored_batch(trainer):
+    """Candidates of two prompts with their scores, as TRL hands them to `compute_loss`."""
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = 1  # set by `train()`
-    examples = [trainer.train_dataset[i // 4] for i in range(8)]
     torch.manual_seed(3)
-    inputs = trainer._generate_and_score_completions(examples)
-    assert inputs["group_reward"].view(2, 4).std(dim=1).max() == 0
-    inputs["group_reward"] = torch.arange(2.0).repeat_interleave(4)
+    inputs = trainer._generate_and_score_completions([trainer.train_dataset[i // 4] for i in range(8)])
+    inputs["group_reward"] = torch.arange(2.0).repeat_interleave(4)  # the tiny model's rewards are all equal
+    return inputs
+
+
+def test_grpo_keeps_one_reward_per_group(tmp_path):
+    trainer = grpo_trainer(tmp_path, reward_funcs=[first_code])
+    trainer.model.train()
+    inputs = trainer._generate_and_score_completions([trainer.train_dataset[i // 4] for i in range(8)])
+    expected = torch.tensor(first_code(inputs["completion_ids"])).view(2, 4).mean(dim=1).repeat_interleave(4)
+    torch.testing.assert_close(inputs["group_reward"], expected)
+
+
+@pytest.mark.parametrize("alignment", ["kl", "cosine", "mse"])
+def test_grpo_loss_is_the_sum_of_its_terms(tmp_path, alignment):
+    trainer = grpo_trainer(tmp_path, depth_weight=1.0, terminal_weight=0.5, beta=0.0, alignment=alignment)
+    inputs = scored_batch(trainer)
     loss = trainer.compute_loss(trainer.model, inputs)
     ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
     mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
     outputs = trainer.model(ids, mask)
     depth = outputs.latent_steps
     final = outputs.latent_states[torch.arange(8), depth]
-    expected = -(inputs["advantages"]).mean()  # the ratio is 1
-    expected = expected + 0.5 * bidirectional_kl(final, inputs["terminal_anchor"]).mean()
+    expected = -(inputs["advantages"]).mean()  # on-policy the ratio is 1
+    expected = expected + 0.5 * DISTANCES[alignment](final, inputs["terminal_anchor"]).mean()
     expected = expected + reinforce_loss(
         outputs.depth_logits, depth, inputs["group_reward"], inputs["reward_baseline"], 0.005, 0.01
     )
     torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_grpo_without_alignment_has_no_terminal_loss(tmp_path):
+    trainer = grpo_trainer(tmp_path, alignment="none", max_steps=1)
+    trainer.train()
+    assert "terminal_loss" not in trainer.state.log_history[0]
 
 
 def test_sft_resumes_bit_exactly(tmp_path):
@@ -273,115 +260,245 @@ def test_grpo_resumes_exactly_at_a_generation_boundary(tmp_path):
 
 
 def test_grpo_does_not_resume_inside_a_generation(tmp_path):
-    """The last checkpoint of a run may lie there, whatever `save_steps` is."""
+    """The last checkpoint of a run is written at its last step, whatever `save_steps` is."""
     options = dict(save_strategy="steps", save_steps=2, steps_per_generation=2)
     grpo_trainer(tmp_path, **options, max_steps=3).train()
-    with pytest.raises(ValueError, match="checkpoint-3 was written 1 micro-batches behind a generation"):
+    with pytest.raises(ValueError, match="checkpoint-3 .*micro_batch 1"):
         grpo_trainer(tmp_path, **options, max_steps=4).train(resume_from_checkpoint=True)
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("argument", "options"),
     [
-        (dict(save_strategy="steps", save_steps=3, steps_per_generation=2), "save_steps=3 falls between two"),
-        (dict(save_strategy="steps", save_steps=0.5), "save_steps=0.5 is a share"),
-        (dict(mask_truncated_completions=True), "no end token"),
-        (dict(sampling="Sample"), "sampling is 'Sample': choose among sample, stochastic_beams"),
-        (dict(top_p=0.9), "top_p=0.9 would draw from another policy"),
-        (dict(top_k=5), "leave it at 0"),
-        (dict(use_vllm=True), "latent loop"),
-        (dict(num_generations_eval=2), "num_generations_eval=2 differs"),
-        (dict(sampling="stochastic_beams", num_generations=32, per_device_train_batch_size=32), "from 20 items"),
+        ("save_steps", dict(save_strategy="steps", save_steps=3, steps_per_generation=2)),
+        ("save_steps", dict(save_strategy="steps", save_steps=0.5)),
+        ("mask_truncated_completions", dict(mask_truncated_completions=True)),
+        ("sampling", dict(sampling="Sample")),
+        ("alignment", dict(alignment="euclid")),
+        ("top_p", dict(top_p=0.9)),
+        ("top_k", dict(top_k=5)),
+        ("min_p", dict(min_p=0.1)),
+        ("repetition_penalty", dict(repetition_penalty=1.1)),
+        ("generation_kwargs", dict(generation_kwargs={"top_k": 5})),
+        ("use_vllm", dict(use_vllm=True)),
+        ("num_generations_eval", dict(num_generations_eval=2)),
+        # The tiny catalogue has 20 items.
+        ("num_generations", dict(sampling="stochastic_beams", num_generations=32, per_device_train_batch_size=32)),
     ],
 )
-def test_grpo_refuses_what_cannot_work(tmp_path, options, message):
-    with pytest.raises(ValueError, match=message):
+def test_grpo_refuses_unsupported_arguments(tmp_path, argument, options):
+    with pytest.raises(ValueError, match=argument):
         grpo_trainer(tmp_path, **options)
 
 
-def test_grpo_counts_the_items_that_are_not_hidden_and_keeps_eval_groups_whole(tmp_path):
+def test_grpo_processes_draw_whole_groups(tmp_path, monkeypatch):
+    # Two processes draw two groups of four together, which TRL accepts, but six and two candidates each.
+    monkeypatch.setattr(LasarGRPOConfig, "world_size", 2)
+    with pytest.raises(ValueError, match="per_device_train_batch_size .*num_generations"):
+        grpo_trainer(tmp_path, per_device_train_batch_size=6, num_generations=4)
+
+
+def test_grpo_draws_from_items_that_are_not_removed(tmp_path):
     model, tokenizer, catalog, rows = grpo_setup()
-    options = dict(processing_class=tokenizer, train_dataset=rows)
     args = LasarGRPOConfig(
         str(tmp_path), **COMMON, per_device_train_batch_size=8, num_generations=4, sampling="stochastic_beams"
     )
-    few = catalog.remove(catalog.item_ids[3:])
-    with pytest.raises(ValueError, match="without replacement from 3 items"):
-        LasarGRPOTrainer(model, args, few, **options)
+    three_items = catalog.remove(catalog.item_ids[3:])
+    with pytest.raises(ValueError, match="num_generations is 4, but there are 3 items"):
+        LasarGRPOTrainer(model, args, three_items, processing_class=tokenizer, train_dataset=rows)
+    assert not (tmp_path / "reference_model").exists()  # refused before anything was written
+
+
+def test_grpo_evaluates_whole_groups(tmp_path):
+    model, tokenizer, catalog, rows = grpo_setup()
+    args = LasarGRPOConfig(str(tmp_path), **COMMON, per_device_train_batch_size=8, num_generations=4)
     args.per_device_eval_batch_size = 6
-    with pytest.raises(ValueError, match="per_device_eval_batch_size=6 is no multiple of num_generations=4"):
-        LasarGRPOTrainer(model, args, catalog, eval_dataset=rows, **options)
-    assert not (tmp_path / "reference_model").exists()
+    options = dict(processing_class=tokenizer, train_dataset=rows, eval_dataset=rows)
+    with pytest.raises(ValueError, match="per_device_eval_batch_size"):
+        LasarGRPOTrainer(model, args, catalog, **options)
+
+
+def test_rewards_read_the_items_and_columns(tmp_path):
+    model, tokenizer, catalog, rows = grpo_setup()
+    calls = []
+
+    def reward(completion_ids, target, items, color, **kwargs):
+        calls.append((completion_ids, items, color))
+        return [float(item == wanted) for item, wanted in zip(items, target, strict=True)]
+
+    args = LasarGRPOConfig(str(tmp_path), **COMMON, per_device_train_batch_size=8, num_generations=4)
+    rows = rows.add_column("color", ["red", "blue", "red", "blue"])
+    LasarGRPOTrainer(model, args, catalog, [reward], train_dataset=rows, processing_class=tokenizer).train()
+    completion_ids, items, color = calls[0]
+    assert completion_ids == [sid_ids(model, catalog.codes[item]) for item in items]
+    assert set(color) <= {"red", "blue"}
 
 
 def test_grpo_scores_without_the_dropout_of_the_layers(tmp_path):
-    """Attention has a rate of its own, which is no module: with it the ratio would not be 1."""
+    """Attention passes its rate to a function, which TRL leaves on; with it the ratio would not be 1."""
     trainer = grpo_trainer(tmp_path, model_kwargs=dict(attention_dropout=0.5), num_iterations=2, max_steps=1)
     trainer.train()
     logs = trainer.state.log_history[0]
-    assert logs["clip_ratio/region_mean"] == 0 and logs["kl"] == pytest.approx(0, abs=1e-6)
+    assert logs["clip_ratio/region_mean"] == 0
+    assert logs["kl"] == pytest.approx(0, abs=1e-6)
 
 
-def test_depths_of_an_earlier_policy_are_weighed(tmp_path):
-    trainer = grpo_trainer(tmp_path, depth_weight=1.0, terminal_weight=0.0, beta=0.0)
-    trainer.model.train()
-    trainer.current_gradient_accumulation_steps = 1
-    inputs = trainer._generate_and_score_completions([trainer.train_dataset[i // 4] for i in range(8)])
+def chosen_depths(trainer, inputs):
+    """Log-probability `(B,)` of each sequence's depth under the present policy, and its entropy `(B,)`."""
     ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
     outputs = trainer.model(ids, torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1))
-    chosen = outputs.depth_logits.log_softmax(-1).gather(1, outputs.latent_steps[:, None] - 1)[:, 0]
-    torch.testing.assert_close(inputs["depth_log_prob"], chosen, atol=1e-5, rtol=1e-5)
-    inputs["group_reward"] = torch.arange(2.0).repeat_interleave(4)
-    weighed = []
-    for shift in (0.0, 1.0):
-        trainer.compute_loss(trainer.model, {**inputs, "depth_log_prob": chosen.detach() - shift})
-        weighed.append(trainer._metrics["train"]["depth_loss"][-1])
-    bonus = 0.01 * depth_entropy(outputs.depth_logits).mean().item()
-    assert weighed[1] + bonus == pytest.approx((weighed[0] + bonus) * np.e, rel=1e-4)
+    log_policy = outputs.depth_logits.detach().log_softmax(-1)
+    return log_policy.gather(1, outputs.latent_steps[:, None] - 1)[:, 0], depth_entropy(outputs.depth_logits.detach())
 
 
-def test_a_run_resumes_its_own_whole_checkpoints_only(tmp_path):
+def test_grpo_keeps_the_log_probability_of_the_depth(tmp_path):
+    trainer = grpo_trainer(tmp_path)
+    inputs = scored_batch(trainer)
+    torch.testing.assert_close(inputs["depth_log_prob"], chosen_depths(trainer, inputs)[0], atol=1e-5, rtol=1e-5)
+
+
+def test_depths_of_an_earlier_policy_are_weighted(tmp_path):
+    trainer = grpo_trainer(tmp_path, depth_weight=1.0, terminal_weight=0.0, beta=0.0)
+    inputs = scored_batch(trainer)
+    log_probs, entropy = chosen_depths(trainer, inputs)
+    losses = []
+    for shift in (0.0, 1.0):  # the earlier policy gave the depths e times less probability
+        trainer.compute_loss(trainer.model, {**inputs, "depth_log_prob": log_probs - shift})
+        losses.append(trainer._metrics["train"]["depth_loss"][-1])
+    bonus = trainer.args.depth_entropy_weight * entropy.mean().item()
+    assert losses[1] + bonus == pytest.approx((losses[0] + bonus) * np.e, rel=1e-4)
+
+
+@pytest.fixture
+def run_arguments(tmp_path):
+    """Arguments of a run that wrote checkpoints 2 and 10, and was killed while it wrote 12."""
     args = LasarSFTConfig(str(tmp_path), use_cpu=True, bf16=False, learning_rate=1e-3)
     assert checkpoint_to_resume(args, data={"a": "1"}) is None
     for step in (2, 10, 12):
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "model.safetensors").touch()
-        if step < 12:  # killed while it was written
+        if step < 12:
             (tmp_path / f"checkpoint-{step}" / "trainer_state.json").touch()
-    args.max_steps = 50
-    assert checkpoint_to_resume(args, data={"a": "1"}) == str(tmp_path / "checkpoint-10")
-    args.learning_rate = 1e-4
-    with pytest.raises(ValueError, match="of a run with another data, learning_rate: choose another output_dir"):
-        checkpoint_to_resume(args, data={"a": "2"})
+    return args
 
 
-def test_rows_and_anchors_of_other_depths_are_refused(tmp_path):
+def test_a_longer_run_resumes_the_newest_complete_checkpoint(tmp_path, run_arguments):
+    run_arguments.max_steps = 50
+    assert checkpoint_to_resume(run_arguments, data={"a": "1"}) == str(tmp_path / "checkpoint-10")
+
+
+def test_a_run_with_other_settings_does_not_resume(run_arguments):
+    run_arguments.learning_rate = 1e-4
+    with pytest.raises(ValueError, match=r"\(data, learning_rate\).*output_dir"):
+        checkpoint_to_resume(run_arguments, data={"a": "2"})
+
+
+def test_a_damaged_record_of_the_run_is_named(tmp_path, run_arguments):
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(ValueError, match="run.json"):
+        checkpoint_to_resume(run_arguments, data={"a": "1"})
+
+
+def test_examples_and_anchors_of_other_depths_are_refused(tmp_path):
     trainer = sft_trainer(tmp_path)
-    rows = [dict(trainer.train_dataset[i]) for i in (0, 1)]
-    rows[0]["sample"], rows[1]["sample"] = 1, 0  # their largest depth stays the same
-    with pytest.raises(ValueError, match="A row of sample 1 has 1 latent slots, but the sample has 3 anchors"):
-        trainer.data_collator(rows)
+    examples = [dict(trainer.train_dataset[i]) for i in (0, 1)]
+    # Swapped, so that the largest depth of the batch, and with it every shape, stays the same.
+    examples[0]["sample_index"], examples[1]["sample_index"] = 1, 0
+    with pytest.raises(ValueError, match="sample_index 1: .* 1 latent slots .* 3 anchors"):
+        trainer.data_collator(examples)
 
 
-def test_sft_refuses_what_cannot_work(tmp_path):
-    with pytest.raises(ValueError, match="sid_loss is 'Catalog': choose among catalog, vocab"):
-        sft_trainer(tmp_path, sid_loss="Catalog")
-    with pytest.raises(ValueError, match="label_smoothing_factor=0"):
-        sft_trainer(tmp_path, label_smoothing_factor=0.1)
+@pytest.mark.parametrize(
+    ("argument", "options"),
+    [
+        ("sid_loss", dict(sid_loss="Catalog")),
+        ("alignment", dict(alignment="euclid")),
+        ("label_smoothing_factor", dict(label_smoothing_factor=0.1)),
+        ("packing", dict(packing=True, max_length=32)),
+    ],
+)
+def test_sft_refuses_unsupported_arguments(tmp_path, argument, options):
+    with pytest.raises(ValueError, match=argument):
+        sft_trainer(tmp_path, **options)
+
+
+def test_sft_refuses_another_loss_function(tmp_path):
     model, tokenizer, catalog, rows, _ = sft_setup()
-    with pytest.raises(ValueError, match="pass catalog="):
+    args = LasarSFTConfig(str(tmp_path), **COMMON)
+    with pytest.raises(ValueError, match="compute_loss_func"):
+        LasarSFTTrainer(
+            model, args, catalog, train_dataset=rows, processing_class=tokenizer, compute_loss_func=lambda *_: 0
+        )
+
+
+def test_sft_needs_a_catalogue(tmp_path):
+    model, tokenizer, _, rows, _ = sft_setup()
+    with pytest.raises(ValueError, match="catalog"):
         LasarSFTTrainer(model, LasarSFTConfig(str(tmp_path), **COMMON), train_dataset=rows, processing_class=tokenizer)
-    with pytest.raises(ValueError, match="packing=False"):
-        args = LasarSFTConfig(str(tmp_path), **COMMON, packing=True, max_length=32)
-        LasarSFTTrainer(model, args, catalog, train_dataset=rows, processing_class=tokenizer)
+
+
+def test_grpo_needs_a_catalogue(tmp_path):
+    model, tokenizer, _, rows = grpo_setup()
+    args = LasarGRPOConfig(str(tmp_path), **COMMON, per_device_train_batch_size=8, num_generations=4)
+    with pytest.raises(ValueError, match="catalog"):
+        LasarGRPOTrainer(model, args, train_dataset=rows, processing_class=tokenizer)
+
+
+def processor_trainer(kind, folder, catalog=None, **options):
+    """An SFT or GRPO trainer that is given a processor instead of a tokenizer."""
+    model, tokenizer, items, rows = sft_setup()[:4] if kind == "sft" else grpo_setup()
+    processor = LasarProcessor(tokenizer, items, "the next item", max_history=7)
+    options = {**COMMON, "per_device_train_batch_size": 4, **options}
+    if kind == "sft":
+        args, trainer = LasarSFTConfig(str(folder), **options), LasarSFTTrainer
+    else:
+        args, trainer = LasarGRPOConfig(str(folder), **options, num_generations=4), LasarGRPOTrainer
+    return trainer(model, args, catalog, train_dataset=rows, processing_class=processor)
+
+
+@pytest.mark.parametrize("kind", ["sft", "grpo"])
+def test_a_checkpoint_contains_the_processor(tmp_path, kind):
+    trainer = processor_trainer(kind, tmp_path, save_strategy="steps", save_steps=1, max_steps=1)
+    trainer.train()
+    processor = LasarProcessor.from_pretrained(tmp_path / "checkpoint-1")
+    assert processor.to_dict() == trainer.processor.to_dict()
+    assert processor.catalog.item_ids == trainer.catalog.item_ids
+    assert torch.equal(processor.catalog.codes, trainer.catalog.codes)
+    assert processor.prompt_ids([3, 1]) == trainer.processor.prompt_ids([3, 1])
+
+
+@pytest.mark.parametrize("kind", ["sft", "grpo"])
+def test_a_processor_hands_its_tokenizer_to_trl(tmp_path, kind):
+    trainer = processor_trainer(kind, tmp_path)
+    assert trainer.processing_class is trainer.processor.tokenizer
+    assert trainer.catalog is trainer.processor.catalog
+
+
+@pytest.mark.parametrize("kind", ["sft", "grpo"])
+@pytest.mark.parametrize(
+    "other",
+    [
+        tiny_catalog(seed=1), SidCatalog(tiny_catalog().codes, [f"other-{i}" for i in range(20)]),
+        tiny_catalog().remove(["item-3"]),
+    ],
+    ids=["codes", "items", "removed"],
+)
+def test_a_catalogue_other_than_the_processors_is_refused(tmp_path, kind, other):
+    with pytest.raises(ValueError, match="catalog"):
+        processor_trainer(kind, tmp_path, catalog=other)
+
+
+def test_an_equal_catalogue_beside_a_processor_is_accepted(tmp_path):
+    trainer = processor_trainer("sft", tmp_path, catalog=tiny_catalog())
+    assert trainer.catalog is trainer.processor.catalog
 
 
 def test_stock_sft_trainer_runs_the_latent_loop(tmp_path):
-    """The loop lives under the head, so TRL's own trainer trains it without knowing."""
+    """The latent loop is part of the base model, which TRL's own trainer calls."""
     model, tokenizer, _, rows, _ = sft_setup()
     trainer = SFTTrainer(
         model, SFTConfig(str(tmp_path), **COMMON, per_device_train_batch_size=3, max_length=None),
-        train_dataset=rows.remove_columns("sample"), processing_class=tokenizer,
+        train_dataset=rows.remove_columns("sample_index"), processing_class=tokenizer,
     )
     inputs = next(iter(trainer.get_train_dataloader()))
     loss = trainer.compute_loss(trainer.model.eval(), dict(inputs))
@@ -423,11 +540,24 @@ def test_a_trainer_saves_a_model_that_loads(tmp_path):
     trainer = sft_trainer(tmp_path, policy_weight=0.1)
     trainer.train()
     trainer.save_model()
-    trainer.create_model_card()
     loaded = LasarForGenerativeRec.from_pretrained(tmp_path)
     assert torch.equal(loaded.lm_head.weight, trainer.model.lm_head.weight)
-    assert "lasar" in (tmp_path / "README.md").read_text()
+
+
+def test_with_a_tokenizer_the_catalogue_is_saved(tmp_path):
+    trainer = sft_trainer(tmp_path)
+    trainer.save_model()
     assert torch.equal(SidCatalog.from_pretrained(tmp_path).codes, trainer.catalog.codes)
+    assert not (tmp_path / "processor_config.json").exists()
+
+
+@pytest.mark.parametrize("kind", ["sft", "grpo"])
+def test_model_card_names_the_tags_and_the_usage(tmp_path, kind):
+    processor_trainer(kind, tmp_path).create_model_card("shop", tags=["mine"])
+    card = (tmp_path / "README.md").read_text()
+    assert f"- {kind}\n" in card
+    assert "- mine\n" in card
+    assert 'AutoProcessor.from_pretrained("shop"' in card
 
 
 def test_ranking_metrics_join_the_evaluation(tmp_path):
@@ -437,11 +567,13 @@ def test_ranking_metrics_join_the_evaluation(tmp_path):
         metric_for_best_model="eval_NDCG@10",
     )
     args = LasarSFTConfig(str(tmp_path), **{**COMMON, **options})
-    seen = iter([0.5, 0.25])
+    scores = iter([0.5, 0.25])  # the first checkpoint is the better one
     trainer = LasarSFTTrainer(
-        model, args, catalog, anchors, ranking_evaluator=lambda model: {"NDCG@10": next(seen)}, train_dataset=rows,
-        eval_dataset=rows.remove_columns("sample"), processing_class=tokenizer,  # held out: no anchors
+        model, args, catalog, anchors, ranking_evaluator=lambda model: {"NDCG@10": next(scores)}, train_dataset=rows,
+        eval_dataset=rows.remove_columns("sample_index"),  # held-out examples have no anchors
+        processing_class=tokenizer,
     )
     trainer.train()
-    assert trainer.state.best_metric == 0.5 and trainer.state.best_model_checkpoint.endswith("checkpoint-1")
+    assert trainer.state.best_metric == 0.5
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-1")
     assert [entry["eval_NDCG@10"] for entry in trainer.state.log_history if "eval_NDCG@10" in entry] == [0.5, 0.25]

@@ -1,19 +1,20 @@
-"""Training: both SFT stages and RL as subclasses of TRL's trainers, their losses and rewards."""
+"""Training: the supervised stages and RL as subclasses of TRL's trainers, their losses and rewards."""
 
 from .catalog_head import add_catalog_head
 from .grpo_config import LasarGRPOConfig
 from .grpo_trainer import LasarGRPOTrainer
-from .lora import lasar_lora_config, lora_from_arguments, save_trained
-from .losses import alignment_loss, bidirectional_kl, depth_entropy, exact_depth_loss, reinforce_loss
+from .lora import lasar_lora_config, lora_from_arguments, refuse_zero3, save_trained
+from .losses import DISTANCES, alignment_loss, bidirectional_kl, depth_entropy, exact_depth_loss, reinforce_loss
 from .model_config import LasarModelConfig
 from .resume import checkpoint_to_resume
-from .rewards import ExactMatchReward, RankingReward
+from .rewards import ExactMatchReward, RankingReward, load_rewards
 from .sft_config import LasarSFTConfig
 from .sft_trainer import LasarDataCollator, LasarSFTTrainer
 from .sharding import run_with_gathered_weights, unsharded_weights
 
 
 __all__ = [
+    "DISTANCES",
     "ExactMatchReward",
     "LasarDataCollator",
     "LasarGRPOConfig",
@@ -25,13 +26,15 @@ __all__ = [
     "add_catalog_head",
     "alignment_loss",
     "bidirectional_kl",
-    "run_with_gathered_weights",
     "checkpoint_to_resume",
     "depth_entropy",
     "exact_depth_loss",
     "lasar_lora_config",
+    "load_rewards",
     "lora_from_arguments",
+    "refuse_zero3",
     "reinforce_loss",
+    "run_with_gathered_weights",
     "save_trained",
     "unsharded_weights",
 ]

@@ -5,17 +5,20 @@ from dataclasses import dataclass, field
 from trl import GRPOConfig
 
 from ..arguments import check_choices
+from .losses import DISTANCES
 
 
 @dataclass
 class LasarGRPOConfig(GRPOConfig):
     r"""
-    Configuration of [`LasarGRPOTrainer`]. What is not listed is inherited from [`~trl.GRPOConfig`].
+    Configuration of [`LasarGRPOTrainer`]. All other arguments are inherited from [`~trl.GRPOConfig`].
 
     Args:
         sampling (`str`, *optional*, defaults to `"sample"`):
             How the candidates of a group are drawn: independently (`"sample"`), or without replacement by stochastic
             beams (`"stochastic_beams"`), which never repeat an item.
+        alignment (`str`, *optional*, defaults to `"kl"`):
+            Distance of the terminal anchor loss: `"kl"`, `"cosine"`, `"mse"` or `"none"`.
         terminal_weight (`float`, *optional*, defaults to `0.1`):
             Weight `γ_KL` of the terminal anchor loss.
         depth_weight (`float`, *optional*, defaults to `0.1`):
@@ -29,26 +32,24 @@ class LasarGRPOConfig(GRPOConfig):
 
     > [!NOTE]
     > These parameters have default values different from [`~trl.GRPOConfig`]:
-    > - `beta`: Defaults to `0.04` instead of `0.0`: the paper keeps a KL penalty to the stage-2 model.
-    > - `loss_type`: Defaults to `"grpo"` instead of `"dapo"`: every answer has the same length.
+    > - `beta`: Defaults to `0.04` instead of `0.0`. The paper keeps a KL penalty to the stage-2 model.
+    > - `loss_type`: Defaults to `"grpo"` instead of `"dapo"`. All answers have the same length.
     > - `learning_rate`: Defaults to `1e-5` instead of `1e-6`.
-    > - `max_completion_length`: Defaults to `4` instead of `512`; the trainer sets it to the number of SID levels.
-    > - `disable_dropout`: Defaults to `True` instead of `False`: the policy that is scored must be the one that was
-    >   drawn from.
+    > - `max_completion_length`: Defaults to `4` instead of `512`. The trainer sets it to the number of SID levels.
+    > - `disable_dropout`: Defaults to `True` instead of `False`. Candidates are drawn without dropout, so they are
+    >   scored without it.
     """
 
     beta: float = field(default=0.04, metadata={"help": "Weight of the KL penalty to the stage-2 model."})
     loss_type: str = field(default="grpo", metadata={"help": "Aggregation of the policy-gradient loss."})
     learning_rate: float = field(default=1e-5, metadata={"help": "The initial learning rate for AdamW."})
     max_completion_length: int | None = field(default=4, metadata={"help": "Set to the number of SID levels."})
-    disable_dropout: bool = field(
-        default=True, metadata={"help": "Score the policy that was drawn from, which had no dropout."}
-    )
+    disable_dropout: bool = field(default=True, metadata={"help": "Score candidates as drawn, without dropout."})
     sampling: str = field(
-        default="sample",
-        metadata={
-            "help": "How the candidates of a group are drawn.", "choices": ["sample", "stochastic_beams"]
-        },
+        default="sample", metadata={"help": "How candidates are drawn.", "choices": ["sample", "stochastic_beams"]}
+    )
+    alignment: str = field(
+        default="kl", metadata={"help": "Distance of the terminal anchor loss.", "choices": [*DISTANCES, "none"]}
     )
     terminal_weight: float = field(default=0.1, metadata={"help": "Weight of the terminal anchor loss, gamma_KL."})
     depth_weight: float = field(

@@ -1,68 +1,61 @@
-"""What both trainers share: the latent states of the pass that made the loss, and what is logged of them."""
+"""What both trainers read of the latent states: those of the pass that made the loss, and what is logged of them."""
 
 import torch
 from peft import PeftModel
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from ..model.base_lasar import LasarModel, LasarModelOutput
 from .losses import depth_entropy
 
 
 def unwrap_lasar(model: nn.Module) -> nn.Module:
-    """The [`LasarForGenerativeRec`] inside wrappers of PEFT."""
+    """The [`LasarForGenerativeRec`] inside a PEFT wrapper, or the model itself without one."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 class LatentStateRecorder:
     """
-    Keeps the output of the last pass through the trunk, so that extra losses read the latent states of that same pass.
+    Keeps the output of the base model's last forward, so that extra losses read the latent states of that same pass.
 
     Args:
-        trunk ([`LasarModel`]):
-            The trunk.
+        base_model ([`LasarModel`]):
+            The model under the head; a forward hook is added to it.
     """
 
-    def __init__(self, trunk: LasarModel):
+    def __init__(self, base_model: LasarModel):
         self.output: LasarModelOutput | None = None
-        self.handle: RemovableHandle = trunk.register_forward_hook(self._record)
+        base_model.register_forward_hook(self._record)
 
     def _record(self, module: nn.Module, args: tuple, output: LasarModelOutput) -> None:
         self.output = output
 
     def pop(self) -> LasarModelOutput:
-        """The last output; forgotten afterwards, so that its graph is freed."""
+        """The last output. It is released here, so that its autograd graph can be freed."""
         output, self.output = self.output, None
         return output
-
-
-def last_latent(output: LasarModelOutput) -> torch.Tensor:
-    """`h_N` of each row, `(B, H)`."""
-    place = output.latent_steps[:, None, None].expand(-1, 1, output.latent_states.shape[-1])
-    return output.latent_states.gather(1, place)[:, 0]
 
 
 @torch.no_grad()
 def latent_metrics(output: LasarModelOutput, embedding: nn.Embedding) -> dict[str, torch.Tensor]:
     """
-    What to watch in latent reasoning.
+    Metrics of the latent reasoning.
 
     Args:
         output ([`LasarModelOutput`]):
-            A pass through the trunk.
+            Output of the base model.
         embedding (`nn.Embedding`):
-            The backbone's embedding matrix.
+            The backbone's input embeddings.
 
     Returns:
         `dict[str, torch.Tensor]`: scalars `mean_depth` (steps), `depth_entropy` (nats) and `latent_norm_ratio`, the
-        mean norm of the inputs of the latent slots over that of the embeddings, whose growth is the known failure of
-        latent loops.
+        norm of the latent slots' inputs relative to the embeddings', which grows when a latent loop diverges.
     """
-    steps = output.latent_steps
+    steps = output.latent_steps  # (B,)
     metrics = {"mean_depth": steps.float().mean(), "depth_entropy": depth_entropy(output.depth_logits).mean()}
-    inputs = output.latent_states[:, :-1]
-    is_input = torch.arange(inputs.shape[1], device=steps.device) < steps[:, None]
+    # The input of slot t is h_{t-1}, for t = 1 … N.
+    inputs = output.latent_states[:, :-1]  # (B, max N, H)
+    is_input = torch.arange(inputs.shape[1], device=steps.device) < steps[:, None]  # (B, max N)
     if is_input.any():
-        sample = embedding.weight[:1024].float().norm(dim=-1).mean()
-        metrics["latent_norm_ratio"] = inputs[is_input].float().norm(dim=-1).mean() / sample
+        embedding_norm = embedding.weight[:1024].float().norm(dim=-1).mean()
+        metrics["latent_norm_ratio"] = inputs[is_input].float().norm(dim=-1).mean() / embedding_norm
     return metrics

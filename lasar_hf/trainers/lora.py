@@ -1,4 +1,4 @@
-"""LoRA for any backbone: what to adapt, what to train whole, and saving it for the next stage."""
+"""LoRA for any backbone: which layers are adapted, which weights are trained in full, and how both are saved."""
 
 import os
 
@@ -21,10 +21,10 @@ def lasar_lora_config(
     **kwargs,
 ) -> LoraConfig:
     """
-    LoRA that leaves nothing out that LASAR has to learn.
+    LoRA for everything that LASAR has to learn.
 
-    Adapters of rank `r` stand on the backbone's linear layers. The rows of the Semantic-ID and control tokens are
-    trained whole, in the embeddings and in a head that is not tied to them; so is the depth policy head.
+    The backbone's linear layers get adapters of rank `r`. Trained in full are the rows of the Semantic-ID and control
+    tokens, in the embeddings and in a head that is not tied to them, and the depth policy head.
 
     Args:
         model ([`LasarForGenerativeRec`]):
@@ -36,7 +36,7 @@ def lasar_lora_config(
         lora_dropout (`float`, *optional*, defaults to `0.05`):
             Dropout before the adapters.
         target_modules (`str` or `list[str]`, *optional*, defaults to `"all-linear"`):
-            Names of the backbone's layers to adapt, `["q_proj", "v_proj"]` for instance.
+            Names of the backbone's layers to adapt, for example `["q_proj", "v_proj"]`.
         kwargs:
             Passed to [`~peft.LoraConfig`].
 
@@ -44,48 +44,40 @@ def lasar_lora_config(
         [`~peft.LoraConfig`]: for `peft_config` of the trainers or for `peft.get_peft_model`.
 
     Raises:
-        `ValueError`: if the backbone has no linear layer of a name given.
+        `ValueError`: if the backbone does not have a linear layer that `target_modules` names.
     """
-    parts = model.model.backbone.named_modules()
-    linear = {name.split(".")[-1] for name, part in parts if isinstance(part, nn.Linear)}
+    # 1. Names of the layers to adapt.
+    modules = model.model.backbone.named_modules()
+    linear = {name.split(".")[-1] for name, module in modules if isinstance(module, nn.Linear)}
     if target_modules == "all-linear":
         names = linear
     else:
         names = {target_modules} if isinstance(target_modules, str) else set(target_modules)
     if names - linear:
         raise ValueError(
-            f"target_modules holds {sorted(names - linear)}, but the backbone's linear layers are {sorted(linear)}."
+            f"target_modules contains {sorted(names - linear)}; expected some of the backbone's linear layers "
+            f"{sorted(linear)}."
         )
+    # 2. Token rows to train, and the weights that have them.
     config = model.config
     control = {config.latent_start_token_id, config.latent_token_id, config.latent_end_token_id}
     sid = range(config.sid_token_offset, config.sid_token_offset + config.num_sid_tokens)
-    rows = sorted(control | set(sid))
+    token_ids = sorted(control | set(sid))
     embeddings = model.get_input_embeddings()
-    tables = [name for name, part in model.named_modules() if part is embeddings]
+    token_modules = [name for name, module in model.named_modules() if module is embeddings]
     if model.lm_head.weight is not embeddings.weight:
-        tables.append("lm_head")
+        token_modules.append("lm_head")
     return LoraConfig(
         task_type="CAUSAL_LM", r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout,
-        # The policy head has linear layers too, and in some backbones of the same names.
+        # The path excludes the policy head, whose linear layers have the same names as those of some backbones.
         target_modules=rf"model\.backbone\..*\.({'|'.join(sorted(names))})",
-        trainable_token_indices={table: list(rows) for table in tables}, modules_to_save=["policy_head"], **kwargs,
+        trainable_token_indices={name: list(token_ids) for name in token_modules}, modules_to_save=["policy_head"],
+        **kwargs,
     )
 
 
 def lora_from_arguments(model: LasarForGenerativeRec, arguments: LasarModelConfig) -> LoraConfig | None:
-    """
-    [`lasar_lora_config`] with the recipe's `use_peft`, `lora_r`, `lora_alpha`, `lora_dropout`, `lora_target_modules`,
-    `use_rslora` and `use_dora`.
-
-    Args:
-        model ([`LasarForGenerativeRec`]):
-            The model to adapt.
-        arguments ([`LasarModelConfig`]):
-            The recipe's arguments.
-
-    Returns:
-        [`~peft.LoraConfig`], or `None` without `use_peft`.
-    """
+    """[`lasar_lora_config`] with the arguments of a recipe; `None` without `use_peft`."""
     if not arguments.use_peft:
         return None
     return lasar_lora_config(
@@ -96,24 +88,19 @@ def lora_from_arguments(model: LasarForGenerativeRec, arguments: LasarModelConfi
 
 def train_policy_head(lasar: LasarForGenerativeRec, trainable: bool) -> None:
     """
-    Let the policy head learn, or freeze it: DDP waits for the gradient of every parameter that wants one.
-
-    Args:
-        lasar ([`LasarForGenerativeRec`]):
-            The model, inside its wrappers.
-        trainable (`bool`):
-            Whether the loss gives it a gradient.
+    Train or freeze the policy head of a model without wrappers. DDP waits for the gradient of every trainable
+    parameter, so a head without a loss must be frozen.
 
     Raises:
-        `ValueError`: if the model is adapted and the adapter would not save the policy head.
+        `ValueError`: if an adapter would not save the trained policy head.
     """
     head = lasar.model.policy_head
     if isinstance(head, ModulesToSaveWrapper):
-        head = head.modules_to_save[head.active_adapters[0]]  # PEFT trains, and saves, a copy
+        head = head.modules_to_save[head.active_adapters[0]]  # PEFT trains and saves a copy
     elif trainable and any(".lora_" in name for name, _ in lasar.named_parameters()):
         raise ValueError(
-            "The policy head is to learn, but the adapter would not save it: use "
-            "peft_config=lasar_lora_config(model), or add modules_to_save=['policy_head'] to your own."
+            "The policy head is trainable but this adapter would not save it. Use "
+            "peft_config=lasar_lora_config(model), or add modules_to_save=['policy_head'] to peft_config."
         )
     head.requires_grad_(trainable)
 
@@ -121,14 +108,10 @@ def train_policy_head(lasar: LasarForGenerativeRec, trainable: bool) -> None:
 @torch.no_grad()
 def complete_reference(model: PeftModel) -> None:
     """
-    Give TRL's reference adapter the token rows that it leaves out.
+    Copy the token rows that TRL leaves out of its reference adapter.
 
-    For an adapter that was trained before, TRL keeps a frozen copy `ref` as the reference. It copies parameters with
-    `.default.` in their name, but the name of trainable token rows ends there.
-
-    Args:
-        model ([`~peft.PeftModel`]):
-            The policy; without an adapter `ref` nothing happens.
+    If the model comes with an adapter, TRL keeps a frozen copy of it, `ref`, as the reference. TRL copies parameters
+    with `.default.` in their name, but names of token rows end in `.default`. Without `ref` nothing happens.
     """
     parameters = dict(model.named_parameters())
     for name, parameter in parameters.items():
@@ -138,13 +121,9 @@ def complete_reference(model: PeftModel) -> None:
 
 def save_trained(trainer: Trainer) -> None:
     """
-    Save model, tokenizer and catalogue to `output_dir`, whole, so that the next stage can start from them.
+    Save the model and its processor (or tokenizer and catalogue) to `output_dir`, from which the next stage starts.
 
-    After training with LoRA that is the merged model, and the adapter by itself goes to `output_dir/adapter`.
-
-    Args:
-        trainer ([`LasarSFTTrainer`] or [`LasarGRPOTrainer`]):
-            The trainer, after training; an adapted model is merged by this.
+    After training with LoRA this merges the adapter into the model; the adapter alone goes to `output_dir/adapter`.
     """
     folder = trainer.args.output_dir
     if not isinstance(trainer.model, PeftModel):
@@ -154,29 +133,15 @@ def save_trained(trainer: Trainer) -> None:
     if trainer.is_world_process_zero():
         trainer.model.merge_and_unload().save_pretrained(folder)
         trainer.processing_class.save_pretrained(folder)
-        if trainer.catalog is not None:
-            trainer.catalog.save_pretrained(folder)
+        trainer.save_processor(folder)
     trainer.accelerator.wait_for_everyone()
 
 
 def refuse_zero3(model: object, args: TrainingArguments, peft_config: PeftConfig | None) -> None:
-    """
-    Refuse to train an adapter under ZeRO-3.
-
-    Args:
-        model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            What the trainer was given.
-        args ([`~transformers.TrainingArguments`]):
-            Its arguments.
-        peft_config ([`~peft.PeftConfig`], *optional*):
-            The adapter to put on the model.
-
-    Raises:
-        `ValueError`: if there is an adapter and ZeRO-3.
-    """
+    """Raise a `ValueError` for an adapter under ZeRO-3; the arguments are those of a trainer."""
     is_adapted = peft_config is not None or isinstance(model, PeftModel)
     if is_adapted and args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3:
         raise ValueError(
-            "LoRA under ZeRO-3 needs reentrant checkpointing, in which the latent loop would be wrong: use "
-            "recipes/accelerate_configs/zero2.yaml."
+            "LoRA is not supported under ZeRO-3, which needs reentrant checkpointing; the latent loop would be wrong. "
+            "Use recipes/accelerate_configs/zero2.yaml."
         )

@@ -1,4 +1,4 @@
-"""The losses of LASAR, tensors in and tensors out, one equation of METHOD.md a function."""
+"""The losses of LASAR (arXiv 2605.10207): tensors in, tensors out, one equation per function."""
 
 import torch
 from torch import nn
@@ -6,9 +6,11 @@ from torch import nn
 
 def bidirectional_kl(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """
-    Symmetric divergence of two hidden states, each read as a distribution over its dimensions (METHOD.md 4):
+    Symmetric KL divergence of two hidden states, each read as a distribution over its `H` dimensions:
 
         KL_bi(a, b) = ½ [ KL(softmax(a) ‖ softmax(b)) + KL(softmax(b) ‖ softmax(a)) ]
+
+    LASAR, arXiv 2605.10207, stage 2 (SFT). The paper prefers it to cosine distance and mean squared error.
 
     Args:
         a (`torch.Tensor` of shape `(..., H)`):
@@ -18,65 +20,74 @@ def bidirectional_kl(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
     Returns:
         `torch.Tensor` of shape `(...)`: divergences in nats, float32, never negative.
+
+    Example:
+
+    ```python
+    >>> bidirectional_kl(torch.tensor([0.0, 1.0]), torch.tensor([0.0, 3.0]))
+    tensor(0.2215)
+    ```
     """
-    log_p, log_q = a.float().log_softmax(dim=-1), b.float().log_softmax(dim=-1)
+    log_p = a.float().log_softmax(dim=-1)  # (..., H)
+    log_q = b.float().log_softmax(dim=-1)  # (..., H)
+    # Both divergences in one sum: p (log p − log q) + q (log q − log p) = (p − q) (log p − log q).
     return 0.5 * ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(dim=-1)
 
 
-def _cosine_distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def cosine_distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """`1 − cos(a, b)`; arguments as for [`bidirectional_kl`]."""
     return 1 - nn.functional.cosine_similarity(a.float(), b.float(), dim=-1)
 
 
-def _mean_squared_error(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def mean_squared_error(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Mean squared difference over the dimensions; arguments as for [`bidirectional_kl`]."""
     return (a.float() - b.float()).pow(2).mean(dim=-1)
 
 
-DISTANCES = {"kl": bidirectional_kl, "cosine": _cosine_distance, "mse": _mean_squared_error}
+# The choices of `alignment` in both configurations. A new distance is one entry here.
+DISTANCES = {"kl": bidirectional_kl, "cosine": cosine_distance, "mse": mean_squared_error}
 
 
 def alignment_loss(
     latents: torch.Tensor, anchors: torch.Tensor, mask: torch.Tensor, distance: str = "kl"
 ) -> torch.Tensor:
     """
-    Alignment of the latent states with their semantic anchors (METHOD.md 4), averaged over the rows:
+    Alignment of the latent states with their semantic anchors, averaged over the sequences:
 
         L_align = 1/N Σ_{t=1..N} KL_bi(h_t, h_t^cot)
 
+    LASAR, arXiv 2605.10207, stage 2 (SFT).
+
     Args:
         latents (`torch.Tensor` of shape `(B, T, H)`):
-            `h_1 … h_N` of each row.
+            `h_1 … h_N` of each sequence.
         anchors (`torch.Tensor` of shape `(B, T, H)`):
             `h_1^cot … h_N^cot`; no gradient flows into them.
         mask (`torch.Tensor` of shape `(B, T)`):
             Which steps exist.
         distance (`str`, *optional*, defaults to `"kl"`):
-            `"kl"`, or the paper's ablations `"cosine"` and `"mse"`.
+            Key of `DISTANCES`: `"kl"`, or `"cosine"` and `"mse"` of the paper's ablation.
 
     Returns:
-        `torch.Tensor`: scalar mean over the rows that have a step; 0 if none has.
+        `torch.Tensor`: scalar mean over the sequences that have a step; 0 if none has.
+
+    Raises:
+        `ValueError`: if `latents` and `anchors` have different shapes.
     """
     if latents.shape != anchors.shape:
         raise ValueError(
-            f"latents has shape {tuple(latents.shape)} but anchors has {tuple(anchors.shape)}: each latent step needs "
-            "its own anchor."
+            f"anchors has shape {tuple(anchors.shape)}; expected {tuple(latents.shape)} as latents, one anchor per "
+            "latent step."
         )
-    steps = DISTANCES[distance](latents, anchors.detach()).masked_fill(~mask, 0)
-    rows = steps.sum(dim=1) / mask.sum(dim=1).clamp(min=1)
-    return rows.sum() / mask.any(dim=1).sum().clamp(min=1)
+    distances = DISTANCES[distance](latents, anchors.detach()).masked_fill(~mask, 0)  # (B, T)
+    # Mean over the steps of a sequence first, then over the sequences: long chains do not weigh more.
+    per_sequence = distances.sum(dim=1) / mask.sum(dim=1).clamp(min=1)  # (B,)
+    return per_sequence.sum() / mask.any(dim=1).sum().clamp(min=1)
 
 
 def depth_entropy(depth_logits: torch.Tensor) -> torch.Tensor:
-    """
-    Entropy of the depth policy.
-
-    Args:
-        depth_logits (`torch.Tensor` of shape `(B, N_max)`):
-            Logits of the policy head.
-
-    Returns:
-        `torch.Tensor` of shape `(B,)`: entropies in nats, float32.
-    """
-    log_policy = depth_logits.float().log_softmax(dim=-1)
+    """Entropy `(B,)` of the depth policy, in nats, from the logits `(B, N_max)` of the policy head."""
+    log_policy = depth_logits.float().log_softmax(dim=-1)  # (B, N_max)
     return -(log_policy.exp() * log_policy).sum(dim=-1)
 
 
@@ -90,63 +101,55 @@ def reinforce_loss(
     drawn_log_probs: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
-    REINFORCE on the depth policy (METHOD.md 5):
+    REINFORCE on the depth policy:
 
         L_RF = −E_{N~π}[ (R_group − b_EMA − λ N) · log π(N | h_0) ] − η · H(π)
 
-    Depths that are used for several updates come from an earlier policy; the ratio of the two then weighs each row.
+    LASAR, arXiv 2605.10207, RL stage. When drawn depths serve several updates, each sequence is weighted by the ratio
+    of the present policy to the one that drew its depth.
 
     Args:
         depth_logits (`torch.Tensor` of shape `(B, N_max)`):
-            Logits of the policy head; class `k` means `k + 1` steps.
+            Logits of the policy head; class `k` means `k + 1` latent steps.
         depths (`torch.Tensor` of shape `(B,)`):
-            Sampled depths `N`, from 1.
+            Sampled depths `N`, at least 1.
         rewards (`torch.Tensor` of shape `(B,)`):
-            Mean reward of each row's group, `R_group`.
+            Mean reward of each sequence's group, `R_group`.
         baseline (`float` or `torch.Tensor` of shape `(B,)`):
             Running mean of the group rewards, `b_EMA`.
         step_cost (`float`):
-            Cost of a step, `λ`.
+            Cost of a latent step, `λ`.
         entropy_weight (`float`):
             Weight of the entropy bonus, `η`.
         drawn_log_probs (`torch.Tensor` of shape `(B,)`, *optional*):
-            `log π(N | h_0)` of the policy that the depths were drawn from; the present one if not given.
+            `log π(N | h_0)` when the depths were drawn. Defaults to the present policy's.
 
     Returns:
-        `torch.Tensor`: scalar mean over the rows.
+        `torch.Tensor`: scalar mean over the sequences.
     """
-    log_policy = depth_logits.float().log_softmax(dim=-1)
-    chosen = log_policy.gather(1, depths[:, None] - 1)[:, 0]
-    advantages = (rewards - baseline - step_cost * depths).detach()
+    log_policy = depth_logits.float().log_softmax(dim=-1)  # (B, N_max)
+    log_probs = log_policy.gather(1, depths[:, None] - 1)[:, 0]  # (B,)
+    advantages = (rewards - baseline - step_cost * depths).detach()  # (B,)
     if drawn_log_probs is not None:
-        advantages = advantages * (chosen.detach() - drawn_log_probs).exp()
-    return -(advantages * chosen).mean() - entropy_weight * depth_entropy(depth_logits).mean()
+        advantages = advantages * (log_probs.detach() - drawn_log_probs).exp()
+    return -(advantages * log_probs).mean() - entropy_weight * depth_entropy(depth_logits).mean()
 
 
 def exact_depth_loss(
     depth_logits: torch.Tensor, rewards: torch.Tensor, step_cost: float, entropy_weight: float
 ) -> torch.Tensor:
     """
-    Depth gradient without sampling, when every depth of a prompt was scored (METHOD.md 5, beyond the paper):
+    Depth gradient without sampling, for prompts of which every depth was scored (not in the paper):
 
-        A_N = (R_N − λN) − Σ_{N'} π(N') (R_{N'} − λN'),   L_depth = −Σ_N π(N).detach() · A_N · log π(N | h_0) − η H(π)
+        A_N     = (R_N − λN) − Σ_{N'} π(N') (R_{N'} − λN')
+        L_depth = −Σ_N π(N).detach() · A_N · log π(N | h_0) − η · H(π)
 
-    Args:
-        depth_logits (`torch.Tensor` of shape `(B, N_max)`):
-            Logits of the policy head; class `k` means `k + 1` steps.
-        rewards (`torch.Tensor` of shape `(B, N_max)`):
-            Reward of each depth, `R_1 … R_{N_max}`.
-        step_cost (`float`):
-            Cost of a step, `λ`.
-        entropy_weight (`float`):
-            Weight of the entropy bonus, `η`.
-
-    Returns:
-        `torch.Tensor`: scalar mean over the rows.
+    Arguments and result as for [`reinforce_loss`], which this equals in expectation, with `rewards` of shape
+    `(B, N_max)`: the reward of each depth, `R_1 … R_{N_max}`.
     """
-    log_policy = depth_logits.float().log_softmax(dim=-1)
-    policy = log_policy.exp().detach()
-    steps = torch.arange(1, depth_logits.shape[1] + 1, device=depth_logits.device)
-    values = rewards - step_cost * steps
-    advantages = (values - (policy * values).sum(dim=-1, keepdim=True)).detach()
+    log_policy = depth_logits.float().log_softmax(dim=-1)  # (B, N_max)
+    policy = log_policy.exp().detach()  # (B, N_max)
+    depths = torch.arange(1, depth_logits.shape[1] + 1, device=depth_logits.device)  # (N_max,)
+    values = rewards - step_cost * depths  # (B, N_max)
+    advantages = (values - (policy * values).sum(dim=-1, keepdim=True)).detach()  # (B, N_max)
     return -(policy * advantages * log_policy).sum(dim=-1).mean() - entropy_weight * depth_entropy(depth_logits).mean()

@@ -1,28 +1,33 @@
-"""The card that a trainer leaves beside its checkpoints. TRL's own template is found inside the trl package only."""
+"""The model card of a run. TRL looks up templates inside its own package, so a subclass elsewhere cannot use them."""
 
 import os
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from ..files import atomic_file
+
+
+WITH_PROCESSOR = """from transformers import AutoModel, AutoProcessor
+
+processor = AutoProcessor.from_pretrained("{name}", trust_remote_code=True)
+model = AutoModel.from_pretrained("{name}", trust_remote_code=True)
+history = processor.catalog.item_ids[:3]
+output = model.recommend(**processor([history]), catalog=processor.catalog)
+print(processor.decode_recommendations(output)[0])"""
+
+WITH_TOKENIZER = """from transformers import AutoModel, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = AutoModel.from_pretrained("{name}", trust_remote_code=True)"""
+
 
 def save_model_card(trainer, model_name: str | None, tags: list[str], description: str) -> None:
-    """
-    Write `README.md` with metadata, usage and the arguments the run was started with.
-
-    Args:
-        trainer ([`~transformers.Trainer`]):
-            The trainer, of which the output folder and the arguments are read.
-        model_name (`str`, *optional*):
-            Name of the model; the output folder's if not given.
-        tags (`list[str]`):
-            Tags for the Hub.
-        description (`str`):
-            One sentence on how the model was trained.
-    """
+    """Write `README.md` to the trainer's `output_dir`, with metadata, usage and the main arguments of the run."""
     if not trainer.is_world_process_zero():
         return
     name = model_name or os.path.basename(os.path.normpath(trainer.args.output_dir))
     data = ModelCardData(library_name="transformers", tags=sorted(tags), pipeline_tag="text-generation")
+    usage = (WITH_TOKENIZER if trainer.processor is None else WITH_PROCESSOR).format(name=name)
     arguments = ("learning_rate", "num_train_epochs", "per_device_train_batch_size", "seed")
     rows = "\n".join(f"| {argument} | {getattr(trainer.args, argument)} |" for argument in arguments)
     text = f"""---
@@ -34,17 +39,12 @@ def save_model_card(trainer, model_name: str | None, tags: list[str], descriptio
 {description}
 
 ```python
-from transformers import AutoModel, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("{name}")
-model = AutoModel.from_pretrained("{name}", trust_remote_code=True)
+{usage}
 ```
 
 | argument | value |
 |---|---|
 {rows}
 """
-    path = os.path.join(trainer.args.output_dir, "README.md")
-    os.makedirs(trainer.args.output_dir, exist_ok=True)
-    ModelCard(text).save(path + ".tmp")
-    os.replace(path + ".tmp", path)
+    with atomic_file(os.path.join(trainer.args.output_dir, "README.md")) as temporary:
+        ModelCard(text).save(temporary)

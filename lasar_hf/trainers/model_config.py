@@ -1,71 +1,51 @@
-"""Arguments of a recipe's model: which one, loaded how, trained whole or with LoRA."""
+"""Arguments of a recipe's model."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
+
+from trl import ModelConfig
 
 from ..arguments import check_choices
 
 
-@dataclass
-class LasarModelConfig:
-    r"""
-    What LASAR supports of [`~trl.ModelConfig`], under the same names. Quantised weights are not among it: a recipe
-    refuses `load_in_4bit` as an unknown key instead of ignoring it.
+# Fields of TRL that have to keep their defaults.
+UNSUPPORTED = (
+    "load_in_8bit", "load_in_4bit", "bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage",
+    "lora_modules_to_save", "lora_target_parameters", "lora_task_type",
+)  # fmt: skip
 
-    Args:
-        model_name_or_path (`str`, *optional*):
-            Name or path of the backbone (stage 1) or of the checkpoint of the stage before.
-        model_revision (`str`, *optional*, defaults to `"main"`):
-            Branch, tag or commit on the Hub.
-        dtype (`str`, *optional*, defaults to `"float32"`):
-            Data type of the weights: `"auto"`, `"bfloat16"`, `"float16"` or `"float32"`. Mixed precision (`bf16`)
-            keeps float32 weights.
-        attn_implementation (`str`, *optional*):
-            `"sdpa"` or `"eager"`; transformers' choice if not given.
-        use_peft (`bool`, *optional*, defaults to `False`):
-            Whether to train with LoRA, see [`lasar_lora_config`].
-        lora_r (`int`, *optional*, defaults to `16`):
-            Rank of the adapters.
-        lora_alpha (`int`, *optional*, defaults to `32`):
-            Adapters are scaled by `lora_alpha / lora_r`.
-        lora_dropout (`float`, *optional*, defaults to `0.05`):
-            Dropout before the adapters.
-        lora_target_modules (`list[str]`, *optional*):
-            Names of the backbone's linear layers to adapt, all if not given.
-        use_rslora (`bool`, *optional*, defaults to `False`):
-            Whether to scale by `lora_alpha / sqrt(lora_r)` instead.
-        use_dora (`bool`, *optional*, defaults to `False`):
-            Whether to adapt magnitude and direction apart (DoRA).
+
+@dataclass
+class LasarModelConfig(ModelConfig):
+    r"""
+    Arguments of the model and its LoRA. The only change w.r.t. [`~trl.ModelConfig`] is that quantised weights, other
+    attention than `"sdpa"` and `"eager"`, and the LoRA fields that [`lasar_lora_config`] sets itself are refused;
+    everything else is inherited.
+
+    Raises:
+        `ValueError`: if a value is not one of its field's choices, or an unsupported field is set.
     """
 
-    model_name_or_path: str | None = field(default=None, metadata={"help": "Backbone, or the stage before."})
-    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit on the Hub."})
-    dtype: str = field(
-        default="float32",
-        metadata={"help": "Data type of the weights.", "choices": ["auto", "bfloat16", "float16", "float32"]},
-    )
     attn_implementation: str | None = field(
-        default=None, metadata={"help": "How to compute attention.", "choices": ["sdpa", "eager"]}
+        default=None, metadata={"help": "Attention implementation.", "choices": ["sdpa", "eager"]}
     )
-    use_peft: bool = field(default=False, metadata={"help": "Train with LoRA."})
-    lora_r: int = field(default=16, metadata={"help": "LoRA: rank."})
-    lora_alpha: int = field(default=32, metadata={"help": "LoRA: adapters are scaled by lora_alpha / lora_r."})
-    lora_dropout: float = field(default=0.05, metadata={"help": "LoRA: dropout before the adapters."})
-    lora_target_modules: list[str] | None = field(
-        default=None, metadata={"help": "LoRA: names of the backbone's linear layers; all if not given."}
-    )
-    use_rslora: bool = field(default=False, metadata={"help": "LoRA: scale by lora_alpha / sqrt(lora_r)."})
-    use_dora: bool = field(default=False, metadata={"help": "LoRA: adapt magnitude and direction apart."})
 
     def __post_init__(self):
         check_choices(self)
+        changed = [f.name for f in fields(self) if f.name in UNSUPPORTED and getattr(self, f.name) != f.default]
+        if changed:
+            raise ValueError(
+                f"{', '.join(changed)} is not supported: weights are not quantised, and LoRA always trains the token "
+                "rows and the policy head. Leave it out."
+            )
+        super().__post_init__()
 
     @property
     def init_kwargs(self) -> dict[str, Any]:
-        """What `from_pretrained` gets beside the name, for `model_init_kwargs` of a trainer too."""
+        """Arguments of `from_pretrained`, and `model_init_kwargs` of a trainer."""
         return {"revision": self.model_revision, **self.from_config_kwargs}
 
     @property
     def from_config_kwargs(self) -> dict[str, Any]:
-        """What `from_config` gets, for a backbone that is trained from scratch."""
+        """Arguments of `from_config`, for a backbone that is trained from scratch."""
         return {"dtype": self.dtype, "attn_implementation": self.attn_implementation}

@@ -1,7 +1,6 @@
-"""Resuming a run of a recipe: only its own, and from the newest checkpoint that is whole."""
+"""Resuming a recipe's run: only with the same settings, and from its newest complete checkpoint."""
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +9,11 @@ from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..files import write_json
+from ..files import read_json, write_json
 
 
 RUN_NAME = "run.json"
-# What decides the weights. The length of a run is not among it: a run may be continued further.
+# Arguments that decide the weights. The length of a run is not one of them, so a run can be extended.
 TRAINING = (
     "adam_beta1", "adam_beta2", "adam_epsilon", "alignment", "alignment_weight", "baseline_decay", "beta", "data_seed",
     "depth_entropy_weight", "depth_weight", "epsilon", "epsilon_high", "gradient_accumulation_steps", "learning_rate",
@@ -26,40 +25,37 @@ TRAINING = (
 
 def checkpoint_to_resume(args: TrainingArguments, **origin: Any) -> str | None:
     """
-    The newest whole checkpoint in `output_dir`, if the run that wrote it is this one.
+    The newest complete checkpoint in `output_dir`, if the run that wrote it had the same settings.
 
-    A run leaves its settings in `output_dir/run.json` when it starts. A checkpoint whose writing was cut short, which
-    lacks the file that is written last, is passed over.
+    A run writes its settings to `run.json` when it starts. A checkpoint without `trainer_state.json`, which is written
+    last, is incomplete and is skipped.
 
     Args:
         args ([`~transformers.TrainingArguments`]):
             Arguments of the run.
         origin:
-            What else decides the weights, ready for JSON: arguments of the recipe, hashes of data and starting model.
+            Other settings that decide the weights, as JSON values: the recipe's arguments, hashes of the data and of
+            the starting model.
 
     Returns:
-        `str`, *optional*: path for `trainer.train(resume_from_checkpoint=...)`, `None` where a run starts anew.
+        `str`, *optional*: path for `trainer.train(resume_from_checkpoint=...)`, `None` if the run starts from scratch.
 
     Raises:
-        `ValueError`: if the checkpoints are those of a run with other settings.
+        `ValueError`: if the checkpoints belong to a run with other settings.
     """
     folder = Path(args.output_dir)
     settings = {name: value for name, value in args.to_dict().items() if name in TRAINING}
     settings = json.loads(json.dumps({**settings, **origin}, default=str))
-    whole = [path.parent for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")]
-    if not whole:
+    checkpoints = [path.parent for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")]
+    if not checkpoints:
         if PartialState().is_main_process:
-            folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / RUN_NAME, settings)
         return None
-    changed = _changed(json.loads((folder / RUN_NAME).read_text(encoding="utf-8")), settings)
+    before = read_json(folder / RUN_NAME)
+    changed = sorted(name for name in before.keys() | settings.keys() if before.get(name) != settings.get(name))
     if changed:
         raise ValueError(
-            f"{folder} holds checkpoints of a run with another {', '.join(changed)}: choose another output_dir, or "
-            "delete this one to start anew."
+            f"{folder} contains checkpoints of a run with different settings ({', '.join(changed)}). Use another "
+            "output_dir, or delete this one to start from scratch."
         )
-    return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2])))
-
-
-def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    return sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    return str(max(checkpoints, key=lambda path: int(path.name.rpartition("-")[2])))

@@ -1,6 +1,14 @@
-"""Rewards of the RL stage (METHOD.md 5), in the form TRL calls them: completions of a prompt follow each other."""
+"""Rewards of the RL stage. A reward is any `f(completion_ids, target, **kwargs) -> list[float]`, as in TRL.
 
+The candidates of a prompt follow each other in descending order of probability. `kwargs` has the columns of the
+training examples and `items`, the index of each candidate in the catalogue.
+"""
+
+import importlib
 import math
+import os
+import sys
+from collections.abc import Callable
 
 from ..model.catalog_lasar import SidCatalog
 from ..model.configuration_lasar import LasarConfig
@@ -10,54 +18,64 @@ class ExactMatchReward:
     """
     1 for a candidate that is the target item, 0 for any other.
 
-    Special tokens vanish from decoded text, so the candidate is read from `completion_ids`.
+    Candidates are read from `completion_ids`, since decoded text leaves out special tokens.
 
     Args:
         catalog ([`SidCatalog`]):
             The items.
         config ([`LasarConfig`]):
             Configuration of the model, for the token ids.
+
+    Example:
+
+    ```python
+    >>> reward = ExactMatchReward(catalog, model.config)
+    >>> answers = processor.answer_ids([4, 7, 2])
+    >>> reward(answers, target=[7, 7, 7])
+    [0.0, 1.0, 0.0]
+    ```
     """
 
     __name__ = "exact_match"
 
     def __init__(self, catalog: SidCatalog, config: LasarConfig):
         offsets = [config.sid_token_id(level, 0) for level in range(config.num_sid_levels)]
-        self.sid_ids = (catalog.codes + catalog.codes.new_tensor(offsets)).tolist()
+        self.answer_ids = (catalog.codes + catalog.codes.new_tensor(offsets)).tolist()
 
     def __call__(self, completion_ids: list[list[int]], target: list[int], **kwargs) -> list[float]:
         """
-        Args:
-            completion_ids (`list[list[int]]`):
-                Tokens of each candidate.
-            target (`list[int]`):
-                Row of the target item in the catalogue, for each candidate.
+        Rewards of candidates, given their token ids and the index of the target item in the catalogue for each.
 
-        Returns:
-            `list[float]`: rewards.
+        Raises:
+            `ValueError`: if a target is not an index of the catalogue.
         """
-        outside = next((item for item in target if not 0 <= item < len(self.sid_ids)), None)
-        if outside is not None:
-            raise ValueError(f"target is {outside}, but the catalogue has the rows 0 … {len(self.sid_ids) - 1}.")
-        return [
-            float(list(ids) == self.sid_ids[item]) for ids, item in zip(completion_ids, target, strict=True)
-        ]
+        num_items = len(self.answer_ids)
+        invalid = [item for item in target if not 0 <= item < num_items]
+        if invalid:
+            raise ValueError(f"target is {invalid[0]}; expected an index of the catalogue, 0 to {num_items - 1}.")
+        pairs = zip(completion_ids, target, strict=True)
+        return [float(list(token_ids) == self.answer_ids[item]) for token_ids, item in pairs]
 
 
 class RankingReward(ExactMatchReward):
     """
-    Penalty of the wrong candidates by their rank, in groups that hold the target.
+    Penalty for wrong candidates by their rank, in groups that contain the target.
 
-    The `G` candidates of a group come in descending order of probability. When one of them is the target, a wrong one
-    at rank `r` gets `−(1 / log2(r + 1)) / Σ_j (1 / log2(j + 1))`; a group without the target gets nothing.
+    If one of a group's `G` candidates is the target, a wrong one at rank `r` gets
+    `−(1 / log2(r + 1)) / Σ_j (1 / log2(j + 1))`. Groups without the target get 0. LASAR, arXiv 2605.10207, RL stage.
+    Use it together with [`ExactMatchReward`], which rewards the target and whose other arguments it has.
 
     Args:
-        catalog ([`SidCatalog`]):
-            The items.
-        config ([`LasarConfig`]):
-            Configuration of the model, for the token ids.
         num_generations (`int`):
-            Candidates a group, `G`.
+            Candidates per group, `G`.
+
+    Example:
+
+    ```python
+    >>> reward = RankingReward(catalog, model.config, num_generations=3)
+    >>> reward(processor.answer_ids([4, 7, 2]), target=[7, 7, 7])
+    [-0.46927872602275644, 0.0, -0.23463936301137822]
+    ```
     """
 
     __name__ = "ranking"
@@ -68,22 +86,60 @@ class RankingReward(ExactMatchReward):
         self.penalties = [-weight / sum(weights) for weight in weights]
 
     def __call__(self, completion_ids: list[list[int]], target: list[int], **kwargs) -> list[float]:
-        """
-        Args:
-            completion_ids (`list[list[int]]`):
-                Tokens of each candidate, group after group, each in descending order of probability.
-            target (`list[int]`):
-                Row of the target item in the catalogue, for each candidate.
-
-        Returns:
-            `list[float]`: penalties, 0 for the target.
-        """
+        """Arguments as for [`ExactMatchReward`], group after group; returns penalties, 0 for the target."""
         hits = super().__call__(completion_ids, target)
-        size = len(self.penalties)
+        group_size = len(self.penalties)
         rewards = []
-        for start in range(0, len(hits), size):
-            group = hits[start : start + size]
-            holds_target = any(group)
+        for start in range(0, len(hits), group_size):
+            group = hits[start : start + group_size]
             pairs = zip(group, self.penalties, strict=True)
-            rewards += [penalty if holds_target and not hit else 0.0 for hit, penalty in pairs]
+            rewards += [penalty if any(group) and not hit else 0.0 for hit, penalty in pairs]
         return rewards
+
+
+def load_rewards(
+    names: list[str], catalog: SidCatalog, config: LasarConfig, num_generations: int
+) -> list[Callable[..., list[float]]]:
+    """
+    Reward functions by name, as a recipe lists them.
+
+    Args:
+        names (`list[str]`):
+            `"exact_match"`, `"ranking"`, or the dotted path of a function; the current directory is searched too.
+        catalog, config, num_generations:
+            As for [`RankingReward`].
+
+    Raises:
+        `ValueError`: if a name is unknown or a dotted path cannot be imported.
+
+    Example:
+
+    ```python
+    >>> # my_rewards.py
+    >>> def half_match(target, items, **kwargs):
+    ...     return [float(item == wanted) / 2 for item, wanted in zip(items, target, strict=True)]
+
+    >>> rewards = load_rewards(["ranking", "my_rewards.half_match"], catalog, model.config, num_generations=8)
+    ```
+    """
+    built_in = {
+        "exact_match": ExactMatchReward(catalog, config), "ranking": RankingReward(catalog, config, num_generations)
+    }
+    rewards = []
+    for name in names:
+        module, _, function = name.rpartition(".")
+        if name in built_in:
+            rewards.append(built_in[name])
+        elif module:
+            if os.getcwd() not in sys.path:  # as TRL's scripts do: a script's own folder is on the path, not this one
+                sys.path.insert(0, os.getcwd())
+            try:
+                rewards.append(getattr(importlib.import_module(module), function))
+            except (ModuleNotFoundError, AttributeError) as error:
+                raise ValueError(f"reward {name!r} cannot be imported: {error}.") from error
+        else:
+            raise ValueError(
+                f"Unknown reward {name!r}: expected {', '.join(built_in)}, or the dotted path of a function such as "
+                "my_module.my_reward."
+            )
+    return rewards

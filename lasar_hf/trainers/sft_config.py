@@ -5,49 +5,42 @@ from dataclasses import dataclass, field
 from trl import SFTConfig
 
 from ..arguments import check_choices
+from .losses import DISTANCES
 
 
 @dataclass
 class LasarSFTConfig(SFTConfig):
     r"""
-    Configuration of [`LasarSFTTrainer`], both stages. What is not listed is inherited from [`~trl.SFTConfig`].
+    Configuration of [`LasarSFTTrainer`], for both stages. All other arguments are inherited from [`~trl.SFTConfig`].
 
     Args:
         sid_loss (`str`, *optional*, defaults to `"catalog"`):
-            Normalisation of the cross-entropy at SID positions: over the codes that continue some item of the
-            catalogue (`"catalog"`), or over the whole vocabulary as in the paper (`"vocab"`).
+            Normalisation of the cross-entropy at SID positions: over the codes that continue an item of the catalogue
+            (`"catalog"`), or over the whole vocabulary as in the paper (`"vocab"`).
         alignment (`str`, *optional*, defaults to `"kl"`):
             Distance between latent states and semantic anchors: `"kl"`, `"cosine"`, `"mse"` or `"none"`.
         alignment_weight (`float`, *optional*, defaults to `0.1`):
-            Weight `α` of the alignment loss. It acts on rows that have latent slots.
+            Weight `α` of the alignment loss.
         policy_weight (`float`, *optional*, defaults to `0.0`):
-            Weight `β` of the depth policy's cross-entropy. At 0 (stage 1) the policy head is frozen.
+            Weight `β` of the policy head's cross-entropy. At 0 (stage 1) the policy head is frozen.
 
     > [!NOTE]
     > These parameters have default values different from [`~trl.SFTConfig`]:
-    > - `max_length`: Defaults to `None` instead of `1024`: cutting a row would cut off its answer. Prompts are limited
-    >   by the number of items they show.
+    > - `max_length`: Defaults to `None` instead of `1024`. Truncation would remove the answer at the end of an
+    >   example; `max_history` of the processor limits the prompt instead.
     """
 
-    max_length: int | None = field(
-        default=None, metadata={"help": "Maximum length of a row. Cutting a row cuts off its answer."}
-    )
+    max_length: int | None = field(default=None, metadata={"help": "Maximum length of an example."})
     sid_loss: str = field(
         default="catalog",
-        metadata={
-            "help": "Normalisation at SID positions: over the catalogue's continuations or over the vocabulary.",
-            "choices": ["catalog", "vocab"],
-        },
+        metadata={"help": "What SID tokens are normalised over.", "choices": ["catalog", "vocab"]},
     )
     alignment: str = field(
-        default="kl",
-        metadata={
-            "help": "Distance between latent states and semantic anchors.", "choices": ["kl", "cosine", "mse", "none"]
-        },
+        default="kl", metadata={"help": "Distance of latent states and anchors.", "choices": [*DISTANCES, "none"]}
     )
     alignment_weight: float = field(default=0.1, metadata={"help": "Weight of the alignment loss, alpha."})
     policy_weight: float = field(
-        default=0.0, metadata={"help": "Weight of the depth policy's cross-entropy, beta; 0 freezes the policy head."}
+        default=0.0, metadata={"help": "Weight of the policy head's cross-entropy, beta; 0 freezes the policy head."}
     )
 
     def __post_init__(self):

@@ -1,4 +1,14 @@
-"""Stage 1 (SID grounding) and stage 2 (latent reasoning with semantic anchors) on TRL's SFTTrainer."""
+"""Stage 1 (Semantic-ID grounding) and stage 2 (latent reasoning with semantic anchors) on TRL's SFTTrainer.
+
+The life of a batch:
+
+1. `LasarDataCollator` pads the examples and adds the anchors of their samples.
+2. `compute_loss` calls TRL's, which calls `model(..., labels=labels, fused_lm_head=True)`. This forward is not the
+   model's own: `add_catalog_head` replaced it (with `sid_loss="vocab"` it is TRL's). It runs `LasarModel` (prompt,
+   latent loop, answer) and scores the labels over the catalogue; TRL makes the cross-entropy from the scores.
+3. In the same pass a forward hook on `LasarModel` (`LatentStateRecorder`) keeps its output, from which `compute_loss`
+   reads the latent states and depth logits for the other losses. The model does not run a second time.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,22 +28,22 @@ from .catalog_head import add_catalog_head
 from .latent_states import LatentStateRecorder, latent_metrics, unwrap_lasar
 from .lora import refuse_zero3, train_policy_head
 from .losses import alignment_loss
-from .model_card import save_model_card
 from .sft_config import LasarSFTConfig
 from .sharding import run_with_gathered_weights
+from .trainer_mixin import LasarTrainerMixin, split_processor
 
 
 @dataclass
 class LasarDataCollator(DataCollatorForLanguageModeling):
     """
-    TRL's collator, which adds the semantic anchors of each row's sample.
+    Collator for stage 2. The only change w.r.t. TRL's [`DataCollatorForLanguageModeling`] is that the batch gets
+    `anchors` `(B, max N, H)`, zero beyond the depth of an example; everything else is inherited.
 
     Args:
-        anchors ([`~lasar_hf.data.AnchorStore`], *optional*):
-            Anchors by sample; rows then carry a column `sample`. The batch gets `anchors` `(B, max N, H)`, zero
-            beyond a row's depth.
+        anchors ([`~lasar_hf.reasoning.AnchorStore`], *optional*):
+            Anchors of each sample. Held-out examples, without a column `sample_index`, get none.
         latent_token_id (`int`, *optional*):
-            Id of `<|latent|>`, to check that a row has as many latent slots as its sample has anchors.
+            Id of `<|latent|>`, to check that an example has as many latent slots as its sample has anchors.
     """
 
     anchors: AnchorStore | None = field(default=None, kw_only=True)
@@ -41,60 +51,75 @@ class LasarDataCollator(DataCollatorForLanguageModeling):
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = super().torch_call(examples)
-        if self.anchors is not None and "sample" in examples[0]:  # held-out rows have no chain of thought
-            vectors = [self._anchors_of(example) for example in examples]
-            batch["anchors"] = nn.utils.rnn.pad_sequence(vectors, batch_first=True)
+        if self.anchors is not None and "sample_index" in examples[0]:
+            vectors = [self._anchors_of(example) for example in examples]  # B × (N, H)
+            batch["anchors"] = nn.utils.rnn.pad_sequence(vectors, batch_first=True)  # (B, max N, H)
         return batch
 
     def _anchors_of(self, example: dict[str, Any]) -> torch.Tensor:
-        """Anchors `(N, H)` of a row's sample."""
-        vectors = torch.as_tensor(self.anchors[example["sample"]])
+        """Anchors `(N, H)` of an example's sample."""
+        vectors = torch.as_tensor(self.anchors[example["sample_index"]])
         slots = sum(token == self.latent_token_id for token in example["input_ids"])
         if slots != len(vectors):
             raise ValueError(
-                f"A row of sample {example['sample']} has {slots} latent slots, but the sample has {len(vectors)} "
-                "anchors: make rows and anchors from the same segments."
+                f"sample_index {example['sample_index']}: the example has {slots} latent slots and the sample "
+                f"{len(vectors)} anchors. Make both from the same segments."
             )
         return vectors
 
 
-class LasarSFTTrainer(SFTTrainer):
+class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
     r"""
-    Supervised training of LASAR. It differs from [`~trl.SFTTrainer`] in the loss; the rest is inherited:
+    Trainer for the supervised stages of LASAR (arXiv 2605.10207).
 
-        L_SFT = L_CE + α · L_align + β · L_policy        (METHOD.md 4)
+    The only change w.r.t. [`~trl.SFTTrainer`] is the loss; everything else is inherited:
 
-    `L_CE` at SID positions is normalised over the catalogue (or the vocabulary, `sid_loss`). `L_align` compares the
-    latent states with the anchors given, `L_policy` teaches the policy head the depth a row was unrolled to. Both read
-    the pass that made `L_CE`. Stage 1 is the case without latent slots and with `policy_weight=0`.
+        L_SFT = L_CE + α · L_align + β · L_policy
+
+    `L_CE` normalises SID tokens over the catalogue (or over the vocabulary, `sid_loss`). `L_align` compares the latent
+    states with the anchors, see [`~lasar_hf.trainers.alignment_loss`]. `L_policy` is the cross-entropy of the policy
+    head with the number of latent slots of the example. Stage 1 has no latent slots and `policy_weight=0`.
 
     Args:
         model (`str` or [`LasarForGenerativeRec`] or [`~peft.PeftModel`]):
-            Model, or the path of one.
+            Model, or its path.
         args ([`LasarSFTConfig`]):
             Arguments.
         catalog ([`SidCatalog`], *optional*):
-            The items; needed for `sid_loss="catalog"`.
-        anchors ([`~lasar_hf.data.AnchorStore`], *optional*):
-            Semantic anchors of the training samples; rows carry their number in a column `sample`. Without anchors
+            The items, for `sid_loss="catalog"`. Defaults to the catalogue of `processing_class`.
+        anchors ([`~lasar_hf.reasoning.AnchorStore`], *optional*):
+            Semantic anchors of the training samples, which examples name in the column `sample_index`. Without anchors
             there is no alignment loss.
         ranking_evaluator (`Callable`, *optional*):
-            Called with the model at each evaluation; what it returns is logged and can name the best checkpoint, as
-            `metric_for_best_model="eval_NDCG@10"`. See [`~lasar_hf.evaluation.RankingEvaluator`]. Every process
-            calls it.
+            Called with the model at each evaluation, on every process, for example a
+            [`~lasar_hf.evaluation.RankingEvaluator`]. Its metrics are logged and can select the best checkpoint
+            (`metric_for_best_model="eval_NDCG@10"`).
         train_dataset ([`~datasets.Dataset`]):
             Examples with `input_ids` and `labels`, see [`~lasar_hf.data.sft_examples`] and
             [`~lasar_hf.data.reasoning_examples`].
+        processing_class ([`LasarProcessor`] or [`~transformers.PreTrainedTokenizerBase`], *optional*):
+            Saved with each checkpoint; a tokenizer together with the catalogue.
         kwargs:
             Passed to [`~trl.SFTTrainer`].
 
     Raises:
-        `ValueError`: if `sid_loss="catalog"` and there is no catalogue, or packing or padding-free batches are asked
-        for (a latent region needs its own row).
+        `ValueError`: if the catalogue is missing or differs from the processor's, or for packing, padding-free
+            batches, label smoothing and `compute_loss_func`.
+
+    Example:
+
+    ```python
+    >>> examples = sft_examples(data.samples["train"], processor)
+    >>> trainer = LasarSFTTrainer(
+    ...     model, LasarSFTConfig("outputs/stage1"), train_dataset=examples, processing_class=processor
+    ... )
+    >>> trainer.train()
+    ```
     """
 
     _tag_names = ["trl", "sft", "lasar"]
     _name = "LASAR SFT"
+    _description = "Supervised training of LASAR."
 
     def __init__(
         self,
@@ -108,26 +133,20 @@ class LasarSFTTrainer(SFTTrainer):
         processing_class=None,
         **kwargs,
     ):
-        if args.sid_loss == "catalog" and catalog is None:
-            raise ValueError('sid_loss="catalog" needs the items: pass catalog=SidCatalog(codes, item_ids).')
+        self.processor, tokenizer, self.catalog = split_processor(processing_class, catalog)
+        if args.sid_loss == "catalog" and self.catalog is None:
+            raise ValueError('sid_loss="catalog" needs the items. Pass catalog, or a LasarProcessor.')
         if args.packing or args.padding_free:
-            raise ValueError("LASAR cuts each row at its latent region: set packing=False and padding_free=False.")
+            raise ValueError("packing and padding_free are not supported: the latent loop needs one example per row.")
         if args.label_smoothing_factor > 0 or kwargs.get("compute_loss_func") is not None:
             raise ValueError(
-                "Smoothed labels and loss functions of your own are computed in a pass without the latent losses: set "
-                "label_smoothing_factor=0 and leave compute_loss_func out."
+                "label_smoothing_factor and compute_loss_func are not supported: their loss has no latent terms."
             )
         refuse_zero3(model, args, kwargs.get("peft_config"))
         super().__init__(
-            model=model,
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            **kwargs,
+            model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, processing_class=tokenizer, **kwargs
         )
         lasar = unwrap_lasar(self.model)
-        self.catalog = catalog
         self.ranking_evaluator = ranking_evaluator
         if isinstance(self.data_collator, DataCollatorForLanguageModeling):
             self.data_collator = LasarDataCollator(
@@ -137,73 +156,66 @@ class LasarSFTTrainer(SFTTrainer):
                 latent_token_id=lasar.config.latent_token_id,
             )
         if args.sid_loss == "catalog":
-            add_catalog_head(lasar, catalog)
+            add_catalog_head(lasar, self.catalog)
         elif isinstance(lasar.lm_head, TrainableTokensWrapper):
-            lasar.lm_head.bias = None  # TRL's head reads it, and PEFT's wrapper passes the weight on alone
+            lasar.lm_head.bias = None  # TRL's head reads `bias`, which PEFT's wrapper does not have
         train_policy_head(lasar, args.policy_weight > 0)
         self._recorder = LatentStateRecorder(lasar.model)
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
-        if "sample" not in self._signature_columns:
-            self._signature_columns = [*self._signature_columns, "sample"]
+        if "sample_index" not in self._signature_columns:
+            self._signature_columns = [*self._signature_columns, "sample_index"]
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """`L_CE` of TRL, then the terms that read the latent states of the same pass."""
+        """`L_CE` of TRL, plus the terms that read the latent states of the same pass."""
+        # 1. Cross-entropy of the next token; this runs the model.
         anchors = inputs.pop("anchors", None)
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        # 2. Terms on the latent states. The Trainer sums over accumulated micro-batches: TRL's loss is divided by the
+        # tokens of all of them already, these terms by their number here.
         extra = self._latent_losses(self._recorder.pop(), anchors)
-        # As TRL does with auxiliary losses: without it the Trainer would count them once for each accumulation step.
         if num_items_in_batch is not None:
             extra = extra / self.current_gradient_accumulation_steps
         return (result[0] + extra, result[1]) if return_outputs else result + extra
 
     def _latent_losses(self, output, anchors: torch.Tensor | None) -> torch.Tensor:
+        """`α · L_align + β · L_policy`; `anchors` are `(B, max N, H)`."""
         loss = output.depth_logits.new_zeros((), dtype=torch.float32)
         metrics = latent_metrics(output, unwrap_lasar(self.model).get_input_embeddings())
+
+        # Alignment: h_1 … h_N against the anchors. h_0 has none.
         if anchors is not None:
-            latents = output.latent_states[:, 1:]
-            mask = torch.arange(latents.shape[1], device=latents.device) < output.latent_steps[:, None]
-            align = alignment_loss(latents, anchors, mask, self.args.alignment)
-            metrics["align_loss"] = align.detach()
-            loss = loss + self.args.alignment_weight * align
+            latents = output.latent_states[:, 1:]  # (B, max N, H)
+            steps = torch.arange(latents.shape[1], device=latents.device)  # (max N,)
+            mask = steps < output.latent_steps[:, None]  # (B, max N)
+            alignment = alignment_loss(latents, anchors, mask, self.args.alignment)
+            metrics["align_loss"] = alignment
+            loss = loss + self.args.alignment_weight * alignment
+
+        # Policy: class k stands for depth k + 1. Sequences without latent steps have no class; they are masked rather
+        # than left out, so that the head gets a gradient in every batch.
         if self.args.policy_weight > 0:
-            # A row without latent steps has no class; its term is masked, so that the head always gets a gradient.
-            labels = torch.where(output.latent_steps > 0, output.latent_steps - 1, -100)
-            rows = nn.functional.cross_entropy(output.depth_logits.float(), labels, reduction="sum")
-            policy = rows / (labels >= 0).sum().clamp(min=1)
-            hits = (output.depth_logits.argmax(-1) == labels).sum() / (labels >= 0).sum().clamp(min=1)
-            metrics["policy_loss"], metrics["depth_accuracy"] = policy.detach(), hits
+            labels = torch.where(output.latent_steps > 0, output.latent_steps - 1, -100)  # (B,)
+            count = (labels >= 0).sum().clamp(min=1)
+            policy = nn.functional.cross_entropy(output.depth_logits.float(), labels, reduction="sum") / count
+            metrics["policy_loss"] = policy
+            metrics["depth_accuracy"] = (output.depth_logits.argmax(-1) == labels).sum() / count
             loss = loss + self.args.policy_weight * policy
-        self._record(metrics)
+
+        self.log_means(metrics)
         return loss
 
-    def _record(self, metrics: dict[str, torch.Tensor]) -> None:
-        mode = "train" if self.model.training else "eval"
-        for name, value in metrics.items():
-            value = self.accelerator.gather(value.detach().float()).mean().item()
-            self._metrics[mode][name].append(value)
-
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """The losses of TRL, then the ranking metrics of `ranking_evaluator`."""
+        """TRL's losses, plus the metrics of `ranking_evaluator`."""
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         if self.ranking_evaluator is not None:
-            ranking = {f"{metric_key_prefix}_{name}": value for name, value in self._rank().items()}
+            ranking = {f"{metric_key_prefix}_{name}": value for name, value in self.rank().items()}
             self.log(dict(ranking))
             metrics |= ranking
         return metrics
 
-    def _rank(self) -> dict[str, float]:
-        """What `ranking_evaluator` finds, on whole weights."""
+    def rank(self) -> dict[str, float]:
+        """Metrics of `ranking_evaluator`, computed with gathered weights."""
         with unwrap_model_for_generation(self.model_wrapped, self.accelerator) as model:
             return run_with_gathered_weights(model, partial(self.ranking_evaluator, unwrap_lasar(model)))
-
-    def _save(self, output_dir=None, state_dict=None):
-        """The catalogue belongs beside the weights: a checkpoint alone can recommend."""
-        super()._save(output_dir, state_dict)
-        if self.args.should_save and self.catalog is not None:
-            self.catalog.save_pretrained(output_dir or self.args.output_dir)
-
-    def create_model_card(self, model_name=None, dataset_name=None, tags=None):
-        """Write the card from this package: TRL's template is found inside the trl package only."""
-        save_model_card(self, model_name, [*self._tag_names, *(tags or [])], "Supervised training of LASAR.")

@@ -1,4 +1,4 @@
-"""Models whose weights are split over processes: making them whole under ZeRO-3, drawing from them under FSDP2."""
+"""Models whose weights are sharded over processes: loading them whole under ZeRO-3, using them under FSDP2."""
 
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -15,18 +15,17 @@ T = TypeVar("T")
 @contextmanager
 def unsharded_weights():
     """
-    Make and load models with all their weights, whatever the run's DeepSpeed stage.
+    Create and load models with all their weights, whatever the run's DeepSpeed stage.
 
-    Once ZeRO-3 is configured, which the training arguments do, transformers splits the weights of a model while it is
-    made. Weights can then be neither resized ([`LasarForGenerativeRec.from_backbone`]) nor hashed, and a single
-    process cannot run the model. A model that was made whole is split by the trainer. Nothing to do without ZeRO-3.
+    Once training arguments configured ZeRO-3, transformers shards every model that is created. Sharded weights cannot
+    be resized or hashed, and one process cannot run the model. The trainer shards a whole model itself.
 
     Example:
 
     ```python
     >>> with unsharded_weights():
     ...     model = LasarForGenerativeRec.from_backbone("Qwen/Qwen3-0.6B", tokenizer)
-    >>> trainer = LasarSFTTrainer(model, args, catalog, train_dataset=rows)
+    >>> trainer = LasarSFTTrainer(model, args, train_dataset=examples, processing_class=processor)
     ```
     """
     reference = deepspeed._hf_deepspeed_config_weak_ref
@@ -40,16 +39,13 @@ def unsharded_weights():
 
 def run_with_gathered_weights(root: nn.Module, function: Callable[[], T]) -> T:
     """
-    Call a function while the weights that FSDP2 gathers around the root's forward (embeddings, head) are gathered.
+    Call a function while the weights are gathered that FSDP2 gathers for the root's forward (embeddings and head).
 
     Args:
         root (`nn.Module`):
-            The model as the trainer wrapped it; one that is not under FSDP2 has nothing to gather.
+            The model as the trainer wrapped it. Without FSDP2 the function is called directly.
         function (`Callable`):
-            Uses the model otherwise than by its forward, on every process.
-
-    Returns:
-        What the function returns.
+            Uses the model other than through its forward. Every process must call it.
     """
     if not isinstance(root, FSDPModule):
         return function()
