@@ -8,7 +8,7 @@ Your own interactions, a CSV file with three columns:
     python recipes/prepare.py --output_dir outputs/mine/data --tokenizer_size 2000 --source table --source_args \
         '{"interactions":"ratings.csv","user_column":"user","item_column":"item","time_column":"time"}'
 
-Each step writes its files to `output_dir` and a mark to `steps/`. A second run repeats only those steps whose arguments
+Each step writes its files to `output_dir` and a mark to `steps/`. A second run repeats only the steps whose arguments
 or input files changed, and the steps that read their files; a killed run resumes. Training reads the folder with
 `lasar_hf.data.PreparedData`; `recipes/add_items.py` also reads `item_encoder/` and `quantizer/`.
 """
@@ -314,7 +314,7 @@ def prepare_steps(args: PrepareArguments) -> list[Step]:
     def values(*names: str) -> dict[str, object]:
         return {name: getattr(args, name) for name in names}
 
-    split = values("split")
+    source, split = source_settings(args.source, args.source_args), values("split")
     if args.split == "global_time":
         split = values("split", "validation_share", "test_share")
     embeddings = values("embedding_model", "seed") | ({} if args.embedding_model else values("text_dim"))
@@ -327,7 +327,7 @@ def prepare_steps(args: PrepareArguments) -> list[Step]:
         chains |= values("teacher_model")
     segments = values("max_latent_steps", "segment_model")
     return [
-        Step("interactions", partial(write_interactions, args), source_settings(args.source, args.source_args) | split),
+        Step("interactions", partial(write_interactions, args), source | split),
         Step("embeddings", partial(write_embeddings, args), embeddings, ("interactions",)),
         Step("semantic_ids", partial(write_semantic_ids, args), semantic_ids, ("interactions", "embeddings")),
         Step("chains", partial(write_chains, args), chains, ("interactions",)),

@@ -64,15 +64,15 @@ def read_json(path):
     return json.loads(path.read_text())
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Files
 
 
 def test_the_folder_holds_one_layout(toy):
     assert {path.name for path in toy.iterdir()} == {
         "catalog", "chains.arrow", "chains.json", "data_card.json", "embeddings.npy", "interactions.json",
-        "item_encoder", "items", "prepared.json", "quantizer", "samples", "segments.arrow", "semantic_ids.json", "steps",
-        "tokenizer", "users",
+        "item_encoder", "items", "prepared.json", "quantizer", "samples", "segments.arrow", "semantic_ids.json",
+        "steps", "tokenizer", "users",
     }  # fmt: skip
 
 
@@ -148,7 +148,7 @@ def test_items_and_split_come_back(tmp_path, split):
     assert load_interactions(tmp_path) == (shop, split)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Steps
 
 
@@ -239,7 +239,7 @@ def test_killed_runs_resume_to_the_same_files(tmp_path):
         attempt += kills < 10
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Sources and options
 
 
@@ -248,7 +248,8 @@ def documented(tmp_path_factory):
     """The folder that the command in the recipe's docstring writes, and what the command printed."""
     folder = tmp_path_factory.mktemp("documented")
     ratings(folder)
-    command = re.search(r"python (recipes/prepare\.py --output_dir outputs/mine/data .*?)\n\n", RECIPE.read_text(), re.S)
+    documentation = RECIPE.read_text()
+    command = re.search(r"python (recipes/prepare\.py --output_dir outputs/mine/data .*?)\n\n", documentation, re.S)
     script = f"{sys.executable} {command[1]}".replace("recipes/prepare.py", str(RECIPE))
     done = subprocess.run(
         script, shell=True, cwd=folder, env=os.environ | {"PYTHONPATH": str(RECIPE.parents[1])}, capture_output=True,

@@ -46,7 +46,7 @@ Tables = Table | Sequence[Table]
 BATCH_SIZE = 65_536  # rows per batch
 AMAZON_2023 = "McAuley-Lab/Amazon-Reviews-2023"
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Tables
 
 
@@ -76,8 +76,8 @@ def read_batches(
     table: Table, columns: Sequence[str], optional: Sequence[str] = ()
 ) -> Iterator[tuple[int, dict[str, list]]]:
     """
-    Read columns of a file or data set in batches of at most `BATCH_SIZE` rows. CSV columns are read as text; `optional`
-    columns that the table does not have are `None`.
+    Read columns of a file or data set in batches of at most `BATCH_SIZE` rows. CSV columns are read as text, and
+    `optional` columns that the table does not have are `None`.
 
     Yields:
         `tuple[int, dict[str, list]]`: number of the batch's first row, counted from 1, and the values of each column.
@@ -149,7 +149,8 @@ def _csv_batches(path: Path, columns: Sequence[str], names: Sequence[str]) -> It
     convert = csv.ConvertOptions(
         include_columns=known, column_types=dict.fromkeys(known, pa.string()), strings_can_be_null=False
     )
-    with csv.open_csv(path, parse_options=csv.ParseOptions(newlines_in_values=True), convert_options=convert) as reader:
+    parse = csv.ParseOptions(newlines_in_values=True)
+    with csv.open_csv(path, parse_options=parse, convert_options=convert) as reader:
         yield from reader
 
 
@@ -185,7 +186,7 @@ def _json_batches(path: Path, columns: Sequence[str], names: Sequence[str]) -> I
     yield batch
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Items
 
 
@@ -280,7 +281,7 @@ def _as_list(tables: Tables) -> Sequence[Table]:
     return tables if isinstance(tables, list | tuple) else [tables]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Interactions
 
 
@@ -465,7 +466,7 @@ def _read_interactions(
     )
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Sources
 
 SOURCES: dict[str, Callable[..., Interactions]] = {

@@ -109,7 +109,7 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.strip().split("\n\n")[0])
     parser.add_argument("--rows", type=int, default=1_000_000, help="Number of interactions.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of the random data.")
-    parser.add_argument("--scratch", help="Folder for the files, 1 GiB per million rows; the system's temporary folder if not given.")
+    parser.add_argument("--scratch", help="Folder for the files, 1 GiB per million rows; a temporary one by default.")
     parser.add_argument("--json", action="store_true", help="Print one JSON object.")
     args = parser.parse_args(argv)
     report = benchmark(args)
