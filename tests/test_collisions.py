@@ -1,4 +1,4 @@
-"""Every item its own SID: optimal last codes, surplus moved up a level, new items, and the report on all that."""
+"""No two items share a Semantic ID: optimal last codes, moves to other prefixes, new items, and the report."""
 
 import json
 from itertools import permutations
@@ -21,8 +21,9 @@ from lasar_hf.semantic_ids import (
 
 
 def fitted(num_sid_levels: int, codebook_size: int, width: int = 3) -> ResidualKMeans:
-    x = np.random.default_rng(0).normal(size=(200, width))
-    return ResidualKMeans(num_sid_levels, codebook_size, max_iterations=3, device="cpu").fit(x)
+    quantizer = ResidualKMeans(num_sid_levels, codebook_size)
+    quantizer.fit_encode(np.random.default_rng(0).normal(size=(200, width)))
+    return quantizer
 
 
 QUANTIZERS = {shape: fitted(*shape) for shape in [(1, 5), (2, 3), (3, 2), (3, 3)]}
@@ -84,8 +85,9 @@ def test_last_codes_have_minimal_total_distance(seed):
     assert cost[np.arange(4), resolved[:, 0]].sum() == pytest.approx(best)
 
 
-def test_surplus_of_a_full_prefix_moves_its_worst_fit_to_the_next_best_code():
-    quantizer = ResidualKMeans(2, 3, device="cpu").fit(np.array([[0.0], [10.0], [20.0], [20.1], [0.1]]))
+def test_surplus_moves_worst_fit_to_next_best_code():
+    quantizer = ResidualKMeans(2, 3)
+    quantizer.fit_encode(np.array([[0.0], [10.0], [20.0], [20.1], [0.1]]))
     level = quantizer.codebooks[0, :, 0].numpy()
     low, mid, high = np.argsort(level)
     x = np.array([[0.0], [1.0], [6.0], [2.0], [-1.0]])  # five items in the prefix of three: 6.0 and 2.0 fit worst
@@ -100,22 +102,60 @@ def test_surplus_of_a_full_prefix_moves_its_worst_fit_to_the_next_best_code():
     assert resolved[:, 0].tolist() == [low, low, high, high, low, mid, mid, mid]
 
 
-def test_more_codes_than_items_is_told():
+def test_as_many_codes_as_items_is_warned_about():
     x = np.random.default_rng(0).normal(size=(6, 3))
-    with pytest.warns(UserWarning, match="6 items have 6 codes at the first level: .* lower codebook_size"):
+    with pytest.warns(UserWarning, match="codebook_size is 6 for 6 items"):
         build_semantic_ids(x, num_sid_levels=2, codebook_size=6)
+
+
+class SignQuantizer:
+    """Written to the `Quantizer` protocol only: code `l` is the sign of column `l`."""
+
+    num_sid_levels, codebook_size = 3, 2
+
+    def fit_encode(self, x):
+        return self.encode(x)
+
+    def encode(self, x, prefix=None):
+        codes = (x > 0).astype(np.int64)
+        if prefix is not None:
+            codes[:, : prefix.shape[1]] = prefix
+        return codes
+
+    def decode(self, codes):
+        return (2 * codes - 1).astype(np.float32)
+
+    def distances(self, x, prefix):
+        return (x[:, prefix.shape[1]][:, None] - np.array([-1.0, 1.0])) ** 2
+
+    def first_columns(self, width):
+        return self
+
+    def save_pretrained(self, save_directory):
+        pass
+
+
+def test_another_quantizer_needs_only_the_protocol():
+    x = np.random.default_rng(0).normal(size=(7, 3))
+    quantizer = SignQuantizer()
+    codes, returned = build_semantic_ids(x, quantizer=quantizer)
+    assert returned is quantizer
+    assert distinct(codes) == 7
+    assert (codes != quantizer.encode(x)).any()
+    assert quality_report(codes, x, quantizer)["collisions"] == 0
+    assert distinct(np.concatenate([codes, assign_new_items(codes, quantizer, x[:1])])) == 8
 
 
 def test_more_items_than_sids_is_an_error():
     quantizer = QUANTIZERS[3, 2]
-    with pytest.raises(ValueError, match="9 items do not fit into 3 levels of 2 codes"):
+    with pytest.raises(ValueError, match="9 items .* codebook_size"):
         resolve_collisions(np.zeros((9, 3), dtype=int), quantizer, np.zeros((9, 3)))
     full = resolve_collisions(np.zeros((8, 3), dtype=int), quantizer, np.zeros((8, 3)))
-    with pytest.raises(ValueError, match="9 items do not fit"):
+    with pytest.raises(ValueError, match="9 items .* codebook_size"):
         assign_new_items(full, quantizer, np.zeros((1, 3)))
 
 
-def test_new_item_takes_its_own_code_or_else_the_nearest_free_one():
+def test_new_item_gets_its_own_code_or_the_nearest_free_one():
     quantizer = QUANTIZERS[2, 3]
     x = np.array([[0.3, -0.2, 0.5]])
     own = quantizer.encode(x)[0]
@@ -129,24 +169,31 @@ def test_new_item_takes_its_own_code_or_else_the_nearest_free_one():
     np.testing.assert_array_equal(assign_new_items(existing, quantizer, x)[0], expected)
 
 
-def test_bad_codes_are_named():
-    quantizer = QUANTIZERS[2, 3]
-    with pytest.raises(ValueError, match=r"codes row 1 is \[0, 3\]"):
-        resolve_collisions(np.array([[0, 0], [0, 3]]), quantizer, np.zeros((2, 3)))
-    with pytest.raises(ValueError, match=r"codes has shape \(2, 3\)"):
-        resolve_collisions(np.zeros((2, 3)), quantizer, np.zeros((2, 3)))
-    with pytest.raises(ValueError, match="codes has 2 rows and x has 1"):
-        resolve_collisions(np.zeros((2, 2)), quantizer, np.zeros((1, 3)))
-    with pytest.raises(ValueError, match="existing_codes rows 0 and 2 share the SID"):
-        assign_new_items(np.array([[1, 1], [0, 1], [1, 1]]), quantizer, np.zeros((1, 3)))
+@pytest.mark.parametrize(
+    ("codes", "num_vectors", "message"),
+    [
+        (np.array([[0, 0], [0, 3]]), 2, "codes row 1"),
+        (np.zeros((2, 3)), 2, r"codes has shape \(2, 3\)"),
+        (np.zeros((2, 2)), 1, "codes has 2 rows"),
+    ],
+)
+def test_wrong_codes_are_refused(codes, num_vectors, message):
+    with pytest.raises(ValueError, match=message):
+        resolve_collisions(codes, QUANTIZERS[2, 3], np.zeros((num_vectors, 3)))
 
 
-@pytest.mark.parametrize("balanced", [False, True])
-def test_catalogue_with_identical_items_has_no_collision(balanced):
+def test_existing_codes_with_duplicates_are_refused():
+    with pytest.raises(ValueError, match="existing_codes rows 0 and 2"):
+        assign_new_items(np.array([[1, 1], [0, 1], [1, 1]]), QUANTIZERS[2, 3], np.zeros((1, 3)))
+
+
+def test_catalogue_with_identical_items_has_no_collision():
     x = np.random.default_rng(0).normal(size=(60, 4))
     x[:30] = x[0]
-    codes, quantizer = build_semantic_ids(x, num_sid_levels=3, codebook_size=4, balanced=balanced)
-    assert codes.shape == (60, 3) and codes.dtype == np.int64 and distinct(codes) == 60
+    codes, quantizer = build_semantic_ids(x, num_sid_levels=3, codebook_size=4)
+    assert codes.shape == (60, 3)
+    assert codes.dtype == np.int64
+    assert distinct(codes) == 60
     assert quantizer.encode(x).shape == (60, 3)
 
 
@@ -168,7 +215,7 @@ def test_report_counts_by_hand():
     assert (first["codes_used"], first["prefixes"], first["entropy_bits"]) == (2, 2, 1.0)
     assert (second["codes_used"], second["prefixes"]) == (2, 3)
     assert second["entropy_bits"] == pytest.approx(-0.75 * np.log2(0.75) - 0.25 * np.log2(0.25))
-    # With three neighbours an item, everybody is a neighbour: one of three shares the first code.
+    # Each item has the three others as neighbours, and one of them shares its first code.
     assert first["neighbours_kept"] == pytest.approx(1 / 3) == first["neighbours_by_chance"]
     assert second["neighbours_kept"] == pytest.approx(1 / 6) == second["neighbours_by_chance"]
 
@@ -181,7 +228,7 @@ def test_report_finds_the_neighbours_of_separate_groups():
     assert quality_report(np.arange(44)[:, None] % 4, x)["levels"][0]["neighbours_kept"] < 0.5
 
 
-def test_report_with_quantizer_tells_what_resolution_cost():
+def test_report_with_quantizer_counts_moved_items():
     x = np.random.default_rng(0).normal(size=(60, 4)).astype(np.float32)
     x[:3] = x[0]
     codes, quantizer = build_semantic_ids(x, num_sid_levels=3, codebook_size=4)
@@ -196,11 +243,23 @@ def test_report_with_quantizer_tells_what_resolution_cost():
 
 
 def test_report_refuses_other_numbers_of_items():
-    with pytest.raises(ValueError, match=r"\(2, 1\) and embeddings \(3, 1\)"):
+    with pytest.raises(ValueError, match=r"\(2, 1\) and embeddings .*\(3, 1\)"):
         quality_report(np.zeros((2, 1)), np.zeros((3, 1)))
 
 
 def test_no_new_items_have_no_codes():
     quantizer = QUANTIZERS[3, 3]
     codes = assign_new_items(np.array([[0, 1, 2]]), quantizer, np.zeros((0, 3)))
-    assert codes.shape == (0, 3) and codes.dtype == np.int64
+    assert codes.shape == (0, 3)
+    assert codes.dtype == np.int64
+
+
+def test_neighbours_of_identical_vectors_exclude_the_item():
+    # More identical vectors than neighbours: the item itself may be missing from its nearest.
+    x = np.ones((30, 2))
+    report = quality_report(np.arange(30)[:, None], x)
+    assert report["levels"][0]["neighbours_kept"] == 0.0
+
+
+def test_report_of_zero_vectors_has_no_neighbours():
+    assert quality_report(np.arange(4)[:, None], np.zeros((4, 2)))["levels"][0]["neighbours_kept"] == 0.0

@@ -1,24 +1,23 @@
-"""Items that come after the preparation: the text view on disk, their vectors, and their codes beside the old ones."""
-
-import json
+"""Items that are added after the preparation: the saved text embedder, their vectors, and their Semantic IDs."""
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from sklearn.decomposition import TruncatedSVD
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.pipeline import make_pipeline
 
 from lasar_hf.data import leave_one_out, toy_shop
+from lasar_hf.files import folder_hashes
 from lasar_hf.semantic_ids import (
     ItemEncoder,
-    ResidualKMeans,
-    TfidfView,
+    TfidfEmbedder,
     assign_new_items,
+    build_semantic_ids,
     collaborative_embeddings,
     combine_views,
     item_text,
-    resolve_collisions,
     text_embeddings,
 )
-from tests.preparing import files
 
 
 SHOP = toy_shop(120, 96, 0)
@@ -33,103 +32,101 @@ TEXTS_OF = {
 
 
 @pytest.mark.parametrize("name", TEXTS_OF)
-def test_a_text_keeps_the_vector_that_it_had_at_the_fit(tmp_path, name):
+def test_transform_gives_the_vectors_of_the_fit(name):
     texts = TEXTS_OF[name]
-    fitted = text_embeddings(texts, dim=16, seed=3)
-    view = TfidfView(dim=16, seed=3)
-    np.testing.assert_array_equal(view.fit_transform(texts), fitted)
-    new = view.transform([*reversed(texts), "unheard"])
-    assert new.dtype == np.float32 and new.shape == (len(texts) + 1, 16)
-    np.testing.assert_allclose(new[:-1], fitted[::-1], atol=1e-6)
-    assert not new[-1].any() and view.transform([]).shape == (0, 16)
-    view.save_pretrained(tmp_path / "one")
-    loaded = TfidfView.from_pretrained(tmp_path / "one")
-    np.testing.assert_array_equal(loaded.transform([*reversed(texts), "unheard"]), new)
+    embedder = TfidfEmbedder(dim=16, seed=3)
+    vectors = embedder.fit_transform(texts)
+    assert vectors.shape == (len(texts), 16)
+    assert vectors.dtype == np.float32
+    np.testing.assert_array_equal(vectors, text_embeddings(texts, dim=16, seed=3))
+    np.testing.assert_allclose(embedder.transform(texts[::-1]), vectors[::-1], atol=1e-6)
+
+
+@pytest.mark.parametrize("name", TEXTS_OF)
+def test_embedder_is_exactly_the_same_after_reload(tmp_path, name):
+    embedder = TfidfEmbedder(dim=16, seed=3).fit(TEXTS_OF[name])
+    embedder.save_pretrained(tmp_path / "one")
+    loaded = TfidfEmbedder.from_pretrained(tmp_path / "one")
+    np.testing.assert_array_equal(loaded.transform(TEXTS), embedder.transform(TEXTS))
     loaded.save_pretrained(tmp_path / "two")
-    assert files(tmp_path / "one") == files(tmp_path / "two")
-    assert set(files(tmp_path / "one")) == {"text_view.json", "text_view.safetensors"}
+    assert folder_hashes(tmp_path / "one", "*") == folder_hashes(tmp_path / "two", "*")
 
 
-def test_a_view_is_on_disk_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="no words yet: call fit"):
-        TfidfView().transform(["saw"])
-    with pytest.raises(FileNotFoundError, match="holds no text_view.json"):
-        TfidfView.from_pretrained(tmp_path)
-    TfidfView(4).fit(TEXTS).save_pretrained(tmp_path)
-    monkeypatch.setattr("lasar_hf.semantic_ids.text_view.os.replace", lambda *_: (_ for _ in ()).throw(OSError))
-    with pytest.raises(OSError):
-        TfidfView(8).fit(TEXTS).save_pretrained(tmp_path)
-    with pytest.raises(FileNotFoundError):  # not the settings of the new one with the weights of the old
-        TfidfView.from_pretrained(tmp_path)
+@pytest.mark.parametrize("name", TEXTS_OF)
+def test_unknown_words_give_zero_rows(name):
+    embedder = TfidfEmbedder(dim=16).fit(TEXTS_OF[name])
+    assert not embedder.transform(["unheard"]).any()
+    assert embedder.transform([]).shape == (0, 16)
 
 
-def test_files_of_two_views_are_refused(tmp_path):
-    TfidfView(4).fit(TEXTS).save_pretrained(tmp_path)
-    settings = json.loads((tmp_path / "text_view.json").read_text())
-    settings["vocabulary"].pop()
-    (tmp_path / "text_view.json").write_text(json.dumps(settings))
-    columns = load_file(tmp_path / "text_view.safetensors")["components"].shape[1]
-    with pytest.raises(ValueError, match=f"{columns - 1} words .* of {columns}: save the view again"):
-        TfidfView.from_pretrained(tmp_path)
+def test_vectors_equal_plain_scikit_learn():
+    pipeline = make_pipeline(
+        TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2), token_pattern=r"(?u)\w+"),
+        TruncatedSVD(16, random_state=3),
+    )
+    np.testing.assert_allclose(TfidfEmbedder(16, 3).fit_transform(TEXTS), pipeline.fit_transform(TEXTS), atol=1e-6)
 
 
-def test_an_item_encoder_gives_the_text_columns_of_the_prepared_vectors(tmp_path):
-    view = TfidfView(16).fit(TEXTS)
-    ItemEncoder(view).save_pretrained(tmp_path)
+def test_embedder_must_be_fitted():
+    with pytest.raises(ValueError, match="fit"):
+        TfidfEmbedder().transform(["saw"])
+
+
+@pytest.mark.parametrize(("texts", "dim", "argument"), [([], 4, "texts"), ("saw", 4, "texts"), (["saw"], 0, "dim")])
+def test_embedder_refuses_wrong_arguments(texts, dim, argument):
+    with pytest.raises(ValueError, match=argument):
+        TfidfEmbedder(dim).fit(texts)
+
+
+def test_missing_embedder_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"tfidf_embedder\.safetensors"):
+        TfidfEmbedder.from_pretrained(tmp_path)
+
+
+def test_item_encoder_gives_the_text_columns_of_prepared_vectors(tmp_path):
+    ItemEncoder(TfidfEmbedder(16).fit(TEXTS)).save_pretrained(tmp_path)
     vectors = ItemEncoder.from_pretrained(tmp_path).encode(SHOP.items)
     expected = combine_views([text_embeddings(TEXTS, 16), np.ones((len(TEXTS), 3))])[:, :16]
     np.testing.assert_allclose(vectors, expected, atol=1e-6)
-    by_id = ItemEncoder(TfidfView(2).fit(["saw 007", "saw 008"])).encode([{"item_id": "007"}, {"item_id": "009"}])
-    assert by_id[0].any() and not by_id[1].any()
 
 
-def test_an_item_encoder_remembers_the_name_of_a_model(tmp_path, monkeypatch):
+def test_item_without_text_is_embedded_by_its_id():
+    encoder = ItemEncoder(TfidfEmbedder(2).fit(["saw 007", "saw 008"]))
+    known, unknown = encoder.encode([{"item_id": "007"}, {"item_id": "009"}])
+    assert known.any()
+    assert not unknown.any()
+
+
+def test_item_encoder_remembers_the_model(tmp_path, monkeypatch):
     ItemEncoder("some/model").save_pretrained(tmp_path)
-    asked = []
-    monkeypatch.setattr(
-        "lasar_hf.semantic_ids.item_encoder.text_embeddings",
-        lambda texts, model: asked.append((texts, model)) or np.array([[3.0, 4.0]], dtype=np.float32),
-    )
+    calls = []
+
+    def stub(texts, model):
+        calls.append((texts, model))
+        return np.array([[3.0, 4.0]], dtype=np.float32)
+
+    monkeypatch.setattr("lasar_hf.semantic_ids.new_items.text_embeddings", stub)
     np.testing.assert_allclose(ItemEncoder.from_pretrained(tmp_path).encode([{"title": "Saw"}]), [[0.6, 0.8]])
-    assert asked == [(["Saw"], "some/model")]
-    with pytest.raises(FileNotFoundError, match="holds no item_encoder.json: run recipes/prepare.py"):
-        ItemEncoder.from_pretrained(tmp_path / "other")
+    assert calls == [(["Saw"], "some/model")]
 
 
-@pytest.mark.parametrize("balanced", [False, True])
-def test_a_narrowed_quantizer_knows_the_first_columns_only(balanced):
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(60, 5)).astype(np.float32)
-    quantizer = ResidualKMeans(3, 6, balanced=balanced, device="cpu").fit(x)
-    narrow = quantizer.first_columns(2)
-    prices = quantizer.codebooks.square().sum(dim=2) / 2 - quantizer.bias
-    left = x[:, :2].copy()
-    for level, codes in enumerate(narrow.encode(x[:, :2]).T):
-        centres = quantizer.codebooks[level, :, :2].numpy()
-        cost = ((left[:, None] - centres) ** 2).sum(axis=2) / 2 - prices[level].numpy()
-        np.testing.assert_allclose(cost[np.arange(60), codes], cost.min(axis=1), atol=1e-5)
-        left -= centres[codes]
-    np.testing.assert_array_equal(quantizer.first_columns(5).encode(x), quantizer.encode(x))
-    assert quantizer.codebooks.shape == (3, 6, 5)
-    for width in (0, 6):
-        with pytest.raises(ValueError, match=f"width is {width}, expected 1 to 5"):
-            quantizer.first_columns(width)
+def test_missing_item_encoder_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"item_encoder\.json"):
+        ItemEncoder.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(("collaborative_dim", "least"), [(0, 1.0), (16, 0.9)])
-def test_a_near_duplicate_gets_the_first_code_of_its_model(collaborative_dim, least):
-    """Also, nearly always, where the old items' codes come from co-occurrence too, of which the new ones have none."""
-    view = TfidfView(32)
-    text = view.fit_transform(TEXTS)
-    taken = collaborative_embeddings(leave_one_out(SHOP).train, len(TEXTS), collaborative_dim or 1)
-    vectors = combine_views([text, taken][: 1 + bool(collaborative_dim)])
-    quantizer = ResidualKMeans(3, 16, device="cpu").fit(vectors)
-    codes = resolve_collisions(quantizer.encode(vectors), quantizer, vectors)
-    new = ItemEncoder(view).encode([item | {"title": f"{item['title']}, reprint"} for item in SHOP.items])
+def test_near_duplicate_gets_the_first_code_of_its_original(collaborative_dim, least):
+    embedder = TfidfEmbedder(32)
+    text = embedder.fit_transform(TEXTS)
+    collaborative = collaborative_embeddings(leave_one_out(SHOP).train, len(TEXTS), collaborative_dim or 1)
+    vectors = combine_views([text, collaborative] if collaborative_dim else [text])
+    codes, quantizer = build_semantic_ids(vectors, 3, 32)
+    new = ItemEncoder(embedder).encode([item | {"title": f"{item['title']}, reprint"} for item in SHOP.items])
     new_codes = assign_new_items(codes, quantizer.first_columns(new.shape[1]), new)
     assert len(np.unique(np.concatenate([codes, new_codes]), axis=0)) == 2 * len(codes)
     same = (new_codes[:, 0] == codes[:, 0]).mean()
     assert same >= least
-    if collaborative_dim:  # a zero row is not the same as an unknown one
-        as_zero = quantizer.encode(np.pad(new, ((0, 0), (0, collaborative_dim))))
-        assert same > (as_zero[:, 0] == codes[:, 0]).mean() + 0.1
+    if collaborative_dim:  # zero columns in place of the unknown ones find fewer
+        zero_padded = quantizer.encode(np.pad(new, ((0, 0), (0, collaborative_dim))))
+        assert same > (zero_padded[:, 0] == codes[:, 0]).mean() + 0.1

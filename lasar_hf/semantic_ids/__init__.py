@@ -1,59 +1,72 @@
-"""Semantic IDs: item text and training sequences → vectors → codes, one SID an item."""
+"""Semantic IDs: item text and training sequences → vectors → codes, with one Semantic ID per item."""
 
 import warnings
 
 import numpy as np
 
-from .collisions import assign_new_items, resolve_collisions
+from .collisions import resolve_collisions
 from .embeddings import collaborative_embeddings, combine_views, item_text, text_embeddings
-from .item_encoder import ItemEncoder
-from .quantizer import ResidualKMeans
+from .new_items import ItemEncoder, assign_new_items
+from .quantizer import Quantizer, ResidualKMeans
 from .report import format_report, quality_report
 from .text_embedder import TfidfEmbedder
-from .text_view import TfidfView
 
 
 def build_semantic_ids(
-    embeddings: np.ndarray,
+    vectors: np.ndarray,
     num_sid_levels: int = 4,
     codebook_size: int = 256,
     seed: int = 0,
-    balanced: bool = False,
-) -> tuple[np.ndarray, ResidualKMeans]:
+    quantizer: Quantizer | None = None,
+) -> tuple[np.ndarray, Quantizer]:
     """
-    Semantic IDs of a catalogue: fit, encode, resolve collisions.
+    Semantic IDs of a catalogue: fit a quantizer, encode, resolve collisions.
 
     Args:
-        embeddings (`np.ndarray` of shape `(I, D)`):
+        vectors (`np.ndarray` of shape `(I, D)`):
             Item vectors.
         num_sid_levels (`int`, *optional*, defaults to `4`):
             Number of levels `M`.
         codebook_size (`int`, *optional*, defaults to `256`):
-            Codes a level, `K`.
+            Codes per level, `K`.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the quantizer.
-        balanced (`bool`, *optional*, defaults to `False`):
-            Whether the codes of a level are used equally often, see [`ResidualKMeans`].
+        quantizer ([`Quantizer`], *optional*):
+            Quantizer to fit instead of a new [`ResidualKMeans`]. The three arguments above are then ignored.
 
     Returns:
-        `tuple`: codes `(I, M)` int64, all rows different, and the fitted [`ResidualKMeans`], which encodes new items.
+        `tuple`: codes of shape `(I, M)`, int64, without duplicate rows, and the fitted quantizer, which also encodes
+        new items.
+
+    Example:
+
+    ```python
+    >>> import numpy as np
+    >>> from lasar_hf.semantic_ids import build_semantic_ids
+
+    >>> vectors = np.random.default_rng(0).normal(size=(100, 16))
+    >>> codes, quantizer = build_semantic_ids(vectors, num_sid_levels=3, codebook_size=8)
+    >>> codes.shape
+    (100, 3)
+    ```
     """
-    if codebook_size >= len(embeddings):
+    if quantizer is None:
+        quantizer = ResidualKMeans(num_sid_levels, codebook_size, seed)
+    if quantizer.codebook_size >= len(vectors):
         warnings.warn(
-            f"{len(embeddings)} items have {codebook_size} codes at the first level: each gets its own, and its other "
-            "codes say nothing; lower codebook_size.",
+            f"codebook_size is {quantizer.codebook_size} for {len(vectors)} items, so each item has a first code of "
+            "its own and the other codes carry no information; lower codebook_size.",
             stacklevel=2,
         )
-    quantizer = ResidualKMeans(num_sid_levels, codebook_size, seed=seed, balanced=balanced)
-    codes = quantizer.fit_encode(embeddings)
-    return resolve_collisions(codes, quantizer, embeddings), quantizer
+    codes = quantizer.fit_encode(vectors)
+    return resolve_collisions(codes, quantizer, vectors), quantizer
 
 
 __all__ = [
     "ItemEncoder",
+    "Quantizer",
     "ResidualKMeans",
     "TfidfEmbedder",
-    "TfidfView",
     "assign_new_items",
     "build_semantic_ids",
     "collaborative_embeddings",

@@ -1,153 +1,134 @@
 """
-One SID an item. Items that share the first `M − 1` codes get different last codes by optimal assignment; where a
-prefix has more items than codes below it, those that fit it worst move to the next-best code of the level above.
+One Semantic ID per item.
 
-The levels are visited from the first to the last. Once no prefix of length `l` holds more items than the `K^(M−l)`
-SIDs below it, its children have room for all of them together, so a surplus at the next level always finds a place.
+Items that share the first `M − 1` codes get different last codes by optimal assignment. If a prefix has more items
+than there are Semantic IDs below it, the items that fit it worst first move to the next-best code of the level above.
+
+Levels are processed from the first to the last. Once no prefix of length `l` holds more items than the `K^(M−l)`
+Semantic IDs below it, its children together have room for all of them, so every item that must move finds a code.
 """
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from .quantizer import ResidualKMeans
+from .quantizer import Quantizer
 
 
-def resolve_collisions(codes: np.ndarray, quantizer: ResidualKMeans, x: np.ndarray) -> np.ndarray:
+def resolve_collisions(codes: np.ndarray, quantizer: Quantizer, x: np.ndarray) -> np.ndarray:
     """
-    Codes with which no two items share a SID.
+    Change as few codes as needed so that no two items share a Semantic ID.
 
-    Items alone under their SID, in a prefix without collision, keep it; `(result != codes).any(axis=1).sum()` items
-    were moved.
+    An item with a Semantic ID of its own keeps it if no collision occurs under its prefix. The number of items that
+    moved is `(result != codes).any(axis=1).sum()`.
 
     Args:
         codes (`np.ndarray` of shape `(I, M)`):
             Codes of the items.
-        quantizer ([`ResidualKMeans`]):
-            The quantizer they come from: its distances say which moves cost least.
+        quantizer ([`Quantizer`]):
+            The quantizer of the codes. Its distances decide which moves cost least.
         x (`np.ndarray` of shape `(I, D)`):
             Vectors of the items.
 
     Returns:
-        `np.ndarray` of shape `(I, M)`, int64, all rows different.
+        `np.ndarray` of shape `(I, M)`, int64: codes without duplicate rows.
 
     Raises:
-        `ValueError`: wrong shapes, a code outside `[0, K)`, or more items than the `K^M` SIDs that exist.
+        `ValueError`: wrong shapes, a code outside `[0, K)`, or more items than the `K^M` Semantic IDs.
     """
-    codes = _check(codes, "codes", quantizer)
+    codes = check_codes(codes, "codes", quantizer)
     if len(codes) != len(x):
-        raise ValueError(f"codes has {len(codes)} rows and x has {len(x)}: give one row an item in both.")
-    return _place(codes, np.empty((0, codes.shape[1]), dtype=np.int64), quantizer, np.asarray(x))
+        raise ValueError(f"codes has {len(codes)} rows and x has {len(x)}; expected one row per item in both.")
+    return separate(codes, np.empty((0, codes.shape[1]), dtype=np.int64), quantizer, np.asarray(x))
 
 
-def assign_new_items(existing_codes: np.ndarray, quantizer: ResidualKMeans, x_new: np.ndarray) -> np.ndarray:
-    """
-    Codes of new items that collide with nobody; the quantizer is not refitted and no old item moves.
-
-    Args:
-        existing_codes (`np.ndarray` of shape `(I, M)`):
-            Codes of the items that have a SID, all different.
-        quantizer ([`ResidualKMeans`]):
-            The quantizer they come from.
-        x_new (`np.ndarray` of shape `(N, D)`):
-            Vectors of the new items, from the same embedding model; `N` may be 0.
-
-    Returns:
-        `np.ndarray` of shape `(N, M)`, int64.
-
-    Raises:
-        `ValueError`: wrong shapes, two existing items with one SID, or more items than the `K^M` SIDs that exist.
-    """
-    existing = _check(existing_codes, "existing_codes", quantizer)
-    order = np.lexsort(existing.T)
-    twice = np.flatnonzero((existing[order[1:]] == existing[order[:-1]]).all(axis=1))
-    if twice.size:
-        first, second = sorted(order[twice[0] : twice[0] + 2].tolist())
-        raise ValueError(
-            f"existing_codes rows {first} and {second} share the SID {existing[first].tolist()}: resolve the "
-            "collisions of the catalogue first."
-        )
-    if not len(x_new):
-        return np.empty((0, quantizer.num_sid_levels), dtype=np.int64)
-    return _place(quantizer.encode(x_new), existing, quantizer, np.asarray(x_new))
-
-
-def _check(codes: np.ndarray, name: str, quantizer: ResidualKMeans) -> np.ndarray:
+def check_codes(codes: np.ndarray, name: str, quantizer: Quantizer) -> np.ndarray:
+    """The codes as int64, or an error that calls them `name`."""
     codes = np.asarray(codes, dtype=np.int64)
     if codes.ndim != 2 or codes.shape[1] != quantizer.num_sid_levels:
-        raise ValueError(f"{name} has shape {codes.shape}, expected (items, {quantizer.num_sid_levels}).")
+        raise ValueError(f"{name} has shape {codes.shape}; expected (items, {quantizer.num_sid_levels}).")
     wrong = np.flatnonzero(((codes < 0) | (codes >= quantizer.codebook_size)).any(axis=1))
     if wrong.size:
         raise ValueError(
-            f"{name} row {wrong[0]} is {codes[wrong[0]].tolist()}, outside [0, {quantizer.codebook_size})."
+            f"{name} row {wrong[0]} is {codes[wrong[0]].tolist()}; expected codes in [0, {quantizer.codebook_size})."
         )
     return codes
 
 
-def _place(codes: np.ndarray, fixed: np.ndarray, quantizer: ResidualKMeans, x: np.ndarray) -> np.ndarray:
-    """Resolve `codes` `(N, M)` among themselves and against `fixed` `(F, M)`, whose rows stay as they are."""
-    num_codes, num_levels = quantizer.codebook_size, quantizer.num_sid_levels
-    if len(codes) + len(fixed) > num_codes**num_levels:
+def separate(codes: np.ndarray, fixed: np.ndarray, quantizer: Quantizer, x: np.ndarray) -> np.ndarray:
+    """Change `codes` `(N, M)` so that their rows differ from each other and from those of `fixed` `(F, M)`."""
+    num_codes, num_levels, num_items = quantizer.codebook_size, quantizer.num_sid_levels, len(codes) + len(fixed)
+    if num_items > num_codes**num_levels:
         raise ValueError(
-            f"{len(codes) + len(fixed)} items do not fit into {num_levels} levels of {num_codes} codes "
-            f"({num_codes**num_levels} SIDs): raise num_sid_levels or codebook_size."
+            f"{num_items} items do not fit into {num_levels} levels of {num_codes} codes ({num_codes**num_levels} "
+            "Semantic IDs); raise num_sid_levels or codebook_size."
         )
     codes = codes.copy()
+    # 1. No prefix may hold more items than there are Semantic IDs below it.
     for level in range(num_levels - 1):
         _move_surplus(codes, fixed, level, quantizer, x)
-    for rows, taken in _crowded(codes, fixed, num_levels - 1, capacity=1):
-        free = np.setdiff1d(np.arange(num_codes), fixed[taken, -1])
-        cost = quantizer.distances(x[rows], codes[rows, :-1])[:, free]
-        codes[rows, -1] = free[linear_sum_assignment(cost)[1]]
+    # 2. Under each prefix with a collision, assign the free last codes at the least total distance.
+    for members, fixed_members in _crowded_prefixes(codes, fixed, num_levels - 1, capacity=1):
+        free = np.setdiff1d(np.arange(num_codes), fixed[fixed_members, -1])
+        cost = quantizer.distances(x[members], codes[members, :-1])[:, free]  # (members, free)
+        codes[members, -1] = free[linear_sum_assignment(cost)[1]]
     return codes
 
 
-def _crowded(codes: np.ndarray, fixed: np.ndarray, length: int, capacity: int) -> list[tuple[np.ndarray, np.ndarray]]:
+def _crowded_prefixes(
+    codes: np.ndarray, fixed: np.ndarray, length: int, capacity: int
+) -> list[tuple[np.ndarray, np.ndarray]]:
     """
-    The prefixes of `length` codes in which some next code has more than `capacity` items.
+    The prefixes of `length` codes under which a next code has more than `capacity` items.
 
-    Returns for each the row numbers of all its items, `(of codes, of fixed)`.
+    Returns per prefix the indices of its items in `codes` and in `fixed`.
     """
-    both = np.concatenate([codes, fixed])
+    both = np.concatenate([codes, fixed])  # (N + F, M)
+    # 1. Number the prefixes. Renumbering at each level keeps the numbers below items * K; K^M may overflow.
     prefix = np.zeros(len(both), dtype=np.int64)
-    for level in range(length):  # numbered anew at each level: K^M may not fit an integer, items times K does
+    for level in range(length):
         prefix = np.unique(prefix * (both[:, level].max() + 1) + both[:, level], return_inverse=True)[1]
-    _, child, load = np.unique(
-        prefix * (both[:, length].max() + 1) + both[:, length], return_inverse=True, return_counts=True
-    )
-    crowded = np.flatnonzero(np.isin(prefix, prefix[load[child] > capacity]))
+    # 2. Count the items of each next code.
+    child = prefix * (both[:, length].max() + 1) + both[:, length]
+    _, child, count = np.unique(child, return_inverse=True, return_counts=True)
+    # 3. Collect the items of the crowded prefixes.
+    crowded = np.flatnonzero(np.isin(prefix, prefix[count[child] > capacity]))
     order = crowded[np.argsort(prefix[crowded], kind="stable")]
     groups = []
     for members in np.split(order, np.flatnonzero(np.diff(prefix[order])) + 1):
-        own = np.searchsorted(members, len(codes))  # rows of `codes` come first
-        if own:
-            groups.append((members[:own], members[own:] - len(codes)))
+        num_movable = np.searchsorted(members, len(codes))  # items of `codes` come before those of `fixed`
+        if num_movable:
+            groups.append((members[:num_movable], members[num_movable:] - len(codes)))
     return groups
 
 
-def _move_surplus(codes: np.ndarray, fixed: np.ndarray, level: int, quantizer: ResidualKMeans, x: np.ndarray) -> None:
+def _move_surplus(codes: np.ndarray, fixed: np.ndarray, level: int, quantizer: Quantizer, x: np.ndarray) -> None:
     """
-    Change codes, in place, until no prefix of length `level + 1` holds more items than there are SIDs below it.
+    Change codes in place until no prefix of length `level + 1` holds more items than Semantic IDs below it.
 
-    From an overfull prefix the items with the largest distance at `level` go, each to the nearest code with room, and
-    their later codes are chosen anew.
+    From an overfull prefix, the items with the largest distance at `level` move to the nearest code with room. Their
+    later codes are encoded again.
     """
     num_codes = quantizer.codebook_size
-    capacity = num_codes ** (quantizer.num_sid_levels - level - 1)
-    for rows, taken in _crowded(codes, fixed, level, capacity):
-        load = np.bincount(codes[rows, level], minlength=num_codes)
-        room = [capacity - int(count) for count in load + np.bincount(fixed[taken, level], minlength=num_codes)]
+    capacity = num_codes ** (quantizer.num_sid_levels - level - 1)  # a Python integer, which cannot overflow
+    for members, fixed_members in _crowded_prefixes(codes, fixed, level, capacity):
+        # 1. The room under each code; negative if the code is overfull.
+        load = np.bincount(codes[members, level], minlength=num_codes)
+        load += np.bincount(fixed[fixed_members, level], minlength=num_codes)
+        room = [capacity - count for count in load.tolist()]
+        # 2. The items of overfull codes, worst fit first.
         overfull = [code for code in range(num_codes) if room[code] < 0]
-        candidates = rows[np.isin(codes[rows, level], overfull)]
-        distance = quantizer.distances(x[candidates], codes[candidates, :level])
-        own = codes[candidates, level]
-        worst_first = np.argsort(-distance[np.arange(len(own)), own], kind="stable")
+        candidates = members[np.isin(codes[members, level], overfull)]
+        distance = quantizer.distances(x[candidates], codes[candidates, :level])  # (candidates, K)
+        current = codes[candidates, level]
+        worst_first = np.argsort(-distance[np.arange(len(current)), current], kind="stable")
+        # 3. Move items until their code is no longer overfull.
         moved = []
-        for place in worst_first:
-            if room[own[place]] >= 0:
+        for index in worst_first:
+            if room[current[index]] >= 0:
                 continue
-            target = next(code for code in np.argsort(distance[place], kind="stable") if room[code] > 0)
-            room[own[place]] += 1
+            target = next(code for code in np.argsort(distance[index], kind="stable") if room[code] > 0)
+            room[current[index]] += 1
             room[target] -= 1
-            codes[candidates[place], level] = target
-            moved.append(candidates[place])
+            codes[candidates[index], level] = target
+            moved.append(candidates[index])
         codes[moved] = quantizer.encode(x[moved], codes[moved, : level + 1])

@@ -1,31 +1,29 @@
-"""Item vectors: text embeddings, a collaborative view from training sequences, and their combination."""
+"""Item vectors: text embeddings, co-occurrence in training sequences, and the combination of both."""
 
 import functools
+import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 from scipy import sparse
+from sklearn.decomposition import TruncatedSVD
 
-from .embedding_cache import cached_vectors
-from .svd import truncated_svd
-from .text_view import TfidfView
+from ..data.interactions import ID_FIELDS
+from ..files import atomic_file
+from .text_embedder import TfidfEmbedder
 
 
-TEXT_FIELDS = ("title", "brand", "categories", "description")
-ID_FIELDS = ("asin", "parent_asin", "item_id", "id")
-WINDOW = 5  # co-occurrence reaches this many positions ahead; farther pairs carry little and cost memory
-SHIFT = 1.0  # of the PMI, the "negative samples" of word2vec: 1 keeps every positive association, more keeps fewer
+# Fields in the order of the text. The description comes last because models truncate long texts.
+ITEM_TEXT_FIELDS = ("title", "brand", "categories", "description")
+FALLBACK_FIELDS = (*ID_FIELDS, "item_id", "id")  # used if an item has no text
+
+CACHE_BATCH = 256  # texts embedded between two writes of the cache; a killed run loses at most one batch
+
+WINDOW = 5  # pairs of items up to this distance count; farther pairs carry little and cost memory
+SHIFT = 1.0  # of the PMI (negative samples of word2vec); 1 keeps every positive association
 SMOOTHING = 0.75  # exponent on the context counts, so that rare contexts do not dominate
-
-
-def _flatten(value: object) -> str:
-    """Text of one field: strings as they are, lists and nested lists (as in Amazon metadata) joined by commas."""
-    if value is None:
-        return ""
-    if isinstance(value, list | tuple):
-        return ", ".join(part for part in map(_flatten, value) if part)
-    return " ".join(str(value).split())
 
 
 def item_text(item: dict) -> str:
@@ -34,17 +32,27 @@ def item_text(item: dict) -> str:
 
     Args:
         item (`dict`):
-            Item with any of the keys `title`, `brand`, `categories`, `description`; values are strings or lists.
+            Item with any of the keys `title`, `brand`, `categories`, `description`. Values are strings or (nested)
+            lists of strings, as in Amazon's metadata.
 
     Returns:
-        `str`: The known fields in that order, joined by `". "`. An item without text is described by its id fields
-        (`asin`, `parent_asin`, `item_id`, `id`); the result is empty only when these are missing too.
+        `str`: the non-empty fields in that order, joined by `". "`. For an item without text, its ids (`asin`,
+        `parent_asin`, `item_id`, `id`); empty if it has none either.
     """
-    for fields in (TEXT_FIELDS, ID_FIELDS):
+    for fields in (ITEM_TEXT_FIELDS, FALLBACK_FIELDS):
         parts = [text for text in (_flatten(item.get(field)) for field in fields) if text]
         if parts:
             return ". ".join(parts)
     return ""
+
+
+def _flatten(value: object) -> str:
+    """Text of one field; parts of lists are joined by commas."""
+    if value is None:
+        return ""
+    if isinstance(value, list | tuple):
+        return ", ".join(part for part in map(_flatten, value) if part)
+    return " ".join(str(value).split())
 
 
 def text_embeddings(
@@ -56,53 +64,47 @@ def text_embeddings(
     cache_dir: str | os.PathLike | None = None,
 ) -> np.ndarray:
     """
-    One vector a text.
+    One vector per text, from a sentence-transformers model or from [`TfidfEmbedder`].
 
     Args:
         texts (`Sequence[str]`):
             `I` texts, see [`item_text`].
         dim (`int`, *optional*, defaults to `256`):
-            Width of the TF-IDF + SVD vectors. A sentence-transformers model keeps its own width.
+            Width of the TF-IDF vectors. A sentence-transformers model has its own width.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the randomised SVD.
         model (`str`, *optional*):
-            Name or path of a sentence-transformers model. `None` uses TF-IDF + truncated SVD, without any download,
-            fitted to these texts; a [`TfidfView`] keeps the fit for later ones.
+            Name or path of a sentence-transformers model. If not given, a [`TfidfEmbedder`] is fitted to the texts,
+            without any download.
         batch_size (`int`, *optional*, defaults to `64`):
-            Texts a batch of the sentence-transformers model.
+            Batch size of the sentence-transformers model.
         cache_dir (`str` or `os.PathLike`, *optional*):
-            Folder that keeps the vectors of the sentence-transformers model by content: a run that was killed goes on
-            where it was, and texts that were embedded once are not embedded again. Nothing is kept if not given.
+            Folder that stores the vectors of the sentence-transformers model by text. A killed run resumes from it,
+            and if the catalogue grows, only new texts are embedded. One run at a time may write to it. The cache does
+            not notice if the weights change under the same model name.
 
     Returns:
-        `np.ndarray` of shape `(I, D)`, float32. With TF-IDF `D == dim`: when the texts have less variety than `dim`
-        the last columns are zero.
+        `np.ndarray` of shape `(I, D)`, float32. With TF-IDF, `D` is `dim`.
 
     Raises:
-        `ValueError`: `texts` is empty or holds something that is not a string.
+        `ValueError`: `texts` is empty or contains something other than strings.
         `ImportError`: `model` is given and sentence-transformers is not installed.
     """
     if not len(texts):
-        raise ValueError("`texts` is empty: there is nothing to embed.")
+        raise ValueError("texts is empty; expected at least one text.")
     for row, text in enumerate(texts):
         if not isinstance(text, str):
-            raise ValueError(f"`texts` row {row} is {type(text).__name__}, expected str (see `item_text`).")
-    if model is not None:
-        return _sentence_embeddings(texts, model, batch_size, cache_dir)
-    return TfidfView(dim, seed).fit_transform(texts)
+            raise ValueError(f"texts row {row} is {type(text).__name__}; expected str (see item_text).")
+    if model is None:
+        return TfidfEmbedder(dim, seed).fit_transform(texts)
 
+    encoder = functools.cache(lambda: _load_encoder(model))  # not loaded if the cache has every text
 
-def _sentence_embeddings(
-    texts: Sequence[str], model: str, batch_size: int, cache_dir: str | os.PathLike | None
-) -> np.ndarray:
-    # Loaded once for all the parts of a catalogue, and not at all when the cache holds every text.
-    encoder = functools.cache(lambda: _load_encoder(model))
-
-    def embed(part: Sequence[str]) -> np.ndarray:
-        vectors = encoder().encode(list(part), batch_size=batch_size, convert_to_numpy=True)
+    def embed(batch: Sequence[str]) -> np.ndarray:
+        vectors = encoder().encode(list(batch), batch_size=batch_size, convert_to_numpy=True)
         return np.asarray(vectors, dtype=np.float32)
 
-    return embed(texts) if cache_dir is None else cached_vectors(texts, model, embed, cache_dir)
+    return embed(texts) if cache_dir is None else _cached_vectors(texts, model, embed, Path(cache_dir))
 
 
 def _load_encoder(model: str):
@@ -110,19 +112,49 @@ def _load_encoder(model: str):
         from sentence_transformers import SentenceTransformer
     except ImportError as error:
         raise ImportError(
-            f"Embedding with {model!r} needs sentence-transformers: `pip install 'lasar_hf[embed]'`, or leave `model` "
-            "unset for TF-IDF vectors."
+            f"Embedding with {model!r} needs sentence-transformers; run `pip install 'lasar_hf[embed]'`, or leave "
+            "model unset for TF-IDF vectors."
         ) from error
     return SentenceTransformer(model)
+
+
+def _cached_vectors(
+    texts: Sequence[str], model: str, embed: Callable[[list[str]], np.ndarray], folder: Path
+) -> np.ndarray:
+    """
+    Embed only the texts that are not in the cache, each once.
+
+    The cache is a folder of `.npy` files of records `(key, vector)`; the key is the SHA-256 of model and text.
+    """
+    keys = [hashlib.sha256(f"{model}\0{text}".encode("utf-8", "surrogatepass")).digest() for text in texts]
+    missing = dict(zip(keys, texts, strict=True))
+    vectors: dict[bytes, np.ndarray] = {}
+    # 1. Read the vectors that are needed. Names with a leading dot are unfinished files of a killed run.
+    for path in sorted(folder.glob("[!.]*.npy")):
+        records = np.load(path, mmap_mode="r")
+        for key, vector in zip(records["key"].tolist(), records["vector"], strict=True):
+            if missing.pop(key, None) is not None:
+                vectors[key] = vector
+    # 2. Embed the rest in batches and store each batch.
+    pending = list(missing)
+    for start in range(0, len(pending), CACHE_BATCH):
+        batch = pending[start : start + CACHE_BATCH]
+        new_vectors = embed([missing[key] for key in batch])  # (B, D)
+        vectors.update(zip(batch, new_vectors, strict=True))
+        records = np.empty(len(batch), dtype=[("key", "V32"), ("vector", "<f4", new_vectors.shape[1:])])
+        records["key"], records["vector"] = np.array(batch, dtype="V32"), new_vectors
+        with atomic_file(folder / f"{hashlib.sha256(b''.join(batch)).hexdigest()[:16]}.npy") as temporary:
+            np.save(temporary, records)
+    return np.stack([vectors[key] for key in keys])
 
 
 def collaborative_embeddings(
     sequences: Sequence[Sequence[int]], num_items: int, dim: int = 128, seed: int = 0
 ) -> np.ndarray:
     """
-    One vector an item from what users took together: windowed co-occurrence → shifted PPMI → truncated SVD.
+    One vector per item from co-occurrence in user histories: windowed counts, shifted PPMI, truncated SVD.
 
-    A pair of items at distance `δ ≤ 5` of one sequence counts `1/δ` in both directions. With `n_ij` these counts,
+    A pair of items at distance `δ ≤ 5` in a sequence counts `1/δ` in both directions. With these counts `n_ij`,
 
         PPMI_ij = max(0, log(n_ij / n_i) − log(n_j^0.75 / Σ_k n_k^0.75) − log(shift)),    n_i = Σ_j n_ij
 
@@ -130,8 +162,8 @@ def collaborative_embeddings(
 
     Args:
         sequences (`Sequence[Sequence[int]]`):
-            Item row numbers of each user, oldest first. Pass TRAINING sequences only: a validation or test item in
-            here leaks the target into the Semantic IDs.
+            Item indices of each user, oldest first. Pass TRAINING sequences only: validation or test items would leak
+            the targets into the Semantic IDs.
         num_items (`int`):
             Number of items `I` of the catalogue.
         dim (`int`, *optional*, defaults to `128`):
@@ -140,73 +172,74 @@ def collaborative_embeddings(
             Seed of the randomised SVD.
 
     Returns:
-        `np.ndarray` of shape `(I, dim)`, float32. Items that never occur together with another one are zero rows.
+        `np.ndarray` of shape `(I, dim)`, float32. An item that never occurs together with another has a zero row.
 
     Raises:
-        `ValueError`: a sequence holds an item outside `[0, num_items)`.
+        `ValueError`: a sequence contains an item outside `[0, num_items)`.
     """
-    counts = _cooccurrence(sequences, num_items)
-    out = np.zeros((num_items, dim), dtype=np.float32)
+    # 1. Count pairs.
+    counts = _cooccurrence(sequences, num_items)  # (I, I) sparse
+    vectors = np.zeros((num_items, dim), dtype=np.float32)
     if counts.nnz == 0:
-        return out
-    total = np.asarray(counts.sum(axis=1)).ravel()
+        return vectors
+    # 2. Turn counts into shifted positive PMI.
+    total = np.asarray(counts.sum(axis=1)).ravel()  # (I,)
     context = total**SMOOTHING
     context /= context.sum()
     pairs = counts.tocoo()
     pmi = np.log(pairs.data / (total[pairs.row] * context[pairs.col])) - np.log(SHIFT)
     positive = pmi > 0
     ppmi = sparse.csr_matrix((pmi[positive], (pairs.row[positive], pairs.col[positive])), shape=(num_items, num_items))
-    seen = total > 0
-    out[seen] = truncated_svd(ppmi, dim, seed)[0][seen]
-    return out
+    # 3. Reduce. Rows of items without a pair are set to exactly zero.
+    width = min(dim, num_items)
+    vectors[:, :width] = TruncatedSVD(width, random_state=seed).fit_transform(ppmi)
+    vectors[total == 0] = 0
+    return vectors
 
 
 def _cooccurrence(sequences: Sequence[Sequence[int]], num_items: int) -> sparse.csr_matrix:
-    """Symmetric `(I, I)` counts, `1/distance` for each pair of different items at most `WINDOW` positions apart."""
+    """Symmetric counts `(I, I)`: `1/distance` for each pair of different items at most `WINDOW` positions apart."""
     lengths = np.array([len(sequence) for sequence in sequences], dtype=np.int64)
-    flat = np.fromiter((item for sequence in sequences for item in sequence), dtype=np.int64, count=lengths.sum())
+    items = np.fromiter((item for sequence in sequences for item in sequence), dtype=np.int64, count=lengths.sum())
     user = np.repeat(np.arange(len(lengths)), lengths)
-    wrong = np.flatnonzero((flat < 0) | (flat >= num_items))
+    wrong = np.flatnonzero((items < 0) | (items >= num_items))
     if wrong.size:
-        place = wrong[0]
-        raise ValueError(
-            f"`sequences` row {user[place]} holds item {flat[place]}, outside the {num_items} items of the catalogue."
-        )
+        row, item = user[wrong[0]], items[wrong[0]]
+        raise ValueError(f"sequences row {row} contains item {item}; expected 0 to {num_items - 1}.")
     counts = sparse.csr_matrix((num_items, num_items), dtype=np.float64)
     for distance in range(1, WINDOW + 1):
-        first, second = flat[:-distance], flat[distance:]
-        together = (user[:-distance] == user[distance:]) & (first != second)
-        weight = np.full(together.sum(), 1.0 / distance)
-        counts += sparse.csr_matrix((weight, (first[together], second[together])), shape=counts.shape)
+        first, second = items[:-distance], items[distance:]
+        paired = (user[:-distance] == user[distance:]) & (first != second)
+        weight = np.full(paired.sum(), 1.0 / distance)
+        counts += sparse.csr_matrix((weight, (first[paired], second[paired])), shape=counts.shape)
     return (counts + counts.T).tocsr()
 
 
 def combine_views(views: Sequence[np.ndarray], weights: Sequence[float] | None = None) -> np.ndarray:
     """
-    Several embeddings of the same items as one: each row scaled to length 1 a view, times the view's weight, then
-    concatenated.
+    Concatenate several embeddings of the same items, each scaled to rows of length 1 and multiplied by its weight.
 
     Args:
         views (`Sequence[np.ndarray]`):
-            Arrays of shape `(I, D_v)`. Zero rows (an item the view knows nothing about) stay zero.
+            Arrays of shape `(I, D_v)`. Zero rows (items unknown to a view) stay zero.
         weights (`Sequence[float]`, *optional*):
-            One weight a view; a squared distance weighs the views by their squares. Defaults to 1 for each.
+            One weight per view, 1 if not given. Squared distances weight the views by the squares.
 
     Returns:
         `np.ndarray` of shape `(I, Σ D_v)`, float32.
 
     Raises:
-        `ValueError`: no view, a view of another number of rows, or another number of weights than views.
+        `ValueError`: no view, views with different numbers of rows, or a different number of weights.
     """
     if not len(views):
-        raise ValueError("`views` is empty: give at least one embedding.")
+        raise ValueError("views is empty; expected at least one embedding.")
     weights = [1.0] * len(views) if weights is None else list(weights)
     if len(weights) != len(views):
-        raise ValueError(f"`weights` has {len(weights)} entries for {len(views)} views.")
+        raise ValueError(f"weights has {len(weights)} entries; expected {len(views)}, one per view.")
     scaled = []
     for number, (view, weight) in enumerate(zip(views, weights, strict=True)):
         if view.ndim != 2 or len(view) != len(views[0]):
-            raise ValueError(f"`views` number {number} has shape {view.shape}, expected ({len(views[0])}, D).")
+            raise ValueError(f"views number {number} has shape {view.shape}; expected ({len(views[0])}, D).")
         norm = np.linalg.norm(view, axis=1, keepdims=True)
         scaled.append(np.divide(view * weight, norm, out=np.zeros(view.shape), where=norm > 0))
     return np.concatenate(scaled, axis=1).astype(np.float32)

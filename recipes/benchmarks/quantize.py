@@ -1,15 +1,13 @@
 """
-RQ-KMeans against faiss' residual quantizer: time and error on the same points, and what a large catalogue costs.
+Compare residual k-means with faiss.ResidualQuantizer: time and error on the same points.
 
-    python recipes/benchmarks/quantize.py [--json]
+    python recipes/benchmarks/quantize.py
     python recipes/benchmarks/quantize.py --data outputs/scientific/data/embeddings.npy
     python recipes/benchmarks/quantize.py --collisions 1000000
 
-Time is that of fitting and of encoding the same points; error is the mean squared distance of the points to what their
-codes stand for. `faiss.ResidualQuantizer` runs as its constructor leaves it (progressive training, 10 iterations on at
-most 256 points a centre, a beam of 5 codes in training and encoding) and, as `greedy`, with a beam of 1: Semantic IDs
-are read one level after the other, so theirs are the nearest code of each level. Both libraries get the same number of
-threads (`OMP_NUM_THREADS`). They take turns, and a ratio is one of medians.
+Time: fitting and encoding the same points. Error: mean squared distance of the points to their reconstructions.
+faiss runs with its defaults (beam of 5) and, as "faiss_greedy", with a beam of 1, which chooses codes level by level
+as Semantic IDs do. All use the same number of threads (set OMP_NUM_THREADS). Ratios are ratios of medians.
 """
 
 import argparse
@@ -24,37 +22,38 @@ import torch
 from lasar_hf.semantic_ids import ResidualKMeans, resolve_collisions
 
 
-BLOCK = 65_536  # points drawn at one time
+BLOCK = 65_536  # points drawn at a time
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
-    """Sizes; the defaults are those of a mid-sized catalogue with sentence embeddings."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--points", type=int, default=100_000)
-    parser.add_argument("--dim", type=int, default=384)
-    parser.add_argument("--levels", type=int, default=4)
-    parser.add_argument("--codes", type=int, default=256, help="codes a level, a power of two for faiss")
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Command line; the default sizes are those of a mid-sized catalogue with sentence embeddings."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--points", type=int, default=100_000, help="number of points (default: %(default)s)")
+    parser.add_argument("--dim", type=int, default=384, help="width of the points (default: %(default)s)")
+    parser.add_argument("--levels", type=int, default=4, help="levels of a Semantic ID (default: %(default)s)")
+    parser.add_argument("--codes", type=int, default=256, help="codes per level, power of two (default: %(default)s)")
     parser.add_argument(
-        "--data", default="mixture", help="mixture (like embeddings), gaussian (no structure) or a .npy file (N, D)"
-    )
-    parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0)
+        "--data", default="mixture",
+        help="mixture (like text embeddings), gaussian (no structure) or a .npy file of shape (N, D)",
+    )  # fmt: skip
+    parser.add_argument("--repeats", type=int, default=1, help="runs of each quantizer (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     parser.add_argument(
-        "--collisions", type=int, metavar="N", help="also fit N points and resolve their collisions; faiss has no such"
+        "--collisions", type=int, metavar="N", help="also fit N points and resolve their collisions, without faiss"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     args = parser.parse_args(argv)
     if args.codes.bit_count() != 1:
-        parser.error(f"--codes is {args.codes}: faiss takes powers of two.")
+        parser.error(f"--codes is {args.codes}; faiss expects a power of two.")
     return args
 
 
 def make_points(data: str, num_points: int, dim: int, seed: int) -> np.ndarray:
     """
-    Points `(N, D)`, float32.
+    Points of shape `(N, D)`, float32.
 
-    The mixture has what embeddings of item text have: length 1, groups of very different sizes (Zipf), and few strong
-    directions (variances that fall as 1/rank) between the groups and within them.
+    The mixture resembles embeddings of item text: rows of length 1, groups of very different sizes (Zipf), and few
+    strong directions (variances fall as 1/rank) between and within the groups.
     """
     if data not in ("mixture", "gaussian"):
         return np.load(data).astype(np.float32)
@@ -74,7 +73,7 @@ def make_points(data: str, num_points: int, dim: int, seed: int) -> np.ndarray:
 
 
 def fit_faiss(points: np.ndarray, levels: int, codes: int, beam: int | None) -> np.ndarray:
-    """What faiss' codes of the points stand for, `(N, D)`; `None` is its own beam."""
+    """Reconstructions by faiss, `(N, D)`; a beam of `None` is faiss' default."""
     import faiss
 
     faiss.omp_set_num_threads(torch.get_num_threads())
@@ -85,20 +84,21 @@ def fit_faiss(points: np.ndarray, levels: int, codes: int, beam: int | None) -> 
     return quantizer.decode(quantizer.compute_codes(points))
 
 
-def fit_ours(points: np.ndarray, levels: int, codes: int, seed: int) -> np.ndarray:
-    """What our codes of the points stand for, `(N, D)`."""
-    quantizer = ResidualKMeans(levels, codes, seed=seed, device="cpu")
+def fit_kmeans(points: np.ndarray, levels: int, codes: int, seed: int) -> np.ndarray:
+    """Reconstructions by `ResidualKMeans`, `(N, D)`."""
+    quantizer = ResidualKMeans(levels, codes, seed)
     return quantizer.decode(quantizer.fit_encode(points))
 
 
 def compare(args: argparse.Namespace) -> dict[str, float]:
-    """Seconds and errors of the three, and their ratios."""
+    """Seconds and errors of the three quantizers, and their ratios."""
     points = make_points(args.data, args.points, args.dim, args.seed)
     calls = {
-        "ours": lambda: fit_ours(points, args.levels, args.codes, args.seed),
+        "ours": lambda: fit_kmeans(points, args.levels, args.codes, args.seed),
         "faiss": lambda: fit_faiss(points, args.levels, args.codes, None),
         "faiss_greedy": lambda: fit_faiss(points, args.levels, args.codes, 1),
     }
+    # 1. The quantizers take turns, so that a busy machine slows all of them.
     seconds, error = {name: [] for name in calls}, {}
     for _ in range(args.repeats):
         for name, call in calls.items():
@@ -106,6 +106,7 @@ def compare(args: argparse.Namespace) -> dict[str, float]:
             decoded = call()
             seconds[name].append(time.perf_counter() - start)
             error[name] = float(np.square(points - decoded).sum(axis=1).mean(dtype=np.float64))
+    # 2. Medians and ratios.
     result = {f"seconds_{name}": statistics.median(times) for name, times in seconds.items()}
     result |= {f"error_{name}": value for name, value in error.items()}
     for name in ("faiss", "faiss_greedy"):
@@ -115,9 +116,9 @@ def compare(args: argparse.Namespace) -> dict[str, float]:
 
 
 def collisions(args: argparse.Namespace) -> dict[str, float]:
-    """Seconds of both parts, and the most memory that this process has held, the points and all before included."""
+    """Seconds for fitting and for resolving collisions, and the peak memory of this process."""
     points = make_points(args.data, args.collisions, args.dim, args.seed)
-    quantizer = ResidualKMeans(args.levels, args.codes, seed=args.seed, device="cpu")
+    quantizer = ResidualKMeans(args.levels, args.codes, args.seed)
     start = time.perf_counter()
     before = quantizer.fit_encode(points)
     fitted = time.perf_counter()
@@ -134,13 +135,13 @@ def collisions(args: argparse.Namespace) -> dict[str, float]:
     }
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str] | None = None) -> None:
     """Measure and print."""
     args = parse(argv)
     try:
         import faiss
     except ImportError as error:
-        raise SystemExit("quantize compares with faiss, which is missing: `pip install 'lasar_hf[embed]'`.") from error
+        raise SystemExit("quantize.py needs faiss; run `pip install 'lasar_hf[embed]'`.") from error
     result = compare(args)
     if args.collisions:
         result |= collisions(args)
@@ -151,3 +152,7 @@ def main(argv: list[str]) -> None:
     print("| measure | value |\n|---|---:|")
     for name, value in result.items():
         print(f"| {name} | {value:.4g} |" if isinstance(value, float) else f"| {name} | {value:,} |")
+
+
+if __name__ == "__main__":
+    main()
