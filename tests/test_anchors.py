@@ -1,6 +1,5 @@
 """Anchors: batched and de-duplicated encoding equals encoding one by one, and stale or damaged stores are refused."""
 
-import json
 from contextlib import nullcontext
 
 import numpy as np
@@ -308,10 +307,3 @@ def test_equal_chains_after_equal_prompts_share_vectors(model, processor):
     assert counted.sequences == 2
     assert np.array_equal(store[0], store[1])
     assert not np.allclose(store[0], store[2])
-
-
-def test_metadata(store, tmp_path):
-    store.save(tmp_path)
-    metadata = json.loads((tmp_path / "anchors.json").read_text())
-    assert metadata["checkpoint_hash"] == store.checkpoint_hash
-    assert metadata["num_samples"] == 3

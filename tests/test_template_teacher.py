@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lasar_hf.data import Interactions, leave_one_out, read_lcrec, samples, toy_shop
 from lasar_hf.reasoning import TemplateTeacher, segment
-from lasar_hf.reasoning.leakage import SPECIAL_TOKENS, bare, fold, holds
+from lasar_hf.reasoning.leakage import SPECIAL_TOKENS, contains_name, fold, normalize_words
 
 
 def shop(*items):
@@ -38,7 +38,7 @@ def test_next_volume_is_a_short_chain():
     assert "Beacon" not in chain
 
 
-def test_alternation_is_recalled_and_noted():
+def test_alternation_is_noted():
     chain = TemplateTeacher(READER).chain_of_thought([0, 3, 1, 4], 2)
     for part in ("the series Beacon", "the series Amber", "take turns", '"Amber Volume 2"', '"Beacon Volume 2"'):
         assert part in chain
@@ -55,12 +55,12 @@ def test_harder_samples_have_longer_chains():
     assert "A change is due" in depart
 
 
-def test_an_attribute_of_the_target_alone_is_not_named():
+def test_unique_attribute_of_the_target_is_not_named():
     chain = TemplateTeacher(READER).chain_of_thought([0, 1], 7)
     assert "Wood" not in chain and "Spoons" not in chain and "something of another kind" in chain
 
 
-def test_usual_steps_come_from_training_only():
+def test_common_steps_come_from_training():
     data = Interactions(
         READER.item_ids, READER.items, ["u", "v", "w"], [[0, 7, 1, 2], [3, 0, 7, 4, 5], [0, 1, 3, 0, 7]]
     )
@@ -79,11 +79,14 @@ def test_items_with_words_only():
     assert "blue" not in chain
 
 
-def test_wording_is_deterministic_and_empty_history_refused():
-    teacher = TemplateTeacher(READER)
-    assert teacher.chain_of_thought([0, 3, 1], 4) == TemplateTeacher(READER).chain_of_thought([0, 3, 1], 4)
-    with pytest.raises(ValueError, match="history of at least one item"):
-        teacher.chain_of_thought([], 1)
+def test_wording_is_deterministic():
+    chains = [TemplateTeacher(READER).chain_of_thought([0, 3, 1], 4) for _ in range(2)]
+    assert chains[0] == chains[1]
+
+
+def test_empty_history_is_refused():
+    with pytest.raises(ValueError, match="history"):
+        TemplateTeacher(READER).chain_of_thought([], 1)
 
 
 def test_chains_of_all_samples():
@@ -94,8 +97,8 @@ def test_chains_of_all_samples():
     ]  # fmt: skip
 
 
-def test_no_text_at_all_is_warned_of():
-    with pytest.warns(UserWarning, match="2 of 2 items have no text"):
+def test_items_without_text_give_a_warning():
+    with pytest.warns(UserWarning, match="2 of 2"):
         assert TemplateTeacher(shop({}, {})).chain_of_thought([0], 1)
 
 
@@ -115,7 +118,7 @@ def test_hostile_titles():
     assert again.startswith("The last item is an item without a name by B.")
 
 
-def test_short_titles_leave_other_words_alone():
+def test_short_titles_do_not_change_other_words():
     for title in ("e", ".", "Art", "hair"):
         data = shop(
             {"title": "Smart chair", "brand": "Wood"}, {"title": "Party hat", "brand": "Silk"}, {"title": title}
@@ -133,26 +136,19 @@ def test_short_titles_leave_other_words_alone():
         ("Levi\u2019s Jeans, blue", "Levi's Jeans"),
     ],
 )
-def test_the_title_is_not_quoted_in_other_typography(name, title):
+def test_title_in_other_typography_is_not_quoted(name, title):
     data = shop({"title": name}, {"title": title}, {"title": "Else", "brand": title, "categories": f"A > {title} set"})
     teacher = TemplateTeacher(data)
     assert teacher.chain_of_thought([0], 1).startswith("The last item is an item without a name.")
     chain = teacher.chain_of_thought([2], 1)
-    assert chain.startswith('The last item is "Else" by. ') and not holds(bare(chain), bare(title))
+    assert chain.startswith('The last item is "Else" by. ')
+    assert not contains_name(normalize_words(chain), normalize_words(title))
 
 
-def test_a_cut_leaves_the_sentences_whole():
+def test_removed_title_leaves_whole_sentences():
     data = shop({"title": "x", "categories": "A > Pokémon"}, {"title": "POKEMON", "categories": "A > B"})
     chain = TemplateTeacher(data).chain_of_thought([0], 1)
     assert chain.startswith('The last item is "x". It belongs to the category. Nothing of this leads on')
-
-
-@given(st.text(max_size=40))
-@settings(deadline=None)
-def test_bare_is_letters_and_single_spaces(text):
-    assert all(word.isalnum() for word in bare(text).split(" ") if bare(text))
-    assert bare(bare(text)) == bare(text) == bare(f" {text}\n")
-    assert bare(text.replace(" ", "\u2013")) == bare(text) or "&" in text
 
 
 LETTERS = st.text(alphabet="ab .<>_|1İßſSs", max_size=8)
@@ -164,13 +160,13 @@ LETTERS = st.text(alphabet="ab .<>_|1İßſSs", max_size=8)
     history=st.lists(st.integers(0, 3), min_size=1, max_size=5),
 )
 @settings(max_examples=300, deadline=None)
-def test_never_contains_the_targets_title(titles, brands, history):
+def test_chain_never_contains_the_title(titles, brands, history):
     items = [
         {"title": title, "brand": brand, "categories": f"x > {title}"}
         for title, brand in zip(titles, brands, strict=True)
     ]
     chain = TemplateTeacher(shop(*items)).chain_of_thought(history, 3)
-    assert not holds(bare(chain), bare(titles[3]))
+    assert not contains_name(normalize_words(chain), normalize_words(titles[3]))
     folded = fold(titles[3])
     if sum(letter.isalnum() for letter in folded) > 1 and folded[0].isalnum() and folded[-1].isalnum():
         assert not re.search(rf"(?<![^\W_]){re.escape(folded)}(?![^\W_])", chain.casefold())
@@ -190,7 +186,8 @@ def leaks(data, name="train"):
     given_away = [
         row
         for row, (chain, target) in enumerate(zip(chains, part["target"], strict=True))
-        if (titles[target] and titles[target] in chain.casefold()) or holds(bare(chain), bare(titles[target]))
+        if (titles[target] and titles[target] in chain.casefold())
+        or contains_name(normalize_words(chain), normalize_words(titles[target]))
     ]
     quoted = [
         row
@@ -201,13 +198,13 @@ def leaks(data, name="train"):
     return given_away, quoted, chains
 
 
-def test_nothing_later_is_named_in_the_toy_shop():
+def test_toy_shop_has_no_leak():
     given_away, quoted, chains = leaks(toy_shop(200, 96, seed=3))
     assert given_away == [] and quoted == []
     assert sum("Volume" in chain for chain in chains) > 0.9 * len(chains)
 
 
-def test_depth_tells_alternating_users_from_the_others():
+def test_alternating_users_have_deeper_chains():
     data = toy_shop(300, 96, seed=1)
     split = leave_one_out(data)
     part = samples(split, "train")
@@ -223,7 +220,7 @@ def test_depth_tells_alternating_users_from_the_others():
     assert depths[alternating].mean() > depths[~alternating].mean() + 1
 
 
-def test_no_leak_on_real_items(shared_data):
+def test_real_items_have_no_leak(shared_data):
     given_away, _, chains = leaks(read_lcrec(shared_data / "scientific"), "validation")
     assert given_away == []
     assert len(set(map(words, chains))) > 20

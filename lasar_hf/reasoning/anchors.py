@@ -1,7 +1,7 @@
 """Semantic anchors: the stage-1 model's hidden state at the end of each reasoning segment, stored on disk.
 
-LASAR, arXiv 2605.10207, stage 2 (SFT): the anchor `h_t^cot` of segment `t` is the last token's final hidden state of the
-segment. Anchors are computed once and never trained through.
+LASAR, arXiv 2605.10207, stage 2 (SFT): the anchor `h_t^cot` of segment `t` is the final hidden state at the segment's
+last token. Anchors are computed once and never trained through.
 """
 
 import hashlib
@@ -71,22 +71,13 @@ class AnchorStore:
         return np.asarray(self.vectors[self.index[self.offsets[1:] - 1]], dtype=np.float32)
 
     def save(self, folder: str | Path, vectors: bool = True) -> None:
-        """
-        Write `vectors.npy`, `index.npy`, `offsets.npy` and, last, `anchors.json` with their hashes.
-
-        Args:
-            folder (`str` or `Path`):
-                Folder, created if missing.
-            vectors (`bool`, *optional*, defaults to `True`):
-                Whether to write the vectors; `False` if they already are in `vectors.npy`.
-        """
+        """Write the arrays (`vectors=False`: they are in `vectors.npy` already) and, last, `anchors.json`."""
         folder = Path(folder)
         (folder / "anchors.json").unlink(missing_ok=True)
         for name in ARRAYS if vectors else ARRAYS[1:]:
             with atomic_file(folder / f"{name}.npy") as temporary:
                 np.save(temporary, getattr(self, name), allow_pickle=False)
         metadata = {"checkpoint_hash": self.checkpoint_hash, "inputs_hash": self.inputs_hash}
-        metadata |= {"num_samples": len(self), "num_vectors": len(self.vectors), "hidden_size": self.vectors.shape[1]}
         write_json(folder / "anchors.json", metadata | {"sha256": _array_hashes(folder)})
 
     @classmethod
@@ -99,9 +90,6 @@ class AnchorStore:
                 Folder that [`~AnchorStore.save`] or [`encode_anchors`] wrote.
             checkpoint_hash (`str`):
                 [`checkpoint_hash`] of the current stage-1 model.
-
-        Returns:
-            [`AnchorStore`]: the store.
 
         Raises:
             `FileNotFoundError`: if the folder has no store, or an incomplete one.
@@ -116,20 +104,19 @@ class AnchorStore:
                 f"{folder}: the anchors are stale. They were made by checkpoint {metadata['checkpoint_hash'][:12]}, "
                 f"expected {checkpoint_hash[:12]}. Encode them again with the current stage-1 checkpoint."
             )
-        hashes = _array_hashes(folder)
-        for name in ARRAYS:
-            if metadata.get("sha256", {}).get(name) != hashes[name]:
+        for name, digest in _array_hashes(folder).items():
+            if metadata.get("sha256", {}).get(name) != digest:
                 raise ValueError(
-                    f"{folder}: {name}.npy is not the file that anchors.json describes. Delete the folder and encode the "
-                    "anchors again."
+                    f"{folder / name}.npy is not the file that anchors.json describes. Delete the folder and encode "
+                    "the anchors again."
                 )
         arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
         return cls(**arrays, checkpoint_hash=checkpoint_hash, inputs_hash=metadata["inputs_hash"])
 
 
 def _array_hashes(folder: Path) -> dict[str, str | None]:
-    paths = {name: folder / f"{name}.npy" for name in ARRAYS}
-    return {name: file_hash(path) if path.exists() else None for name, path in paths.items()}
+    paths = [folder / f"{name}.npy" for name in ARRAYS]
+    return {path.stem: file_hash(path) if path.exists() else None for path in paths}
 
 
 def checkpoint_hash(model: nn.Module) -> str:
@@ -163,11 +150,9 @@ def encode_anchors(
     """
     Encode segments with the stage-1 model.
 
-    Each distinct segment is encoded once, sorted by length so that batches hold little padding. Segments are tokenised as
-    plain text: Semantic-ID and control tokens in them stay text.
-
-    With `folder`, the vectors are written in shards. A call that was interrupted continues after the last complete
-    shard; a call with the inputs of a complete store opens it.
+    Each distinct segment is encoded once, sorted by length so that batches hold little padding. Segments are tokenised
+    as plain text: Semantic-ID and control tokens in them stay text. With `folder`, the vectors are written in shards:
+    an interrupted call continues after the last complete one, and a call with equal inputs opens the finished store.
 
     Args:
         model ([`LasarForGenerativeRec`]):
@@ -179,8 +164,8 @@ def encode_anchors(
         folder (`str` or `Path`, *optional*):
             Where the store is written. Defaults to memory only.
         prompts (`list[list[int]]`, *optional*):
-            Token ids of each sample's prompt, from [`LasarProcessor.prompt_ids`]. With them, a segment is encoded after
-            the prompt and the sample's earlier segments. Without them it is encoded alone, as in the paper.
+            Token ids of each sample's prompt, from [`LasarProcessor.prompt_ids`]. With them, a segment is encoded
+            after the prompt and the sample's earlier segments. Without them it is encoded alone, as in the paper.
         batch_size (`int`, *optional*, defaults to `64`):
             Number of sequences per forward pass.
         max_tokens (`int`, *optional*, defaults to `256`):
@@ -192,7 +177,7 @@ def encode_anchors(
         [`AnchorStore`]: anchors of all samples, float32.
 
     Raises:
-        `ValueError`: if a sample has no segments, a segment has no token, or `prompts` has another length than `segments`.
+        `ValueError`: if a sample has no segments, a segment has no token, or `prompts` does not have one per sample.
 
     Example:
 
@@ -244,28 +229,26 @@ class _EncodingPlan:
         if not len(counts) or counts.min() < 1:
             raise ValueError(f"segments: sample {counts.argmin() if len(counts) else 0} has no segments to encode.")
         self.processor, self.max_tokens = processor, max_tokens
+        self.offsets = np.concatenate([[0], np.cumsum(counts)])
 
         # 1. A sequence is (prompt, texts): BOS and one segment, or a prompt and all segments of a sample.
         bos = (processor.tokenizer.bos_token_id,) if processor.add_bos else ()
-
-        def keys():
-            if prompts is None:
-                return ((bos, (text,)) for sample in segments for text in sample)
-            return ((tuple(ids), tuple(sample)) for ids, sample in zip(prompts, segments, strict=True))
+        if prompts is None:
+            keys = [(bos, (text,)) for sample in segments for text in sample]
+        else:
+            keys = [(tuple(ids), tuple(sample)) for ids, sample in zip(prompts, segments, strict=True)]
 
         # 2. Sort by length in characters (a prompt token counts as four), which needs no tokenisation.
-        self.sequences = sorted(dict.fromkeys(keys()), key=lambda key: 4 * len(key[0]) + sum(map(len, key[1])))
-        sizes = np.fromiter((len(texts) for _, texts in self.sequences), dtype=np.int64)
+        self.sequences = sorted(dict.fromkeys(keys), key=lambda key: 4 * len(key[0]) + sum(map(len, key[1])))
+        sizes = np.array([len(texts) for _, texts in self.sequences])
         self.num_vectors = int(sizes.sum())
         self.first = np.cumsum(sizes) - sizes  # index of the first anchor of each sequence
 
         # 3. Index of each segment's anchor. Without prompts a sequence has one anchor, with prompts one per segment.
         position = {key: number for number, key in enumerate(self.sequences)}
-        first = self.first[np.fromiter((position[key] for key in keys()), dtype=np.int64)]
-        self.offsets = np.concatenate([[0], np.cumsum(counts)])
+        self.index = self.first[[position[key] for key in keys]]
         if prompts is not None:
-            first = np.repeat(first - self.offsets[:-1], counts) + np.arange(self.offsets[-1])
-        self.index = first
+            self.index = np.repeat(self.index - self.offsets[:-1], counts) + np.arange(self.offsets[-1])
 
     def hash(self, checkpoint_hash: str, batch_size: int) -> str:
         """Hash of everything that determines the vectors; the batch size does, since padding affects rounding."""
@@ -278,7 +261,7 @@ class _EncodingPlan:
     def batch(self, start: int, stop: int) -> tuple[list[list[int]], list[tuple[int, int]]]:
         """Token ids of some sequences, and `(sequence, position)` of each of their anchors."""
         sequences = self.sequences[start:stop]
-        # Behind a prompt or another segment, a segment starts with a space as in running text.
+        # After another segment, a segment starts with a space as in running text.
         texts = [" " + text if number else text for _, texts in sequences for number, text in enumerate(texts)]
         token_ids = zip(texts, self.processor.text_ids(texts), strict=True)
         ids, anchors = [], []

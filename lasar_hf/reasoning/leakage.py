@@ -88,7 +88,7 @@ def remove_name(text: str, name: str) -> str:
 
 
 def _remove_first(words: list[str], name: str) -> list[str]:
-    """Words without the first occurrence of a normalised name. If it ended a sentence, the sentence still ends there."""
+    """Words without the first occurrence of a normalised name; a sentence that ended with it still ends there."""
     # One written word can be several normalised ones, so each normalised word keeps the index of its written word.
     parts = [(part, index) for index, word in enumerate(words) for part in normalize_words(word).split()]
     size = len(name.split())

@@ -44,12 +44,12 @@ TASK = (
 )
 MAX_FIELD_LENGTH = 300  # characters of a title, description, … in a prompt
 IDENTIFYING_WORDS = 6  # first words of a description that identify an item without a title
-MAX_REPLY_BYTES, MAX_TOKEN_COUNT = 4 * 2**20, 10**9  # a reply or a token count above these is not believed
-TEMPORARY_STATUS = {408, 409, 425, 429}  # and all from 500
+MAX_REPLY_BYTES, MAX_TOKEN_COUNT = 4 * 2**20, 10**9  # larger replies and token counts are not accepted
+TEMPORARY_STATUS = {408, 409, 425, 429}  # and 500 or above
 REJECTED_REQUEST_STATUS = {400, 413, 422}  # too long or filtered: another request may pass
 MIN_KEY_LENGTH = 8  # shorter ones are placeholders such as "EMPTY", which an answer may contain
-MAX_REJECTED_REQUESTS = 20  # given up before any answer was accepted: the endpoint or model is the wrong one
-MAX_CONSECUTIVE_FAILURES = 8  # requests without an answer, one after the other: more, and the endpoint is down
+MAX_REJECTED_REQUESTS = 20  # given up before any answer was accepted: wrong endpoint or model
+MAX_CONSECUTIVE_FAILURES = 8  # requests in a row without an answer: with more, the endpoint is down
 _THINKING = re.compile(r"^\s*<think>.*?</think>", re.DOTALL)
 
 
@@ -92,9 +92,10 @@ class OpenAITeacher:
         max_answers (`int`, *optional*, defaults to `3`):
             Number of answers to a request before it is given up.
         max_retries (`int`, *optional*, defaults to `10`):
-            Number of retries over a busy or broken connection; 10 take about a minute. A request that is never answered
-            is left to the fallback, and asked again by a later run. The run stops if the endpoint is down: it cannot be
-            reached, has never given a good answer, or fails to answer more than `max(concurrency, 8)` requests in a row.
+            Number of retries over a busy or broken connection; 10 take about a minute. A request without an answer is
+            left to the fallback, and asked again by a later run. The run stops if the endpoint is down: it cannot be
+            reached, has never given a good answer, or leaves more than `max(concurrency, 8)` requests in a row
+            without one.
         timeout (`float`, *optional*, defaults to `120.0`):
             Seconds that the endpoint may be silent.
         max_tokens (`int`, *optional*, defaults to `1024`):
@@ -139,10 +140,11 @@ class OpenAITeacher:
         max_history: int = 20,
         prices: tuple[float, float] | None = None,
     ):
-        at_least = {"concurrency": (concurrency, 1), "max_answers": (max_answers, 1), "max_retries": (max_retries, 0)}
-        for name, (value, least) in at_least.items():
-            if value < least:
-                raise ValueError(f"{name} is {value}; expected at least {least}.")
+        for name, value in {"concurrency": concurrency, "max_answers": max_answers}.items():
+            if value < 1:
+                raise ValueError(f"{name} is {value}; expected at least 1.")
+        if max_retries < 0:
+            raise ValueError(f"max_retries is {max_retries}; expected at least 0.")
         if "@" in urlsplit(base_url).netloc:
             raise ValueError(f"base_url contains a user name or password. Set the variable {API_KEY} instead.")
         if not base_url.startswith(("http://", "https://")):
@@ -157,14 +159,8 @@ class OpenAITeacher:
 
     def chains_of_thought(self, samples: Dataset) -> list[str]:
         """
-        Write the chain of each sample. Cannot be called inside a running event loop.
-
-        Args:
-            samples (`Dataset`):
-                From [`samples`]: columns `history` and `target`.
-
-        Returns:
-            `list[str]`: one chain per sample, in order.
+        The chain of each sample of a table with the columns `history` and `target`, from [`samples`]. Cannot be called
+        inside a running event loop.
 
         Raises:
             `ConnectionError`: if the endpoint is down (see `max_retries`), or 20 requests were given up and no good
@@ -206,8 +202,8 @@ class _Run:
     def __init__(self, teacher: OpenAITeacher, log: "AnswerLog", bar: tqdm):
         self.teacher, self.log, self.bar = teacher, log, bar
         self.started: set[str] = set()
-        self.num_rejected = 0  # requests that were asked in this run, and whose answers were all rejected
-        self.unanswered: list[str] = []  # keys without an answer in all tries, since the last answer to any request
+        self.num_rejected = 0  # requests of this run whose answers were all rejected
+        self.unanswered: list[str] = []  # keys of requests that failed after the last answer to any request
         self.cost = 0.0
         self.api_key = os.environ.get(API_KEY, "")
         if not (self.api_key.isascii() and self.api_key.isprintable()):
@@ -343,23 +339,15 @@ class AnswerLog:
         path (`str` or `Path`):
             The JSON-lines file; created with its folder if missing.
 
-    Attributes:
-        chains (`dict[str, str]`):
-            Accepted answer of each request, by the hash of the request.
-        rejections (`dict[str, list[str]]`):
-            Why answers to a request were rejected, in order.
-        prompt_tokens, completion_tokens (`Counter`):
-            Tokens of all answers to a request, as counted by the endpoint.
-
     Raises:
         `ValueError`: if a line is not an answer; the message names the file and the line.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self.chains: dict[str, str] = {}
-        self.rejections: dict[str, list[str]] = defaultdict(list)
-        self.prompt_tokens, self.completion_tokens = Counter(), Counter()
+        self.chains: dict[str, str] = {}  # accepted answer by key, the hash of the request
+        self.rejections: dict[str, list[str]] = defaultdict(list)  # reasons by key, in order
+        self.prompt_tokens, self.completion_tokens = Counter(), Counter()  # of all answers by key
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self.path.open("a+b")
         self._file.seek(0)
@@ -403,11 +391,8 @@ class AnswerLog:
         """[`OpenAITeacher.counts`] of these requests."""
         accepted = sum(key in self.chains for key in keys)
         rejections = Counter(reason for key in keys for reason in self.rejections[key])
-        return {
-            "requests": len(keys),
-            "accepted": accepted,
-            "replaced": len(keys) - accepted,
-            **{f"refused_{reason}": rejections[reason] for reason in REJECTIONS if rejections[reason]},
-            "prompt_tokens": sum(self.prompt_tokens[key] for key in keys),
-            "completion_tokens": sum(self.completion_tokens[key] for key in keys),
-        }
+        counts = {"requests": len(keys), "accepted": accepted, "replaced": len(keys) - accepted}
+        counts |= {f"refused_{reason}": rejections[reason] for reason in REJECTIONS if rejections[reason]}
+        for name in ("prompt_tokens", "completion_tokens"):
+            counts[name] = sum(getattr(self, name)[key] for key in keys)
+        return counts
