@@ -108,7 +108,7 @@ def _raw_batches(table: Table, columns: Sequence[str], names: Sequence[str]) -> 
     path = Path(table)
     suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
     if suffix not in (".csv", ".parquet", ".jsonl", ".ndjson", ".json"):
-        raise ValueError(f"{path}: unknown format; expected .parquet, .csv, .jsonl, .ndjson or .json, or .gz of these.")
+        raise ValueError(f"{path}: unknown format; expected .parquet, .csv, .jsonl, .ndjson or .json (or .gz).")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file.")
     if suffix not in (".csv", ".parquet"):
@@ -134,7 +134,7 @@ def _readable_columns(name: str, existing: Sequence[str], columns: Sequence[str]
 
 def _dataset_batches(table: Dataset | IterableDataset, columns: Sequence[str], names: Sequence[str]):
     existing = table.column_names
-    if existing is None:  # a stream without present features
+    if existing is None:  # a stream whose features are not known
         existing = list(next(iter(table), {}))
     present = _readable_columns(table_name(table), existing, columns, names)
     for batch in table.select_columns(present).with_format(None).iter(BATCH_SIZE):
