@@ -151,7 +151,7 @@ def _run(folder: Path, step: Step, fingerprint: str) -> None:
     scratch = folder / f".{step.name}.partial"
     scratch.mkdir()
     step.run(scratch)
-    # Files are moved after folders and deleted before them: `prepared.json` exists only while the folders are complete.
+    # Files are moved after folders and deleted before them, so `prepared.json` exists only while the folders do.
     outputs = [path.name for path in sorted(scratch.iterdir(), key=lambda path: (path.is_file(), path.name))]
     path = folder / MARKS / f"{step.name}.json"
     write_json(path, {"fingerprint": None, "outputs": outputs})

@@ -8,7 +8,7 @@ Your own interactions, a CSV file with three columns:
     python recipes/prepare.py --output_dir outputs/mine/data --tokenizer_size 2000 --source table --source_args \
         '{"interactions":"ratings.csv","user_column":"user","item_column":"item","time_column":"time"}'
 
-Each step writes its files to `output_dir` and a mark to `steps/`. A second run repeats only those steps whose arguments
+Each step writes its files to `output_dir` and a mark to `steps/`. A second run repeats only the steps whose arguments
 or input files changed, and the steps that read their files; a killed run resumes. Training reads the folder with
 `lasar_hf.data.PreparedData`; `recipes/add_items.py` also reads `item_encoder/` and `quantizer/`.
 """
@@ -39,6 +39,7 @@ from lasar_hf.data import (
 )
 from lasar_hf.data.prepared_data import load_interactions, save_interactions
 from lasar_hf.data.readers import source_settings
+from lasar_hf.data.splits import PARTS
 from lasar_hf.files import file_hash, read_json, write_json
 from lasar_hf.model.configuration_lasar import check_sizes
 from lasar_hf.reasoning import Segmenter, TemplateTeacher
@@ -58,7 +59,6 @@ from lasar_hf.steps import Step, run_steps
 
 logger = logging.getLogger(__name__)
 
-PARTS = ("train", "validation", "test")
 BATCH_SIZE = 65_536  # samples whose texts are in memory at a time
 
 
@@ -76,20 +76,18 @@ class PrepareArguments:
     source_args: dict | str | None = field(
         default=None, metadata={"help": 'Arguments of the source, such as {"interactions": "ratings.csv"}.'}
     )
-    steps: list[str] | None = field(default=None, metadata={"help": "Steps to run; all if not given."})
+    steps: list[str] | None = field(default=None, metadata={"help": "Steps to run; all by default."})
     split: str = field(
         default="leave_one_out", metadata={"help": "How to split.", "choices": ["leave_one_out", "global_time"]}
     )
     validation_share: float = field(default=0.1, metadata={"help": "global_time: share of the validation part."})
     test_share: float = field(default=0.1, metadata={"help": "global_time: share of the test part."})
-    index: str | None = field(
-        default=None, metadata={"help": "Ready-made Semantic IDs (.index.json); built if not given."}
-    )
+    index: str | None = field(default=None, metadata={"help": "Ready-made Semantic IDs (.index.json), if any."})
     allow_collisions: bool = field(default=False, metadata={"help": "index: items may share a Semantic ID."})
     num_sid_levels: int = field(default=4, metadata={"help": "Number of codes per Semantic ID."})
     codebook_size: int = field(default=256, metadata={"help": "Number of codes per level."})
     embedding_model: str | None = field(
-        default=None, metadata={"help": "sentence-transformers model for item text; TF-IDF and SVD if not given."}
+        default=None, metadata={"help": "sentence-transformers model for item text; TF-IDF and SVD by default."}
     )
     text_dim: int = field(default=128, metadata={"help": "Width of the TF-IDF vectors."})
     collaborative_dim: int = field(
@@ -106,7 +104,7 @@ class PrepareArguments:
     teacher_concurrency: int = field(default=16, metadata={"help": "openai: number of concurrent requests."})
     max_latent_steps: int = field(default=8, metadata={"help": "Maximum number of segments of a chain of thought."})
     segment_model: str | None = field(
-        default=None, metadata={"help": "sentence-transformers model for segmentation; TF-IDF if not given."}
+        default=None, metadata={"help": "sentence-transformers model for segmentation; TF-IDF by default."}
     )
     tokenizer_size: int | None = field(
         default=None, metadata={"help": "Size of a BPE tokenizer to fit, for a backbone trained from scratch."}
@@ -314,7 +312,7 @@ def prepare_steps(args: PrepareArguments) -> list[Step]:
     def values(*names: str) -> dict[str, object]:
         return {name: getattr(args, name) for name in names}
 
-    split = values("split")
+    source, split = source_settings(args.source, args.source_args), values("split")
     if args.split == "global_time":
         split = values("split", "validation_share", "test_share")
     embeddings = values("embedding_model", "seed") | ({} if args.embedding_model else values("text_dim"))
@@ -326,22 +324,22 @@ def prepare_steps(args: PrepareArguments) -> list[Step]:
     if args.teacher == "openai":
         chains |= values("teacher_model")
     segments = values("max_latent_steps", "segment_model")
+    tokenizer = values("tokenizer_size", "instruction")
     return [
-        Step("interactions", partial(write_interactions, args), source_settings(args.source, args.source_args) | split),
+        Step("interactions", partial(write_interactions, args), source | split),
         Step("embeddings", partial(write_embeddings, args), embeddings, ("interactions",)),
         Step("semantic_ids", partial(write_semantic_ids, args), semantic_ids, ("interactions", "embeddings")),
         Step("chains", partial(write_chains, args), chains, ("interactions",)),
         Step("segments", partial(write_segments, args), segments, ("chains",)),
+        Step("tokenizer", partial(write_tokenizer, args), tokenizer, ("interactions", "segments")),
         Step(
-            "tokenizer", partial(write_tokenizer, args), values("tokenizer_size", "instruction"),
-            ("interactions", "segments"),
-        ),
-        Step(
-            "samples", partial(write_samples, args), values("targets", "max_history", "codebook_size"),
+            "samples",
+            partial(write_samples, args),
+            values("targets", "max_history", "codebook_size"),
             ("interactions", "semantic_ids", "chains", "segments"),
         ),
         Step("card", partial(write_card, args), card_settings(args), ("samples", "tokenizer")),
-    ]  # fmt: skip
+    ]
 
 
 def prepare(args: PrepareArguments) -> list[str]:

@@ -1,4 +1,4 @@
-"""The preparation as a whole: what a folder holds, nothing done twice, killed runs, and every source."""
+"""The preparation as a whole: the files of a folder, which steps run again, killed runs, and every source."""
 
 import gzip
 import json
@@ -16,33 +16,30 @@ import types
 import huggingface_hub
 import numpy as np
 import pytest
-from datasets import Value
 
-from lasar_hf import SidCatalog, preparation
+from lasar_hf import SidCatalog
 from lasar_hf.data import (
     Interactions,
     PreparedData,
     Split,
-    TimeSplit,
     alignment_examples,
     grpo_examples,
     history_examples,
-    load_interactions,
-    load_split,
-    load_texts,
     reasoning_examples,
-    save_interactions,
-    save_split,
-    save_texts,
     sft_examples,
     toy_shop,
 )
+from lasar_hf.data.prepared_data import load_interactions, save_interactions
 from lasar_hf.model.configuration_lasar import sid_token
 from lasar_hf.reasoning import TemplateTeacher, segment
 from lasar_hf.reasoning.segments import split_sentences
 from lasar_hf.semantic_ids import ItemEncoder, format_report, item_text
-from tests.preparing import ALL, RECIPE, files, processor_of, run
+from tests.preparing import ALL, RECIPE, SHOP, files, processor_of, recipe, run
 from tests.teacher_endpoint import GOOD, answer
+
+
+COLUMNS = {"user_column": "user", "item_column": "item", "time_column": "time"}  # of `ratings`
+FROM_CHAINS = ["chains", "segments", "tokenizer", "samples", "card"]
 
 
 @pytest.fixture(scope="module")
@@ -52,58 +49,107 @@ def toy(tmp_path_factory):
     return folder
 
 
-def test_what_lies_in_the_folder(toy):
-    names = {path.name for path in toy.iterdir() if not path.name.endswith((".npy", ".arrow"))}
-    assert names == {
-        "catalog", "chains.json", "data_card.json", "interactions", "item_encoder", "items", "prepared.json",
-        "quantizer", "samples", "semantic_ids.json", "split", "steps", "tokenizer",
+def ratings(folder, users=40, items=25, seed=0):
+    """A CSV file with three columns, not sorted by time."""
+    rng = np.random.default_rng(seed)
+    lines = [
+        f"u{user},{(user + 3 * step) % items},{int(rng.integers(1000))}" for user in range(users) for step in range(8)
+    ]
+    path = folder / "ratings.csv"
+    path.write_text("\n".join(["user,item,time", *rng.permutation(lines)]) + "\n")
+    return path
+
+
+def read_json(path):
+    return json.loads(path.read_text())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def test_the_folder_holds_one_layout(toy):
+    assert {path.name for path in toy.iterdir()} == {
+        "catalog", "chains.arrow", "chains.json", "data_card.json", "embeddings.npy", "interactions.json",
+        "item_encoder", "items", "prepared.json", "quantizer", "samples", "segments.arrow", "semantic_ids.json",
+        "steps", "tokenizer", "users",
     }  # fmt: skip
-    views = json.loads((toy / "semantic_ids.json").read_text())["views"]
-    assert views == {"text": {"width": 8, "weight": 1.0}, "co-occurrence": {"width": 4, "weight": 1.0}}
+
+
+def test_the_catalogue_has_distinct_semantic_ids_and_titles(toy):
+    catalog, shop = PreparedData.load(toy).catalog, toy_shop(30, 48)
+    assert catalog.codes.shape == (48, 4)
+    assert len(np.unique(catalog.codes.numpy(), axis=0)) == 48
+    assert catalog.item_ids == shop.item_ids
+    assert catalog.titles == [item["title"] for item in shop.items]
+
+
+def test_the_interactions_come_back(toy):
     data, shop = PreparedData.load(toy), toy_shop(30, 48)
-    assert data.codebook_size == 8 and data.codes.shape == (48, 4) and len(np.unique(data.codes, axis=0)) == 48
-    assert np.array_equal(SidCatalog.from_pretrained(toy / "catalog").codes.numpy(), data.codes)
     assert data.interactions == Interactions(shop.item_ids, shop.items, shop.user_ids, shop.histories)
     assert data.split.train == [history[:-2] for history in shop.histories]
-    train = data.samples["train"]
+
+
+def test_training_samples_have_chains_and_segments(toy):
+    train = PreparedData.load(toy).samples["train"]
     assert train.column_names == ["user_id", "history", "target", "chain_of_thought", "segments"]
     assert [" ".join(parts) for parts in train["segments"]] == list(train["chain_of_thought"])
 
 
-def test_the_card(toy):
-    card, train = json.loads((toy / "data_card.json").read_text()), PreparedData.load(toy).samples["train"]
-    assert card["arguments"]["seed"] == 0 and card["arguments"]["source"] == "toy"
-    assert card["counts"]["users"] == 30 and card["counts"]["train_samples"] == len(train)
-    assert card["data"]["split"]["kind"] == "leave-one-out" and "no times" in card["data"]["order"]
+def test_the_views_of_the_semantic_ids_are_stored(toy):
+    views = read_json(toy / "semantic_ids.json")["views"]
+    assert views == {"text": {"width": 8, "weight": 1.0}, "co-occurrence": {"width": 4, "weight": 1.0}}
+
+
+def test_the_card_holds_arguments_and_counts(toy):
+    card, train = read_json(toy / "data_card.json"), PreparedData.load(toy).samples["train"]
+    assert (card["arguments"]["seed"], card["arguments"]["source"]) == (0, "toy")
+    assert (card["counts"]["users"], card["counts"]["train_samples"]) == (30, len(train))
+    assert card["data"]["split"]["kind"] == "leave-one-out"
     assert card["semantic_ids"]["collisions"] == 0
-    assert card["chains"] == {"teacher": "template", "requests": card["counts"]["train_samples"]}
-    assert str(toy) not in json.dumps(card)  # a folder that moves stays the same
+    assert card["chains"] == {"teacher": "template", "requests": len(train)}
 
 
-def test_counts_and_the_quality_of_the_semantic_ids_are_shown(tmp_path, caplog):
+def test_the_card_does_not_depend_on_the_folder(toy):
+    assert str(toy) not in json.dumps(read_json(toy / "data_card.json"))
+
+
+@pytest.mark.filterwarnings("ignore:No item has text")
+def test_counts_and_quality_are_logged(tmp_path, caplog):
     caplog.set_level("INFO")
-    columns = {"user_column": "user", "item_column": "item", "time_column": "time"}
-    with pytest.warns(UserWarning, match="no text"):
-        run(tmp_path / "out", "table", interactions=[str(ratings(tmp_path))], **columns)
-    assert "40 users, 25 items, 320 interactions, 320 rows read, 0 repeats dropped, 0 below core" in caplog.text
-    assert format_report(json.loads((tmp_path / "out" / "semantic_ids.json").read_text())) in caplog.text
-    assert "25 items, 320 interactions, 200 train samples, 40 validation samples, 40 test samples" in caplog.text
+    run(tmp_path / "out", "table", COLUMNS | {"interactions": str(ratings(tmp_path))})
+    assert "40 users, 25 items, 320 interactions, 320 rows read" in caplog.text
+    assert format_report(read_json(tmp_path / "out" / "semantic_ids.json")) in caplog.text
+    assert "200 train samples, 40 validation samples, 40 test samples" in caplog.text
 
 
-def test_balanced_semantic_ids(toy, tmp_path):
-    assert run(shutil.copytree(toy, tmp_path / "b"), balanced=True) == ["semantic_ids", "samples", "card"]
-    first_codes = PreparedData.load(tmp_path / "b").codes[:, 0]
-    assert np.bincount(first_codes).tolist() == [6] * 8  # 48 items on 8 codes
-
-
-def test_the_tokenizer_knows_the_words_of_every_row(toy, tmp_path):
+def test_the_tokenizer_knows_all_words(toy, tmp_path):
     folder = shutil.copytree(toy, tmp_path / "large")
     run(folder, tokenizer_size=4000, instruction="Fetch whatever comes next, please.")
     tokenizer = processor_of(folder, PreparedData.load(folder)).tokenizer
     chain = PreparedData.load(folder).samples["train"]["segments"][0][0]
     for text in ("Fetch whatever comes next, please.", "Which item has this title?", chain):
         tokens = tokenizer(text, add_special_tokens=False).input_ids
-        assert len(tokens) == len(re.findall(r" ?\w+| ?[^\w\s]+", text)), text  # every word in one piece
+        assert len(tokens) == len(re.findall(r" ?\w+| ?[^\w\s]+", text)), text  # one token per word
+
+
+@pytest.mark.parametrize(
+    "split",
+    [
+        Split(["u", "v"], [[0, 1], [2]], [[2], [0]], [[0], [1]], 4),
+        Split(["u", "v"], [[0], []], [[], [1]], [[2], []], validation_from=1.0, test_from=2.5),
+    ],
+    ids=["leave one out", "global time"],
+)
+def test_items_and_split_come_back(tmp_path, split):
+    histories = [[*a, *b, *c] for a, b, c in zip(split.train, split.validation, split.test, strict=True)]
+    shop = Interactions(["a", "b", "c"], [{"title": "x"}, {}, {"asin": "B0"}], ["u", "v"], histories)
+    save_interactions(shop, split, tmp_path)
+    assert load_interactions(tmp_path) == (shop, split)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Steps
 
 
 @pytest.mark.parametrize(
@@ -114,49 +160,73 @@ def test_the_tokenizer_knows_the_words_of_every_row(toy, tmp_path):
         ({"tokenizer_size": 280}, ["tokenizer", "card"]),
         ({"collaborative_weight": 2.0}, ["semantic_ids", "samples", "card"]),
         ({"text_dim": 9}, ["embeddings", "semantic_ids", "samples", "card"]),
-        ({"toy_users": 31}, ALL),
-        ({"k_core": 3, "user_column": "u"}, ["card"]),  # nothing that the toy shop uses
-        ({"validation_share": 0.2, "teacher_model": "other"}, ["card"]),  # nor leave-one-out, nor the template teacher
-        ({"max_history": 4}, ["chains", "segments", "tokenizer", "samples", "card"]),
+        ({"source_args": SHOP | {"num_users": 31}}, ALL),
+        ({"validation_share": 0.2, "teacher_model": "other"}, ["card"]),  # no effect on this split and teacher
+        ({"max_history": 4}, FROM_CHAINS),
     ],
 )
-def test_what_changed_runs_again_and_gives_what_a_fresh_run_gives(toy, tmp_path, change, steps):
+def test_changed_steps_give_the_files_of_a_new_run(toy, tmp_path, change, steps):
     shutil.copytree(toy, tmp_path / "again")
     assert run(tmp_path / "again", **change) == steps
-    run(tmp_path / "fresh", **change)
-    assert files(tmp_path / "again") == files(tmp_path / "fresh")
+    run(tmp_path / "new", **change)
+    assert files(tmp_path / "again") == files(tmp_path / "new")
 
 
-def test_one_step(tmp_path):
-    assert run(tmp_path, steps=["interactions", "split"]) == ["interactions", "split"]
-    with pytest.raises(FileNotFoundError, match="holds no complete prepared data"):
+def test_one_step_runs_alone(tmp_path):
+    assert run(tmp_path, steps=["interactions", "embeddings"]) == ["interactions", "embeddings"]
+    with pytest.raises(FileNotFoundError, match="output_dir"):
         PreparedData.load(tmp_path)
-    with pytest.raises(ValueError, match="step 'segments' reads 'chains'"):
-        run(tmp_path, steps=["segments"])
     assert run(tmp_path) == ALL[2:]
 
 
+@pytest.mark.filterwarnings("ignore:No item has text")
+def test_a_changed_file_is_read_again(tmp_path):
+    path = ratings(tmp_path)
+    run(tmp_path / "out", "table", COLUMNS | {"interactions": str(path)})
+    path.rename(tmp_path / "moved.csv")
+    moved = COLUMNS | {"interactions": str(tmp_path / "moved.csv")}
+    assert run(tmp_path / "out", "table", moved) == ["card"]  # the card names the file
+    with (tmp_path / "moved.csv").open("a") as file:
+        file.write("u0,24,2000\n")
+    assert run(tmp_path / "out", "table", moved) == ALL
+
+
+def test_small_batches_write_the_same_files(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(recipe, "BATCH_SIZE", 5)
+    sizes = []
+    write = TemplateTeacher.chains_of_thought
+    monkeypatch.setattr(
+        TemplateTeacher, "chains_of_thought", lambda self, part: sizes.append(len(part)) or write(self, part)
+    )
+    run(tmp_path)
+    assert max(sizes) == 5
+    for name in ("tokenizer/tokenizer.json", "data_card.json"):
+        assert (tmp_path / name).read_bytes() == (toy / name).read_bytes()
+    small, large = (PreparedData.load(folder).samples["train"].to_list() for folder in (tmp_path, toy))
+    assert small == large
+
+
 @pytest.mark.slow
-def test_killed_ten_times_the_files_are_those_of_a_calm_run(tmp_path):
-    """kill -9 at random moments after the first step; each run that ends is compared, then all starts anew."""
+def test_killed_runs_resume_to_the_same_files(tmp_path):
+    """kill -9 at random moments after the first step; after each complete run a new folder starts."""
     command = [sys.executable, str(RECIPE), "--source", "toy", "--output_dir", "data", "--tokenizer_size", "400"]
-    environment = os.environ | {"PYTHONPATH": str(RECIPE.parents[1])}
+    environment = os.environ | {"PYTHONPATH": str(RECIPE.parents[1]), "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
 
     def start(folder):
         folder.mkdir(exist_ok=True)
         return subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, env=environment, text=True)
 
-    calm = start(tmp_path / "calm")
-    calm.stderr.readline()
+    undisturbed = start(tmp_path / "undisturbed")
+    undisturbed.stderr.readline()
     begin = time.perf_counter()
-    calm.stderr.read()
+    undisturbed.stderr.read()
     duration = time.perf_counter() - begin
-    assert calm.wait() == 0
-    expected = files(tmp_path / "calm")
+    assert undisturbed.wait() == 0
+    expected = files(tmp_path / "undisturbed")
     rng, kills, attempt = random.Random(0), 0, 0
     while kills < 10 or files(tmp_path / str(attempt)) != expected:
         process = start(tmp_path / str(attempt))
-        process.stderr.readline()  # the first step has been looked at
+        process.stderr.readline()  # the first step has started
         if kills < 10:
             time.sleep(rng.uniform(0, duration))
             process.send_signal(signal.SIGKILL)
@@ -169,84 +239,70 @@ def test_killed_ten_times_the_files_are_those_of_a_calm_run(tmp_path):
         attempt += kills < 10
 
 
-def ratings(folder, users=40, items=25, seed=0):
-    """A file of three columns in an order that is not that of time."""
-    rng = np.random.default_rng(seed)
-    lines = [
-        f"u{user},{(user + 3 * step) % items},{int(rng.integers(1000))}" for user in range(users) for step in range(8)
-    ]
-    path = folder / "ratings.csv"
-    path.write_text("\n".join(["user,item,time", *rng.permutation(lines)]) + "\n")
-    return path
+# ---------------------------------------------------------------------------------------------------------------------
+# Sources and options
 
 
-def test_three_columns_become_training_rows(tmp_path):
-    """The documented command, as a user types it."""
-    ratings(tmp_path)
-    said = re.search(r"python (recipes/prepare\.py --output_dir outputs/mine/data .*?)\n\n", RECIPE.read_text(), re.S)
-    words = said[1].replace("\\\n", " ").split()
-    words[0] = str(RECIPE)
+@pytest.fixture(scope="module")
+def documented(tmp_path_factory):
+    """The folder that the command in the recipe's docstring writes, and what the command printed."""
+    folder = tmp_path_factory.mktemp("documented")
+    ratings(folder)
+    documentation = RECIPE.read_text()
+    command = re.search(r"python (recipes/prepare\.py --output_dir outputs/mine/data .*?)\n\n", documentation, re.S)
+    script = f"{sys.executable} {command[1]}".replace("recipes/prepare.py", str(RECIPE))
     done = subprocess.run(
-        [sys.executable, *words], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(RECIPE.parents[1])},
-        capture_output=True, text=True,
+        script, shell=True, cwd=folder, env=os.environ | {"PYTHONPATH": str(RECIPE.parents[1])}, capture_output=True,
+        text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "no item has text" in done.stderr
-    folder = tmp_path / "outputs" / "mine" / "data"
-    data = PreparedData.load(folder)
-    assert sorted(data.item_ids, key=int) == [str(item) for item in range(25)] and len(data.split.user_ids) == 40
-    processor = processor_of(folder, data)
-    train = data.samples["train"]
+    return folder / "outputs" / "mine" / "data", done.stderr
+
+
+def test_the_documented_command_reads_three_columns(documented):
+    data = PreparedData.load(documented[0])
+    assert data.catalog.item_ids == [str(item) for item in range(25)]
+    assert len(data.split.user_ids) == 40
+    assert "No item has text" in documented[1]
+
+
+def test_three_columns_become_examples_of_all_stages(documented):
+    data = PreparedData.load(documented[0])
+    processor, train = processor_of(documented[0], data), data.samples["train"]
     depths = [len(parts) for parts in train["segments"]]
-    tables = (
-        sft_examples(train, processor),
-        history_examples(data.split, processor),
-        reasoning_examples(train, processor, depths),
-    )
-    for rows in tables:
-        assert len(rows) and all(len(row["labels"]) == len(row["input_ids"]) for row in rows)
+    assert len(sft_examples(train, processor)) == len(train)
+    assert len(history_examples(data.split, processor)) == 40
+    assert len(reasoning_examples(train, processor, depths)) == len(train)
     assert len(grpo_examples(train, processor)) == len(train)
-    assert len(alignment_examples(data.interactions, data.split, processor)) == 0  # there is no text to align with
-    card = json.loads((folder / "data_card.json").read_text())
-    assert "by time" in card["data"]["order"] and card["data"]["reader"]["rows_read"] == 320
+    assert len(alignment_examples(data.interactions, data.split, processor)) == 0  # there is no text
 
 
-def test_a_file_that_changes_is_read_again(tmp_path):
+def test_the_card_describes_the_reader(documented):
+    data = read_json(documented[0] / "data_card.json")["data"]
+    assert "by time" in data["order"]
+    assert data["reader"]["rows_read"] == 320
+
+
+@pytest.mark.filterwarnings("ignore:No item has text")
+def test_global_time_keeps_later_items_out(tmp_path):
     path = ratings(tmp_path)
-    columns = {"user_column": "user", "item_column": "item", "time_column": "time", "interactions": [str(path)]}
-    with pytest.warns(UserWarning, match="no item has text"):
-        run(tmp_path / "out", "table", **columns)
-    path.rename(tmp_path / "moved.csv")
-    again = columns | {"interactions": [str(tmp_path / "moved.csv")]}
-    assert run(tmp_path / "out", "table", **again) == ["card"]
-    with (tmp_path / "moved.csv").open("a") as file:
-        file.write("u0,24,2000\n")
-    with pytest.warns(UserWarning, match="no item has text"):
-        assert run(tmp_path / "out", "table", **again) == ALL
-
-
-def test_global_time(tmp_path):
-    path = ratings(tmp_path)
-    columns = {"user_column": "user", "item_column": "item", "time_column": "time", "interactions": [str(path)]}
-    with pytest.warns(UserWarning):
-        run(tmp_path / "out", "table", split="global_time", **columns)
+    source_args = COLUMNS | {"interactions": str(path)}
+    run(tmp_path / "out", "table", source_args, split="global_time")
     data = PreparedData.load(tmp_path / "out")
-    assert isinstance(data.split, TimeSplit)
     time_of = {}
     for line in path.read_text().splitlines()[1:]:
         user, item, moment = line.split(",")
         time_of[user, item] = min(int(moment), time_of.get((user, item), 10**9))
     first, second = data.split.validation_from, data.split.test_from
-    points = {"train": (-1, first), "validation": (first, second), "test": (second, 10**9)}
-    for name, (begin, end) in points.items():
-        assert len(data.samples[name])
-        for row in data.samples[name]:
-            moment = time_of[row["user_id"], data.item_ids[row["target"]]]
+    limits = {"train": (-1, first), "validation": (first, second), "test": (second, 10**9)}
+    for part, (begin, end) in limits.items():
+        assert len(data.samples[part])
+        for row in data.samples[part]:
+            moment = time_of[row["user_id"], data.catalog.item_ids[row["target"]]]
             assert begin <= moment < end
-            assert all(time_of[row["user_id"], data.item_ids[item]] <= moment for item in row["history"])
+            assert all(time_of[row["user_id"], data.catalog.item_ids[item]] <= moment for item in row["history"])
     assert data.interactions.num_interactions == 320
-    assert json.loads((tmp_path / "out" / "data_card.json").read_text())["data"]["split"]["kind"] == "global time"
-    assert run(tmp_path / "out", "table", **columns) == ["split", *ALL[3:]]  # back to leave-one-out
+    assert run(tmp_path / "out", "table", source_args) == ALL  # back to leave-one-out
 
 
 def amazon_files(folder, version):
@@ -257,201 +313,188 @@ def amazon_files(folder, version):
     paths = folder / "reviews.json.gz", folder / "meta.json.gz"
     for path, rows in zip(paths, (reviews, meta), strict=True):
         path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
-    return [[str(path)] for path in paths]
+    return [str(path) for path in paths]
 
 
 @pytest.mark.parametrize("version", [2018, 2023])
-def test_amazon(tmp_path, version):
+def test_amazon_from_files(tmp_path, version):
     interactions, items = amazon_files(tmp_path, version)
-    with pytest.warns(UserWarning, match="1 of 9 items have no text; they are kept"):
-        run(tmp_path / "out", f"amazon{version}", interactions=interactions, items=items)
+    with pytest.warns(UserWarning, match="1 of 9 items"):
+        run(tmp_path / "out", f"amazon{version}", {"interactions": interactions, "items": items})
     data = PreparedData.load(tmp_path / "out")
-    assert data.items["title"][:2] == ["Tool & part 0", "Tool & part 1"] and data.items["title"][8] == ""
-    assert len(data.items) == 9 and len(data.split.user_ids) == 12
+    assert data.items["title"][:2] == ["Tool & part 0", "Tool & part 1"]
+    assert data.items["title"][8] == ""
+    assert len(data.split.user_ids) == 12
 
 
+@pytest.mark.filterwarnings("ignore:1 of 9 items")
 def test_amazon_from_the_hub(tmp_path, monkeypatch):
-    (interactions,), (items,) = amazon_files(tmp_path, 2023)
-    asked = []
+    interactions, items = amazon_files(tmp_path, 2023)
+    downloads = []
 
     def download(repo, name, *, repo_type, revision):
-        asked.append((repo, name, repo_type, revision))
+        downloads.append((repo, name, repo_type, revision))
         return interactions if "rating_only" in name else items
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    with pytest.warns(UserWarning, match="no text"):
-        run(tmp_path / "out", "amazon2023", category="Tools", revision="abc")
-    assert asked == [
+    run(tmp_path / "out", "amazon2023", {"category": "Tools", "revision": "abc"})
+    assert run(tmp_path / "out", "amazon2023", {"category": "Tools", "revision": "abc"}) == []
+    assert downloads == [
         ("McAuley-Lab/Amazon-Reviews-2023", "benchmark/5core/rating_only/Tools.csv", "dataset", "abc"),
         ("McAuley-Lab/Amazon-Reviews-2023", "raw/meta_categories/meta_Tools.jsonl", "dataset", "abc"),
     ]
-    assert run(tmp_path / "out", "amazon2023", category="Tools", revision="abc") == [] and len(asked) == 2
 
 
 @pytest.mark.parametrize(
-    ("arguments", "error", "message"),
+    ("arguments", "error", "match"),
     [
-        ({"source": "tabel"}, FileNotFoundError, "source 'tabel' is no folder: give toy, table"),
-        ({"source": "table"}, ValueError, "source 'table' needs `interactions`: files of interactions"),
-        ({"source": "amazon2023"}, ValueError, "or `category` for the Hub"),
-        ({"source": "table", "interactions": ["no.csv"]}, FileNotFoundError, "no.csv: there is no such file"),
-        ({"source": "toy", "items": ["x.csv"]}, ValueError, "belong to table and amazon, not to source 'toy'"),
-        ({"source": "toy", "category": "Books"}, ValueError, "`category` fetches amazon2023"),
-        ({"source": "table", "interactions": [str(RECIPE)], "text_columns": "name"}, ValueError, "expected JSON"),
-        ({"source": "table", "interactions": [str(RECIPE)], "text_columns": "[1]"}, ValueError, "expected an object"),
-        ({"source": "toy", "allow_collisions": True}, ValueError, "allow_collisions belongs to a ready-made index"),
-        ({"source": "toy", "num_sid_levels": 27}, ValueError, "num_sid_levels is 27"),
-        ({"source": "toy", "collaborative_dim": -3}, ValueError, "collaborative_dim is -3, expected at least 0"),
-        ({"source": "toy", "collaborative_weight": math.nan}, ValueError, "collaborative_weight is nan"),
-        ({"source": "toy", "text_dim": 0}, ValueError, "text_dim is 0, expected at least 1"),
-        ({"source": "toy", "max_history": 0}, ValueError, "max_history is 0, expected at least 1"),
-        ({"source": "toy", "teacher": "openai"}, ValueError, "name the endpoint's model by teacher_model"),
+        ({"source": "tabel"}, FileNotFoundError, "tabel"),
+        ({"source": "table"}, ValueError, "interactions"),
+        ({"source": "amazon2023"}, ValueError, "category"),
+        ({"source": "table", "source_args": {"interactions": "no.csv"}}, FileNotFoundError, "no.csv"),
+        ({"source": "toy", "source_args": {"items": "x.csv"}}, ValueError, "items"),
+        ({"source_args": "name"}, ValueError, "source_args"),
+        ({"source_args": "[1]"}, ValueError, "source_args"),
+        ({"allow_collisions": True}, ValueError, "allow_collisions"),
+        ({"num_sid_levels": 27}, ValueError, "num_sid_levels"),
+        ({"collaborative_dim": -3}, ValueError, "collaborative_dim"),
+        ({"collaborative_weight": math.nan}, ValueError, "collaborative_weight"),
+        ({"text_dim": 0}, ValueError, "text_dim"),
+        ({"max_history": 0}, ValueError, "max_history"),
+        ({"split": "random"}, ValueError, "split"),
+        ({"teacher": "openai"}, ValueError, "teacher_model"),
     ],
 )
-def test_arguments_that_do_not_go_together(tmp_path, arguments, error, message):
-    with pytest.raises(error, match=message):
+def test_wrong_arguments_are_named(tmp_path, arguments, error, match):
+    with pytest.raises(error, match=match):
         run(tmp_path, **arguments)
-    assert not (tmp_path / "interactions").exists()
+    assert not (tmp_path / "items").exists()
 
 
-def test_a_teacher_behind_an_endpoint(tmp_path, endpoint):
-    server = endpoint(lambda prompt, nth: answer(GOOD))
-    options = {"teacher": "openai", "teacher_model": "tiny", "teacher_base_url": server.url, "toy_users": 6}
-    run(tmp_path, **options)
-    data = PreparedData.load(tmp_path)
-    assert set(data.samples["train"]["chain_of_thought"]) == {GOOD}
-    card = json.loads((tmp_path / "data_card.json").read_text())
-    assert card["chains"]["model"] == "tiny" and card["chains"]["accepted"] == len(server.asked) > 10
-    asked = server.asked.total()
-    assert run(tmp_path, **options | {"teacher_base_url": "http://127.0.0.1:9"}) == []
-    assert run(tmp_path, **options | {"targets": "last"}) == ALL[4:]
-    assert server.asked.total() == asked  # each of these was answered before
+def test_source_args_may_be_json_text(toy):
+    assert run(toy, source_args=json.dumps(SHOP)) == []
 
 
-def test_interactions_and_splits_come_back(tmp_path):
-    table = Interactions(["a", "b"], [{"title": "x"}, {}], ["u"], [[0, 1]], [[1.5, 2.0]], {"rows_read": 2})
-    save_interactions(table, tmp_path / "i")
-    assert load_interactions(tmp_path / "i") == table and load_interactions(tmp_path / "i").counts == {"rows_read": 2}
-    by_time = TimeSplit(["u", "v"], [[0], []], [[], [1]], [[2], []], 1.0, 2.5)
-    for split in (Split(["u"], [[0, 1]], [2], [3], 4), by_time):
-        save_split(split, tmp_path / "s")
-        assert load_split(tmp_path / "s") == split
+def test_an_endpoint_writes_the_chains(tmp_path, endpoint):
+    server = endpoint(lambda prompt, n: answer(GOOD))
+    run(tmp_path, source_args=SHOP | {"num_users": 6}, teacher="openai", teacher_model="tiny",
+        teacher_base_url=server.url)  # fmt: skip
+    assert set(PreparedData.load(tmp_path).samples["train"]["chain_of_thought"]) == {GOOD}
+    chains = read_json(tmp_path / "data_card.json")["chains"]
+    assert chains["model"] == "tiny"
+    assert chains["accepted"] == len(server.asked) > 10
 
 
-def test_a_folder_without_split_is_leave_one_out(toy, tmp_path):
-    data = PreparedData.load(toy)
-    PreparedData(data.items, data.samples, data.codebook_size).save(tmp_path)
-    assert PreparedData.load(tmp_path).split == load_split(toy / "split")
-    data.save(tmp_path)
-    assert (tmp_path / "split").exists() and PreparedData.load(tmp_path).interactions == data.interactions
+def test_an_endpoint_is_not_asked_twice(tmp_path, endpoint):
+    server = endpoint(lambda prompt, n: answer(GOOD))
+    options = {"source_args": SHOP | {"num_users": 6}, "teacher": "openai", "teacher_model": "tiny"}
+    run(tmp_path, teacher_base_url=server.url, **options)
+    num_requests = server.asked.total()
+    assert run(tmp_path, teacher_base_url="http://127.0.0.1:9", **options) == []
+    assert run(tmp_path, teacher_base_url=server.url, targets="last", **options) == FROM_CHAINS
+    assert server.asked.total() == num_requests
 
 
-def test_item_text_is_embedded_once(tmp_path, monkeypatch):
-    asked = []
+@pytest.fixture
+def encoded(monkeypatch):
+    """Texts that a stand-in for sentence-transformers encoded."""
+    texts = []
 
-    def encode(texts, batch_size, convert_to_numpy):
-        asked.extend(texts)
-        return np.array([[len(text), text.count("e")] for text in texts])
+    def encode(batch, batch_size=None, **options):
+        texts.extend(batch)
+        return np.array([[len(text), text.count("e")] for text in batch], dtype=np.float32)
 
     package = types.SimpleNamespace(SentenceTransformer=lambda name: types.SimpleNamespace(encode=encode))
     monkeypatch.setitem(sys.modules, "sentence_transformers", package)
+    return texts
+
+
+def test_item_text_is_embedded_once(tmp_path, encoded):
     run(tmp_path, embedding_model="some/model")
-    texts = list(map(item_text, load_interactions(tmp_path / "interactions").items))
-    assert asked == list(dict.fromkeys(texts))
+    texts = list(map(item_text, load_interactions(tmp_path)[0].items))
+    assert encoded == list(dict.fromkeys(texts))
     assert np.load(tmp_path / "embeddings.npy")[:, 0].tolist() == list(map(len, texts))
-    assert ItemEncoder.from_pretrained(tmp_path / "item_encoder").text_view == "some/model"
-    assert run(tmp_path, embedding_model="some/model", toy_users=31) == ALL  # other users, the same items
-    assert len(asked) == len(set(asked))
+    assert run(tmp_path, source_args=SHOP | {"num_users": 31}, embedding_model="some/model") == ALL
+    assert len(encoded) == len(set(encoded))  # other users, but the same items
 
 
-def test_sentences_are_embedded_once(tmp_path, monkeypatch):
-    asked = []
+def test_new_items_use_the_embedding_model(tmp_path, encoded):
+    run(tmp_path, embedding_model="some/model", steps=["interactions", "embeddings"])
+    ItemEncoder.from_pretrained(tmp_path / "item_encoder").encode([{"title": "A new item"}])
+    assert encoded[-1] == "A new item"
 
-    def encode(texts, batch_size, convert_to_numpy):
-        asked.extend(texts)
-        return np.array([[len(text) % 7, text.count("e")] for text in texts])
 
-    package = types.SimpleNamespace(SentenceTransformer=lambda name: types.SimpleNamespace(encode=encode))
-    monkeypatch.setitem(sys.modules, "sentence_transformers", package)
+def test_sentences_are_embedded_once(tmp_path, encoded):
     run(tmp_path, segment_model="some/model")
-    chains = list(load_texts(tmp_path / "chains.arrow")["text"])
-    assert asked == list(dict.fromkeys(part for text in chains for part in split_sentences(text)))
-    expected = segment(chains, lambda texts: encode(texts, 1, True), max_segments=4)
-    assert list(load_texts(tmp_path / "segments.arrow")["text"]) == expected
-    asked.clear()
-    assert run(tmp_path, segment_model="some/model", max_latent_steps=3) == [*ALL[5:]]
-    assert asked == []
+    train = PreparedData.load(tmp_path).samples["train"]
+    chains = list(train["chain_of_thought"])
+    assert encoded == list(dict.fromkeys(part for text in chains for part in split_sentences(text)))
+    embed = sys.modules["sentence_transformers"].SentenceTransformer("some/model").encode
+    assert list(train["segments"]) == segment(chains, embed, max_segments=4)
+    encoded.clear()
+    run(tmp_path, segment_model="some/model", max_latent_steps=3)
+    assert encoded == []
 
 
-def test_texts_come_back_a_batch_at_a_time(tmp_path):
-    read = []
-
-    def batches():
-        for batch in ([["a", "b"], []], [], [["\x00é"]]):
-            read.append((tmp_path / "t").stat().st_size)
-            yield batch
-
-    save_texts(batches(), tmp_path / "t", nested=True)
-    assert list(load_texts(tmp_path / "t")["text"]) == [["a", "b"], [], ["\x00é"]]
-    assert load_texts(tmp_path / "t").cache_files  # memory-mapped
-    save_texts([[]], tmp_path / "t")
-    assert load_texts(tmp_path / "t").features == {"text": Value("string")} and len(load_texts(tmp_path / "t")) == 0
-
-
-def test_small_batches_write_the_same(toy, tmp_path, monkeypatch):
-    """Whatever is done a batch at a time: chains, segments, samples, card."""
-    monkeypatch.setattr(preparation, "BATCH_ROWS", 5)
-    asked = []
-    write = TemplateTeacher.chains_of_thought
-    monkeypatch.setattr(
-        TemplateTeacher, "chains_of_thought", lambda self, part: asked.append(len(part)) or write(self, part)
-    )
-    run(tmp_path)
-    assert len(asked) > 10 and max(asked) == 5
-    for name in ("chains", "segments"):
-        assert load_texts(tmp_path / f"{name}.arrow")["text"] == load_texts(toy / f"{name}.arrow")["text"]
-    for name in ("tokenizer/tokenizer.json", "data_card.json"):
-        assert (tmp_path / name).read_bytes() == (toy / name).read_bytes()
-    train = [PreparedData.load(folder).samples["train"].to_list() for folder in (tmp_path, toy)]
-    assert train[0] == train[1]
-
-
-def test_a_ready_made_index_may_have_collisions(toy, tmp_path):
-    codes = PreparedData.load(toy).codes.copy()
+@pytest.fixture
+def colliding_index(toy, tmp_path):
+    """Path of ready-made Semantic IDs where items 3 and 7 share one, and their codes."""
+    catalog = PreparedData.load(toy).catalog
+    codes = catalog.codes.clone()
     codes[3] = codes[7]
-    items = load_interactions(toy / "interactions").item_ids
-    index = {item: [sid_token(*pair) for pair in enumerate(row)] for item, row in zip(items, codes, strict=True)}
+    tokens = [[sid_token(level, code) for level, code in enumerate(item)] for item in codes.tolist()]
     path = tmp_path / "toy.index.json"
-    path.write_text(json.dumps(index))
-    with pytest.raises(ValueError, match="share the SID .* pass `allow_collisions=True`"):
-        run(tmp_path / "out", index=str(path))
+    path.write_text(json.dumps(dict(zip(catalog.item_ids, tokens, strict=True))))
+    return path, codes
+
+
+def test_a_ready_made_index_may_have_collisions(tmp_path, colliding_index):
+    path, codes = colliding_index
     run(tmp_path / "out", index=str(path), allow_collisions=True)
-    assert np.array_equal(PreparedData.load(tmp_path / "out").codes, codes)
     catalog = SidCatalog.from_pretrained(tmp_path / "out" / "catalog")
+    assert catalog.codes.equal(codes)
     assert catalog.allow_collisions
-    assert json.loads((tmp_path / "out" / "semantic_ids.json").read_text())["collisions"] == 1
+    assert read_json(tmp_path / "out" / "semantic_ids.json")["collisions"] == 1
+    assert not (tmp_path / "out" / "quantizer").exists()
+
+
+def test_collisions_are_refused_by_default(tmp_path, colliding_index):
+    with pytest.raises(ValueError, match="allow_collisions"):
+        run(tmp_path / "out", index=str(colliding_index[0]))
 
 
 @pytest.mark.parametrize("split", ["leave_one_out", "global_time"])
-def test_users_without_a_sample_are_said_at_once(tmp_path, split):
+def test_a_part_without_samples_is_named(tmp_path, split):
     rows = [f"u{user},{(user + step) % 12},{step}" for user in range(12) for step in range(3)]
     (tmp_path / "few.csv").write_text("\n".join(["user_id,item_id,timestamp", *rows]))
     shares = {"validation_share": 0.33, "test_share": 0.33} if split == "global_time" else {}
-    with pytest.raises(ValueError, match="the train part has no sample"):
-        run(tmp_path / "out", "table", interactions=[str(tmp_path / "few.csv")], k_core=1, split=split, **shares)
-    assert not (tmp_path / "out" / "split").exists()
+    with pytest.raises(ValueError, match="train"):
+        run(tmp_path / "out", "table", {"interactions": str(tmp_path / "few.csv"), "k_core": 1}, split=split, **shares)
+    assert not (tmp_path / "out" / "users").exists()
 
 
-def test_a_sample_keeps_the_newest_of_a_long_history(toy, tmp_path):
+def test_samples_keep_the_newest_items(toy, tmp_path):
     run(tmp_path, max_history=3)
     short, whole = (PreparedData.load(folder).samples for folder in (tmp_path, toy))
-    for name in ("train", "validation", "test"):
-        assert list(short[name]["history"]) == [history[-3:] for history in whole[name]["history"]]
-        assert short[name]["target"] == whole[name]["target"]
+    for part in ("train", "validation", "test"):
+        assert list(short[part]["history"]) == [history[-3:] for history in whole[part]["history"]]
+        assert short[part]["target"] == whole[part]["target"]
     assert max(map(len, whole["test"]["history"])) > 3
+
+
+def test_a_processor_with_longer_prompts_warns(tmp_path):
+    run(tmp_path, max_history=3)
     data = PreparedData.load(tmp_path)
     tokenizer = processor_of(tmp_path, data).tokenizer
-    processor = data.processor(tokenizer, "Next:", 3)
-    assert processor.prompt_text([0, 1, 2, 3]) == processor.prompt_text([1, 2, 3])
-    with pytest.warns(UserWarning, match="the samples keep 3 items of a history"):
+    assert data.processor(tokenizer, "Next:", 3).max_history == 3
+    with pytest.warns(UserWarning, match="max_history"):
         data.processor(tokenizer, "Next:", 4)
+
+
+def test_another_catalogue_is_refused(toy):
+    data = PreparedData.load(toy)
+    data.check_catalog(data.catalog, "checkpoint")
+    codes = data.catalog.codes.clone()
+    codes[[0, 1]] = codes[[1, 0]]
+    with pytest.raises(ValueError, match="checkpoint"):
+        data.check_catalog(SidCatalog(codes, data.catalog.item_ids), "checkpoint")

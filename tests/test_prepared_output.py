@@ -8,7 +8,6 @@ import pytest
 
 from lasar_hf.data import PreparedData, alignment_examples, history_examples, read_lcrec, toy_shop
 from lasar_hf.data.prepared_data import load_interactions
-from lasar_hf.model.configuration_lasar import CONTROL_TOKENS
 from lasar_hf.reasoning.leakage import SPECIAL_TOKENS, fold
 from tests.preparing import processor_of, run
 
@@ -49,8 +48,8 @@ def test_control_characters_become_spaces(hostile):
 def test_titles_do_not_produce_special_tokens(hostile):
     data = PreparedData.load(hostile / "out")
     processor = processor_of(hostile / "out", data)
-    special = {token for name, token in processor.tokenizer.get_added_vocab().items() if SPECIAL_TOKENS.fullmatch(name)}
-    special -= {processor.tokenizer.eos_token_id}
+    tokens = processor.tokenizer.get_added_vocab()
+    special = {tokens[name] for name in tokens if SPECIAL_TOKENS.fullmatch(name)} - {processor.tokenizer.eos_token_id}
     for example in alignment_examples(data.interactions, data.split, processor, ["sid_to_title"]):
         text = [token for token in example["labels"] if token != -100]
         assert len(text) <= 65  # 64 tokens and the end of text
@@ -105,7 +104,8 @@ def test_times_are_sorted_and_ties_keep_the_order(tmp_path):
     with pytest.warns(UserWarning):
         run(tmp_path / "out", "table", columns | {"interactions": str(tmp_path / "log.csv")})
     data = PreparedData.load(tmp_path / "out")
-    assert [[data.catalog.item_ids[item] for item in history] for history in data.interactions.histories] == [list("xyzw")] * 3
+    for history in data.interactions.histories:
+        assert [data.catalog.item_ids[item] for item in history] == list("xyzw")
     card = json.loads((tmp_path / "out" / "data_card.json").read_text())["data"]
     assert card["tied_neighbours"] == pytest.approx(1 / 3)
 
@@ -118,8 +118,8 @@ def shown_name(title):
 
 def check_no_future(folder, sequences, max_history=6):
     """
-    Check everything that a model will see against the raw sequences `{user: items}`: a prompt contains the items before
-    its target, and no chain or segment contains the target's title, a Semantic ID, or the name of a later item.
+    Check all that a model will see against the raw sequences `{user: items}`: a prompt contains the items before its
+    target, and no chain or segment contains the target's title, a Semantic ID, or the name of a later item.
 
     Returns the number of checked samples.
     """

@@ -395,7 +395,7 @@ def test_a_table_without_rows_is_refused(tmp_path):
 @pytest.mark.parametrize("ids", [["2024-01-02", "7"], ["12345678901234567890123", "7"]], ids=["date", "big integer"])
 def test_json_ids_stay_exact(tmp_path, ids):
     rows = [(1, f'"{ids[0]}"' if "-" in ids[0] else ids[0], 1), (1, ids[1], 2)]  # the column mixes types
-    lines = ['{"user_id": %s, "item_id": %s, "timestamp": %s}' % row for row in rows]
+    lines = [f'{{"user_id": {user}, "item_id": {item}, "timestamp": {moment}}}' for user, item, moment in rows]
     (tmp_path / "log.jsonl").write_text("\n".join(lines))
     assert set(read_table(tmp_path / "log.jsonl", k_core=1).item_ids) == set(ids)
 
@@ -441,7 +441,9 @@ def test_amazon_2023(tmp_path):
     assert data.items == [{"description": "d e", "brand": "S"}, {"title": "One", "brand": "S", "categories": "A > B"}]
 
 
-@pytest.mark.parametrize("arguments", [{}, {"interactions": "a.csv", "category": "Toys"}, {"items": "a", "category": "T"}])
+@pytest.mark.parametrize(
+    "arguments", [{}, {"interactions": "a.csv", "category": "Toys"}, {"items": "a.csv", "category": "Toys"}]
+)
 def test_amazon_2023_needs_files_or_a_category(arguments):
     with pytest.raises(ValueError, match="category"):
         read_amazon2023(**arguments)
@@ -548,7 +550,11 @@ def test_an_unknown_source_lists_the_sources(source):
 
 @pytest.mark.parametrize(
     ("source", "source_args", "match"),
-    [("toy", {"items": "x.csv"}, "items.*num_items"), ("table", {}, "interactions"), ("toy", {"num_users": 0}, "num_users")],
+    [
+        ("toy", {"items": "x.csv"}, "items.*num_items"),
+        ("toy", {"num_users": 0}, "num_users"),
+        ("table", {}, "interactions"),
+    ],
 )
 def test_wrong_source_args_are_named(source, source_args, match):
     with pytest.raises(ValueError, match=match):

@@ -103,8 +103,8 @@ def alignment_examples(
             Token ids. Item text never produces Semantic-ID or control tokens.
         tasks (`Sequence[str]`, *optional*, defaults to all four):
             `"title_to_sid"` and `"description_to_sid"` (one example per item: text, empty latent region, Semantic ID;
-            loss on the Semantic ID), `"sid_to_title"` (one per item: Semantic ID, title, end of text; loss on title and
-            end), `"titles_to_sid"` (one per user: titles of the training sequence, Semantic ID of its last item).
+            loss on the Semantic ID), `"sid_to_title"` (one per item: Semantic ID, title, end of text; loss on title
+            and end), `"titles_to_sid"` (one per user: titles of the training sequence, Semantic ID of its last item).
         max_text_tokens (`int`, *optional*, defaults to `64`):
             Maximum number of tokens of a title or description.
         seed (`int`, *optional*, defaults to `0`):

@@ -80,7 +80,8 @@ class Interactions:
 
         num_items = len(self.item_ids)
         for user, history in zip(self.user_ids, self.histories, strict=True):
-            check_not_empty(user, history)
+            if not len(history):
+                raise ValueError(f"User {user!r} has an empty history; add items or remove the user.")
             if min(history) < 0 or max(history) >= num_items:
                 index = next(index for index in history if not 0 <= index < num_items)
                 raise ValueError(f"User {user!r} has item index {index}; expected 0 to {num_items - 1}.")
@@ -97,16 +98,9 @@ class Interactions:
         return sum(len(history) for history in self.histories)
 
 
-def check_not_empty(user: str, history: Sequence) -> None:
-    """Raise if a user has no items."""
-    if not len(history):
-        raise ValueError(f"User {user!r} has an empty history; add items or remove the user.")
-
-
 def _check_distinct(name: str, ids: list[str]) -> None:
     if len(set(ids)) < len(ids):
-        seen: set[str] = set()
-        repeated = next(value for value in ids if value in seen or seen.add(value))
+        repeated = Counter(ids).most_common(1)[0][0]
         raise ValueError(f"{name} contains {repeated!r} twice; ids must be distinct.")
 
 
@@ -232,7 +226,7 @@ def _read_object(path: Path) -> dict:
 
 
 def parse_json(content: bytes, path: str | Path, line: int | None = None) -> object:
-    """JSON from outside: errors name the file and the line, and an object with a repeated key is refused."""
+    """Parse a JSON file, or one line of it. Errors name the file and the line. A file must not repeat a key."""
     where = f"{path}: line {line}" if line else str(path)
 
     def unique_keys(pairs: list[tuple[str, object]]) -> dict:
@@ -243,7 +237,7 @@ def parse_json(content: bytes, path: str | Path, line: int | None = None) -> obj
         return content
 
     try:
-        return json.loads(content, object_pairs_hook=unique_keys)
+        return json.loads(content, object_pairs_hook=None if line else unique_keys)
     except UnicodeDecodeError as error:
         raise ValueError(f"{where}: not UTF-8 text (byte {error.start}).") from error
     except json.JSONDecodeError as error:

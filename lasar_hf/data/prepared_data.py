@@ -132,8 +132,8 @@ class PreparedData:
         """
         if catalog.item_ids != self.catalog.item_ids or not catalog.codes.equal(self.catalog.codes):
             raise ValueError(
-                f"The catalogue of {where} has other items or Semantic IDs than the prepared data; train again on this "
-                "data, or use the data that the checkpoint was trained on."
+                f"The catalogue of {where} has other items or Semantic IDs than the prepared data; train again, or "
+                "use the data that the checkpoint was trained on."
             )
 
 

@@ -1,9 +1,8 @@
 """
-Readers of tables: your own, Amazon Reviews 2018 and 2023; and the sources of `recipes/prepare.py`.
+Readers of tables: your own, and those of Amazon Reviews 2018 and 2023.
 
-Tables are CSV, Parquet or JSON lines, plain or `.gz`, or data sets of `datasets`. They are read in batches, and only
-the columns that are asked for. A *source* is a function that returns `Interactions`; `SOURCES` lists those that
-have a name.
+Tables are CSV or JSON lines (`.gz` too), Parquet, or data sets of `datasets`. They are read in batches, and only the
+columns that are needed. A *source* is a function that returns `Interactions`; `SOURCES` names those of the library.
 """
 
 import gzip
@@ -46,7 +45,7 @@ Tables = Table | Sequence[Table]
 BATCH_SIZE = 65_536  # rows per batch
 AMAZON_2023 = "McAuley-Lab/Amazon-Reviews-2023"
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Tables
 
 
@@ -76,8 +75,8 @@ def read_batches(
     table: Table, columns: Sequence[str], optional: Sequence[str] = ()
 ) -> Iterator[tuple[int, dict[str, list]]]:
     """
-    Read columns of a file or data set in batches of at most `BATCH_SIZE` rows. CSV columns are read as text; `optional`
-    columns that the table does not have are `None`.
+    Read columns of a file or data set in batches of at most `BATCH_SIZE` rows. CSV columns are read as text, and
+    `optional` columns that the table does not have are `None`.
 
     Yields:
         `tuple[int, dict[str, list]]`: number of the batch's first row, counted from 1, and the values of each column.
@@ -86,7 +85,7 @@ def read_batches(
         `FileNotFoundError`: if the file does not exist.
         `ValueError`: if the format is unknown, a column is missing or ambiguous, or a row cannot be read.
     """
-    names = [*columns, *optional]
+    names = list(dict.fromkeys([*columns, *optional]))
     start = 1
     for batch in _raw_batches(table, columns, names):
         size = len(next(iter(batch.values())))
@@ -109,7 +108,7 @@ def _raw_batches(table: Table, columns: Sequence[str], names: Sequence[str]) -> 
     path = Path(table)
     suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
     if suffix not in (".csv", ".parquet", ".jsonl", ".ndjson", ".json"):
-        raise ValueError(f"{path}: unknown format; expected .csv, .parquet, .jsonl, .ndjson or .json, or these + .gz.")
+        raise ValueError(f"{path}: unknown format; expected .parquet, .csv, .jsonl, .ndjson or .json (or .gz).")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file.")
     if suffix not in (".csv", ".parquet"):
@@ -122,8 +121,8 @@ def _raw_batches(table: Table, columns: Sequence[str], names: Sequence[str]) -> 
         raise ValueError(f"{path}: not readable as {suffix[1:]} ({str(error).splitlines()[0]}).") from error
 
 
-def _present(name: str, existing: Sequence[str], columns: Sequence[str], names: Sequence[str]) -> list[str]:
-    """The columns to read from a table, after a check that it has those it must have."""
+def _readable_columns(name: str, existing: Sequence[str], columns: Sequence[str], names: Sequence[str]) -> list[str]:
+    """The columns of a table to read, after a check that it has those it must have."""
     for column in columns:
         if column not in existing:
             raise ValueError(f"{name} has no column {column!r}; its columns are {', '.join(existing)}.")
@@ -135,28 +134,29 @@ def _present(name: str, existing: Sequence[str], columns: Sequence[str], names: 
 
 def _dataset_batches(table: Dataset | IterableDataset, columns: Sequence[str], names: Sequence[str]):
     existing = table.column_names
-    if existing is None:  # a stream without known features
+    if existing is None:  # a stream whose features are not known
         existing = list(next(iter(table), {}))
-    known = _present(table_name(table), existing, columns, names)
-    for batch in table.select_columns(known).with_format(None).iter(BATCH_SIZE):
-        yield {column: list(batch[column]) for column in known}
+    present = _readable_columns(table_name(table), existing, columns, names)
+    for batch in table.select_columns(present).with_format(None).iter(BATCH_SIZE):
+        yield {column: list(batch[column]) for column in present}
 
 
 def _csv_batches(path: Path, columns: Sequence[str], names: Sequence[str]) -> Iterator[pa.RecordBatch]:
     with csv.open_csv(path) as reader:
-        known = _present(str(path), reader.schema.names, columns, names)
+        present = _readable_columns(str(path), reader.schema.names, columns, names)
     # As text: the id 007 keeps its zeros, and a column of numbers may contain a word further down.
     convert = csv.ConvertOptions(
-        include_columns=known, column_types=dict.fromkeys(known, pa.string()), strings_can_be_null=False
+        include_columns=present, column_types=dict.fromkeys(present, pa.string()), strings_can_be_null=False
     )
-    with csv.open_csv(path, parse_options=csv.ParseOptions(newlines_in_values=True), convert_options=convert) as reader:
+    parse = csv.ParseOptions(newlines_in_values=True)
+    with csv.open_csv(path, parse_options=parse, convert_options=convert) as reader:
         yield from reader
 
 
 def _parquet_batches(path: Path, columns: Sequence[str], names: Sequence[str]) -> Iterator[pa.RecordBatch]:
     with parquet.ParquetFile(path) as file:
-        known = _present(str(path), file.schema_arrow.names, columns, names)
-        yield from file.iter_batches(BATCH_SIZE, columns=known)
+        present = _readable_columns(str(path), file.schema_arrow.names, columns, names)
+        yield from file.iter_batches(BATCH_SIZE, columns=present)
 
 
 def _json_batches(path: Path, columns: Sequence[str], names: Sequence[str]) -> Iterator[dict[str, list]]:
@@ -185,7 +185,7 @@ def _json_batches(path: Path, columns: Sequence[str], names: Sequence[str]) -> I
     yield batch
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Items
 
 
@@ -280,7 +280,7 @@ def _as_list(tables: Tables) -> Sequence[Table]:
     return tables if isinstance(tables, list | tuple) else [tables]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Interactions
 
 
@@ -432,11 +432,11 @@ def _read_interactions(
 
     # 3. Drop repeats, then users and items with few rows, until none is left.
     unique = log.drop_duplicates(["user", "item", "time"] if keep_repeats else ["user", "item"])
-    kept, size = unique, -1
-    while size != len(kept):
-        size = len(kept)
-        counts = kept.groupby("user")["user"].transform("size"), kept.groupby("item")["item"].transform("size")
-        kept = kept[(counts[0] >= k_core) & (counts[1] >= k_core)]
+    kept, enough = unique, np.zeros(1, dtype=bool)
+    while not enough.all():
+        sizes = [kept.groupby(name)[name].transform("size") for name in ("user", "item")]
+        enough = (sizes[0] >= k_core) & (sizes[1] >= k_core)
+        kept = kept[enough]
     if not len(kept):
         raise ValueError(f"No interaction remains: no users and items have {k_core} each; decrease k_core.")
 
@@ -465,7 +465,7 @@ def _read_interactions(
     )
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Sources
 
 SOURCES: dict[str, Callable[..., Interactions]] = {

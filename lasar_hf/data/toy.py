@@ -127,8 +127,9 @@ def _history(kind: str, num_series: int, popularity: np.ndarray, rng: np.random.
     num_items = num_series * VOLUMES
     series = [rng.choice(num_series, p=popularity)]
     if kind == "alternating":
-        elsewhere = np.where(np.arange(num_series) // SERIES_PER_BRAND == series[0] // SERIES_PER_BRAND, 0.0, popularity)
-        series.append(rng.choice(num_series, p=elsewhere / elsewhere.sum()))
+        brands = np.arange(num_series) // SERIES_PER_BRAND
+        other_brands = np.where(brands == brands[series[0]], 0.0, popularity)
+        series.append(rng.choice(num_series, p=other_brands / other_brands.sum()))
     upcoming = [int(one * VOLUMES + rng.integers(VOLUMES)) for one in series]
     step = next_of_brand if kind == "brand" else next_volume
     history = []

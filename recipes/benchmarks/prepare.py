@@ -3,8 +3,8 @@ Time and memory of each step of the preparation on generated interactions: a CSV
 
     python recipes/benchmarks/prepare.py --rows 10000000
 
-Each step runs in a process of its own, so that its peak is its own. Items differ in how often they are taken as those
-of shops do, and each user stays near a part of the catalogue.
+Each step runs in its own process, so that its peak memory is measured alone. The popularity of items follows a power
+law, and each user prefers one part of the catalogue.
 """
 
 import argparse
@@ -23,13 +23,13 @@ from pyarrow import csv
 
 
 RECIPE = Path(__file__).resolve().parents[1] / "prepare.py"
-STEPS = ("interactions", "split", "embeddings", "semantic_ids", "chains", "segments", "tokenizer", "samples", "card")
-BLOCK = 1_000_000  # rows drawn at one time
+STEPS = ("interactions", "embeddings", "semantic_ids", "chains", "segments", "tokenizer", "samples", "card")
+BLOCK = 1_000_000  # rows that are generated at a time
 COLUMNS = {"title": "title", "brand": "brand", "categories": "categories"}
 
 
 def interactions(rows: int, users: int, items: int, seed: int) -> Iterator[pa.Table]:
-    """Random rows `user_id`, `item_id`, `timestamp`, a block at a time."""
+    """Random rows `user_id`, `item_id`, `timestamp`, in blocks."""
     generator = np.random.default_rng(seed)
     for start in range(0, rows, BLOCK):
         size = min(BLOCK, rows - start)
@@ -39,7 +39,7 @@ def interactions(rows: int, users: int, items: int, seed: int) -> Iterator[pa.Ta
 
 
 def write_shop(folder: Path, rows: int, seed: int) -> None:
-    """`interactions.csv` with about ten rows a user, and `items.csv` with a fiftieth as many items as rows."""
+    """`interactions.csv` with about ten rows per user, and `items.csv` with one item per fifty rows."""
     users, items = max(rows // 10, 1), max(rows // 50, 50)
     blocks = interactions(rows, users, items, seed)
     first = next(blocks)
@@ -58,13 +58,15 @@ def write_shop(folder: Path, rows: int, seed: int) -> None:
 
 
 def measure(folder: Path, step: str) -> dict[str, object]:
-    """Seconds and GiB at most of one step."""
+    """Time and peak memory of one step."""
+    source_args = {
+        "interactions": str(folder / "interactions.csv"), "items": str(folder / "items.csv"), "text_columns": COLUMNS
+    }  # fmt: skip
     command = [
         sys.executable, str(RECIPE), "--output_dir", str(folder / "data"), "--source", "table",
-        "--interactions", str(folder / "interactions.csv"), "--items", str(folder / "items.csv"),
-        "--text_columns", json.dumps(COLUMNS), "--tokenizer_size", "2000", "--steps", step,
+        "--source_args", json.dumps(source_args), "--tokenizer_size", "2000", "--steps", step,
     ]  # fmt: skip
-    # The peak of all children only grows: a process between them has this one alone.
+    # The operating system reports the peak of all children together, so a process in between runs this one alone.
     probe = (
         "import resource, subprocess, sys; code = subprocess.run(sys.argv[1:], stdout=sys.stderr).returncode; "
         "print(code, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
@@ -75,12 +77,12 @@ def measure(folder: Path, step: str) -> dict[str, object]:
     code, peak = map(int, done.stdout.split())
     if code:
         raise SystemExit(f"Step {step} failed:\n{done.stderr[-3000:]}")
-    unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, KiB elsewhere
+    unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes on macOS, KiB elsewhere
     return {"step": step, "seconds": seconds, "peak_gib": peak / unit}
 
 
 def benchmark(args: argparse.Namespace) -> dict:
-    """Every step, and what came out."""
+    """Measure every step; the report also has the counts of the data card."""
     with tempfile.TemporaryDirectory(dir=args.scratch) as name:
         folder = Path(name)
         write_shop(folder, args.rows, args.seed)
@@ -93,7 +95,7 @@ def benchmark(args: argparse.Namespace) -> dict:
 
 
 def show(report: dict) -> None:
-    """The report as two tables."""
+    """Print the report as two tables."""
     for name, value in report.items():
         if name != "steps":
             print(f"{name:20} {value:,.2f}" if isinstance(value, float) else f"{name:20} {value:,}")
@@ -103,11 +105,11 @@ def show(report: dict) -> None:
 
 
 def main(argv: list[str]) -> None:
-    """Read the options, measure, print."""
+    """Parse the options, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__.strip().split("\n\n")[0])
-    parser.add_argument("--rows", type=int, default=1_000_000, help="Interactions.")
-    parser.add_argument("--seed", type=int, default=0, help="Seed of what is drawn.")
-    parser.add_argument("--scratch", help="Folder for the files, 1 GiB a million rows; the system's if not given.")
+    parser.add_argument("--rows", type=int, default=1_000_000, help="Number of interactions.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of the random data.")
+    parser.add_argument("--scratch", help="Folder for the files, 1 GiB per million rows; a temporary one by default.")
     parser.add_argument("--json", action="store_true", help="Print one JSON object.")
     args = parser.parse_args(argv)
     report = benchmark(args)
