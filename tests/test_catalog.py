@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from lasar_hf import SidCatalog
 from lasar_hf.model.trie_lasar import ItemFilter, SidTrie
-from tests.test_decoding import score_every_item
+from tests.references import score_every_item
 from tests.tiny import batch, row, tiny_catalog, tiny_model
 
 

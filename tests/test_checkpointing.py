@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lasar_hf.model import base_lasar, cache_lasar
-from tests.test_modeling import SIDES, functional, gradients, mixed_rows
+from tests.references import SIDES, functional, gradients, mixed_rows
 from tests.tiny import batch, row, tiny_model
 
 

@@ -7,47 +7,8 @@ from hypothesis import strategies as st
 
 from lasar_hf import SidCatalog
 from lasar_hf.model.decoding_lasar import sample_items
+from tests.references import draw_model_and_catalog, draw_prompts, score_every_item
 from tests.tiny import batch, row, sid_ids, tiny_catalog, tiny_model
-
-
-def score_every_item(model, prompt: list[int], depth: int, catalog: SidCatalog) -> torch.Tensor:
-    """Brute force: one forward pass an item, softmax by hand over the codes that continue some item. `(I,)`."""
-    config, codes = model.config, catalog.codes.tolist()
-    scores = []
-    for item in codes:
-        ids = prompt + [config.latent_token_id] * depth + [config.latent_end_token_id, *sid_ids(model, item)]
-        logits = model(torch.tensor([ids])).logits[0, -len(item) - 1 : -1].double()
-        score = 0.0
-        for level, code in enumerate(item):
-            follow = sorted({other[level] for other in codes if other[:level] == item[:level]})
-            allowed = logits[level, [config.sid_token_id(level, c) for c in follow]]
-            score += allowed.log_softmax(0)[follow.index(code)]
-        scores.append(score)
-    return torch.stack(scores)
-
-
-def draw_model_and_catalog(data):
-    """A model of any kind and depth of Semantic ID, under either attention, and a catalogue of its codes."""
-    levels, codes = data.draw(st.sampled_from([(3, 4), (1, 9), (2, 5), (4, 3), (3, 1)]))
-    model, _ = tiny_model(
-        data.draw(st.sampled_from(["qwen3", "llama", "gpt_neox"])), seed=data.draw(st.integers(0, 3)),
-        num_sid_levels=levels, codebook_size=codes,
-    )
-    model.set_attn_implementation(data.draw(st.sampled_from(["sdpa", "eager"])))
-    num_items = data.draw(st.integers(1, min(40, codes**levels)))
-    return model, tiny_catalog(num_items, levels, codes, seed=data.draw(st.integers(0, 99)))
-
-
-def draw_prompts(data, model):
-    """Prompts, each with its depth, and their batch: padded on either side, or not at all."""
-    size = data.draw(st.integers(1, 4))
-    depths = data.draw(st.lists(st.integers(0, 4), min_size=size, max_size=size))
-    lengths = data.draw(st.lists(st.integers(2, 9), min_size=size, max_size=size))
-    prompts = [row(model, length, 0, seed=i) for i, length in enumerate(lengths)]
-    inputs = batch(prompts, data.draw(st.lists(st.sampled_from(["left", "right"]), min_size=size, max_size=size)))
-    if len(set(lengths)) == 1:
-        del inputs["attention_mask"]
-    return prompts, torch.tensor(depths), inputs
 
 
 @settings(max_examples=15, deadline=None)

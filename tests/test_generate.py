@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from lasar_hf import LasarForGenerativeRec, SidCatalog
 from lasar_hf.model.decoding_lasar import SidLogitsProcessor
-from tests.test_decoding import draw_model_and_catalog, draw_prompts, score_every_item
+from tests.references import draw_model_and_catalog, draw_prompts, score_every_item
 from tests.tiny import batch, row, sid_ids, tiny_backbone, tiny_catalog, tiny_model, tiny_tokenizer
 
 

@@ -8,18 +8,11 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM, GraniteConfig, MistralConfig
 
 from lasar_hf import LasarConfig, LasarForGenerativeRec, SidCatalog
-from tests.tiny import batch, plain_loop, row, sid_ids, tiny_backbone, tiny_catalog, tiny_model, tiny_tokenizer
+from tests.references import DEPTHS, SIDES, functional, gradients, mixed_rows, plain_loop
+from tests.tiny import batch, row, sid_ids, tiny_backbone, tiny_catalog, tiny_model, tiny_tokenizer
 
 
 BACKBONES = ["qwen3", "llama", "gpt_neox"]
-DEPTHS = [0, 3, 1, 4, 3]
-SIDES = ["left", "right", "left", "right", "right"]
-
-
-def mixed_rows(model):
-    answers = [sid_ids(model, codes) for codes in ([0, 1, 2], [3, 3, 0], [1, 0, 0], [2, 2], [1])]
-    lengths = [6, 4, 9, 5, 7]
-    return [row(model, p, n, a, seed=i) for i, (p, n, a) in enumerate(zip(lengths, DEPTHS, answers, strict=True))]
 
 
 def test_config_round_trip(tmp_path):
@@ -48,17 +41,6 @@ def test_mixed_batch_equals_plain_loop(kind, attention):
         policy = model.model.policy_head(states[:1])
         torch.testing.assert_close(outputs.depth_logits[i : i + 1], policy, atol=1e-5, rtol=1e-5)
     assert outputs.latent_steps.tolist() == DEPTHS
-
-
-def gradients(model, loss):
-    model.zero_grad()
-    loss.backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def functional(logits, latent_states):
-    """A smooth functional of everything, so that every gradient path counts."""
-    return logits.double().log_softmax(-1)[..., 0].sum() + latent_states.double().pow(2).sum()
 
 
 @pytest.mark.parametrize("kind", BACKBONES)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.test_modeling import SIDES, functional, gradients, mixed_rows
+from tests.references import SIDES, functional, gradients, mixed_rows
 from tests.test_trainers import sft_trainer
 from tests.tiny import batch, row, tiny_catalog, tiny_model
 

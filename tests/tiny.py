@@ -77,23 +77,3 @@ def batch(rows: list[list[int]], sides: list[str] | str = "left") -> dict[str, t
         place = slice(width - len(tokens), width) if side == "left" else slice(0, len(tokens))
         ids[i, place], mask[i, place] = torch.tensor(tokens), 1
     return {"input_ids": ids, "attention_mask": mask}
-
-
-def plain_loop(model, ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    The specification, one row at a time, without cache: grow the sequence of embeddings slot after slot.
-
-    Returns the logits `(L, V)` and the latent states `(1 + N, H)`.
-    """
-    trunk, config = model.model, model.config
-    embeds = trunk.get_input_embeddings()(torch.tensor([ids]))
-    slots = [place for place, token in enumerate(ids) if token == config.latent_token_id]
-    first = slots[0] if slots else ids.index(config.latent_start_token_id) + 1
-    states = []
-    for step in range(len(slots) + 1):
-        hidden = trunk.backbone(inputs_embeds=embeds[:, : first + step]).last_hidden_state
-        states.append(hidden[:, -1])
-        if step < len(slots):
-            embeds = torch.cat([embeds[:, : first + step], states[-1][:, None], embeds[:, first + step + 1 :]], dim=1)
-    hidden = trunk.backbone(inputs_embeds=embeds).last_hidden_state
-    return model.lm_head(hidden)[0], torch.cat(states)

@@ -129,8 +129,8 @@ def check_backbone(backbone: PreTrainedModel) -> None:
         )
     if config.is_encoder_decoder or layer_types - {"full_attention"} or not backbone._supports_attention_backend:
         raise ValueError(
-            f"Backbone {name} is not supported; expected a decoder-only model with full attention in every layer, such "
-            "as Qwen3 or Llama."
+            f"{name} is not supported; expected a decoder-only backbone with full attention in every layer, such as "
+            "Qwen3 or Llama."
         )
 
 

@@ -299,8 +299,8 @@ class ItemFilter:
     """
     The items that each prompt of a batch may get: its allow list, if it has one, minus its deny list.
 
-    Lists are stored as ascending positions of the trie. Since a node is one run of positions, two binary searches count
-    the listed items below it, and a prefix without any permitted item is pruned before it takes a beam.
+    Lists are stored as ascending positions of the trie. A node is one run of positions, so two binary searches count
+    the listed items below it. A prefix without any permitted item is pruned before it takes a beam.
 
     Args:
         trie ([`SidTrie`]):
@@ -315,8 +315,8 @@ class ItemFilter:
             Whether a prompt may be left without any item.
 
     Raises:
-        `ValueError`: if there are not `B` lists, a list contains anything but item indices of the catalogue, or a prompt
-            may get no item and `allow_empty` is not set.
+        `ValueError`: if there are not `B` lists, a list contains anything but item indices of the catalogue, or a
+            prompt may get no item and `allow_empty` is not set.
     """
 
     def __init__(
@@ -355,7 +355,9 @@ class ItemFilter:
         if lists is None:
             return [None] * batch_size
         if len(lists) != batch_size:
-            raise ValueError(f"{name} has {len(lists)} lists; expected a list or None for each of {batch_size} prompts.")
+            raise ValueError(
+                f"{name} has {len(lists)} lists; expected a list or None for each of the {batch_size} prompts."
+            )
         catalog_size, positions = len(self._trie.item_positions), []
         for index, items in enumerate(lists):
             if items is None:
@@ -364,8 +366,8 @@ class ItemFilter:
             items = _as_indices(items, self._trie.item_positions.device)
             if items is None or items.ndim != 1 or ((items < 0) | (items >= catalog_size)).any():
                 raise ValueError(
-                    f"The {name} list of prompt {index} is invalid; expected a one-dimensional list of item indices of "
-                    f"the catalogue, 0 … {catalog_size - 1}."
+                    f"The {name} list of prompt {index} is invalid; expected a one-dimensional list of item indices, "
+                    f"0 … {catalog_size - 1}."
                 )
             unique = self._trie.item_positions[items].unique()
             positions.append(unique[unique < len(self._trie.item_indices)])
