@@ -13,6 +13,7 @@ SIDES = ["left", "right", "left", "right", "right"]
 
 
 def mixed_rows(model):
+    """Five sequences of different lengths, depths `DEPTHS`, and answers of one to three codes."""
     answers = [sid_ids(model, codes) for codes in ([0, 1, 2], [3, 3, 0], [1, 0, 0], [2, 2], [1])]
     lengths = [6, 4, 9, 5, 7]
     return [row(model, p, n, a, seed=i) for i, (p, n, a) in enumerate(zip(lengths, DEPTHS, answers, strict=True))]
@@ -20,25 +21,26 @@ def mixed_rows(model):
 
 def plain_loop(model, ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    The specification, one row at a time, without cache: grow the sequence of embeddings slot after slot.
+    The specification: one sequence at a time, without cache, growing the embeddings slot after slot.
 
     Returns the logits `(L, V)` and the latent states `(1 + N, H)`.
     """
-    trunk, config = model.model, model.config
-    embeds = trunk.get_input_embeddings()(torch.tensor([ids]))
-    slots = [place for place, token in enumerate(ids) if token == config.latent_token_id]
+    base, config = model.model, model.config
+    embeds = base.get_input_embeddings()(torch.tensor([ids]))
+    slots = [position for position, token in enumerate(ids) if token == config.latent_token_id]
     first = slots[0] if slots else ids.index(config.latent_start_token_id) + 1
     states = []
     for step in range(len(slots) + 1):
-        hidden = trunk.backbone(inputs_embeds=embeds[:, : first + step]).last_hidden_state
+        hidden = base.backbone(inputs_embeds=embeds[:, : first + step]).last_hidden_state
         states.append(hidden[:, -1])
         if step < len(slots):
             embeds = torch.cat([embeds[:, : first + step], states[-1][:, None], embeds[:, first + step + 1 :]], dim=1)
-    hidden = trunk.backbone(inputs_embeds=embeds).last_hidden_state
+    hidden = base.backbone(inputs_embeds=embeds).last_hidden_state
     return model.lm_head(hidden)[0], torch.cat(states)
 
 
 def gradients(model, loss):
+    """Gradient of each parameter that has one."""
     model.zero_grad()
     loss.backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -50,7 +52,7 @@ def functional(logits, latent_states):
 
 
 def score_every_item(model, prompt: list[int], depth: int, catalog: SidCatalog) -> torch.Tensor:
-    """Brute force: one forward pass an item, softmax by hand over the codes that continue some item. `(I,)`."""
+    """Brute force: one forward pass per item, softmax by hand over the codes that continue some item. `(I,)`."""
     config, codes = model.config, catalog.codes.tolist()
     scores = []
     for item in codes:

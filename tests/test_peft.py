@@ -17,8 +17,8 @@ from lasar_hf import (
 )
 from lasar_hf.trainers import lasar_lora_config, save_trained
 from lasar_hf.trainers.lora import refuse_zero3
-from tests.references import DEPTHS as MIXED_DEPTHS
-from tests.references import SIDES, functional, gradients, mixed_rows
+from tests.test_modeling import DEPTHS as MIXED_DEPTHS
+from tests.test_modeling import SIDES, functional, gradients, mixed_rows
 from tests.test_trainers import COMMON, DEPTHS, first_code, grpo_setup, sft_setup
 from tests.tiny import batch, row, tiny_catalog, tiny_model
 

@@ -297,8 +297,8 @@ class LasarProcessor(ProcessorMixin):
         # A negative index would silently count from the end.
         if items.min() < 0 or items.max() >= len(self.sid_token_ids):
             raise ValueError(
-                f"Item indices are {int(items.min())} … {int(items.max())}; expected 0 … {len(self.sid_token_ids) - 1}, "
-                "the catalogue's items."
+                f"Item indices are {int(items.min())} … {int(items.max())}; expected 0 … "
+                f"{len(self.sid_token_ids) - 1}."
             )
         return items
 

@@ -164,8 +164,8 @@ def recommend_with_text(model, prompt: torch.Tensor, catalog: SidCatalog, num_be
     """
     Recommend after a written chain of thought: prompt, text, `<|latent_start|><|latent_end|>`, Semantic ID.
 
-    The text is written greedily, until the model writes `<|latent_start|>` or ends its text. Beam search then continues
-    on the cache of `generate`.
+    The text is written greedily, until the model writes `<|latent_start|>` or ends its text. Beam search continues on
+    the cache of `generate`.
 
     Args:
         model ([`LasarForGenerativeRec`]):

@@ -39,7 +39,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.strip().split("\n\n")[0])
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--hidden_size", type=int, default=256)
-    parser.add_argument("--vocab_size", type=int, default=WORDS, help="Words of the backbone, without Semantic-ID tokens.")
+    parser.add_argument("--vocab_size", type=int, default=WORDS, help="Words, without Semantic-ID tokens.")
     parser.add_argument("--prompt_length", type=int, default=256)
     parser.add_argument("--examples", type=int, default=16, help="Examples of an SFT batch.")
     parser.add_argument("--prompts", type=int, default=2, help="Prompts of a GRPO batch.")
