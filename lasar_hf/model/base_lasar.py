@@ -83,13 +83,7 @@ class DepthPolicyHead(nn.Module):
 
         π(N | h_0) = softmax(W_2 tanh(W_1 h_0 + b_1) + b_2)_k
 
-    The module returns the logits, before the softmax.
-
-    Args:
-        hidden_size (`int`):
-            Width of `h_0`.
-        max_latent_steps (`int`):
-            Number of classes, `N_max`.
+    The module returns the logits `(B, N_max)`, before the softmax, of `h_0` `(B, H)`.
     """
 
     def __init__(self, hidden_size: int, max_latent_steps: int):
@@ -306,10 +300,8 @@ class LasarModel(LasarPreTrainedModel):
         next tokens to save a call of the backbone.
 
         Args:
-            prompt_ids (`torch.LongTensor` of shape `(U, P)`):
-                Prompts, left-padded, ending in `<|latent_start|>`.
-            prompt_mask (`torch.Tensor` of shape `(U, P)`):
-                `False` at padding.
+            prompt_ids, prompt_mask (`torch.Tensor` of shape `(U, P)`):
+                Left-padded prompts that end in `<|latent_start|>`, and their boolean mask.
             depths (`torch.Tensor` of shape `(U,)` or `Callable`, *optional*):
                 Latent steps of each prompt, or a function from the policy head's logits `(U, N_max)` to them. Defaults
                 to the most likely ones.

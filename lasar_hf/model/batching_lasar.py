@@ -78,10 +78,8 @@ class BatchLayout:
     A sequence without `<|latent_start|>` (plain text) is all prompt. Padding may be on either side.
 
     Args:
-        input_ids (`torch.Tensor` of shape `(B, L)`):
-            Token ids.
-        valid (`torch.Tensor` of shape `(B, L)`):
-            Which tokens are not padding.
+        input_ids, valid (`torch.Tensor` of shape `(B, L)`):
+            Token ids, and which of them are not padding.
         config ([`LasarConfig`]):
             Configuration with the control tokens.
 
@@ -166,10 +164,8 @@ class PromptGroups:
     tokens in total.
 
     Args:
-        prompt_ids (`torch.Tensor` of shape `(B, P)`):
-            Left-padded prompts.
-        prompt_mask (`torch.Tensor` of shape `(B, P)`):
-            Their mask.
+        prompt_ids, prompt_mask (`torch.Tensor` of shape `(B, P)`):
+            Left-padded prompts and their mask.
         depth (`torch.Tensor` of shape `(B,)`):
             Latent steps of each sequence.
         answer_length (`int`):

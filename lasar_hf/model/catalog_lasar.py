@@ -112,16 +112,7 @@ class SidCatalog:
         return dict(zip(self.item_ids, range(len(self)), strict=True))
 
     def trie(self, device: torch.device | str) -> SidTrie:
-        """
-        The catalogue's trie on a device, copied there once. Hidden items are not in it.
-
-        Args:
-            device (`torch.device` or `str`):
-                Device of the model.
-
-        Returns:
-            [`SidTrie`]: the trie.
-        """
+        """The trie of the items that are not hidden, copied to a device once."""
         device = torch.device(device)
         if device.type == "cpu":
             return self._trie
@@ -134,12 +125,9 @@ class SidCatalog:
         A catalogue with more items. Indices do not change, and a removed item returns to its old index.
 
         Args:
-            codes (`torch.Tensor` or array of shape `(A, M)`):
-                Semantic IDs of the items to add.
-            item_ids (`list[str]` of length `A`):
-                Their public ids.
-            titles (`list[str | None]` of length `A`, *optional*):
-                Their titles. If not given, new items have none and returning items keep theirs.
+            codes, item_ids, titles:
+                Of the `A` items to add, as for the constructor. Without `titles`, new items have none and returning
+                items keep theirs.
 
         Returns:
             [`SidCatalog`]: the new catalogue; this one is unchanged.
@@ -176,14 +164,8 @@ class SidCatalog:
 
     def remove(self, item_ids: Sequence[str]) -> "SidCatalog":
         """
-        A catalogue in which some items are hidden. Indices do not change.
-
-        Args:
-            item_ids (`list[str]`):
-                Public ids of the items to hide.
-
-        Returns:
-            [`SidCatalog`]: the new catalogue; this one is unchanged.
+        A catalogue in which the items with these public ids are hidden. Indices do not change, and this catalogue is
+        unchanged.
 
         Raises:
             `ValueError`: if the catalogue does not have an item, or no item would be left.
@@ -209,16 +191,10 @@ class SidCatalog:
 
     def check_matches(self, num_sid_levels: int, codebook_size: int) -> None:
         """
-        Check that a model can write this catalogue's Semantic IDs.
-
-        Args:
-            num_sid_levels (`int`):
-                Levels of the model.
-            codebook_size (`int`):
-                Codes per level of the model.
+        Check that a model with these sizes can write this catalogue's Semantic IDs.
 
         Raises:
-            `ValueError`: if the levels differ, or a code is outside the codebook.
+            `ValueError`: if the numbers of levels differ, or a code is outside the codebook.
         """
         if self.num_levels != num_sid_levels:
             raise ValueError(
@@ -234,13 +210,9 @@ class SidCatalog:
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
         """
-        Write `sid_catalog.safetensors` and `sid_catalog.json`, for example beside a checkpoint.
+        Write `sid_catalog.safetensors` and `sid_catalog.json` to a folder, for example beside a checkpoint.
 
         The JSON file is removed first and written last, so its presence marks a complete save.
-
-        Args:
-            save_directory (`str` or `os.PathLike`):
-                Folder, created if missing.
         """
         os.makedirs(save_directory, exist_ok=True)
         config = {
@@ -260,16 +232,9 @@ class SidCatalog:
     @classmethod
     def from_pretrained(cls, pretrained_directory: str | os.PathLike, **kwargs) -> "SidCatalog":
         """
-        Read a catalogue written by [`~SidCatalog.save_pretrained`].
+        Read a catalogue written by [`~SidCatalog.save_pretrained`], from a folder or a model id on the Hub.
 
-        Args:
-            pretrained_directory (`str` or `os.PathLike`):
-                Folder with the two files, or a model id on the Hub.
-            kwargs:
-                Passed to [`~transformers.utils.cached_file`] for a model id, such as `revision` and `token`.
-
-        Returns:
-            [`SidCatalog`]: the same catalogue.
+        `kwargs` such as `revision` and `token` are passed to [`~transformers.utils.cached_file`] for a model id.
 
         Raises:
             `ValueError`: if a file is damaged, or the two files do not belong together.

@@ -58,12 +58,8 @@ def child_log_probs(
             Final hidden states of the tokens that predict the code of `level`.
         head (`tuple` of `torch.Tensor` of shapes `(K, H)` and `(K,)` or `None`):
             Weight and bias of the language-model head for the level's codes.
-        trie ([`SidTrie`]):
-            Trie of the catalogue.
-        level (`int`):
-            Level of the code to predict.
-        nodes (`torch.Tensor` of shape `(...)`):
-            Trie node of the codes written so far.
+        trie, level, nodes (`torch.Tensor` of shape `(...)`):
+            Trie of the catalogue, level of the code to predict, and the node of the codes written so far.
         temperature (`float`, *optional*, defaults to `1.0`):
             Temperature the logits are divided by.
 
@@ -291,13 +287,11 @@ def rank_items(
     leaves: torch.Tensor, scores: torch.Tensor, trie: SidTrie, top_k: int, item_filter: ItemFilter | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    From leaves to items. Items that share a leaf are listed separately; equal scores are in order of item index.
+    From leaves of the trie to items: those that share a leaf are listed separately, equal scores in order of index.
 
     Args:
-        leaves (`torch.Tensor` of shape `(B, W)`):
-            Leaves of the trie.
-        scores (`torch.Tensor` of shape `(B, W)`):
-            Their log-probabilities, `-inf` where the search found none.
+        leaves, scores (`torch.Tensor` of shape `(B, W)`):
+            As [`beam_search`] returns them.
         trie ([`SidTrie`]):
             Trie of the catalogue.
         top_k (`int`):
@@ -361,14 +355,8 @@ class SidLogitsProcessor(LogitsProcessor):
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """
-        Args:
-            input_ids (`torch.LongTensor` of shape `(B, L)`):
-                Tokens so far.
-            scores (`torch.FloatTensor` of shape `(B, V)`):
-                Logits or log-probabilities of the next token.
-
-        Returns:
-            `torch.FloatTensor` of shape `(B, V)`: log-probabilities within the constraint, `-inf` outside.
+        Log-probabilities `(B, V)` within the constraint, `-inf` outside, from the tokens so far `(B, L)` and the
+        logits or log-probabilities `(B, V)` of the next token.
 
         Raises:
             `ValueError`: if codes do not begin any item, the scores contain NaN, or a sequence continues after a

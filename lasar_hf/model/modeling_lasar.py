@@ -83,7 +83,7 @@ class LasarForGenerativeRec(LasarPreTrainedModel, GenerationMixin):
         self._no_split_modules = self.model._no_split_modules
 
     def get_input_embeddings(self) -> nn.Module:
-        """The backbone's embedding matrix."""
+        """The embedding matrix of the backbone."""
         return self.model.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
@@ -108,12 +108,8 @@ class LasarForGenerativeRec(LasarPreTrainedModel, GenerationMixin):
                 Name or path of a causal language model, or the model itself, which is used and not copied.
             tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
                 Its tokenizer. The Semantic-ID and control tokens are added to it as special tokens.
-            num_sid_levels (`int`, *optional*, defaults to `4`):
-                Codes of one Semantic ID, `M`.
-            codebook_size (`int`, *optional*, defaults to `256`):
-                Codes per level, `K`.
-            max_latent_steps (`int`, *optional*, defaults to `8`):
-                Largest number of latent steps, `N_max`.
+            num_sid_levels, codebook_size, max_latent_steps (`int`, *optional*):
+                As for [`LasarConfig`].
             kwargs:
                 Passed to `AutoModelForCausalLM.from_pretrained` when `backbone` is a name.
 
@@ -221,16 +217,7 @@ class LasarForGenerativeRec(LasarPreTrainedModel, GenerationMixin):
             weight[start : start + config.num_sid_tokens] = embeddings.to(weight.device, weight.dtype)
 
     def sid_head(self, level: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """
-        Weight `(K, H)` and bias (`None`: there is none) of the head for the codes of a level.
-
-        Args:
-            level (`int`):
-                Level of the codes.
-
-        Returns:
-            `tuple` of `torch.Tensor` of shape `(K, H)` and `None`.
-        """
+        """Weight `(K, H)` and bias (`None`: there is none) of the head for the codes of a level."""
         start = self.config.sid_token_id(level, 0)
         return self.lm_head.weight[start : start + self.config.codebook_size], None
 

@@ -152,14 +152,7 @@ class LasarProcessor(ProcessorMixin):
 
     def item_indices(self, history: Sequence[str | int]) -> list[int]:
         """
-        Indices of items in the catalogue.
-
-        Args:
-            history (`list[str | int]`):
-                Item ids; `12` means the id `"12"`.
-
-        Returns:
-            `list[int]`: their indices.
+        Indices of items in the catalogue, from their ids.
 
         Raises:
             `ValueError`: if the catalogue does not have an item.
@@ -172,16 +165,7 @@ class LasarProcessor(ProcessorMixin):
         return indices
 
     def pad(self, prompts: Sequence[Sequence[int]]) -> BatchFeature:
-        """
-        Left-pad prompts to a batch.
-
-        Args:
-            prompts (`list[list[int]]` of length `B`):
-                Token ids.
-
-        Returns:
-            [`~transformers.BatchFeature`]: `input_ids` and `attention_mask`, int64, `(B, L)`.
-        """
+        """Left-pad a list of `B` prompts (`prompt_ids`) to a batch; returns as [`~LasarProcessor.__call__`]."""
         pad_id = self.tokenizer.pad_token_id or 0
         ids = [torch.tensor(prompt) for prompt in prompts]
         masks = [torch.ones_like(prompt) for prompt in ids]
@@ -199,7 +183,7 @@ class LasarProcessor(ProcessorMixin):
 
         Args:
             history (`list[int]`):
-                Item indices, oldest first; at least one.
+                Item indices, oldest first, at least one.
 
         Returns:
             `list[int]`: the tokens of [`~LasarProcessor.prompt_text`] without special tokens added.
@@ -218,40 +202,22 @@ class LasarProcessor(ProcessorMixin):
         return bos + self.instruction + "".join(tokens) + LATENT_START_TOKEN
 
     def answer_ids(self, items: Sequence[int]) -> list[list[int]]:
-        """
-        Semantic-ID token ids of items.
-
-        Args:
-            items (`list[int]`):
-                Item indices.
-
-        Returns:
-            `list[list[int]]`: `M` token ids for each item.
-        """
+        """Token ids of the Semantic IDs of items, `M` for each item index."""
         return self.sid_token_ids[self._checked(items)].tolist() if len(items) else []
 
     def text_ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """
-        Token ids of item text, in which `<a_9>` or `<|latent|>` stays plain text.
-
-        Args:
-            texts (`list[str]`):
-                Titles or descriptions.
-
-        Returns:
-            `list[list[int]]`: token ids of each text, none of them special.
-        """
+        """Token ids of titles or descriptions, none of them special: `<a_9>` or `<|latent|>` in a text stays plain text."""
         if not len(texts):
             return []
         return self.tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True).input_ids
 
     def decode_recommendations(self, output) -> list[list[dict[str, object]]]:
         """
-        Item ids, titles and scores of recommendations.
+        Item ids, titles and scores of recommendations for this catalogue.
 
         Args:
             output ([`RecommendOutput`]):
-                What [`LasarForGenerativeRec.recommend`] returned for the processor's catalogue.
+                Output of [`LasarForGenerativeRec.recommend`].
 
         Returns:
             `list[list[dict]]`: for each prompt `item_id` (`str`), `title` (`str`, `None` if unknown) and `score`
@@ -269,13 +235,7 @@ class LasarProcessor(ProcessorMixin):
 
     def check_format(self, instruction: str | None = None, max_history: int | None = None) -> None:
         """
-        Refuse settings that differ from the checkpoint's prompt format.
-
-        Args:
-            instruction (`str`, *optional*):
-                Expected instruction. `None` accepts any.
-            max_history (`int`, *optional*):
-                Expected maximum number of history items. `None` accepts any.
+        Refuse an `instruction` or `max_history` that differs from the checkpoint's prompt format; `None` accepts any.
 
         Raises:
             `ValueError`: if a setting differs.
@@ -310,18 +270,11 @@ class LasarProcessor(ProcessorMixin):
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> list[str]:
         """
-        Write the prompt format (`processor_config.json`), the tokenizer, the catalogue and this code.
+        Write the prompt format (`processor_config.json`), the tokenizer, the catalogue and this code to a folder.
 
-        Args:
-            save_directory (`str` or `os.PathLike`):
-                Folder, created if missing.
-            push_to_hub (`bool`, *optional*, defaults to `False`):
-                Whether to upload all of it afterwards.
-            kwargs:
-                Passed to [`~transformers.utils.PushToHubMixin.push_to_hub`]; `repo_id` defaults to the folder's name.
-
-        Returns:
-            `list[str]`: paths that were written, as the base class names them.
+        With `push_to_hub=True` all of it is uploaded. `kwargs` are passed to
+        [`~transformers.ProcessorMixin.push_to_hub`]; `repo_id` defaults to the folder's name. Returns the paths that
+        the base class returns.
         """
         self.catalog.save_pretrained(save_directory)
         files = super().save_pretrained(save_directory)

@@ -124,14 +124,8 @@ class SidTrie:
 
     def without(self, item_indices: torch.Tensor) -> "SidTrie":
         """
-        The trie without some items, by deletion instead of sorting.
-
-        Args:
-            item_indices (`torch.Tensor` of shape `(A,)`):
-                Items to remove. They are in the trie, and at least one other remains.
-
-        Returns:
-            [`SidTrie`]: the new trie; this one is unchanged.
+        The trie without the items `item_indices` `(A,)`, by deletion instead of sorting. At least one other item must
+        remain. This trie is unchanged.
         """
         labels, pointers = [], []
         # From the bottom up: the items, then the leaves that lose their last item, then their parents.
@@ -148,7 +142,7 @@ class SidTrie:
 
     def including(self, codes: torch.Tensor, item_indices: torch.Tensor, catalog_size: int) -> "SidTrie":
         """
-        The trie with more items, by insertion: only the new items are sorted.
+        The trie with more items, by insertion: only the new items are sorted. This trie is unchanged.
 
         Args:
             codes (`torch.Tensor` of shape `(A, M)`):
@@ -157,9 +151,6 @@ class SidTrie:
                 Their indices in the catalogue. None of them is in the trie.
             catalog_size (`int`):
                 Items of the catalogue after the insertion, hidden ones included.
-
-        Returns:
-            [`SidTrie`]: the new trie; this one is unchanged.
         """
         # 1. Sort the new items by codes, then by index. Their paths: M codes, then the item index.
         order = item_indices.argsort()
@@ -211,16 +202,8 @@ class SidTrie:
 
     def first_position(self, level: int, nodes: torch.Tensor) -> torch.Tensor:
         """
-        First position of each node. The run of node `n` ends where that of `n + 1` begins.
-
-        Args:
-            level (`int`):
-                Depth of the nodes.
-            nodes (`torch.Tensor` of shape `(...)`):
-                Node numbers. The number of nodes of that depth gives the end of the last run.
-
-        Returns:
-            `torch.Tensor` of shape `(...)`, int32.
+        First position `(...)`, int32, of each node of depth `level`. The run of node `n` ends where that of `n + 1`
+        begins, and the number of nodes gives the end of the last run.
         """
         for pointer in self.child_ptr[level:]:
             nodes = pointer[nodes].long()
@@ -228,13 +211,7 @@ class SidTrie:
 
     def children(self, level: int, nodes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Children of nodes.
-
-        Args:
-            level (`int`):
-                Depth of the nodes, `0` for the root.
-            nodes (`torch.Tensor` of shape `(...)`):
-                Node numbers.
+        Children of `nodes` `(...)` of depth `level`, 0 for the root.
 
         Returns:
             `tuple` of two `torch.Tensor` of shape `(..., F)`, `F` the largest fan-out of that depth: codes of the
@@ -249,18 +226,8 @@ class SidTrie:
 
     def descend(self, level: int, nodes: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
         """
-        The child of each node with a given code.
-
-        Args:
-            level (`int`):
-                Depth of the nodes.
-            nodes (`torch.Tensor` of shape `(n,)`):
-                Node numbers; -1 stays -1.
-            codes (`torch.Tensor` of shape `(n,)`):
-                Code to follow from each node.
-
-        Returns:
-            `torch.Tensor` of shape `(n,)`: node numbers of depth `level + 1`, -1 for prefixes without any item.
+        The child, of depth `level + 1`, of each node `(n,)` with the given code `(n,)`; -1 if there is none or the
+        node is -1.
         """
         child_codes, child = self.children(level, nodes.clamp(min=0))
         match = (child_codes == codes[:, None]) & (child >= 0) & (nodes >= 0)[:, None]
@@ -268,15 +235,8 @@ class SidTrie:
 
     def items(self, leaves: torch.Tensor) -> torch.Tensor:
         """
-        Items of leaves.
-
-        Args:
-            leaves (`torch.Tensor` of shape `(...)`):
-                Leaf numbers.
-
-        Returns:
-            `torch.Tensor` of shape `(..., C)`, `C` the most items that share one Semantic ID: item indices in
-            ascending order, padded with -1.
+        Item indices `(..., C)` of leaves `(...)` in ascending order, padded with -1; `C` is the largest number of
+        items that share a Semantic ID.
         """
         start, end = self.leaf_ptr[leaves].long(), self.leaf_ptr[leaves + 1].long()
         position = start[..., None] + torch.arange(self.fan_out[-1], device=leaves.device)  # (..., C)
@@ -375,16 +335,8 @@ class ItemFilter:
 
     def excludes_nodes(self, level: int, child: torch.Tensor) -> torch.Tensor:
         """
-        Children below which a prompt may get no item.
-
-        Args:
-            level (`int`):
-                Depth of the children's parents.
-            child (`torch.Tensor` of shape `(B, W, F)`):
-                Children as [`SidTrie.children`] returns them.
-
-        Returns:
-            `torch.Tensor` of shape `(B, W, F)`, boolean; undefined at padding.
+        Whether a prompt may get no item below each of the children `(B, W, F)` that [`SidTrie.children`] returns for
+        nodes of depth `level`; undefined at padding.
         """
         # 1. The children of a parent are consecutive nodes: F runs of positions with F + 1 edges.
         edges = child[..., :1] + torch.arange(child.shape[-1] + 1, device=child.device)
@@ -395,16 +347,7 @@ class ItemFilter:
         return torch.where(self.is_allow[:, None, None], num_listed == 0, num_listed == first.diff(dim=-1))
 
     def excludes_items(self, items: torch.Tensor) -> torch.Tensor:
-        """
-        Items that a prompt may not get.
-
-        Args:
-            items (`torch.Tensor` of shape `(B, n)`):
-                Item indices, padded with -1.
-
-        Returns:
-            `torch.Tensor` of shape `(B, n)`, boolean; undefined at padding.
-        """
+        """Whether a prompt may not get each of the items `(B, n)`; undefined at padding."""
         position = self._trie.item_positions[items]
         padded = nn.functional.pad(self.listed, (0, 1), value=len(self._trie.item_indices))
         nearest = padded.gather(1, torch.searchsorted(self.listed, position))
