@@ -239,18 +239,16 @@ class SidCatalog:
         Raises:
             `ValueError`: if a file is damaged, or the two files do not belong together.
         """
-        config_path, weights_path = (
-            os.path.join(pretrained_directory, name)
-            if os.path.isdir(pretrained_directory)
-            else cached_file(pretrained_directory, name, **kwargs)
-            for name in (CATALOG_CONFIG_NAME, CATALOG_WEIGHTS_NAME)
-        )
+        names = (CATALOG_CONFIG_NAME, CATALOG_WEIGHTS_NAME)
+        if os.path.isdir(pretrained_directory):
+            config_path, weights_path = (os.path.join(pretrained_directory, name) for name in names)
+        else:
+            config_path, weights_path = (cached_file(pretrained_directory, name, **kwargs) for name in names)
         try:
             with open(config_path, encoding="utf-8") as file:
                 config = json.load(file)
-            num_levels, allow_collisions, item_ids = (
-                config[name] for name in ("num_levels", "allow_collisions", "item_ids")
-            )
+            num_levels, item_ids = config["num_levels"], config["item_ids"]
+            allow_collisions = config["allow_collisions"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{config_path} is damaged ({error!r}). Save the catalogue again.") from error
         try:

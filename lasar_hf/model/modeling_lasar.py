@@ -82,14 +82,6 @@ class LasarForGenerativeRec(LasarPreTrainedModel, GenerationMixin):
         self._tied_weights_keys = {"lm_head.weight": f"model.{name}.weight"}
         self._no_split_modules = self.model._no_split_modules
 
-    def get_input_embeddings(self) -> nn.Module:
-        """The embedding matrix of the backbone."""
-        return self.model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the backbone's embedding matrix."""
-        self.model.set_input_embeddings(value)
-
     @classmethod
     def from_backbone(
         cls,

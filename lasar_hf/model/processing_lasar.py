@@ -48,9 +48,9 @@ class LasarProcessor(ProcessorMixin):
             Token ids before the history: BOS, if any, and the instruction.
 
     Raises:
-        `ValueError`: if the tokenizer lacks a Semantic-ID or control token, or holds one that is not special; if the
-            instruction contains such a token, or the tokenizer merges text across the parts of a prompt; if
-            `max_history` is less than 1.
+        `ValueError`: if the tokenizer lacks a Semantic-ID or control token, has one that is not special, or merges
+            text across the parts of a prompt; if `instruction` contains a special token; if `max_history` is less
+            than 1, `layout` is another one, or `add_bos` is set without a BOS token.
 
     Example:
 
@@ -146,7 +146,7 @@ class LasarProcessor(ProcessorMixin):
             [`LasarForGenerativeRec.recommend`].
 
         Raises:
-            `ValueError`: if a history is empty or holds an item that the catalogue does not have.
+            `ValueError`: if a history is empty or contains an item that the catalogue does not have.
         """
         return self.pad([self.prompt_ids(self.item_indices(history)) for history in histories])
 
@@ -206,7 +206,7 @@ class LasarProcessor(ProcessorMixin):
         return self.sid_token_ids[self._checked(items)].tolist() if len(items) else []
 
     def text_ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of titles or descriptions, none of them special: `<a_9>` or `<|latent|>` in a text stays plain text."""
+        """Token ids of titles or descriptions, none of them special: `<a_9>` in a text stays plain text."""
         if not len(texts):
             return []
         return self.tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True).input_ids
@@ -223,10 +223,10 @@ class LasarProcessor(ProcessorMixin):
             `list[list[dict]]`: for each prompt `item_id` (`str`), `title` (`str`, `None` if unknown) and `score`
             (`float`, log-probability), best first, without padding.
         """
-        titles = self.catalog.titles or [None] * len(self.catalog)
+        item_ids, titles = self.catalog.item_ids, self.catalog.titles
         return [
             [
-                {"item_id": self.catalog.item_ids[item], "title": titles[item], "score": score}
+                {"item_id": item_ids[item], "title": titles[item] if titles is not None else None, "score": score}
                 for item, score in zip(items, scores, strict=True)
                 if item >= 0
             ]
