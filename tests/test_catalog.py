@@ -16,7 +16,7 @@ from tests.tiny import batch, row, tiny_catalog, tiny_model
 
 
 def paths(trie: SidTrie) -> dict[tuple[int, ...], list[int]]:
-    """Every Semantic ID a trie holds, in its order, with its item rows."""
+    """Every Semantic ID a trie holds, in order, with its item indices."""
     prefixes = [((), 0)]
     for level in range(trie.num_levels):
         grown = []
@@ -27,9 +27,9 @@ def paths(trie: SidTrie) -> dict[tuple[int, ...], list[int]]:
     return {prefix: [i for i in trie.items(torch.tensor(node)).tolist() if i >= 0] for prefix, node in prefixes}
 
 
-def expected_paths(codes: torch.Tensor, rows=None) -> dict[tuple[int, ...], list[int]]:
+def expected_paths(codes: torch.Tensor, indices=None) -> dict[tuple[int, ...], list[int]]:
     held = {}
-    for i in range(len(codes)) if rows is None else rows:
+    for i in range(len(codes)) if indices is None else indices:
         held.setdefault(tuple(codes[i].tolist()), []).append(i)
     return dict(sorted(held.items()))
 
@@ -42,18 +42,18 @@ def random_codes(data, levels: int = 3, codebook_size: int = 4) -> torch.Tensor:
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_trie_holds_collisions_gaps_and_wide_codes(data):
-    """Also where a whole Semantic ID does not fit one integer key, and where only some rows are held."""
+    """Also if a Semantic ID does not fit into one integer key, and for some of the items only."""
     codes = random_codes(data)
     scale = data.draw(st.sampled_from([1, 10_000, 2**24]))  # int16 codes, int32 codes, keys wider than 63 bits
     kept = data.draw(st.lists(st.booleans(), min_size=len(codes), max_size=len(codes)))
-    rows = torch.tensor(kept).nonzero()[:, 0] if any(kept) else torch.arange(len(codes))
-    trie = SidTrie(codes * scale, rows)
-    found, expected = paths(trie), expected_paths(codes * scale, rows.tolist())
+    indices = torch.tensor(kept).nonzero()[:, 0] if any(kept) else torch.arange(len(codes))
+    trie = SidTrie(codes * scale, indices)
+    found, expected = paths(trie), expected_paths(codes * scale, indices.tolist())
     assert list(found.items()) == list(expected.items())
     for level in range(trie.num_levels + 1):
         first = trie.first_position(level, torch.arange(trie.num_nodes[level] + 1))
-        assert first[0] == 0 and first[-1] == len(rows) and (first.diff() > 0).all()
-    assert trie.item_positions[trie.item_indices.long()].tolist() == list(range(len(rows)))
+        assert first[0] == 0 and first[-1] == len(indices) and (first.diff() > 0).all()
+    assert trie.item_positions[trie.item_indices.long()].tolist() == list(range(len(indices)))
 
 
 def test_an_item_takes_at_most_24_bytes():
@@ -135,11 +135,11 @@ def test_changes_equal_a_new_catalogue(data):
             new = [str(len(catalog) + i) for i in range(data.draw(st.integers(not back, 8)))]
             ids = data.draw(st.permutations(back + new))
             catalog = catalog.add(draw(len(ids)), ids)
-        anew = SidCatalog(catalog.codes, catalog.item_ids, True, catalog.removed)
-        assert_same_trie(catalog.trie("cpu"), anew.trie("cpu"))
-        assert (catalog.num_items, catalog.index_of) == (anew.num_items, anew.index_of)
+        new = SidCatalog(catalog.codes, catalog.item_ids, True, catalog.removed)
+        assert_same_trie(catalog.trie("cpu"), new.trie("cpu"))
+        assert (catalog.num_items, catalog.index_of) == (new.num_items, new.index_of)
         for size_limit in (1, size, 10_000 * size, 2**24 * size):
-            assert accepts(catalog, size_limit) == accepts(anew, size_limit)
+            assert accepts(catalog, size_limit) == accepts(new, size_limit)
 
 
 def test_changes_build_no_new_trie(monkeypatch):
@@ -324,7 +324,7 @@ def test_each_device_has_its_copy():
 @pytest.mark.parametrize("wrong", [[True] * 20, [7.9], ["item-3"], torch.zeros(20, dtype=torch.bool)])
 @pytest.mark.parametrize("name", ["allow", "deny"])
 def test_lists_contain_item_indices(name, wrong):
-    """A mask or names would be taken for other items."""
+    """A mask or ids would mean other items."""
     with pytest.raises(ValueError, match=f"{name} list of prompt 1"):
         ItemFilter(tiny_catalog().trie("cpu"), 2, **{name: [None, wrong]})
 
@@ -338,7 +338,7 @@ def titled_catalog(**kwargs) -> SidCatalog:
 
 def test_titles_survive_a_round_trip(tmp_path):
     titled_catalog(titles=["Apple", "", "Chair"]).save_pretrained(tmp_path)
-    assert SidCatalog.from_pretrained(tmp_path).titles == TITLES  # an empty title is no title
+    assert SidCatalog.from_pretrained(tmp_path).titles == TITLES  # an empty title becomes None
 
 
 def test_added_titles_join_the_old_ones():

@@ -30,10 +30,10 @@ def test_config_round_trip(tmp_path):
 def test_mixed_batch_equals_plain_loop(kind, attention):
     model, _ = tiny_model(kind)
     model.set_attn_implementation(attention)
-    rows = mixed_rows(model)
-    inputs = batch(rows, SIDES)
+    sequences = mixed_rows(model)
+    inputs = batch(sequences, SIDES)
     outputs = model(**inputs)
-    for i, ids in enumerate(rows):
+    for i, ids in enumerate(sequences):
         logits, states = plain_loop(model, ids)
         torch.testing.assert_close(outputs.logits[i][inputs["attention_mask"][i].bool()], logits, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(outputs.latent_states[i, : DEPTHS[i] + 1], states, atol=1e-5, rtol=1e-5)
@@ -46,11 +46,11 @@ def test_mixed_batch_equals_plain_loop(kind, attention):
 @pytest.mark.parametrize("kind", BACKBONES)
 def test_gradients_equal_plain_loop(kind):
     model, _ = tiny_model(kind)
-    rows = mixed_rows(model)
-    inputs = batch(rows, SIDES)
+    sequences = mixed_rows(model)
+    inputs = batch(sequences, SIDES)
     outputs = model(**inputs)
     got = gradients(model, functional(outputs.logits[inputs["attention_mask"].bool()], outputs.latent_states))
-    parts = [plain_loop(model, ids) for ids in rows]
+    parts = [plain_loop(model, ids) for ids in sequences]
     expected = gradients(model, sum(functional(*part) for part in parts))
     assert got.keys() == expected.keys()
     for name in expected:
@@ -61,8 +61,8 @@ def test_gradients_equal_plain_loop(kind):
 @pytest.mark.parametrize("kind", BACKBONES)
 def test_no_latent_step_equals_backbone(kind):
     model, _ = tiny_model(kind)
-    rows = [row(model, 5, 0, [20]), row(model, 8, 0, [22], seed=1)]
-    inputs = batch(rows, "right")
+    sequences = [row(model, 5, 0, [20]), row(model, 8, 0, [22], seed=1)]
+    inputs = batch(sequences, "right")
     expected = model.lm_head(model.model.backbone(**inputs).last_hidden_state)
     real = inputs["attention_mask"].bool()
     torch.testing.assert_close(model(**inputs).logits[real], expected[real], atol=1e-6, rtol=1e-6)
@@ -77,33 +77,33 @@ def test_sequences_without_latent_region_are_plain_text():
 
 
 @pytest.mark.parametrize(
-    ("lengths", "repeats", "rows_run"),
+    ("lengths", "repeats", "sequences_read"),
     [
         ((30, 34, 34), (3, 1, 1), 3),  # each prompt once
         ((12, 12, 11), (8, 2, 2), 6),  # eight branches everywhere would cost more than reading the first four times
         ((4, 4, 4), (1, 1, 4), 6),  # sharing saves nothing
     ],
 )
-def test_equal_prompts_are_run_once_and_change_nothing(lengths, repeats, rows_run):
+def test_equal_prompts_are_run_once_and_change_nothing(lengths, repeats, sequences_read):
     model, _ = tiny_model()
     seeds = [seed for seed, count in enumerate(repeats) for _ in range(count)]
     order = torch.randperm(len(seeds), generator=torch.Generator().manual_seed(0)).tolist()
     answers = [sid_ids(model, [i % 4, i // 4, (i + 1) % 4]) for i in range(len(seeds))]
-    rows = [row(model, lengths[seeds[i]], 2, answers[i], seed=seeds[i]) for i in order]
-    inputs = batch(rows, [SIDES[i % 2] for i in order])
+    sequences = [row(model, lengths[seeds[i]], 2, answers[i], seed=seeds[i]) for i in order]
+    inputs = batch(sequences, [SIDES[i % 2] for i in order])
     real = inputs["attention_mask"].bool()
-    rows_read = []
+    batch_sizes = []
     hook = model.model.backbone.register_forward_pre_hook(
-        lambda module, args, kwargs: rows_read.append((kwargs.get("input_ids", kwargs.get("inputs_embeds"))).shape[0]),
+        lambda module, args, kwargs: batch_sizes.append((kwargs.get("input_ids", kwargs.get("inputs_embeds"))).shape[0]),
         with_kwargs=True,
     )
     results = {}
     for share in (True, False):
         model.model.share_prefixes = share
-        rows_read.clear()
+        batch_sizes.clear()
         outputs = model(**inputs)
         results[share] = outputs, gradients(model, functional(outputs.logits[real], outputs.latent_states))
-        assert set(rows_read) == ({rows_run} if share else {len(rows)})
+        assert set(batch_sizes) == ({sequences_read} if share else {len(sequences)})
     hook.remove()
     (shared, shared_gradients), (unshared, unshared_gradients) = results[True], results[False]
     torch.testing.assert_close(shared.logits[real], unshared.logits[real], atol=1e-5, rtol=1e-5)
@@ -178,9 +178,9 @@ def test_reentrant_checkpointing_is_refused():
 )
 def test_bad_slots_are_refused(make, message):
     model, _ = tiny_model()
-    rows = [row(model, 4, 1, [20]), make(model.config)]
+    sequences = [row(model, 4, 1, [20]), make(model.config)]
     with pytest.raises(ValueError) as error:
-        model(**batch(rows))
+        model(**batch(sequences))
     assert message in str(error.value)
 
 
@@ -302,11 +302,11 @@ def test_sid_embeddings_keep_the_geometry_of_the_codebooks(tied):
     model.set_sid_embeddings(codebooks, std=0.05)
     start, count = model.config.sid_token_offset, 12
     for weight in (model.get_input_embeddings().weight, model.lm_head.weight):
-        rows = weight[start : start + count]
-        assert rows.std().item() == pytest.approx(0.05, rel=1e-3)
+        sequences = weight[start : start + count]
+        assert sequences.std().item() == pytest.approx(0.05, rel=1e-3)
         # Twelve centres span at most twelve dimensions, so the hidden size of 16 keeps every angle.
         expected = torch.nn.functional.normalize(codebooks.flatten(0, 1), dim=-1)
-        got = torch.nn.functional.normalize(rows, dim=-1)
+        got = torch.nn.functional.normalize(sequences, dim=-1)
         torch.testing.assert_close(got @ got.T, expected @ expected.T, atol=1e-4, rtol=1e-4)
     assert torch.equal(model.get_input_embeddings().weight[:start], old[:start])
     with pytest.raises(ValueError, match="codebooks"):

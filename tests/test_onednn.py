@@ -120,7 +120,7 @@ def test_a_compiled_layer_compiles_as_before(products):
 
 @needs_onednn
 def test_few_sizes_reach_onednn(products, monkeypatch):
-    """It keeps what it compiled for every number of rows: the rows are rounded up, and the result cut."""
+    """oneDNN caches a kernel per number of rows, so rows are padded to few numbers and the result is cut."""
     sizes, weight = set(), torch.randn(8, 8)
     product = torch.ops.mkldnn._linear_pointwise
 

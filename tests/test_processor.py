@@ -1,4 +1,4 @@
-"""The prompt format: token ids, text, padding, saving and loading, and what a processor refuses."""
+"""The prompt format: token ids, text, padding, saving and loading, and refused arguments."""
 
 import numpy as np
 import pytest

@@ -194,7 +194,7 @@ def _read_open(model, state: ReasoningState, trie: SidTrie, level: int, beams: _
     A prefix is open if at least two items continue it. Where a single item continues, all further codes have
     probability 1 whatever the model says, so they are not read. All ancestors of an open prefix were open.
 
-    Returns the hidden states `(B, W, H)`, zero where nothing was read, and what each prefix sees `(B, W, R + O)`.
+    Returns the hidden states `(B, W, H)`, zero where nothing was read, and the new `ancestors` `(B, W, R + O)`.
     """
     config, (batch_size, width) = model.config, beams.codes.shape
     # 1. Find the open prefixes; O is the largest number of them in a prompt.

@@ -103,7 +103,7 @@ def random_codes(num_items: int, seed: int = 0) -> torch.Tensor:
 
 
 def seconds_of(call: Callable, device: torch.device) -> tuple[float, object]:
-    """Wall-clock seconds of a call, and what it returned."""
+    """Wall-clock seconds of a call, and its result."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
