@@ -94,7 +94,7 @@ def test_equal_prompts_are_run_once_and_change_nothing(lengths, repeats, sequenc
     real = inputs["attention_mask"].bool()
     batch_sizes = []
     hook = model.model.backbone.register_forward_pre_hook(
-        lambda module, args, kwargs: batch_sizes.append((kwargs.get("input_ids", kwargs.get("inputs_embeds"))).shape[0]),
+        lambda module, args, kwargs: batch_sizes.append(len(kwargs.get("input_ids", kwargs.get("inputs_embeds")))),
         with_kwargs=True,
     )
     results = {}
