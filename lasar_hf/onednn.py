@@ -1,8 +1,10 @@
-"""Matrix products of inference on a CPU, by oneDNN where PyTorch would ask MKL.
+"""Faster linear layers for inference on x86 CPUs, by oneDNN instead of MKL.
 
-PyTorch hands float32 products to MKL, which leaves half the vector width of other makers' processors unused, and reads
-the weights with a single thread when a product has one row, as that of a latent step has. oneDNN, which every x86
-build of PyTorch holds and uses for bfloat16, does neither.
+    with onednn_linear(model):
+        model.recommend(**prompts, catalog=catalog)
+
+PyTorch computes float32 products by MKL. MKL uses half the vector width of non-Intel processors, and one thread for
+products with a single row, such as a latent step. oneDNN does neither; every x86 build of PyTorch contains it.
 """
 
 from contextlib import contextmanager
@@ -12,14 +14,14 @@ import torch
 from torch import nn
 
 
-MIN_PRODUCT = 2**18  # multiplications; below, the call costs more than it saves
+MIN_PRODUCT = 2**18  # multiplications; for smaller products the call costs more than it saves
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")
-_PLAIN = (torch.Tensor, nn.Parameter)  # what quantises or shards weights brings tensors of its own
+_PLAIN = (torch.Tensor, nn.Parameter)  # quantised and sharded weights have other types
 
 
 def linear(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """
-    `torch.nn.functional.linear`, by oneDNN where that is faster: large float32 products on a CPU without gradients.
+    `torch.nn.functional.linear`, by oneDNN for large float32 products on a CPU without gradients.
 
     Args:
         states (`torch.Tensor` of shape `(..., I)`):
@@ -32,7 +34,7 @@ def linear(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     Returns:
         `torch.Tensor` of shape `(..., O)`.
     """
-    if not _takes_onednn(states, weight, bias):
+    if not _supports(states, weight, bias):
         return nn.functional.linear(states, weight, bias)
     rows = states.numel() // states.shape[-1]
     extra = _rounded(rows) - rows
@@ -43,7 +45,7 @@ def linear(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     return product[:rows].view(*states.shape[:-1], -1)
 
 
-def _takes_onednn(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+def _supports(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
     is_plain = not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling())
     return (
         HAS_ONEDNN
@@ -61,8 +63,8 @@ def _takes_onednn(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
 
 def _rounded(rows: int) -> int:
     """
-    `rows`, from 16 on to four significant bits. oneDNN keeps what it compiled for every size, up to a megabyte each;
-    prompts come in all lengths, and these are few.
+    `rows` rounded up to four significant bits. oneDNN compiles and caches a kernel per size, up to a megabyte each, so
+    the number of sizes must be small while prompts have any length.
     """
     step = 1 << max(rows.bit_length() - 4, 0)
     return -(-rows // step) * step
@@ -75,10 +77,10 @@ def _forward(layer: nn.Linear, states: torch.Tensor) -> torch.Tensor:
 @contextmanager
 def onednn_linear(model: nn.Module):
     """
-    Context in which the linear layers of a model use [`linear`].
+    Context in which the `nn.Linear` layers of a model use [`linear`].
 
-    The layers are changed one by one: a `TorchFunctionMode` would slow every other call of a pass. A layer whose
-    forward pass something else has replaced is left alone.
+    Each layer's `forward` is replaced, since a `TorchFunctionMode` would slow down all other calls. A layer whose
+    `forward` has been replaced already is not changed.
 
     Args:
         model (`torch.nn.Module`):

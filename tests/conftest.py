@@ -1,4 +1,4 @@
-"""Settings every test runs under: no network, one thread, and where the optional real data lies."""
+"""Settings of all tests: no network, one thread; and the optional real data."""
 
 import os
 from pathlib import Path
@@ -21,7 +21,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Folder of real interaction data beside the repository; a test that asks for it is skipped where it is absent."""
+    """Folder of real interaction data beside the repository. Tests that use it are skipped if it is absent."""
     folder = Path(__file__).resolve().parents[2] / "shared" / "data"
     if not folder.is_dir():
         pytest.skip("no ../shared/data beside the repository (real interaction data)")

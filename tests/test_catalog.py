@@ -1,5 +1,6 @@
 """The catalogue as an index: size and order of the trie, adding and removing items, allow and deny lists."""
 
+import json
 import os
 
 import numpy as np
@@ -10,12 +11,12 @@ from hypothesis import strategies as st
 
 from lasar_hf import SidCatalog
 from lasar_hf.model.trie_lasar import ItemFilter, SidTrie
-from tests.test_decoding import score_every_item
+from tests.references import score_every_item
 from tests.tiny import batch, row, tiny_catalog, tiny_model
 
 
 def paths(trie: SidTrie) -> dict[tuple[int, ...], list[int]]:
-    """Every Semantic ID a trie holds, in its order, with its item rows."""
+    """Every Semantic ID a trie holds, in order, with its item indices."""
     prefixes = [((), 0)]
     for level in range(trie.num_levels):
         grown = []
@@ -26,9 +27,9 @@ def paths(trie: SidTrie) -> dict[tuple[int, ...], list[int]]:
     return {prefix: [i for i in trie.items(torch.tensor(node)).tolist() if i >= 0] for prefix, node in prefixes}
 
 
-def expected_paths(codes: torch.Tensor, rows=None) -> dict[tuple[int, ...], list[int]]:
+def expected_paths(codes: torch.Tensor, indices=None) -> dict[tuple[int, ...], list[int]]:
     held = {}
-    for i in range(len(codes)) if rows is None else rows:
+    for i in range(len(codes)) if indices is None else indices:
         held.setdefault(tuple(codes[i].tolist()), []).append(i)
     return dict(sorted(held.items()))
 
@@ -41,18 +42,18 @@ def random_codes(data, levels: int = 3, codebook_size: int = 4) -> torch.Tensor:
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_trie_holds_collisions_gaps_and_wide_codes(data):
-    """Also where a whole Semantic ID does not fit one integer key, and where only some rows are held."""
+    """Also if a Semantic ID does not fit into one integer key, and for some of the items only."""
     codes = random_codes(data)
     scale = data.draw(st.sampled_from([1, 10_000, 2**24]))  # int16 codes, int32 codes, keys wider than 63 bits
     kept = data.draw(st.lists(st.booleans(), min_size=len(codes), max_size=len(codes)))
-    rows = torch.tensor(kept).nonzero()[:, 0] if any(kept) else torch.arange(len(codes))
-    trie = SidTrie(codes * scale, rows)
-    found, expected = paths(trie), expected_paths(codes * scale, rows.tolist())
+    indices = torch.tensor(kept).nonzero()[:, 0] if any(kept) else torch.arange(len(codes))
+    trie = SidTrie(codes * scale, indices)
+    found, expected = paths(trie), expected_paths(codes * scale, indices.tolist())
     assert list(found.items()) == list(expected.items())
     for level in range(trie.num_levels + 1):
         first = trie.first_position(level, torch.arange(trie.num_nodes[level] + 1))
-        assert first[0] == 0 and first[-1] == len(rows) and (first.diff() > 0).all()
-    assert trie.item_positions[trie.item_indices.long()].tolist() == list(range(len(rows)))
+        assert first[0] == 0 and first[-1] == len(indices) and (first.diff() > 0).all()
+    assert trie.item_positions[trie.item_indices.long()].tolist() == list(range(len(indices)))
 
 
 def test_an_item_takes_at_most_24_bytes():
@@ -68,7 +69,7 @@ def test_an_item_takes_at_most_24_bytes():
 
 @settings(max_examples=40, deadline=None)
 @given(st.data())
-def test_add_and_remove_keep_rows(data):
+def test_add_and_remove_keep_indices(data):
     codes = random_codes(data)
     ids = [f"item-{i}" for i in range(len(codes))]
     split = data.draw(st.integers(1, len(codes)))
@@ -92,6 +93,14 @@ def test_add_and_remove_keep_rows(data):
     assert again.item_ids == [*ids, "another"]
 
 
+def accepts(catalog: SidCatalog, codebook_size: int) -> bool:
+    try:
+        catalog.check_matches(catalog.num_levels, codebook_size)
+    except ValueError:
+        return False
+    return True
+
+
 def assert_same_trie(got: SidTrie, expected: SidTrie):
     assert vars(got).keys() == vars(expected).keys()
     for name, value in vars(expected).items():
@@ -106,8 +115,8 @@ def assert_same_trie(got: SidTrie, expected: SidTrie):
 
 @settings(max_examples=60, deadline=None)
 @given(st.data())
-def test_changes_equal_building_anew(data):
-    """Any chain of changes leaves the very tensors that the constructor makes: a trie is only moved, never sorted."""
+def test_changes_equal_a_new_catalogue(data):
+    """Any sequence of changes leaves the tensors that the constructor makes."""
     levels, size = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 5))
     scale = data.draw(st.sampled_from([1, 10_000, 2**24]))
     seeds = st.integers(0, 9999).map(lambda seed: torch.Generator().manual_seed(seed))
@@ -126,17 +135,18 @@ def test_changes_equal_building_anew(data):
             new = [str(len(catalog) + i) for i in range(data.draw(st.integers(not back, 8)))]
             ids = data.draw(st.permutations(back + new))
             catalog = catalog.add(draw(len(ids)), ids)
-        anew = SidCatalog(catalog.codes, catalog.item_ids, True, catalog.removed)
-        assert_same_trie(catalog.trie("cpu"), anew.trie("cpu"))
-        assert (catalog.num_items, catalog.index_of) == (anew.num_items, anew.index_of)
-        assert catalog._max_code == anew._max_code
+        new = SidCatalog(catalog.codes, catalog.item_ids, True, catalog.removed)
+        assert_same_trie(catalog.trie("cpu"), new.trie("cpu"))
+        assert (catalog.num_items, catalog.index_of) == (new.num_items, new.index_of)
+        for size_limit in (1, size, 10_000 * size, 2**24 * size):
+            assert accepts(catalog, size_limit) == accepts(new, size_limit)
 
 
-def test_changes_build_nothing_anew(monkeypatch):
+def test_changes_build_no_new_trie(monkeypatch):
     catalog = tiny_catalog()
     codes = catalog.codes[3:4]
     for name in ("SidTrie.__init__", "SidCatalog.__init__"):
-        monkeypatch.setattr(f"lasar_hf.catalog_lasar.{name}", lambda *args: pytest.fail("built anew"))
+        monkeypatch.setattr(f"lasar_hf.model.catalog_lasar.{name}", lambda *args: pytest.fail("a constructor was called"))
     changed = catalog.remove(["item-3", "item-5"]).add(codes, ["new"])
     assert (changed.num_items, len(changed), catalog.num_items) == (19, 21, 20)
 
@@ -144,11 +154,11 @@ def test_changes_build_nothing_anew(monkeypatch):
 def test_a_wide_code_can_come_later():
     catalog = SidCatalog([[0, 1], [2, 3]], ["a", "b"]).add([[2, 70_000], [1, 0]], ["c", "d"])
     assert paths(catalog.trie("cpu")) == {(0, 1): [0], (1, 0): [3], (2, 3): [1], (2, 70_000): [2]}
-    with pytest.raises(ValueError, match="'c' .row 2. has the codes .2, 70000., but .* 4 entries"):
+    with pytest.raises(ValueError, match="'c' .index 2. .* codebook_size is 4"):
         catalog.check_matches(2, 4)
 
 
-def test_removed_items_are_gone_as_if_they_had_never_been():
+def test_removed_items_leave_no_trace():
     model, _ = tiny_model()
     catalog = tiny_catalog(num_items=12)
     kept = [i for i in range(12) if i not in (2, 7)]
@@ -172,16 +182,16 @@ def test_round_trip_with_removed_items(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.add([[0, 0, 9]], ["item-1"]), "holds the item 'item-1' already"),
-        (lambda c: c.add([[0, 0, 9], [0, 1, 9]], ["x", "x"]), "'x' appears twice"),
-        (lambda c: c.add([[0, 0]], ["x"]), "3 levels but the new codes have 2"),
+        (lambda c: c.add([[0, 0, 9]], ["item-1"]), "item 'item-1'"),
+        (lambda c: c.add([[0, 0, 9], [0, 1, 9]], ["x", "x"]), "item_ids has 'x'"),
+        (lambda c: c.add([[0, 0]], ["x"]), "codes have 2 levels"),
         (lambda c: c.add(c.codes[4:5], ["x"]), "'item-4' and 'x' share the Semantic ID"),
-        (lambda c: c.remove(["nothing"]), "holds no item 'nothing'"),
-        (lambda c: c.remove(["item-1"]).remove(["item-1"]), "holds no item 'item-1'"),
-        (lambda c: c.remove(c.item_ids), "at least one item must stay"),
-        (lambda c: SidCatalog([[0.5, 1.0]], ["x"]), "integers below"),
-        (lambda c: SidCatalog([[0, 2**31]], ["x"]), "integers below"),
-        (lambda c: SidCatalog([[0, 1]], ["x"], removed=torch.tensor([True, False])), "one flag a row"),
+        (lambda c: c.remove(["nothing"]), "no item 'nothing'"),
+        (lambda c: c.remove(["item-1"]).remove(["item-1"]), "no item 'item-1'"),
+        (lambda c: c.remove(c.item_ids), "item_ids"),
+        (lambda c: SidCatalog([[0.5, 1.0]], ["x"]), "codes are"),
+        (lambda c: SidCatalog([[0, 2**31]], ["x"]), "codes are"),
+        (lambda c: SidCatalog([[0, 1]], ["x"], removed=torch.tensor([True, False])), "removed has shape"),
     ],
 )
 def test_bad_changes_are_refused(change, message):
@@ -249,14 +259,14 @@ def test_a_denied_twin_vanishes_and_the_other_stays():
     assert sorted(model.recommend(**inputs, catalog=catalog, top_k=3, allow=[[2]]).items[0].tolist()) == [-1, -1, 2]
 
 
-def test_a_row_without_any_item():
+def test_a_prompt_without_any_item():
     model, _ = tiny_model()
     catalog, inputs = tiny_catalog(), batch([row(model, 5, 0), row(model, 6, 0, seed=1)])
     everything = torch.arange(20)
     for lists in (
         dict(allow=[None, []]), dict(deny=[None, everything]), dict(allow=[None, [1, 2]], deny=[None, [2, 1]]),
     ):
-        with pytest.raises(ValueError, match="Row 1 may get no item"):
+        with pytest.raises(ValueError, match="prompt 1"):
             model.recommend(**inputs, catalog=catalog, **lists)
         empty = model.recommend(**inputs, catalog=catalog, **lists, top_k=4, allow_empty=True)
         assert (empty.items[1] == -1).all() and (empty.scores[1] == -torch.inf).all()
@@ -266,10 +276,10 @@ def test_a_row_without_any_item():
 @pytest.mark.parametrize(
     ("lists", "message"),
     [
-        (dict(allow=[[1]]), "allow has 1 lists for 2 rows"),
-        (dict(deny=[None, [3, 20]]), "deny list of row 1 must .* 0 … 19"),
-        (dict(allow=[[-1], None]), "allow list of row 0"),
-        (dict(deny=torch.zeros(2, 3, 1)), "deny list of row 0 must be one-dimensional"),
+        (dict(allow=[[1]]), "allow has 1 lists"),
+        (dict(deny=[None, [3, 20]]), "deny list of prompt 1 .* 0 … 19"),
+        (dict(allow=[[-1], None]), "allow list of prompt 0"),
+        (dict(deny=torch.zeros(2, 3, 1)), "deny list of prompt 0"),
     ],
 )
 def test_bad_lists_are_refused(lists, message):
@@ -277,7 +287,7 @@ def test_bad_lists_are_refused(lists, message):
         ItemFilter(tiny_catalog().trie("cpu"), 2, **lists)
 
 
-def test_a_catalogue_that_was_cut_while_it_was_saved_is_no_catalogue(tmp_path, monkeypatch):
+def test_an_interrupted_save_leaves_no_catalogue(tmp_path, monkeypatch):
     """New codes beside old item ids would recommend other items without a word."""
     tiny_catalog(seed=0).save_pretrained(tmp_path)
     replace, calls = os.replace, []
@@ -296,7 +306,7 @@ def test_a_catalogue_that_was_cut_while_it_was_saved_is_no_catalogue(tmp_path, m
 
 
 def test_a_catalogue_keeps_its_codes():
-    """Whoever changes the array it was made of changes nothing."""
+    """Changing the array it was made of has no effect."""
     codes, removed = np.array([[0, 0], [1, 1], [2, 2]], dtype=np.int32), torch.tensor([False, False, True])
     catalog = SidCatalog(codes, ["a", "b", "c"], removed=removed)
     codes[0], removed[0] = 3, True
@@ -305,13 +315,78 @@ def test_a_catalogue_keeps_its_codes():
 
 def test_each_device_has_its_copy():
     catalog = tiny_catalog()
-    here, there = catalog.trie("cpu"), catalog.trie("meta")
-    assert there.item_indices.is_meta and catalog.trie("cpu") is here and catalog.trie("meta") is there
+    cpu, meta = catalog.trie("cpu"), catalog.trie("meta")
+    assert meta.item_indices.is_meta
+    assert catalog.trie("cpu") is cpu
+    assert catalog.trie("meta") is meta
 
 
 @pytest.mark.parametrize("wrong", [[True] * 20, [7.9], ["item-3"], torch.zeros(20, dtype=torch.bool)])
 @pytest.mark.parametrize("name", ["allow", "deny"])
-def test_lists_are_of_row_numbers(name, wrong):
-    """A mask or names would be taken for other items."""
-    with pytest.raises(ValueError, match=f"{name} list of row 1 .* row numbers"):
+def test_lists_contain_item_indices(name, wrong):
+    """A mask or ids would mean other items."""
+    with pytest.raises(ValueError, match=f"{name} list of prompt 1"):
         ItemFilter(tiny_catalog().trie("cpu"), 2, **{name: [None, wrong]})
+
+
+TITLES = ["Apple", None, "Chair"]
+
+
+def titled_catalog(**kwargs) -> SidCatalog:
+    return SidCatalog([[0, 1], [0, 2], [3, 0]], ["a", "b", "c"], **kwargs)
+
+
+def test_titles_survive_a_round_trip(tmp_path):
+    titled_catalog(titles=["Apple", "", "Chair"]).save_pretrained(tmp_path)
+    assert SidCatalog.from_pretrained(tmp_path).titles == TITLES  # an empty title becomes None
+
+
+def test_added_titles_join_the_old_ones():
+    catalog = titled_catalog(titles=TITLES).remove(["a"])
+    added = catalog.add([[1, 1], [0, 1]], ["d", "a"], titles=["Desk", "Green apple"])
+    assert added.titles == ["Green apple", None, "Chair", "Desk"]
+    assert catalog.titles == TITLES
+
+
+def test_items_added_without_titles():
+    catalog = titled_catalog(titles=TITLES).remove(["a"])
+    assert catalog.add([[1, 1], [0, 1]], ["d", "a"]).titles == ["Apple", None, "Chair", None]
+
+
+def test_titles_added_to_a_catalogue_without_any():
+    assert titled_catalog().add([[1, 1]], ["d"], titles=["Desk"]).titles == [None, None, None, "Desk"]
+    assert titled_catalog().add([[1, 1]], ["d"]).titles is None
+
+
+@pytest.mark.parametrize("titles", [["Apple"], ["Apple", 3, "Chair"], ["Apple", float("nan"), "Chair"]])
+def test_bad_titles_are_refused(titles):
+    with pytest.raises(ValueError, match="titles"):
+        titled_catalog(titles=titles)
+    with pytest.raises(ValueError, match="titles"):
+        titled_catalog().add([[1, 1], [1, 2], [1, 3]], ["d", "e", "f"], titles=titles)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[: len(text) // 2],
+        lambda text: "[1, 2]",
+        lambda text: json.dumps({key: value for key, value in json.loads(text).items() if key != "item_ids"}),
+        lambda text: json.dumps(json.loads(text) | {"num_levels": 3}),
+        lambda text: json.dumps(json.loads(text) | {"item_ids": ["a"]}),
+    ],
+)
+def test_damaged_json_names_its_file(tmp_path, damage):
+    titled_catalog().save_pretrained(tmp_path)
+    path = tmp_path / "sid_catalog.json"
+    path.write_text(damage(path.read_text()))
+    with pytest.raises(ValueError, match="sid_catalog.json"):
+        SidCatalog.from_pretrained(tmp_path)
+
+
+def test_damaged_codes_name_their_file(tmp_path):
+    titled_catalog().save_pretrained(tmp_path)
+    path = tmp_path / "sid_catalog.safetensors"
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(ValueError, match="sid_catalog.safetensors"):
+        SidCatalog.from_pretrained(tmp_path)

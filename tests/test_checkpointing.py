@@ -1,4 +1,4 @@
-"""Gradient checkpointing and what the backward pass keeps: exact, and no copy of the prompt for each latent step."""
+"""Gradient checkpointing is exact, and the backward pass keeps no copy of the prompt for each latent step."""
 
 import gc
 from contextlib import contextmanager, nullcontext
@@ -12,12 +12,12 @@ from transformers.cache_utils import DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lasar_hf.model import base_lasar, cache_lasar
-from tests.test_modeling import SIDES, functional, gradients, mixed_rows
+from tests.references import SIDES, functional, gradients, mixed_rows
 from tests.tiny import batch, row, tiny_model
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of the tensors made inside and still alive, whoever holds them; their peak, if asked for."""
+    """Bytes of the tensors that were made inside and are still alive, and optionally their peak."""
 
     def __init__(self, with_peak: bool = False):
         super().__init__()
@@ -34,12 +34,12 @@ class LiveBytes(TorchDispatchMode):
         return result
 
     def now(self) -> int:
-        self.made = {place: made for place, made in self.made.items() if not made[0].expired()}
+        self.made = {key: made for key, made in self.made.items() if not made[0].expired()}
         return sum(size for _, size in self.made.values())
 
 
 def measure(model, prompt_length, depth, with_peak=False):
-    """Bytes kept for the backward pass by four rows, and the most bytes alive at once."""
+    """Bytes kept for the backward pass by four sequences, and the most bytes alive at once."""
     inputs = batch([row(model, prompt_length, depth, [15, 19, 23], seed=i) for i in range(4)])
     with LiveBytes(with_peak) as live:
         outputs = model(**inputs)
@@ -81,28 +81,28 @@ def test_checkpointing_is_exact(trained):
 
 
 def naive_loop(model, ids):
-    """The latent loop as one would write it, for one row, on an ordinary cache."""
-    trunk, config, cache = model.model, model.config, DynamicCache()
+    """The obvious latent loop, for one sequence, on an ordinary cache."""
+    base, config, cache = model.model, model.config, DynamicCache()
     first = ids.index(config.latent_token_id)
     answer = ids.index(config.latent_end_token_id)
-    hidden = trunk.backbone(torch.tensor([ids[:first]]), past_key_values=cache, use_cache=True).last_hidden_state
+    hidden = base.backbone(torch.tensor([ids[:first]]), past_key_values=cache, use_cache=True).last_hidden_state
     states = [hidden[:, -1:]]
-    for place in range(first, answer):
-        positions = torch.tensor([[place]])
-        step = trunk.backbone(
+    for position in range(first, answer):
+        positions = torch.tensor([[position]])
+        step = base.backbone(
             inputs_embeds=states[-1], position_ids=positions, past_key_values=cache, use_cache=True
         )
         states.append(step.last_hidden_state)
     positions = torch.arange(answer, len(ids))[None]
-    read = trunk.backbone(
+    read = base.backbone(
         torch.tensor([ids[answer:]]), position_ids=positions, past_key_values=cache, use_cache=True
     )
     hidden = torch.cat([hidden, *states[1:], read.last_hidden_state], dim=1)
     return functional(model.lm_head(hidden)[0], torch.cat(states, dim=1)[0])
 
 
-def test_the_naive_loop_is_right_but_under_checkpointing():
-    """What our loop is for: transformers drops an ordinary cache there, with no more than a warning."""
+def test_the_naive_loop_is_wrong_under_checkpointing():
+    """The reason for our loop: transformers drops an ordinary cache under checkpointing, with only a warning."""
     model = tiny_model()[0].train()
     ids = row(model, 8, 3, [15, 19, 23])
     loss, expected = loss_and_gradients(model, batch([ids]))
@@ -118,7 +118,7 @@ def test_the_naive_loop_is_right_but_under_checkpointing():
     assert relative_error(gradients(model, naive), expected) > 0.3
 
 
-def test_our_loop_on_a_dropped_or_ordinary_cache_is_an_error(trained, monkeypatch):
+def test_a_dropped_or_ordinary_cache_is_an_error(trained, monkeypatch):
     """Never silently wrong: the explicit masks no longer fit."""
     model, inputs, _, _ = trained
 
@@ -159,7 +159,7 @@ def test_checkpointing_lowers_the_memory(depth):
     model.activation_checkpointing_enable()
     kept_replaying, peak_replaying = measure(model, 48, depth, with_peak=True)
     assert kept_replaying < 0.3 * kept
-    assert peak_replaying < 0.65 * peak  # one of the two layers is made again at a time
+    assert peak_replaying < 0.65 * peak  # one of the two layers is replayed at a time
 
 
 def bytes_of_a_step(model, prompt_length):
@@ -200,18 +200,23 @@ def test_joining_again_changes_nothing(kind, attention, monkeypatch):
         assert torch.equal(got[name], expected[name]), name
 
 
-def test_nothing_is_kept_without_gradients_or_after_the_graph(monkeypatch):
+def test_memory_is_freed_with_the_graph():
     model = tiny_model()[0].train()
     inputs = batch([row(model, 32, 3, [15, 19, 23], seed=i) for i in range(3)])
-    model(**inputs)  # what transformers makes once and keeps
+    model(**inputs)  # transformers caches some tensors in the first call
     with LiveBytes() as live:
         outputs = model(**inputs)
         assert live.now() > 100_000
         del outputs
         gc.collect()
-        assert live.now() < 30_000  # what is kept must not hold the graph that holds it
-    monkeypatch.setattr(cache_lasar._RejoinHooks, "pack", None)
+        assert live.now() < 30_000  # the hooks must not hold the graph that holds them
+
+
+def test_no_hooks_are_set_without_gradients(monkeypatch):
+    model = tiny_model()[0].train()
+    inputs = batch([row(model, 8, 2, [15])])
+    monkeypatch.setattr(torch.autograd.graph, "saved_tensors_hooks", lambda pack, unpack: pytest.fail("hooks"))
     with torch.no_grad():
         model(**inputs)
-    with pytest.raises(TypeError):
+    with pytest.raises(pytest.fail.Exception):
         model(**inputs)

@@ -5,6 +5,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+
+from tests.references import score_every_item
+from tests.tiny import row, tiny_catalog, tiny_model
 
 
 @pytest.fixture
@@ -20,30 +24,64 @@ def benchmark():
     return module
 
 
-def test_one_run_measures_everything_and_finds_the_same_items(benchmark, capsys):
+def test_one_run_measures_everything(benchmark, capsys):
     benchmark.main(
         "--json --prompt_length 9 --num_beams 6 --text_length 4 --items 5000 --users 2 --rounds 1 --device cpu".split()
     )
     report = json.loads(capsys.readouterr().out)
-    assert report["same_items"] is True and report["max_score_difference"] <= 2e-5
+    assert report["same_items"] is True
+    assert report["max_score_difference"] <= 2e-5
     assert 1 <= report["policy_steps"] <= 8
     seconds = report["seconds"]
     latent = (seconds["latent 2"] + seconds["latent 3"]) / 2
     assert report["speedup_vs_generate"] == seconds["generate, direct"] / seconds["direct"]
+    assert report["products"] in ("onednn", "pytorch")
+    if report["products"] == "onednn":
+        plain = seconds["generate, direct, without onednn"] / seconds["direct, without onednn"]
+        assert report["speedup_vs_generate_without_onednn"] == plain
     assert report["latency_ratio_latent_n2.5_over_direct"] == latent / seconds["direct"]
     assert report["explicit_cot_over_latent"] == seconds["text"] / latent
-    assert [row["items"] for row in report["catalog"]] == [10**4, 10**5, 10**6]
-    for row in report["catalog"]:
-        assert row["bytes_an_item"] <= 32 and row["constraint_step_ms"] > 0 and row["catalog_seconds"] > 0
+    assert [index["items"] for index in report["catalog"]] == [10**4, 10**5, 10**6]
+    for index in report["catalog"]:
+        assert index["bytes_per_item"] <= 32
+        assert index["constraint_step_ms"] > 0
+        assert index["catalog_seconds"] > 0
 
 
 def test_the_peers_processor_is_the_constraint(benchmark):
-    """A prefix is looked up as it stands; the processor of another catalogue would find other items."""
-    model = benchmark.make_model("small", benchmark.torch.device("cpu"), benchmark.torch.float32)
+    """Exactly the codes that continue the prefix get a probability."""
+    model = benchmark.make_model("small", torch.device("cpu"), torch.float32)
     codes, config = benchmark.random_codes(50), model.config
     processor = benchmark.HashedPrefixProcessor(benchmark.SidCatalog(codes, list(map(str, range(50)))), config)
     ids = [config.latent_end_token_id, config.sid_token_id(0, int(codes[7, 0]))]
-    scores = processor(benchmark.torch.tensor([ids]), benchmark.torch.zeros(1, config.vocab_size))
+    scores = processor(torch.tensor([ids]), torch.zeros(1, config.vocab_size))
     follow = {config.sid_token_id(1, c[1]) for c in codes.tolist() if c[0] == codes[7, 0]}
     assert set(scores[0].isfinite().nonzero()[:, 0].tolist()) == follow
     assert scores.exp().sum().item() == pytest.approx(1)
+
+
+# Random models whose text is cut at five tokens, ends by itself after three and one, or is empty.
+@pytest.mark.parametrize(("seed", "length"), [(1, 5), (15, 3), (0, 1), (12, 0)])
+def test_a_written_chain_of_thought_is_part_of_the_prompt(benchmark, seed, length):
+    model, _ = tiny_model(seed=seed)
+    prompt, catalog = row(model, 6, 0), tiny_catalog()
+    text, items, scores = benchmark.recommend_with_text(model, torch.tensor([prompt]), catalog, 20, 5)
+    assert text[0].tolist() == greedy_text(model, prompt[:-1], 5)
+    assert text.shape[1] == length
+    expected = score_every_item(model, prompt[:-1] + text[0].tolist() + prompt[-1:], 0, catalog)
+    order = expected.argsort(descending=True)
+    assert items[0].tolist() == order.tolist()
+    torch.testing.assert_close(scores[0].double(), expected[order], atol=2e-5, rtol=2e-5)
+
+
+def greedy_text(model, prompt: list[int], max_new_tokens: int) -> list[int]:
+    """One whole forward pass per token, until `<|latent_start|>` or the end of the text."""
+    config, text = model.config, []
+    while len(text) < max_new_tokens:
+        logits = model(torch.tensor([prompt + text])).logits[0, -1].clone()
+        logits[[config.latent_token_id, config.latent_end_token_id]] = -torch.inf
+        token = int(logits.argmax())
+        if token in (config.latent_start_token_id, config.backbone_config.eos_token_id):
+            break
+        text.append(token)
+    return text

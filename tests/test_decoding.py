@@ -7,47 +7,8 @@ from hypothesis import strategies as st
 
 from lasar_hf import SidCatalog
 from lasar_hf.model.decoding_lasar import sample_items
+from tests.references import draw_model_and_catalog, draw_prompts, score_every_item
 from tests.tiny import batch, row, sid_ids, tiny_catalog, tiny_model
-
-
-def score_every_item(model, prompt: list[int], depth: int, catalog: SidCatalog) -> torch.Tensor:
-    """Brute force: one forward pass an item, softmax by hand over the codes that continue some item. `(I,)`."""
-    config, codes = model.config, catalog.codes.tolist()
-    scores = []
-    for item in codes:
-        ids = prompt + [config.latent_token_id] * depth + [config.latent_end_token_id, *sid_ids(model, item)]
-        logits = model(torch.tensor([ids])).logits[0, -len(item) - 1 : -1].double()
-        score = 0.0
-        for level, code in enumerate(item):
-            follow = sorted({other[level] for other in codes if other[:level] == item[:level]})
-            allowed = logits[level, [config.sid_token_id(level, c) for c in follow]]
-            score += allowed.log_softmax(0)[follow.index(code)]
-        scores.append(score)
-    return torch.stack(scores)
-
-
-def draw_model_and_catalog(data):
-    """A model of any kind and depth of Semantic ID, under either attention, and a catalogue of its codes."""
-    levels, codes = data.draw(st.sampled_from([(3, 4), (1, 9), (2, 5), (4, 3), (3, 1)]))
-    model, _ = tiny_model(
-        data.draw(st.sampled_from(["qwen3", "llama", "gpt_neox"])), seed=data.draw(st.integers(0, 3)),
-        num_sid_levels=levels, codebook_size=codes,
-    )
-    model.set_attn_implementation(data.draw(st.sampled_from(["sdpa", "eager"])))
-    num_items = data.draw(st.integers(1, min(40, codes**levels)))
-    return model, tiny_catalog(num_items, levels, codes, seed=data.draw(st.integers(0, 99)))
-
-
-def draw_prompts(data, model):
-    """Prompts, each with its depth, and their batch: padded on either side, or not at all."""
-    size = data.draw(st.integers(1, 4))
-    depths = data.draw(st.lists(st.integers(0, 4), min_size=size, max_size=size))
-    lengths = data.draw(st.lists(st.integers(2, 9), min_size=size, max_size=size))
-    prompts = [row(model, length, 0, seed=i) for i, length in enumerate(lengths)]
-    inputs = batch(prompts, data.draw(st.lists(st.sampled_from(["left", "right"]), min_size=size, max_size=size)))
-    if len(set(lengths)) == 1:
-        del inputs["attention_mask"]
-    return prompts, torch.tensor(depths), inputs
 
 
 @settings(max_examples=15, deadline=None)
@@ -68,7 +29,7 @@ def test_recommend_orders_like_scoring_every_item(data):
 @settings(max_examples=15, deadline=None)
 @given(data=st.data())
 def test_narrow_beams_are_beam_search(data):
-    """A textbook beam search over prefixes, one forward pass a beam, finds the same items."""
+    """A textbook beam search over prefixes, one forward pass per beam, finds the same items."""
     model, catalog = draw_model_and_catalog(data)
     width, depth = data.draw(st.integers(1, 6)), data.draw(st.integers(0, 3))
     prompt, config = row(model, 6, depth, seed=5), model.config
@@ -94,14 +55,17 @@ def test_narrow_beams_are_beam_search(data):
 
 
 def test_only_beams_with_a_choice_left_are_read(monkeypatch):
-    """One token closes the region, then those prefixes follow that still hold two items or more."""
+    """First `<|latent_end|>`, then only prefixes that at least two items continue."""
     model, _ = tiny_model()
     codes = [[0, 0, 0], [0, 0, 1], [1, 2, 0], [1, 2, 3], [2, 1, 1], [3, 3, 3], [0, 1, 0]]
     catalog, read = SidCatalog(codes, list("abcdefg")), []
-    plain = model.model.read
-    monkeypatch.setattr(
-        model.model, "read", lambda chain, ids, visible: (read.append(ids.shape[1]), plain(chain, ids, visible))[1]
-    )
+    read_tokens = model.model.read_tokens
+
+    def counted(state, token_ids, visible):
+        read.append(token_ids.shape[1])
+        return read_tokens(state, token_ids, visible)
+
+    monkeypatch.setattr(model.model, "read_tokens", counted)
     prompt = row(model, 5, 0)
     recommended = model.recommend(**batch([prompt]), catalog=catalog, top_k=7, latent_steps=1)
     assert read == [1, 2, 2]  # a_2 and a_3 lead to one item each
@@ -146,9 +110,9 @@ def test_items_that_share_a_semantic_id():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(codes=[[0, 1], [-1, 2]], item_ids=["a", "b"]), "'b' .row 1. has a negative code"),
-        (dict(codes=[[0, 1], [1, 2]], item_ids=["a", "a"]), "'a' appears twice"),
-        (dict(codes=[[0, 1]], item_ids=["a", "b"]), "2 item ids"),
+        (dict(codes=[[0, 1], [-1, 2]], item_ids=["a", "b"]), "'b'"),
+        (dict(codes=[[0, 1], [1, 2]], item_ids=["a", "a"]), "item_ids has 'a'"),
+        (dict(codes=[[0, 1]], item_ids=["a", "b"]), "codes has shape"),
     ],
 )
 def test_bad_catalogues_are_refused(arguments, message):
@@ -159,25 +123,25 @@ def test_bad_catalogues_are_refused(arguments, message):
 def test_catalogue_must_match_the_model():
     model, _ = tiny_model()
     inputs = batch([row(model, 5, 0)])
-    with pytest.raises(ValueError, match="2 levels but the model has 3"):
+    with pytest.raises(ValueError, match="catalogue has 2 levels"):
         model.recommend(**inputs, catalog=tiny_catalog(num_items=5, num_sid_levels=2))
-    with pytest.raises(ValueError, match="codebooks have 4 entries"):
+    with pytest.raises(ValueError, match="codebook_size"):
         model.recommend(**inputs, catalog=SidCatalog([[0, 0, 9]], ["a"]))
-    with pytest.raises(ValueError, match="needs a catalogue"):
+    with pytest.raises(ValueError, match="catalog is missing"):
         model.recommend(**inputs)
 
 
 def test_bad_requests_are_refused():
     model, _ = tiny_model()
     catalog, good = tiny_catalog(), row(model, 5, 0)
-    with pytest.raises(ValueError, match="prompt of row 1 does not end in <|latent_start|>".replace("|", r"\|")):
+    with pytest.raises(ValueError, match="Prompt 1"):
         model.recommend(**batch([good, good[:-1] + [3]]), catalog=catalog)
-    with pytest.raises(ValueError, match="latent_steps is 5 for row 0, outside 0 … 4"):
+    with pytest.raises(ValueError, match="latent_steps is 5 for prompt 0"):
         model.recommend(**batch([good]), catalog=catalog, latent_steps=5)
-    with pytest.raises(ValueError, match="latent_steps is -1 for row 1"):
+    with pytest.raises(ValueError, match="latent_steps is -1 for prompt 1"):
         model.recommend(**batch([good, good]), catalog=catalog, latent_steps=torch.tensor([1, -1]))
     for wrong in (2.0, True, torch.tensor([1, 2, 3]), torch.tensor([[1, 2]])):
-        with pytest.raises(ValueError, match="pass an integer, or one for each of the 2 rows"):
+        with pytest.raises(ValueError, match="latent_steps has type"):
             model.recommend(**batch([good, good]), catalog=catalog, latent_steps=wrong)
 
 
@@ -200,7 +164,7 @@ def test_a_depth_is_never_chosen_by_nan():
     with torch.no_grad():
         model.model.policy_head.out_proj.bias[2] = torch.nan
     inputs, catalog = batch([row(model, 5, 0)]), tiny_catalog()
-    with pytest.raises(ValueError, match="policy head's logits hold NaN"):
+    with pytest.raises(ValueError, match="policy head's logits"):
         model.recommend(**inputs, catalog=catalog)
     assert (model.recommend(**inputs, catalog=catalog, latent_steps=2).items >= 0).all()
 
@@ -211,7 +175,7 @@ def test_prompts_beyond_the_position_range_are_refused():
     catalog, short = tiny_catalog(), row(model, 5, 0)
     fits, too_long = row(model, 250, 0), row(model, 251, 0)
     model.recommend(**batch([short, fits]), catalog=catalog, latent_steps=2)
-    message = "Row 1 needs 257 positions .* max_position_embeddings=256"
+    message = "Prompt 1 needs 257 positions .* max_position_embeddings=256"
     with pytest.raises(ValueError, match=message):
         model.recommend(**batch([short, too_long]), catalog=catalog, latent_steps=torch.tensor([4, 2]))
     model.recommend(**batch([short, row(model, 248, 0)]), catalog=catalog)
@@ -223,7 +187,7 @@ def test_an_empty_prompt_is_refused():
     model, _ = tiny_model()
     inputs = batch([row(model, 5, 0), row(model, 5, 0)])
     inputs["attention_mask"][1] = 0
-    with pytest.raises(ValueError, match="prompt of row 1 does not end in"):
+    with pytest.raises(ValueError, match="Prompt 1"):
         model.recommend(**inputs, catalog=tiny_catalog())
 
 
@@ -269,8 +233,8 @@ def test_samples_follow_the_policy(replacement):
     repeats, samples = 400, 6
     torch.manual_seed(0)
     with model.evaluation_mode():
-        chain = model.encode_prompts(torch.tensor([prompt] * repeats), latent_steps=depth)
-        leaves, scores = sample_items(model, chain, catalog.trie("cpu"), samples, replacement=replacement)
+        state = model.encode_prompts(torch.tensor([prompt] * repeats), latent_steps=depth)
+        leaves, scores = sample_items(model, state, catalog.trie("cpu"), samples, replacement=replacement)
     items = catalog.trie("cpu").items(leaves)[..., 0]
     torch.testing.assert_close(scores.double(), expected[items], atol=1e-4, rtol=1e-4)
     assert (scores.diff(dim=1) <= 0).all()
@@ -311,6 +275,6 @@ def test_more_samples_without_replacement_than_items():
     model, _ = tiny_model()
     catalog = tiny_catalog(num_items=3)
     with model.evaluation_mode():
-        chain = model.encode_prompts(torch.tensor([row(model, 5, 0)]))
-        leaves, scores = sample_items(model, chain, catalog.trie("cpu"), 5, replacement=False)
+        state = model.encode_prompts(torch.tensor([row(model, 5, 0)]))
+        leaves, scores = sample_items(model, state, catalog.trie("cpu"), 5, replacement=False)
     assert sorted(leaves[0].tolist()) == [0, 1, 2] and scores.isfinite().all()

@@ -1,15 +1,15 @@
-"""The products of inference: equal to PyTorch's own, used in the engine alone, and gone afterwards."""
+"""Products on oneDNN: equal to PyTorch's own, used inside the context only."""
 
 import copy
 import pickle
 
 import pytest
 import torch
-from tiny import batch, row, tiny_catalog, tiny_model
 from torch import nn
 
 from lasar_hf import onednn
 from lasar_hf.onednn import linear, onednn_linear
+from tests.tiny import batch, row, tiny_catalog, tiny_model
 
 
 needs_onednn = pytest.mark.skipif(not onednn.HAS_ONEDNN, reason="PyTorch without oneDNN, or not on x86")
@@ -74,20 +74,20 @@ def test_every_layer_is_as_before_afterwards():
 
 
 @needs_onednn
-def test_recommending_uses_them_and_training_does_not(products, monkeypatch):
+def test_only_inference_in_the_context_uses_onednn(products):
     model, _ = tiny_model()
     inputs, catalog = batch([row(model, 5, 0), row(model, 9, 0, seed=1)]), tiny_catalog()
-    with monkeypatch.context() as default:
-        default.setattr(onednn, "MIN_PRODUCT", 2**60)
-        expected = model.recommend(**inputs, catalog=catalog, latent_steps=torch.tensor([1, 3]))
+    expected = model.recommend(**inputs, catalog=catalog, latent_steps=torch.tensor([1, 3]))
     assert products == []
-    got = model.recommend(**inputs, catalog=catalog, latent_steps=torch.tensor([1, 3]))
-    linear_layers = {part.weight.shape for part in model.model.backbone.modules() if isinstance(part, nn.Linear)}
-    assert linear_layers | {model.sid_head(0)[0].shape} <= set(products)
+    with onednn_linear(model):
+        got = model.recommend(**inputs, catalog=catalog, latent_steps=torch.tensor([1, 3]))
+    layers = [part for part in model.model.backbone.modules() if isinstance(part, nn.Linear)]
+    assert {tuple(layer.weight.shape) for layer in layers} <= set(products)
     assert torch.equal(got.items, expected.items)
     torch.testing.assert_close(got.scores, expected.scores, atol=2e-5, rtol=0)
     products.clear()
-    model.train()(**inputs).logits.sum().backward()
+    with onednn_linear(model):
+        model.train()(**inputs).logits.sum().backward()
     assert products == []
 
 
@@ -120,7 +120,7 @@ def test_a_compiled_layer_compiles_as_before(products):
 
 @needs_onednn
 def test_few_sizes_reach_onednn(products, monkeypatch):
-    """It keeps what it compiled for every number of rows: the rows are rounded up, and the result cut."""
+    """oneDNN caches a kernel per number of rows, so rows are padded to few numbers and the result is cut."""
     sizes, weight = set(), torch.randn(8, 8)
     product = torch.ops.mkldnn._linear_pointwise
 

@@ -1,50 +1,63 @@
-"""Prompts and answers in token ids, and the small tokenizer."""
-
-import time
+"""The prompt format: token ids, text, padding, saving and loading, and refused arguments."""
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoProcessor
 
-from lasar_hf.data import LasarProcessor, build_tokenizer
+from lasar_hf import LasarProcessor, RecommendOutput, SidCatalog
+from lasar_hf.data import build_tokenizer
 from lasar_hf.model.configuration_lasar import CONTROL_TOKENS, sid_tokens
 
 
 SPECIAL = {"<|pad|>", "<|endoftext|>", *CONTROL_TOKENS, *sid_tokens(3, 4)}
-CODES = np.array([[0, 1, 2], [3, 3, 3], [2, 0, 1], [1, 2, 0]])
+CATALOG = SidCatalog(
+    [[0, 1, 2], [3, 3, 3], [2, 0, 1], [1, 2, 0]], ["10", "11", "12", "13"], titles=["Apple", None, "Chair", "Desk"]
+)
 
 
-def tokenizer_with_tokens():
+def lasar_tokenizer(levels: int = 3):
     tokenizer = build_tokenizer(["Recommend the next item.", "a red chair and a blue chair"], vocab_size=300)
-    tokenizer.add_special_tokens({"extra_special_tokens": [*CONTROL_TOKENS, *sid_tokens(3, 4)]})
+    tokenizer.add_special_tokens({"extra_special_tokens": [*CONTROL_TOKENS, *sid_tokens(levels, 4)]})
+    return tokenizer
+
+
+def adding_tokenizer(template: str):
+    """A tokenizer that adds special tokens to each text, as Llama's adds BOS."""
+    tokenizer = lasar_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>"})
+    ids = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=ids)
     return tokenizer
 
 
 @pytest.fixture(scope="module")
 def processor():
-    return LasarProcessor(tokenizer_with_tokens(), CODES, max_history=3)
+    return LasarProcessor(lasar_tokenizer(), CATALOG, max_history=3)
 
 
-def test_text_layout(processor):
+def test_layout_of_a_prompt(processor):
     assert processor.prompt_text([1, 0]) == "Recommend the next item.<a_3><b_3><c_3><a_0><b_1><c_2><|latent_start|>"
 
 
-def test_newest_items_are_kept_oldest_first(processor):
+def test_most_recent_items_are_kept(processor):
     assert processor.prompt_text([0, 1, 2, 3]) == processor.prompt_text([1, 2, 3])
     assert processor.prompt_ids([0, 0, 0, 1, 2, 3]) == processor.prompt_ids([1, 2, 3])
 
 
 @given(history=st.lists(st.integers(0, 3), min_size=1, max_size=6))
 @settings(max_examples=30, deadline=None)
-def test_prompt_is_what_the_tokenizer_says(processor, history):
+def test_prompt_ids_are_the_tokenised_text(processor, history):
     text = processor.prompt_text(history)
     assert processor.prompt_ids(history) == processor.tokenizer(text, add_special_tokens=False).input_ids
 
 
-def test_answer(processor):
+def test_answers_are_semantic_ids(processor):
     assert processor.tokenizer.convert_ids_to_tokens(processor.answer_ids([1])[0]) == ["<a_3>", "<b_3>", "<c_3>"]
-    assert processor.answer_ids([1, 0]) == [processor.answer_ids([1])[0], processor.answer_ids([0])[0]]
+    assert processor.answer_ids([1, 0]) == [*processor.answer_ids([1]), *processor.answer_ids([0])]
     assert processor.answer_ids([]) == []
 
 
@@ -60,84 +73,148 @@ def test_item_text_never_becomes_a_special_token(processor, text):
     assert processor.tokenizer.decode(ids) == text  # and nothing is lost
 
 
-def test_free_texts_is_free_text_of_each(processor):
+def test_texts_are_tokenised_independently(processor):
     texts = ["red <a_0> chair", "", "blue"]
     assert processor.text_ids(texts) == [processor.text_ids([text])[0] for text in texts]
     assert processor.text_ids([]) == []
 
 
+def test_a_batch_of_histories_is_left_padded(processor):
+    batch = processor([["11"], ["10", "12"]])
+    short, long = processor.prompt_ids([1]), processor.prompt_ids([0, 2])
+    missing = len(long) - len(short)
+    assert batch["input_ids"].tolist() == [[processor.tokenizer.pad_token_id] * missing + short, long]
+    assert batch["attention_mask"].tolist() == [[0] * missing + [1] * len(short), [1] * len(long)]
+    assert batch["input_ids"].dtype == batch["attention_mask"].dtype == torch.long
+
+
+def test_item_ids_may_be_numbers(processor):
+    expected = processor([["11", "10"]])["input_ids"]
+    assert torch.equal(processor([[11, 10]])["input_ids"], expected)
+    assert torch.equal(processor([np.array([11, 10])])["input_ids"], expected)
+
+
+@pytest.mark.parametrize("histories", [[["10", "99"]], [["10", 99]], [[10.0]]])
+def test_unknown_item_ids_are_refused(processor, histories):
+    with pytest.raises(ValueError, match="catalogue has no item"):
+        processor(histories)
+
+
+@pytest.mark.parametrize("histories", ["10", ["10", "11"], [10, 11], [[]]])
+def test_histories_are_lists_of_items(processor, histories):
+    with pytest.raises(ValueError, match="history"):
+        processor(histories)
+
+
 @pytest.mark.parametrize("history", [[4], [-1], [0, 99]])
-def test_unknown_item_row(processor, history):
-    with pytest.raises(ValueError, match="there are 4 items"):
-        processor.prompt_ids(history)
-    with pytest.raises(ValueError, match="there are 4 items"):
-        processor.prompt_text(history)
-    with pytest.raises(ValueError, match="there are 4 items"):
-        processor.answer_ids([history[-1]])[0]
+def test_item_indices_outside_the_catalogue_are_refused(processor, history):
+    for method in (processor.prompt_ids, processor.prompt_text, processor.answer_ids):
+        with pytest.raises(ValueError, match="Item indices"):
+            method(history)
 
 
-def test_empty_history(processor):
-    with pytest.raises(ValueError, match="at least one item"):
-        processor.prompt_ids([])
+def test_recommendations_are_decoded_without_padding(processor):
+    scores = torch.tensor([[-0.5, -1.0], [0.0, -torch.inf]])
+    output = RecommendOutput(items=torch.tensor([[2, 1], [0, -1]]), scores=scores)
+    assert processor.decode_recommendations(output) == [
+        [
+            {"item_id": "12", "title": "Chair", "score": -0.5},
+            {"item_id": "11", "title": None, "score": -1.0},
+        ],
+        [{"item_id": "10", "title": "Apple", "score": 0.0}],
+    ]
+
+
+def test_recommendations_of_a_catalogue_without_titles():
+    catalog = SidCatalog(CATALOG.codes, CATALOG.item_ids)
+    output = RecommendOutput(items=torch.tensor([[2]]), scores=torch.tensor([[0.0]]))
+    decoded = LasarProcessor(lasar_tokenizer(), catalog).decode_recommendations(output)
+    assert decoded == [[{"item_id": "12", "title": None, "score": 0.0}]]
+
+
+# What the tokenizer adds by itself: nothing, BOS as Llama's, EOS, or both.
+@pytest.mark.parametrize(("template", "has_bos"), [("$A", 0), ("<s> $A", 1), ("$A </s>", 0), ("<s> $A </s>", 1)])
+def test_bos_is_there_once_and_eos_never(template, has_bos):
+    tokenizer = adding_tokenizer(template)
+    processor = LasarProcessor(tokenizer, CATALOG)
+    tokenised = tokenizer(processor.prompt_text([1, 0]), add_special_tokens=False).input_ids
+    called = processor([["11", "10"]])["input_ids"][0].tolist()
+    assert processor.add_bos == bool(has_bos)
+    assert processor.prompt_ids([1, 0]) == tokenised == called
+    assert called.count(tokenizer.bos_token_id) == has_bos
+    assert called[:has_bos] == [tokenizer.bos_token_id] * has_bos
+    assert tokenizer.eos_token_id not in called
+
+
+def test_add_bos_overrules_the_tokenizer():
+    tokenizer = adding_tokenizer("<s> $A")
+    assert tokenizer.bos_token_id not in LasarProcessor(tokenizer, CATALOG, add_bos=False).prompt_ids([0])
+    tokenizer = adding_tokenizer("$A")
+    assert LasarProcessor(tokenizer, CATALOG, add_bos=True).prompt_ids([0])[0] == tokenizer.bos_token_id
+
+
+def test_add_bos_needs_a_bos_token():
+    tokenizer = lasar_tokenizer()
+    tokenizer.bos_token = None
+    with pytest.raises(ValueError, match="add_bos"):
+        LasarProcessor(tokenizer, CATALOG, add_bos=True)
+
+
+@pytest.mark.parametrize("bos_template", ["$A", "<s> $A </s>"])
+def test_processor_round_trip(tmp_path, bos_template):
+    processor = LasarProcessor(adding_tokenizer(bos_template), CATALOG, instruction="Which item?", max_history=2)
+    processor.save_pretrained(tmp_path)
+    for loaded in (LasarProcessor.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)):
+        assert isinstance(loaded, LasarProcessor)
+        assert (loaded.instruction, loaded.max_history) == ("Which item?", 2)
+        assert loaded.add_bos == processor.add_bos
+        assert loaded.prompt_ids([0, 1, 2]) == processor.prompt_ids([0, 1, 2])
+        assert loaded.text_ids(["x <a_0>"]) == processor.text_ids(["x <a_0>"])
+        assert loaded.catalog.titles == CATALOG.titles
+
+
+def test_check_format_compares_what_is_given(processor):
+    processor.check_format()
+    processor.check_format(instruction="Recommend the next item.", max_history=3)
+    with pytest.raises(ValueError, match="instruction"):
+        processor.check_format(instruction="Another one.")
+    with pytest.raises(ValueError, match="max_history"):
+        processor.check_format(max_history=4)
 
 
 def test_missing_tokens_are_named():
     tokenizer = build_tokenizer(["a"], vocab_size=258)
-    with pytest.raises(ValueError, match=r"no token <\|latent_start\|>"):
-        LasarProcessor(tokenizer, CODES)
-    tokenizer.add_special_tokens({"extra_special_tokens": [*CONTROL_TOKENS, *sid_tokens(2, 4)]})
-    with pytest.raises(ValueError, match="no token <c_0>"):
-        LasarProcessor(tokenizer, CODES)
+    with pytest.raises(ValueError, match=r"<\|latent_start\|>"):
+        LasarProcessor(tokenizer, CATALOG)
+    with pytest.raises(ValueError, match="<c_0>"):
+        LasarProcessor(lasar_tokenizer(levels=2), CATALOG)
 
 
 def test_tokens_that_are_not_special_are_refused():
     tokenizer = build_tokenizer(["a"], vocab_size=258)
     tokenizer.add_special_tokens({"extra_special_tokens": list(CONTROL_TOKENS)})
     tokenizer.add_tokens(sid_tokens(3, 4))
-    with pytest.raises(ValueError, match="<a_0>, but not as a special token"):
-        LasarProcessor(tokenizer, CODES)
+    with pytest.raises(ValueError, match="<a_0>"):
+        LasarProcessor(tokenizer, CATALOG)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    "arguments",
     [
-        ({"max_history": 0}, "`max_history` is 0"),
-        ({"codes": CODES[0]}, "expected integers"),
-        ({"codes": CODES / 2}, "expected integers"),
-        ({"codes": CODES[:0]}, "expected integers"),
+        {"max_history": 0},
+        {"instruction": "Items like <a_1>:"},
+        {"instruction": "Think <|latent|>"},
+        {"layout": "{history}{instruction}<|latent_start|>"},
     ],
 )
-def test_bad_arguments(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        LasarProcessor(tokenizer_with_tokens(), **({"codes": CODES} | arguments))
+def test_bad_arguments_are_refused(arguments):
+    with pytest.raises(ValueError, match=next(iter(arguments))):
+        LasarProcessor(lasar_tokenizer(), CATALOG, **arguments)
 
 
-def test_build_tokenizer_is_deterministic_and_lossless():
-    texts = [f"the {word} number {n}" for n in range(40) for word in ("red", "green", "blue")]
-    one, two = build_tokenizer(texts, 300), build_tokenizer(texts, 300)
-    assert one.backend_tokenizer.to_str() == two.backend_tokenizer.to_str()
-    assert 258 < len(one) <= 300
-    assert one.decode(one("日本 näïve 7\n\t", add_special_tokens=False).input_ids) == "日本 näïve 7\n\t"
-    assert (one.pad_token_id, one.eos_token_id, one.bos_token_id) == (0, 1, 1)
-    assert len(one("the green number").input_ids) < len("the green number") / 2
-
-
-def test_build_tokenizer_survives_saving(tmp_path):
-    from transformers import AutoTokenizer
-
-    tokenizer_with_tokens().save_pretrained(tmp_path)
-    loaded = LasarProcessor(AutoTokenizer.from_pretrained(tmp_path), CODES)
-    assert loaded.prompt([0, 1]) == LasarProcessor(tokenizer_with_tokens(), CODES).prompt([0, 1])
-    assert loaded.free_text("x <a_0>") == LasarProcessor(tokenizer_with_tokens(), CODES).free_text("x <a_0>")
-
-
-def test_build_tokenizer_too_small():
-    with pytest.raises(ValueError, match="`vocab_size` is 257, expected at least 258"):
-        build_tokenizer(["a"], 257)
-
-
-def test_build_tokenizer_takes_an_endless_word():
-    begin = time.perf_counter()
-    tokenizer = build_tokenizer(["x" * 100_000, "a red chair"], 300)
-    assert time.perf_counter() - begin < 3  # 7 s and more when the whole word is looked at
-    assert len(tokenizer("a red chair").input_ids) < 11
+def test_another_saved_layout_is_refused(tmp_path):
+    LasarProcessor(lasar_tokenizer(), CATALOG).save_pretrained(tmp_path)
+    path = tmp_path / "processor_config.json"
+    path.write_text(path.read_text().replace("{instruction}{history}", "{history}{instruction}"))
+    with pytest.raises(ValueError, match="layout"):
+        LasarProcessor.from_pretrained(tmp_path)

@@ -9,7 +9,7 @@ BENCHMARK = Path(__file__).resolve().parents[1] / "recipes" / "benchmarks" / "tr
 
 
 def test_one_run_measures_everything_and_the_paths_agree(capsys):
-    sizes = "--layers 1 --hidden_size 64 --vocab_size 50 --prompt_length 24 --rows 2 --prompts 1 --candidates 2"
+    sizes = "--layers 1 --hidden_size 64 --vocab_size 50 --prompt_length 24 --examples 2 --prompts 1 --candidates 2"
     runpy.run_path(str(BENCHMARK))["main"](f"{sizes} --depths 0 2 --repeats 1 --json".split())
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     speedups = {"grpo_speedup_vs_unshared", "grpo_speedup_vs_stock_trl"}

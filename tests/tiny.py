@@ -21,7 +21,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tiny_backbone(kind: str = "qwen3", layers: int = 2, hidden_size: int = 16, **kwargs):
-    """A randomly initialised causal language model, two layers wide as a hand."""
+    """A randomly initialised causal language model, by default of two layers."""
     shape = dict(
         vocab_size=len(WORDS), hidden_size=hidden_size, intermediate_size=2 * hidden_size, num_hidden_layers=layers,
         num_attention_heads=2, max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=1,
@@ -49,8 +49,8 @@ def tiny_model(kind: str = "qwen3", seed: int = 0, num_sid_levels: int = 3, code
 def tiny_catalog(num_items: int = 20, num_sid_levels: int = 3, codebook_size: int = 4, seed: int = 0) -> SidCatalog:
     """Items with distinct random Semantic IDs."""
     generator = torch.Generator().manual_seed(seed)
-    places = torch.randperm(codebook_size**num_sid_levels, generator=generator)[:num_items]
-    codes = torch.stack([places // codebook_size**level % codebook_size for level in range(num_sid_levels)], dim=1)
+    numbers = torch.randperm(codebook_size**num_sid_levels, generator=generator)[:num_items]
+    codes = torch.stack([numbers // codebook_size**level % codebook_size for level in range(num_sid_levels)], dim=1)
     return SidCatalog(codes, [f"item-{i}" for i in range(num_items)])
 
 
@@ -60,7 +60,7 @@ def sid_ids(model, codes) -> list[int]:
 
 
 def row(model, prompt_length: int, depth: int, answer: list[int] | None = None, seed: int = 0) -> list[int]:
-    """A random prompt, its latent slots and, if there is an answer, `<|latent_end|>` and the answer."""
+    """A sequence: a random prompt, its latent slots and, if there is an answer, `<|latent_end|>` and the answer."""
     config = model.config
     generator = torch.Generator().manual_seed(seed)
     prompt = torch.randint(3, len(WORDS), (prompt_length - 1,), generator=generator).tolist()
@@ -69,31 +69,11 @@ def row(model, prompt_length: int, depth: int, answer: list[int] | None = None, 
 
 
 def batch(rows: list[list[int]], sides: list[str] | str = "left") -> dict[str, torch.Tensor]:
-    """Pad rows, each on its side, into `input_ids` and `attention_mask`."""
+    """Pad sequences, each on its side, into `input_ids` and `attention_mask`."""
     sides = [sides] * len(rows) if isinstance(sides, str) else sides
     width = max(map(len, rows))
     ids, mask = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width, dtype=torch.long)
     for i, (tokens, side) in enumerate(zip(rows, sides, strict=True)):
-        place = slice(width - len(tokens), width) if side == "left" else slice(0, len(tokens))
-        ids[i, place], mask[i, place] = torch.tensor(tokens), 1
+        columns = slice(width - len(tokens), width) if side == "left" else slice(0, len(tokens))
+        ids[i, columns], mask[i, columns] = torch.tensor(tokens), 1
     return {"input_ids": ids, "attention_mask": mask}
-
-
-def plain_loop(model, ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    The specification, one row at a time, without cache: grow the sequence of embeddings slot after slot.
-
-    Returns the logits `(L, V)` and the latent states `(1 + N, H)`.
-    """
-    trunk, config = model.model, model.config
-    embeds = trunk.get_input_embeddings()(torch.tensor([ids]))
-    slots = [place for place, token in enumerate(ids) if token == config.latent_token_id]
-    first = slots[0] if slots else ids.index(config.latent_start_token_id) + 1
-    states = []
-    for step in range(len(slots) + 1):
-        hidden = trunk.backbone(inputs_embeds=embeds[:, : first + step]).last_hidden_state
-        states.append(hidden[:, -1])
-        if step < len(slots):
-            embeds = torch.cat([embeds[:, : first + step], states[-1][:, None], embeds[:, first + step + 1 :]], dim=1)
-    hidden = trunk.backbone(inputs_embeds=embeds).last_hidden_state
-    return model.lm_head(hidden)[0], torch.cat(states)

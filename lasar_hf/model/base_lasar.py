@@ -1,15 +1,19 @@
-"""The trunk of LASAR: a backbone with the latent loop (METHOD.md 2) and the depth policy head.
+"""The base model of LASAR (arXiv 2605.10207): a backbone with the latent loop and the depth policy head.
 
-The loop lives here, under the head, so that whatever calls the trunk (TRL's fused heads, PEFT, `generate`) gets it.
-The rows of a batch are cut at `<|latent_start|>` into a prompt, `N` latent slots and an answer, and the backbone runs
-once for the prompts, once for each latent step and once for the answers:
+The loop is below the language-model head, so that TRL's fused heads, PEFT and `generate` use it too.
 
-* Rows with equal prompt and depth run prompt and latent steps once; their answers are branches of one row, told apart
-  by the attention mask. A GRPO batch pays for a prompt once, however often it is repeated.
-* Depths may differ. Short chains are aligned at their end: a row whose chain has not begun is masked, and the last
-  slot of every row is read together with the answers, which saves one pass a sample.
-* Keys and values live in linked segments that only ever append, so that gradient checkpointing can replay a layer
-  without harm, and a latent step never owns a copy of the prompt's keys.
+Life of a batch, from `input_ids` `(B, L)` to hidden states `(B, L, H)`:
+
+1. `BatchLayout` cuts each sequence into prompt, `N` latent slots and answer.
+2. `PromptGroups` joins sequences with equal prompt and depth into `U` groups, so a GRPO batch reads a prompt once.
+3. `run_latent_steps` calls the backbone once for the prompts and once for each latent step but the last. Depths may
+   differ: steps are aligned at their end, and a sequence that has not begun is masked.
+4. `read_tokens` calls the backbone once more, for the last latent slot together with the answers. The answers of a
+   group are branches that the attention mask keeps apart.
+5. `_read_branches` puts every hidden state back into the column of its token.
+
+Keys and values are in linked blocks that only ever append, so gradient checkpointing can replay a layer without harm,
+and a latent step holds no copy of the prompt's keys.
 """
 
 from collections.abc import Callable
@@ -41,9 +45,9 @@ class LasarModelOutput(ModelOutput):
         past_key_values ([`~transformers.Cache`], *optional*):
             Keys and values in the columns of `input_ids`, when `use_cache` is set.
         latent_states (`torch.Tensor` of shape `(B, 1 + max N, H)`, *optional*):
-            `h_0 … h_N` of each row, zero beyond the row's depth.
+            `h_0 … h_N` of each sequence, zero after its depth.
         latent_steps (`torch.Tensor` of shape `(B,)`, *optional*):
-            Depth `N` of each row.
+            Depth `N` of each sequence.
         depth_logits (`torch.Tensor` of shape `(B, N_max)`, *optional*):
             Logits of the policy head on `h_0`; class `k` means `k + 1` steps.
     """
@@ -67,7 +71,7 @@ class LasarPreTrainedModel(PreTrainedModel):
         options = getattr(gradient_checkpointing_func, "keywords", None) or {}
         if enable and options.get("use_reentrant"):
             raise ValueError(
-                "The latent loop cannot run under reentrant gradient checkpointing: pass "
+                "use_reentrant is True, but the latent loop cannot run under reentrant gradient checkpointing. Pass "
                 "gradient_checkpointing_kwargs={'use_reentrant': False}."
             )
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
@@ -75,13 +79,11 @@ class LasarPreTrainedModel(PreTrainedModel):
 
 class DepthPolicyHead(nn.Module):
     """
-    Policy over the number of latent steps (METHOD.md 2): `softmax(W_2 tanh(W_1 h_0 + b_1) + b_2)`, here its logits.
+    Policy over the number of latent steps (LASAR, arXiv 2605.10207). With `k` the class and `N = k + 1` the steps,
 
-    Args:
-        hidden_size (`int`):
-            Width of `h_0`.
-        max_latent_steps (`int`):
-            Classes, `N_max`; class `k` means `k + 1` steps.
+        π(N | h_0) = softmax(W_2 tanh(W_1 h_0 + b_1) + b_2)_k
+
+    The module returns the logits `(B, N_max)`, before the softmax, of `h_0` `(B, H)`.
     """
 
     def __init__(self, hidden_size: int, max_latent_steps: int):
@@ -95,33 +97,34 @@ class DepthPolicyHead(nn.Module):
 
 
 def most_likely_depth(depth_logits: torch.Tensor) -> torch.Tensor:
-    """Latent steps `(B,)` that the policy head finds most likely, from its logits `(B, N_max)`; NaN is an error."""
+    """Most likely number of latent steps `(B,)` by the policy head's logits `(B, N_max)`. Refuses NaN."""
     if depth_logits.isnan().any():
         raise ValueError(
-            "The policy head's logits hold NaN: check the weights and the data type (bfloat16 or float32), or pass "
+            "The policy head's logits contain NaN. Check the weights and the data type (bfloat16 or float32), or pass "
             "latent_steps."
         )
     return depth_logits.argmax(dim=-1) + 1
 
 
 def sampled_depth(depth_logits: torch.Tensor) -> torch.Tensor:
-    """Latent steps `(B,)` drawn from the policy `π(· | h_0)`, from its logits `(B, N_max)`."""
+    """Numbers of latent steps `(B,)` sampled from the policy `π(· | h_0)` with logits `(B, N_max)`."""
     return torch.multinomial(depth_logits.float().softmax(dim=-1), 1)[:, 0] + 1
 
 
-def _check_backbone(backbone: PreTrainedModel) -> None:
+def check_backbone(backbone: PreTrainedModel) -> None:
     """Refuse backbones whose layers cannot read a prompt, latent slots and branches in separate calls."""
     config, name = backbone.config, type(backbone).__name__
     layer_types = set(getattr(config, "layer_types", None) or [])
     sliding = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
     if "sliding_attention" in layer_types or (sliding and not layer_types):
         raise ValueError(
-            f"{name} has sliding-window attention, whose window would cut the prompt off from the answer: use a "
-            "backbone with full attention in every layer, such as Qwen3 or Llama."
+            f"{name} has sliding-window attention, so the answer could not see the whole prompt. Use a backbone with "
+            "full attention in every layer, such as Qwen3 or Llama."
         )
     if config.is_encoder_decoder or layer_types - {"full_attention"} or not backbone._supports_attention_backend:
         raise ValueError(
-            f"{name} is not a decoder-only model with full attention in every layer: use one, such as Qwen3 or Llama."
+            f"{name} is not supported; expected a decoder-only backbone with full attention in every layer, such as "
+            "Qwen3 or Llama."
         )
 
 
@@ -129,9 +132,14 @@ class LasarModel(LasarPreTrainedModel):
     """
     Backbone with the latent loop and the depth policy head.
 
-    `h_0` is the backbone's last hidden state at `<|latent_start|>`. The input of the t-th `<|latent|>` slot is not
-    looked up: it is `h_{t-1}`, and the output there is `h_t`. What follows the slots is read as ordinary tokens over
-    the same keys and values, and gradients flow through the whole chain (METHOD.md 2).
+    With `X` a prompt that ends in `<|latent_start|>` and `E_X` its embeddings, the states of `N` latent steps are
+    (LASAR, arXiv 2605.10207)
+
+        h_0 = f(X),    h_t = f([E_X, h_0, …, h_{t-1}]),    t = 1 … N
+
+    `h_0` is the backbone's last hidden state at `<|latent_start|>`. The t-th `<|latent|>` slot has `h_{t-1}` as its
+    input instead of a token embedding. The tokens after the slots are ordinary tokens over the same keys and values,
+    and gradients flow through all steps.
 
     Args:
         config ([`LasarConfig`]):
@@ -145,16 +153,17 @@ class LasarModel(LasarPreTrainedModel):
         super().__init__(config)
         self.backbone = AutoModel.from_config(config.backbone_config)
         self.policy_head = DepthPolicyHead(config.hidden_size, config.max_latent_steps)
-        self.share_prefixes = True  # rows with equal prompt and depth run prompt and latent steps once
-        self._adopt_backbone()
+        self.share_prefixes = True  # equal (prompt, depth) pairs are read once
+        self.prepare_backbone()
         self.post_init()
 
-    def _adopt_backbone(self) -> None:
-        _check_backbone(self.backbone)
+    def prepare_backbone(self) -> None:
+        """Check the backbone and set what depends on it; called again when it is replaced."""
+        check_backbone(self.backbone)
         self._no_split_modules = self.backbone._no_split_modules
         for module in self.backbone.modules():
             if isinstance(module, GradientCheckpointingLayer):
-                module._can_checkpoint_with_cache = True  # safe with LinkedCache, see there
+                module._can_checkpoint_with_cache = True  # safe with LinkedCache, see its docstring
 
     def get_input_embeddings(self) -> nn.Module:
         """The backbone's embedding matrix."""
@@ -196,14 +205,15 @@ class LasarModel(LasarPreTrainedModel):
             slots follow a cached prefix.
         """
         if kwargs.pop("output_attentions", None) or kwargs.pop("output_hidden_states", None):
-            raise ValueError("LasarModel returns neither attentions nor the hidden states of each layer.")
+            raise ValueError("output_attentions and output_hidden_states are not supported by LasarModel.")
         if kwargs.pop("inputs_embeds", None) is not None:  # PEFT passes None
-            raise ValueError("LasarModel finds the latent slots in token ids: pass input_ids, not inputs_embeds.")
+            raise ValueError("inputs_embeds is not supported: LasarModel finds the latent slots in input_ids.")
         if past_key_values is not None and past_key_values.get_seq_length() > 0:
             return self._continue(input_ids, attention_mask, position_ids, past_key_values, **kwargs)
 
+        # 1. Cut the sequences into prompt, latent slots and answer, and group equal (prompt, depth) pairs.
         layout = BatchLayout(input_ids, valid_tokens(input_ids, attention_mask), self.config)
-        prompt_ids, prompt_mask = layout.prompts()
+        prompt_ids, prompt_mask = layout.prompts()  # (B, P)
         groups = PromptGroups(prompt_ids, prompt_mask, layout.depth, layout.max_answer, self.share_prefixes)
         is_shared = groups.num_groups < len(input_ids)
         max_depth, is_shared = self._agree(layout.max_depth, is_shared)
@@ -212,25 +222,30 @@ class LasarModel(LasarPreTrainedModel):
         if max_depth == 0 and not is_shared:
             return self._read_plain(layout, attention_mask, past_key_values, use_cache, **kwargs)
 
-        first = groups.first
-        chain = self.run_latent_steps(prompt_ids[first], prompt_mask[first], layout.depth[first], max_depth, **kwargs)
-        hidden_states, columns = self._read_branches(chain, layout, groups, **kwargs)
+        # 2. Read one prompt per group and take its latent steps.
+        first = groups.first  # (U,)
+        state = self.run_latent_steps(prompt_ids[first], prompt_mask[first], layout.depth[first], max_depth, **kwargs)
+
+        # 3. Read the answers, and return every hidden state to the column of its token.
+        hidden_states, key_index = self._read_branches(state, layout, groups, **kwargs)  # (B, L, H), (B, L)
         if use_cache:
-            self._fill_cache(past_key_values, chain, groups, columns)
+            self._fill_cache(past_key_values, state, groups, key_index)
         return LasarModelOutput(
             last_hidden_state=hidden_states,
             past_key_values=past_key_values if use_cache else None,
-            # Other processes may reason longer: what is returned must not depend on them.
-            latent_states=chain.latent_states()[groups.group, : 1 + layout.max_depth],
+            # Cut to the depths of this batch: with sharded parameters, other processes may have made max_depth larger.
+            latent_states=state.latent_states()[groups.group, : 1 + layout.max_depth],
             latent_steps=layout.depth,
-            depth_logits=chain.depth_logits[groups.group],
+            depth_logits=state.depth_logits[groups.group],
         )
 
     def _continue(self, input_ids, attention_mask, position_ids, past_key_values, **kwargs) -> LasarModelOutput:
         if (input_ids == self.config.latent_token_id).any():
-            raise ValueError("<|latent|> slots cannot follow a cached prefix: pass the prompt and its slots together.")
+            raise ValueError(
+                "input_ids has <|latent|> slots after a cached prefix. Pass the prompt and its slots together."
+            )
         if position_ids is None and attention_mask is not None:
-            # A backbone would count padding as positions, which the first pass did not.
+            # Padding has no position, as in the first pass. A backbone would count it.
             position_ids = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
         outputs = self.backbone(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
@@ -240,7 +255,8 @@ class LasarModel(LasarPreTrainedModel):
 
     def _agree(self, max_depth: int, is_shared: bool) -> tuple[int, bool]:
         """
-        With parameters sharded over processes, every call of the backbone is a collective: all must make as many.
+        Maximum of `max_depth` and `is_shared` over the processes. With sharded parameters every call of the backbone
+        is a collective operation, so all processes must make the same number of calls.
         """
         if not (dist.is_initialized() and dist.get_world_size() > 1 and self._is_sharded()):
             return max_depth, is_shared
@@ -249,20 +265,20 @@ class LasarModel(LasarPreTrainedModel):
         return int(plan[0]), bool(plan[1])
 
     def _is_sharded(self) -> bool:
-        # FSDP2 is seen by its modules: inside a forward pass it shows whole weights.
+        # FSDP2 is detected by its modules, since the weights look unsharded inside a forward pass.
         return is_deepspeed_zero3_enabled() or any(isinstance(part, FSDPModule) for part in self.backbone.modules())
 
     def _read_plain(
         self, layout: BatchLayout, attention_mask, past_key_values, use_cache, **kwargs
     ) -> LasarModelOutput:
-        """No latent slot and no equal prompts: one ordinary pass."""
+        """One ordinary pass, for a batch without latent slots and without equal prompts."""
         outputs = self.backbone(
             input_ids=layout.input_ids, attention_mask=attention_mask, position_ids=layout.position.clamp(min=0),
             past_key_values=past_key_values, use_cache=bool(use_cache), **kwargs,
         )
         hidden_states = outputs.last_hidden_state
-        start = layout._columns().gather(1, (layout.prompt_length[:, None] - 1).clamp(min=0))
-        start_states = hidden_states.gather(1, start[..., None].expand(-1, -1, hidden_states.shape[-1]))
+        start = layout.last_prompt_column()[..., None].expand(-1, -1, hidden_states.shape[-1])
+        start_states = hidden_states.gather(1, start)  # (B, 1, H)
         return LasarModelOutput(
             last_hidden_state=hidden_states,
             past_key_values=past_key_values if use_cache else None,
@@ -280,19 +296,17 @@ class LasarModel(LasarPreTrainedModel):
         **kwargs,
     ) -> ReasoningState:
         """
-        Read prompts and take the latent steps, all but the last, which [`~LasarModel.read_tokens`] reads with the next
-        tokens.
+        Read prompts and take all latent steps but the last, which [`~LasarModel.read_tokens`] reads together with the
+        next tokens to save a call of the backbone.
 
         Args:
-            prompt_ids (`torch.LongTensor` of shape `(U, P)`):
-                Prompts, left-padded, ending in `<|latent_start|>`.
-            prompt_mask (`torch.Tensor` of shape `(U, P)`):
-                `False` at padding.
+            prompt_ids, prompt_mask (`torch.Tensor` of shape `(U, P)`):
+                Left-padded prompts that end in `<|latent_start|>`, and their boolean mask.
             depths (`torch.Tensor` of shape `(U,)` or `Callable`, *optional*):
-                Latent steps of each row, or what chooses them from the policy head's logits `(U, N_max)`; the most
-                likely ones if not given.
+                Latent steps of each prompt, or a function from the policy head's logits `(U, N_max)` to them. Defaults
+                to the most likely ones.
             max_depth (`int`, *optional*):
-                Steps of the loop, at least `depths.max()`; more when processes must stay in step.
+                Iterations of the loop, at least `depths.max()`. More are needed if another process has deeper prompts.
 
         Returns:
             [`ReasoningState`].
@@ -303,125 +317,142 @@ class LasarModel(LasarPreTrainedModel):
         implementation = self.backbone.config._attn_implementation
         if implementation not in ("sdpa", "eager"):
             raise ValueError(
-                "Latent steps and branches need an explicit attention mask, which "
-                f"{implementation!r} cannot take: load the model with attn_implementation='sdpa'."
+                f"attn_implementation is {implementation!r}, which takes no explicit attention mask as latent steps "
+                "need it. Load the model with attn_implementation='sdpa'."
             )
+        # 1. Read the prompts: hidden_states (U, P, H).
         cache = LinkedCache(self.config.backbone_config.num_hidden_layers)
         hidden_states = self.backbone(
             input_ids=prompt_ids, attention_mask=prompt_mask.long(), past_key_values=cache, use_cache=False,
             position_ids=(prompt_mask.cumsum(dim=1) - 1).clamp(min=0), **kwargs,
         ).last_hidden_state
-        depth_logits = self.policy_head(hidden_states[:, -1])
+        # 2. Choose the depths by h_0.
+        depth_logits = self.policy_head(hidden_states[:, -1])  # (U, N_max)
         if callable(depths):
             depths = depths(depth_logits)
         if max_depth is None:
             max_depth = self._agree(int(depths.max()), is_shared=False)[0]
-        chain = ReasoningState(
+        state = ReasoningState(
             hidden_states=hidden_states, depth_logits=depth_logits, depths=depths, cache=cache,
             visible=prompt_mask, position=prompt_mask.sum(dim=1), slot=None, slot_states=[],
         )
+        # 3. Steps are aligned at their end: a sequence of depth N begins in iteration max_depth - N.
+        start_state = hidden_states[:, -1]  # (U, H), h_0
         for step in range(max_depth):
-            if chain.slot is not None:
-                self._take_step(chain, **kwargs)
-            begins = depths == max_depth - step  # chains are aligned at their end
-            last = hidden_states[:, -1]
-            chain.slot = last if step == 0 else torch.where(begins[:, None], last, chain.slot_states[-1])
-            active = depths >= max_depth - step
-            chain.visible = torch.cat([chain.visible, active[:, None]], dim=1)
-            chain.position = chain.position + active
-        return chain
+            remaining = max_depth - step
+            if step > 0:
+                self._take_step(state, **kwargs)
+            # The next slot's input: h_0 where a sequence begins, else the output of the slot before it.
+            begins = (depths == remaining)[:, None]  # (U, 1)
+            state.slot = start_state if step == 0 else torch.where(begins, start_state, state.slot_states[-1])
+            # Sequences that have not begun neither see the slot nor advance their position.
+            is_active = depths >= remaining  # (U,)
+            state.visible = torch.cat([state.visible, is_active[:, None]], dim=1)
+            state.position = state.position + is_active
+        return state
 
-    def _take_step(self, chain: ReasoningState, **kwargs) -> None:
-        """Read the pending slot by itself: `h_t = f([…, h_{t-1}])`."""
-        slot = chain.slot[:, None]
-        position = (chain.position - 1).clamp(min=0)[:, None]
-        states, chain.cache = self._extend(chain.cache, slot, position, chain.visible[:, None], **kwargs)
-        chain.slot_states.append(states[:, 0])
+    def _take_step(self, state: ReasoningState, **kwargs) -> None:
+        """Read the pending slot by itself: `h_t = f([E_X, h_0, …, h_{t-1}])`."""
+        slot = state.slot[:, None]  # (U, 1, H)
+        position = (state.position - 1).clamp(min=0)[:, None]  # (U, 1)
+        outputs, state.cache = self._extend(state.cache, slot, position, state.visible[:, None], **kwargs)
+        state.slot_states.append(outputs[:, 0])
 
     def read_tokens(
-        self, chain: ReasoningState, token_ids: torch.LongTensor, visible: torch.Tensor, **kwargs
+        self, state: ReasoningState, token_ids: torch.LongTensor, visible: torch.Tensor, **kwargs
     ) -> torch.Tensor:
         """
-        Read tokens after the latent region, several branches side by side, and append them to the chain.
+        Read tokens after the latent region, several branches side by side, and append them to the state.
 
         Args:
-            chain ([`ReasoningState`]):
-                Prompts and latent steps; its cache grows.
+            state ([`ReasoningState`]):
+                Prompts and latent steps. Its cache grows.
             token_ids (`torch.LongTensor` of shape `(U, Q)`):
-                Tokens; every one sees its row's prompt and latent slots.
+                Tokens. Each sees its sequence's prompt and latent slots.
             visible (`torch.Tensor` of shape `(U, Q, R + Q)`):
-                Which of the `R` tokens read before and of these `Q` each token sees besides: its ancestors and itself.
-                A token's position follows from their number.
+                Which of the `R` tokens read before and of these `Q` each token sees in addition: its ancestors and
+                itself. Their number gives its position.
 
         Returns:
             `torch.Tensor` of shape `(U, Q, H)`: final hidden states of the tokens.
         """
-        embeds = self.get_input_embeddings()(token_ids)
-        positions = chain.position[:, None] + visible.sum(dim=-1) - 1
-        shared = chain.visible[:, None].expand(-1, token_ids.shape[1], -1)
-        mask = torch.cat([shared, visible], dim=-1)
-        if chain.slot is None:
-            states, chain.cache = self._extend(chain.cache, embeds, positions, mask, **kwargs)
-            return states
-        embeds = torch.cat([chain.slot[:, None].to(embeds.dtype), embeds], dim=1)
-        positions = torch.cat([(chain.position - 1).clamp(min=0)[:, None], positions], dim=1)
-        slot_mask = nn.functional.pad(chain.visible[:, None], (0, visible.shape[-1]))
-        mask = torch.cat([slot_mask, mask], dim=1)
-        states, chain.cache = self._extend(chain.cache, embeds, positions, mask, **kwargs)
-        chain.slot_states.append(states[:, 0])
-        chain.slot = None
-        return states[:, 1:]
+        # 1. Every token sees the prompt and the slots (S keys), then its ancestors and itself.
+        embeds = self.get_input_embeddings()(token_ids)  # (U, Q, H)
+        positions = state.position[:, None] + visible.sum(dim=-1) - 1  # (U, Q)
+        prompt_visible = state.visible[:, None].expand(-1, token_ids.shape[1], -1)  # (U, Q, S)
+        mask = torch.cat([prompt_visible, visible], dim=-1)  # (U, Q, S + R + Q)
+        if state.slot is None:
+            outputs, state.cache = self._extend(state.cache, embeds, positions, mask, **kwargs)
+            return outputs
+
+        # 2. The last latent slot is read in the same call, as a first token that sees none of the others.
+        embeds = torch.cat([state.slot[:, None].to(embeds.dtype), embeds], dim=1)  # (U, 1 + Q, H)
+        positions = torch.cat([(state.position - 1).clamp(min=0)[:, None], positions], dim=1)
+        slot_mask = nn.functional.pad(state.visible[:, None], (0, visible.shape[-1]))  # (U, 1, S + R + Q)
+        outputs, state.cache = self._extend(
+            state.cache, embeds, positions, torch.cat([slot_mask, mask], dim=1), **kwargs
+        )
+        state.slot_states.append(outputs[:, 0])
+        state.slot = None
+        return outputs[:, 1:]
 
     def _extend(self, cache, inputs_embeds, position_ids, visible, **kwargs) -> tuple[torch.Tensor, LinkedCache]:
         """One call of the backbone on top of a cache, with an explicit mask `(U, Q, keys)`."""
-        # Additive, since eager needs it so and SDPA would make, and keep, one of its own for every layer.
+        # The mask is additive: eager attention needs that form, and SDPA would build and keep one per layer.
         mask = torch.zeros_like(visible, dtype=inputs_embeds.dtype).masked_fill(
             ~visible, torch.finfo(inputs_embeds.dtype).min
         )[:, None]
-        segment = LinkedCache(len(cache.layers), parent=cache)
-        with segment.keeping_blocks():
+        block = LinkedCache(len(cache.layers), parent=cache)
+        with block.keeping_blocks():
             outputs = self.backbone(
-                inputs_embeds=inputs_embeds, attention_mask=mask, position_ids=position_ids, past_key_values=segment,
+                inputs_embeds=inputs_embeds, attention_mask=mask, position_ids=position_ids, past_key_values=block,
                 use_cache=False, **kwargs,
             )
-        return outputs.last_hidden_state, segment
+        return outputs.last_hidden_state, block
 
-    def _read_branches(self, chain: ReasoningState, layout: BatchLayout, groups: PromptGroups, **kwargs):
+    def _read_branches(self, state: ReasoningState, layout: BatchLayout, groups: PromptGroups, **kwargs):
         """
-        Read the answers as branches of their group's row and put every hidden state back into its column.
+        Read the answers as branches of their group, and return every hidden state to the column of its token.
 
-        Returns the hidden states `(B, L, H)` and, for each token, its place `(B, L)` among the group's keys.
+        Returns the hidden states `(B, L, H)` and the index `(B, L)` of each token among the keys of its group.
         """
+        # 1. Answers by group and branch, `W` branches of `A` tokens side by side.
         answers, width = layout.answers(), layout.max_answer
-        token_ids = answers.new_zeros(groups.num_groups, groups.num_branches, width)
+        token_ids = answers.new_zeros(groups.num_groups, groups.num_branches, width)  # (U, W, A)
         token_ids[groups.group, groups.branch] = answers
-        token_ids = token_ids.flatten(1)
+        # A token sees the tokens of its own branch up to itself: a block-diagonal causal mask.
         causal = torch.ones(width, width, dtype=torch.bool, device=answers.device).tril()
-        own_branch = torch.eye(groups.num_branches, dtype=torch.bool, device=answers.device)
-        visible = torch.kron(own_branch, causal).expand(groups.num_groups, -1, -1)
-        branch_states = self.read_tokens(chain, token_ids, visible, **kwargs)
+        same_branch = torch.eye(groups.num_branches, dtype=torch.bool, device=answers.device)
+        visible = torch.kron(same_branch, causal).expand(groups.num_groups, -1, -1)  # (U, W * A, W * A)
+        branch_states = self.read_tokens(state, token_ids.flatten(1), visible, **kwargs)  # (U, W * A, H)
 
-        max_prompt, num_slots = chain.hidden_states.shape[1], len(chain.slot_states)
-        states = torch.cat([chain.hidden_states, *[s[:, None] for s in chain.slot_states], branch_states], dim=1)
-        position = layout.position
-        place = position + max_prompt - layout.prompt_length[:, None]  # prompts and chains are aligned at their ends
-        place = place + torch.where(place >= max_prompt, num_slots - layout.depth[:, None], 0)
-        in_answer = position >= (layout.prompt_length + layout.depth)[:, None]
-        place = place + torch.where(in_answer, (groups.branch * width)[:, None], 0)
-        place = torch.where(layout.valid, place, 0)
-        flat = (groups.group[:, None] * states.shape[1] + place).flatten()
-        hidden_states = states.flatten(0, 1).index_select(0, flat).view(*place.shape, -1)
-        return hidden_states.masked_fill(~layout.valid[..., None], 0), place
+        # 2. All hidden states of a group, in the order of its keys: prompt, slots, branches.
+        max_prompt, num_slots = state.hidden_states.shape[1], len(state.slot_states)
+        slot_states = [output[:, None] for output in state.slot_states]
+        states = torch.cat([state.hidden_states, *slot_states, branch_states], dim=1)  # (U, P + max N + W * A, H)
+
+        # 3. The index of each token there. Prompts are left-padded to P, slots to max N, and the answer's branch
+        #    comes after the branches before it.
+        key_index = layout.position + max_prompt - layout.prompt_length[:, None]  # (B, L)
+        key_index = key_index + torch.where(key_index >= max_prompt, num_slots - layout.depth[:, None], 0)
+        in_answer = layout.position >= (layout.prompt_length + layout.depth)[:, None]
+        key_index = key_index + torch.where(in_answer, (groups.branch * width)[:, None], 0)
+        key_index = torch.where(layout.valid, key_index, 0)
+
+        # 4. Gather, with zeros at padding.
+        flat = (groups.group[:, None] * states.shape[1] + key_index).flatten()
+        hidden_states = states.flatten(0, 1).index_select(0, flat).view(*key_index.shape, -1)
+        return hidden_states.masked_fill(~layout.valid[..., None], 0), key_index
 
     def _fill_cache(
-        self, past_key_values: Cache, chain: ReasoningState, groups: PromptGroups, columns: torch.Tensor
+        self, past_key_values: Cache, state: ReasoningState, groups: PromptGroups, key_index: torch.Tensor
     ) -> None:
-        """Hand the keys and values to an ordinary cache, in the columns of `input_ids`."""
-        for index, layer in enumerate(chain.cache.layers):
+        """Copy the keys and values to an ordinary cache, in the columns of `input_ids`."""
+        for layer_index, layer in enumerate(state.cache.layers):
             keys, values = (
                 states[groups.group].gather(
-                    2, columns[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
+                    2, key_index[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
                 )
                 for states in layer.states()
             )
-            past_key_values.update(keys, values, index)
+            past_key_values.update(keys, values, layer_index)

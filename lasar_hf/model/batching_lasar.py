@@ -1,4 +1,7 @@
-"""How a batch is laid out: prompt, latent slots and answer of each sequence, and sequences with equal prompts."""
+"""The layout of a batch: prompt, latent slots and answer of each sequence, and groups of sequences with equal prompts.
+
+Shapes: `B` sequences of `L` tokens, prompts of at most `P` tokens, answers of at most `A` tokens, `U` groups.
+"""
 
 from dataclasses import dataclass
 
@@ -11,7 +14,7 @@ from .configuration_lasar import LasarConfig
 @dataclass
 class ReasoningState:
     """
-    Prompts that were read and reasoned about, ready for answers.
+    Prompts after their latent steps, ready for answers. One sequence per group of equal prompts.
 
     Args:
         hidden_states (`torch.Tensor` of shape `(U, P, H)`):
@@ -19,17 +22,17 @@ class ReasoningState:
         depth_logits (`torch.Tensor` of shape `(U, N_max)`):
             Logits of the policy head on `h_0`.
         depths (`torch.Tensor` of shape `(U,)`):
-            Latent steps `N` of each row.
+            Latent steps `N` of each sequence.
         cache ([`LinkedCache`]):
             Keys and values read so far.
         visible (`torch.Tensor` of shape `(U, S)`):
-            Which keys of prompt and latent slots exist.
+            Which of the `S` keys of prompts and latent slots belong to a token, `False` at padding.
         position (`torch.Tensor` of shape `(U,)`):
             Position of the first token after the latent slots.
         slot (`torch.Tensor` of shape `(U, H)`, *optional*):
             Input of the last latent slot, which is read together with the next tokens. `None` without latent steps.
         slot_states (`list[torch.Tensor]` of shape `(U, H)`):
-            Outputs of the latent slots read so far, one for each step; rows end at the last.
+            Outputs of the latent slots read so far, one per step. All sequences end at the last step.
     """
 
     hidden_states: torch.Tensor
@@ -42,143 +45,176 @@ class ReasoningState:
     slot_states: list[torch.Tensor]
 
     def latent_states(self) -> torch.Tensor:
-        """`h_0 … h_N` of each row, `(U, 1 + max N, H)`, zero beyond the row's depth."""
-        states = torch.stack([self.hidden_states[:, -1], *self.slot_states], dim=1)
+        """`h_0 … h_N` of each sequence, `(U, 1 + max N, H)`, zero after its depth."""
+        states = torch.stack([self.hidden_states[:, -1], *self.slot_states], dim=1)  # (U, 1 + max N, H)
         num_steps = len(self.slot_states)
-        step = torch.arange(1 + num_steps, device=states.device)
-        # Chains are aligned at their end, so step t of a row stands `num_steps - N` places later.
-        place = torch.where(step > 0, step + num_steps - self.depths[:, None], 0)
-        inside = (step <= self.depths[:, None])[..., None]
-        states = states.gather(1, place.clamp(max=num_steps)[..., None].expand(-1, -1, states.shape[-1]))
-        return states.masked_fill(~inside, 0)
+        step = torch.arange(1 + num_steps, device=states.device)  # (1 + max N,)
+        # Latent steps are aligned at their end: step t of a sequence was computed `max N - N` iterations later.
+        index = torch.where(step > 0, step + num_steps - self.depths[:, None], 0).clamp(max=num_steps)
+        states = states.gather(1, index[..., None].expand(-1, -1, states.shape[-1]))
+        return states.masked_fill((step > self.depths[:, None])[..., None], 0)
 
 
 def valid_tokens(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    """Which tokens `(B, L)` are not padding; refuses what is not a batch of rows and its mask."""
+    """Which tokens `(B, L)` are not padding. Checks the shapes of a batch and its mask."""
     if input_ids.ndim != 2 or len(input_ids) == 0:
-        raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: pass a batch (B, L) of at least one row.")
+        raise ValueError(
+            f"input_ids has shape {tuple(input_ids.shape)}; expected a batch (B, L) of at least one sequence."
+        )
     if attention_mask is None:
         return torch.ones_like(input_ids, dtype=torch.bool)
     if not isinstance(attention_mask, torch.Tensor) or attention_mask.shape != input_ids.shape:
         raise ValueError(
-            "attention_mask must mark the tokens of input_ids, (B, L): masks of another shape, as a static cache "
-            "makes them, cannot be used with latent steps."
+            "attention_mask does not have the shape of input_ids, (B, L). Masks of another shape, such as those of a "
+            "static cache, cannot be used with latent steps."
         )
     return attention_mask.bool()
 
 
 class BatchLayout:
     """
-    How the rows of a batch are cut: `X … <|latent_start|>` (prompt), `<|latent|>` x N, answer.
+    Splits each sequence of a batch into prompt (`X … <|latent_start|>`), `N` latent slots and answer.
 
-    A row without `<|latent_start|>` (plain text) is all prompt. Rows may be padded on the left, on the right or not.
+    A sequence without `<|latent_start|>` (plain text) is all prompt. Padding may be on either side.
 
     Args:
-        input_ids (`torch.Tensor` of shape `(B, L)`):
-            Token ids.
-        valid (`torch.Tensor` of shape `(B, L)`):
-            Which tokens are not padding.
+        input_ids, valid (`torch.Tensor` of shape `(B, L)`):
+            Token ids, and which of them are not padding.
         config ([`LasarConfig`]):
             Configuration with the control tokens.
+
+    Attributes:
+        position (`torch.Tensor` of shape `(B, L)`):
+            Position of each token, without padding.
+        length, prompt_length, depth, answer_length (`torch.Tensor` of shape `(B,)`):
+            Tokens of each sequence and of its parts; `depth` counts the latent slots.
+        max_prompt, max_depth, max_answer (`int`):
+            Their maxima; `max_answer` is at least 1.
     """
 
     def __init__(self, input_ids: torch.Tensor, valid: torch.Tensor, config: LasarConfig):
         self.input_ids, self.valid = input_ids, valid
-        self.position = valid.cumsum(dim=1) - 1
-        self.length = valid.sum(dim=1)
-        is_start = valid & (input_ids == config.latent_start_token_id)
-        is_slot = valid & (input_ids == config.latent_token_id)
-        start = torch.where(is_start, self.position, -1).amax(dim=1)
+        self.position = valid.cumsum(dim=1) - 1  # (B, L)
+        self.length = valid.sum(dim=1)  # (B,)
+
+        # 1. Lengths of the three parts.
+        is_start = valid & (input_ids == config.latent_start_token_id)  # (B, L)
+        is_slot = valid & (input_ids == config.latent_token_id)  # (B, L)
+        start = torch.where(is_start, self.position, -1).amax(dim=1)  # (B,), -1 in plain text
         self.depth = is_slot.sum(dim=1)
         self.prompt_length = torch.where(start >= 0, start + 1, self.length)
         self.answer_length = self.length - self.prompt_length - self.depth
+
+        # 2. Slots must follow <|latent_start|> without a gap, and there is a maximum.
         offset = self.position - self.prompt_length[:, None]
-        in_place = (start >= 0)[:, None] & (offset >= 0) & (offset < self.depth[:, None])
-        misplaced = (is_slot & ~in_place).any(dim=1)
-        too_deep = self.depth > config.max_latent_steps
-        self.max_prompt, self.max_depth, self.max_answer, errors = torch.stack(
+        is_expected = (start >= 0)[:, None] & (offset >= 0) & (offset < self.depth[:, None])
+        misplaced = (is_slot & ~is_expected).any(dim=1)  # (B,)
+        too_deep = self.depth > config.max_latent_steps  # (B,)
+
+        # 3. One transfer from the device for everything that Python must know.
+        self.max_prompt, self.max_depth, max_answer, num_errors = torch.stack(
             [self.prompt_length.max(), self.depth.max(), self.answer_length.max(), (misplaced | too_deep).sum()]
         ).tolist()
-        if errors:
+        if num_errors:
             self._raise(misplaced, config.max_latent_steps)
-        self.max_answer = max(self.max_answer, 1)  # nothing to read of equal bare prompts: one token that none sees
+        self.max_answer = max(max_answer, 1)  # equal prompts without answers still read one (invisible) token
 
     def _raise(self, misplaced: torch.Tensor, max_latent_steps: int):
         if misplaced.any():
-            row = int(misplaced.nonzero()[0])
+            index = int(misplaced.nonzero()[0])
             raise ValueError(
-                f"Row {row}: the <|latent|> slots must follow <|latent_start|> directly and without a gap."
+                f"Sequence {index}: the <|latent|> slots must follow <|latent_start|> directly and without a gap."
             )
-        row = int((self.depth > max_latent_steps).nonzero()[0])
+        index = int((self.depth > max_latent_steps).nonzero()[0])
         raise ValueError(
-            f"Row {row} has {int(self.depth[row])} latent slots but max_latent_steps is {max_latent_steps}: "
-            "use fewer slots or a model with more steps."
+            f"Sequence {index} has {int(self.depth[index])} latent slots, but max_latent_steps is {max_latent_steps}. "
+            "Use fewer slots or a model with more steps."
         )
 
-    def _columns(self) -> torch.Tensor:
-        """Column of each row's r-th token that is not padding, `(B, L)`."""
+    def columns(self) -> torch.Tensor:
+        """Column of `input_ids` that holds the r-th token (padding not counted) of each sequence, `(B, L)`."""
         return torch.argsort((~self.valid).to(torch.uint8), dim=1, stable=True)
+
+    def last_prompt_column(self) -> torch.Tensor:
+        """Column of the last prompt token of each sequence, `(B, 1)`."""
+        return self.columns().gather(1, (self.prompt_length[:, None] - 1).clamp(min=0))
 
     def prompts(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Left-padded prompts and their mask, both `(B, P)`."""
         device = self.input_ids.device
         rank = torch.arange(self.max_prompt, device=device) - (self.max_prompt - self.prompt_length[:, None])
-        columns = self._columns().gather(1, rank.clamp(min=0))
+        columns = self.columns().gather(1, rank.clamp(min=0))
         return self.input_ids.gather(1, columns).masked_fill(rank < 0, 0), rank >= 0
 
     def answers(self) -> torch.Tensor:
         """Right-padded answers, `(B, A)`."""
         rank = torch.arange(self.max_answer, device=self.input_ids.device).expand(len(self.length), -1)
         first = self.prompt_length + self.depth
-        columns = self._columns().gather(1, (first[:, None] + rank).clamp(max=self.input_ids.shape[1] - 1))
+        columns = self.columns().gather(1, (first[:, None] + rank).clamp(max=self.input_ids.shape[1] - 1))
         return self.input_ids.gather(1, columns).masked_fill(rank >= self.answer_length[:, None], 0)
 
 
 class PromptGroups:
     """
-    Rows of equal (prompt, depth): one trunk row for each group, the members' answers are its branches.
+    Groups of sequences with equal prompt and depth. The backbone reads a group's prompt once and the answers of its
+    members as branches.
 
-    Every group is padded to the branches of the largest. Where few prompts repeat often and many do not, that would
-    cost more than it saves, so equal rows are dealt to as many groups as make the fewest tokens in all.
+    Every group is padded to the branches of the largest. If a few prompts repeat often and many do not, that padding
+    would cost more than sharing saves, so equal sequences are split into the number of groups that needs the fewest
+    tokens in total.
 
     Args:
-        prompt_ids (`torch.Tensor` of shape `(B, P)`):
-            Left-padded prompts.
-        prompt_mask (`torch.Tensor` of shape `(B, P)`):
-            Their mask.
+        prompt_ids, prompt_mask (`torch.Tensor` of shape `(B, P)`):
+            Left-padded prompts and their mask.
         depth (`torch.Tensor` of shape `(B,)`):
-            Latent steps of each row.
+            Latent steps of each sequence.
         answer_length (`int`):
             Tokens of a branch.
         share (`bool`):
-            Whether to look for equal rows at all.
+            Whether to group equal sequences at all.
+
+    Attributes:
+        group, branch (`torch.Tensor` of shape `(B,)`):
+            Group of each sequence, and its branch in that group.
+        first (`torch.Tensor` of shape `(U,)`):
+            One member of each group.
+        num_groups, num_branches (`int`):
+            Number of groups `U`, and of branches in every group.
     """
 
     def __init__(
         self, prompt_ids: torch.Tensor, prompt_mask: torch.Tensor, depth: torch.Tensor, answer_length: int, share: bool
     ):
         batch_size, device = len(depth), depth.device
-        rows = torch.arange(batch_size, device=device)
-        self.num_groups = batch_size
-        self.group, self.first = rows, rows  # (B,) group of each row; (U,) one member of each group
-        self.branch, self.num_branches = torch.zeros_like(rows), 1  # (B,) branch of each row in its group
+        sequences = torch.arange(batch_size, device=device)  # (B,)
+        # Without sharing, every sequence is its own group.
+        self.num_groups, self.num_branches = batch_size, 1
+        self.group, self.first, self.branch = sequences, sequences, torch.zeros_like(sequences)
         if not share or batch_size == 1:
             return
-        keys = torch.cat([prompt_ids.masked_fill(~prompt_mask, -1), depth[:, None]], dim=1)
-        unique, equal_to, counts = torch.unique(keys, dim=0, return_inverse=True, return_counts=True)
+
+        # 1. Find the D distinct (prompt, depth) keys; class_of (B,), counts (D,).
+        keys = torch.cat([prompt_ids.masked_fill(~prompt_mask, -1), depth[:, None]], dim=1)  # (B, P + 1)
+        unique, class_of, counts = torch.unique(keys, dim=0, return_inverse=True, return_counts=True)
         if len(unique) == batch_size:
             return
-        sizes = torch.cat([counts.new_ones(1), counts]).unique()  # branches a group may have at most
-        groups_of = (counts + sizes[:, None] - 1) // sizes[:, None]  # (sizes, unique)
-        tokens = groups_of.sum(dim=1) * (prompt_ids.shape[1] + answer_length * sizes)
+
+        # 2. Choose the branches per group, among the C sizes that occur, by the number of tokens to read.
+        sizes = torch.cat([counts.new_ones(1), counts]).unique()  # (C,)
+        num_groups = (counts + sizes[:, None] - 1) // sizes[:, None]  # (C, D)
+        tokens = num_groups.sum(dim=1) * (prompt_ids.shape[1] + answer_length * sizes)  # (C,)
         best = int(tokens.argmin())
-        self.num_branches, self.num_groups = int(sizes[best]), int(groups_of[best].sum())
-        members = torch.argsort(equal_to, stable=True)  # equal rows after equal rows
-        begin = counts.cumsum(0) - counts
-        place = torch.empty_like(rows)  # of each row among its equals
-        place[members] = rows - begin[equal_to[members]]
-        first_group = groups_of[best].cumsum(0) - groups_of[best]
-        self.group = first_group[equal_to] + place // self.num_branches
-        self.branch = place % self.num_branches
-        self.first = torch.empty(self.num_groups, dtype=rows.dtype, device=device)
-        self.first[self.group] = rows  # any member will do
+        self.num_branches, self.num_groups = int(sizes[best]), int(num_groups[best].sum())
+
+        # 3. Number the members of each class 0, 1, …: sort by class, subtract where the class begins.
+        order = torch.argsort(class_of, stable=True)  # (B,)
+        class_start = counts.cumsum(0) - counts  # (D,)
+        member = torch.empty_like(sequences)
+        member[order] = sequences - class_start[class_of[order]]
+
+        # 4. Fill the groups of each class one after the other.
+        first_group = num_groups[best].cumsum(0) - num_groups[best]  # (D,)
+        self.group = first_group[class_of] + member // self.num_branches
+        self.branch = member % self.num_branches
+        self.first = torch.empty(self.num_groups, dtype=sequences.dtype, device=device)
+        self.first[self.group] = sequences  # members are equal, so any of them will do

@@ -7,7 +7,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 
 class _BlockLayer(DynamicLayer):
-    """One layer's keys and values of one segment, linked to those of the segments before it."""
+    """Keys and values of one layer in one block, linked to the blocks before it."""
 
     def __init__(self, parent: "_BlockLayer | None"):
         super().__init__()
@@ -15,40 +15,40 @@ class _BlockLayer(DynamicLayer):
 
     def update(self, key_states, value_states, *args, **kwargs):
         if torch.is_autocast_enabled(key_states.device.type):
-            # As attention would, but before they are joined: it would keep its own copy of the prompt's for every
-            # step.
+            # Attention would cast the joined keys and values, and keep a cast copy of the prompt's for every step.
             dtype = torch.get_autocast_dtype(key_states.device.type)
             key_states, value_states = key_states.to(dtype), value_states.to(dtype)
-        # A segment is written once; a second write is the replay of gradient checkpointing and stores equal values.
+        # A block is written once. A second write is the replay of gradient checkpointing and stores equal values.
         self.keys, self.values, self.is_initialized = key_states, value_states, True
         return self.states()
 
     def pieces(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Keys and values of each segment, the first one's first."""
+        """Keys and values of each block, from the first block to this one."""
         keys, values = self.parent.pieces() if self.parent is not None else ([], [])
         return [*keys, self.keys], [*values, self.values]
 
     def states(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values `(B, heads, S, head dim)` of this segment and all before it."""
+        """Keys and values `(B, heads, S, head dim)` of this block and all before it."""
         if self.parent is None:
             return self.keys, self.values
         keys, values = self.pieces()
         return torch.cat(keys, dim=-2), torch.cat(values, dim=-2)
 
     def get_seq_length(self) -> int:
-        own = self.keys.shape[-2] if self.is_initialized else 0
-        return own + (self.parent.get_seq_length() if self.parent is not None else 0)
+        length = self.keys.shape[-2] if self.is_initialized else 0
+        return length + (self.parent.get_seq_length() if self.parent is not None else 0)
 
 
 class _RejoinHooks:
     """
     Hooks for tensors saved for the backward pass, see [`~LinkedCache.keeping_blocks`].
 
-    The graph holds them, so they must not hold it when they are done.
+    The autograd graph holds these hooks. Tensors are therefore detached, and `joined` is cleared on exit: a reference
+    from here to the graph would be a cycle, and the memory would not be freed.
     """
 
     def __init__(self):
-        # Keys and values joined last, each with its pieces. They are held, so that no other tensor lies where they do.
+        # The last joined keys and values with their pieces. Holding them keeps their memory address unique.
         self.joined: list[tuple[torch.Tensor, list[torch.Tensor]]] = []
 
     def pack(self, tensor: torch.Tensor):
@@ -56,7 +56,7 @@ class _RejoinHooks:
             if tensor.untyped_storage().data_ptr() == joined.untyped_storage().data_ptr():
                 view = tensor.shape, tensor.stride(), tensor.storage_offset()
                 return [piece.detach() for piece in pieces], view
-        # A parameter stays itself, since ZeRO-3 swaps its data; an output that stayed itself would hold its own graph.
+        # Parameters are not detached, since ZeRO-3 swaps their data. Other tensors would hold their own graph.
         return tensor if tensor.is_leaf else tensor.detach()
 
     @staticmethod
@@ -69,17 +69,17 @@ class _RejoinHooks:
 
 class LinkedCache(Cache):
     """
-    Append-only cache made of linked segments, one for each call of the backbone.
+    Append-only cache made of linked blocks, one per call of the backbone.
 
     `DynamicCache` under grad copies the prompt's keys and values at every step, and transformers drops any cache under
-    gradient checkpointing because a layer that is replayed in the backward pass would append twice. A segment only
-    stores its own keys and values and returns its parents' and its own, so writing it again is harmless.
+    gradient checkpointing because a layer that is replayed in the backward pass would append twice. A block only
+    stores its own keys and values and returns them joined to those of its parents, so writing it again is harmless.
 
     Args:
         num_layers (`int`):
             Layers of the backbone.
         parent ([`LinkedCache`], *optional*):
-            Segment that this one continues.
+            Block that this one continues.
     """
 
     def __init__(self, num_layers: int, parent: "LinkedCache | None" = None):
@@ -96,10 +96,10 @@ class LinkedCache(Cache):
     @contextmanager
     def keeping_blocks(self):
         """
-        Keep the pieces of joined keys and values for the backward pass, and join them again there.
+        Context that saves the pieces of joined keys and values for the backward pass, and joins them again there.
 
-        Attention keeps its keys and values for the backward pass: joined ones would be a copy of the prompt's for
-        every latent step. Nothing to do without gradients.
+        Attention saves its keys and values for the backward pass. If it saved the joined tensors, every latent step
+        would hold a copy of the prompt's. Without gradients the context does nothing.
         """
         if not torch.is_grad_enabled():
             yield

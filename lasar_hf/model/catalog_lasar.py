@@ -1,4 +1,4 @@
-"""The catalogue of Semantic IDs: its items, and what a request may get of them."""
+"""The catalogue: items, their Semantic IDs and titles."""
 
 import copy
 import json
@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from functools import cached_property
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from transformers.utils import cached_file
 
 from .trie_lasar import SidTrie
 
@@ -20,30 +22,31 @@ class SidCatalog:
     """
     The items that can be recommended, each with its Semantic ID.
 
-    A row number stands for its item for ever: `add` appends rows, `remove` only hides some. A hidden row is never
-    returned and the probabilities are those of a catalogue that never had the item; its codes stay readable, since
-    histories may hold it.
+    Item indices are stable: `add` appends items and `remove` only hides them. A hidden item is never recommended, and
+    the probabilities are those of a catalogue without it. Its codes stay readable, since histories may contain it.
 
     Args:
         codes (`torch.Tensor` or array of shape `(I, M)`):
             Semantic ID of each item, non-negative integers.
         item_ids (`list[str]`):
-            Public id of each item; the row number is what the model returns.
+            Public id of each item. The model returns its index in this list.
         allow_collisions (`bool`, *optional*, defaults to `False`):
-            Whether several items may share a Semantic ID. Each then gets its own row in a result, with the same score,
-            the lower row number first.
+            Whether several items may share a Semantic ID. They are recommended separately, with equal scores, in order
+            of their indices.
         removed (`torch.Tensor` of shape `(I,)`, *optional*):
-            Boolean mask of the rows that are hidden, none if not given.
+            Which items are hidden. Defaults to none.
         titles (`list[str | None]` of length `I`, *optional*):
-            Title of each item, `None` where there is none.
+            Title of each item, `None` if it has no title.
 
     Attributes:
         codes (`torch.Tensor` of shape `(I, M)`):
-            Semantic IDs, int32, hidden rows included.
+            Semantic IDs, int32, hidden items included.
+        num_items (`int`):
+            Items that can be recommended, without hidden ones.
 
     Raises:
-        `ValueError`: if the shapes disagree, a code is negative or no integer, an item id repeats, two items share a
-        Semantic ID, or every row is hidden.
+        `ValueError`: if the shapes disagree, a code is negative or not an integer, a title is not a string, an item id
+        repeats, two items share a Semantic ID, or all items are hidden.
 
     Example:
 
@@ -77,8 +80,8 @@ class SidCatalog:
         self.removed = removed.cpu().to(torch.bool, copy=True)
         if self.removed.shape != self.codes.shape[:1] or self.removed.all():
             raise ValueError(
-                f"removed hides {int(self.removed.sum())} of {len(self.removed)} rows, the catalogue has "
-                f"{len(self.codes)}: one flag a row, and at least one item must stay."
+                f"removed has shape {tuple(self.removed.shape)} and hides {int(self.removed.sum())} items; expected "
+                f"shape ({len(self.codes)},) and at least one item that is not hidden."
             )
         self.num_items = len(self.codes) - int(self.removed.sum())
         self._max_code = int(self.codes.max())
@@ -92,7 +95,7 @@ class SidCatalog:
             first, second = self._trie.items(self._trie.leaf_ptr.new_tensor(leaf).long())[:2].tolist()
             raise ValueError(
                 f"Items {self.item_ids[first]!r} and {self.item_ids[second]!r} share the Semantic ID "
-                f"{self.codes[first].tolist()}: resolve the collision, or pass allow_collisions=True."
+                f"{self.codes[first].tolist()}. Resolve the collision, or pass allow_collisions=True."
             )
 
     def __len__(self) -> int:
@@ -105,20 +108,11 @@ class SidCatalog:
 
     @cached_property
     def index_of(self) -> dict[str, int]:
-        """Row number of each item id, hidden rows included."""
+        """Index of each item id, hidden items included."""
         return dict(zip(self.item_ids, range(len(self)), strict=True))
 
     def trie(self, device: torch.device | str) -> SidTrie:
-        """
-        The catalogue's trie on a device, copied there once.
-
-        Args:
-            device (`torch.device` or `str`):
-                Where the model lives.
-
-        Returns:
-            [`SidTrie`]: the trie.
-        """
+        """The trie of the items that are not hidden, copied to a device once."""
         device = torch.device(device)
         if device.type == "cpu":
             return self._trie
@@ -126,120 +120,99 @@ class SidCatalog:
             self._copies[device] = self._trie.to(device)
         return self._copies[device]
 
-    def add(
-        self, codes, item_ids: Sequence[str], titles: Sequence[str | None] | None = None
-    ) -> "SidCatalog":
+    def add(self, codes, item_ids: Sequence[str], titles: Sequence[str | None] | None = None) -> "SidCatalog":
         """
-        A catalogue with more items. Rows keep their numbers; an item that was removed returns to its old row.
-
-        The index is not built again: only the new items are sorted.
+        A catalogue with more items. Indices do not change, and a removed item returns to its old index.
 
         Args:
-            codes (`torch.Tensor` or array of shape `(A, M)`):
-                Semantic IDs of the items to add.
-            item_ids (`list[str]` of length `A`):
-                Their public ids.
-            titles (`list[str | None]` of length `A`, *optional*):
-                Their titles.
+            codes, item_ids, titles:
+                Of the `A` items to add, as for the constructor. Without `titles`, new items have none and returning
+                items keep theirs.
 
         Returns:
-            [`SidCatalog`]: the new catalogue; this one stays as it is.
+            [`SidCatalog`]: the new catalogue; this one is unchanged.
 
         Raises:
-            `ValueError`: as the constructor, and if the catalogue holds an item already or has another number of
-            levels.
+            `ValueError`: as the constructor, and if the catalogue already has an item or another number of levels.
         """
+        # 1. Check the new items.
         item_ids = [str(item_id) for item_id in item_ids]
         codes, titles = _checked_codes(codes, item_ids), _checked_titles(titles, len(item_ids))
         if codes.shape[1] != self.num_levels:
-            raise ValueError(f"The catalogue has {self.num_levels} levels but the new codes have {codes.shape[1]}.")
-        rows = [self.index_of.get(item_id, -1) for item_id in item_ids]
-        for item_id, row in zip(item_ids, rows, strict=True):
-            if row >= 0 and not self.removed[row]:
-                raise ValueError(f"The catalogue holds the item {item_id!r} already: remove it to change its codes.")
-        new_ids = [item_id for item_id, row in zip(item_ids, rows, strict=True) if row < 0]
-        index_of = {**self.index_of, **dict(zip(new_ids, range(len(self), len(self) + len(new_ids)), strict=True))}
-        rows = torch.tensor([index_of[item_id] for item_id in item_ids])
+            raise ValueError(f"codes have {codes.shape[1]} levels; expected the catalogue's {self.num_levels}.")
+        for item_id in item_ids:
+            index = self.index_of.get(item_id)
+            if index is not None and not self.removed[index]:
+                raise ValueError(f"The catalogue already has the item {item_id!r}. Remove it to change its codes.")
+        # 2. Give indices to the items that the catalogue never had.
+        new_ids = [item_id for item_id in item_ids if item_id not in self.index_of]
+        index_of = self.index_of | {item_id: len(self) + i for i, item_id in enumerate(new_ids)}
+        indices = torch.tensor([index_of[item_id] for item_id in item_ids])  # (A,)
+        # 3. Extend the lists and write the items.
         all_codes = torch.cat([self.codes, self.codes.new_empty(len(new_ids), self.num_levels)])
         removed = torch.cat([self.removed, self.removed.new_empty(len(new_ids))])
-        all_codes[rows], removed[rows] = codes, False
-        trie = self._trie.including(codes, rows, len(all_codes))
+        all_codes[indices], removed[indices] = codes, False
         all_titles = self.titles
         if titles is not None or all_titles is not None:
-            all_titles = [*(self.titles or [None] * len(self)), *[None] * len(new_ids)]
-            for row, title in zip(rows.tolist(), titles or [None] * len(item_ids), strict=True):
-                all_titles[row] = title
+            all_titles = [*(all_titles or [None] * len(self)), *[None] * len(new_ids)]
+            for index, title in zip(indices.tolist(), titles or [], strict=titles is not None):
+                all_titles[index] = title
         return self._changed(
-            trie, removed, codes=all_codes, item_ids=self.item_ids + new_ids, index_of=index_of, titles=all_titles
+            self._trie.including(codes, indices, len(all_codes)), removed, codes=all_codes,
+            item_ids=self.item_ids + new_ids, index_of=index_of, titles=all_titles,
         )
 
     def remove(self, item_ids: Sequence[str]) -> "SidCatalog":
         """
-        A catalogue in which some rows are hidden. All rows keep their numbers, and the index is not built again.
-
-        Args:
-            item_ids (`list[str]`):
-                Public ids of the items to hide.
-
-        Returns:
-            [`SidCatalog`]: the new catalogue; this one stays as it is.
+        A catalogue in which the items with these public ids are hidden. Indices do not change, and this catalogue is
+        unchanged.
 
         Raises:
-            `ValueError`: if the catalogue does not hold an item, or none would be left.
+            `ValueError`: if the catalogue does not have an item, or no item would be left.
         """
-        removed, rows = self.removed.clone(), []
+        removed, indices = self.removed.clone(), []
         for item_id in map(str, item_ids):
-            rows.append(self.index_of.get(item_id, -1))
-            if rows[-1] < 0 or removed[rows[-1]]:
-                raise ValueError(f"The catalogue holds no item {item_id!r} that could be removed.")
-            removed[rows[-1]] = True
+            index = self.index_of.get(item_id)
+            if index is None or removed[index]:
+                raise ValueError(f"The catalogue has no item {item_id!r} to remove.")
+            removed[index] = True
+            indices.append(index)
         if removed.all():
-            raise ValueError("All items would be removed: at least one item must stay.")
-        return self._changed(self._trie.without(torch.tensor(rows, dtype=torch.long)), removed)
+            raise ValueError("item_ids names all items of the catalogue; expected at least one item to remain.")
+        return self._changed(self._trie.without(torch.tensor(indices, dtype=torch.long)), removed)
 
     def _changed(self, trie: SidTrie, removed: torch.Tensor, **parts) -> "SidCatalog":
-        """This catalogue with another trie and what else is new; the rest is shared, not checked again."""
+        """A copy of this catalogue with another trie and other `parts`, which are not checked again."""
         changed = copy.copy(self)
         vars(changed).update(parts, _trie=trie, _copies={}, removed=removed)
-        changed.num_items = len(trie.item_indices)
-        changed._max_code = int(changed.codes.max())
+        changed.num_items, changed._max_code = len(trie.item_indices), int(changed.codes.max())
         changed._check_collisions()
         return changed
 
     def check_matches(self, num_sid_levels: int, codebook_size: int) -> None:
         """
-        Check that a model can write this catalogue's Semantic IDs.
-
-        Args:
-            num_sid_levels (`int`):
-                Levels of the model.
-            codebook_size (`int`):
-                Codes a level of the model.
+        Check that a model with these sizes can write this catalogue's Semantic IDs.
 
         Raises:
-            `ValueError`: if the levels differ, or a code lies outside the codebook.
+            `ValueError`: if the numbers of levels differ, or a code is outside the codebook.
         """
         if self.num_levels != num_sid_levels:
             raise ValueError(
-                f"The catalogue has {self.num_levels} levels but the model has {num_sid_levels}: build the Semantic "
+                f"The catalogue has {self.num_levels} levels, but the model has {num_sid_levels}. Build the Semantic "
                 "IDs with the model's number of levels."
             )
         if self._max_code >= codebook_size:
-            row = int((self.codes >= codebook_size).any(dim=1).nonzero()[0])
+            index = int((self.codes >= codebook_size).any(dim=1).nonzero()[0])
             raise ValueError(
-                f"Item {self.item_ids[row]!r} (row {row}) has the codes {self.codes[row].tolist()}, but the model's "
-                f"codebooks have {codebook_size} entries."
+                f"Item {self.item_ids[index]!r} (index {index}) has the codes {self.codes[index].tolist()}, but the "
+                f"model's codebook_size is {codebook_size}."
             )
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
         """
-        Write `sid_catalog.safetensors` and `sid_catalog.json`, beside a checkpoint for instance.
+        Write `sid_catalog.safetensors` and `sid_catalog.json` to a folder, for example beside a checkpoint.
 
-        The JSON file goes first and comes last: where it lies, the codes beside it are its own.
-
-        Args:
-            save_directory (`str` or `os.PathLike`):
-                Folder, created if missing.
+        The JSON file is removed first and written last, so its presence marks a complete save.
         """
         os.makedirs(save_directory, exist_ok=True)
         config = {
@@ -257,49 +230,70 @@ class SidCatalog:
         os.replace(config_path + ".tmp", config_path)
 
     @classmethod
-    def from_pretrained(cls, pretrained_directory: str | os.PathLike) -> "SidCatalog":
+    def from_pretrained(cls, pretrained_directory: str | os.PathLike, **kwargs) -> "SidCatalog":
         """
-        Read a catalogue written by [`~SidCatalog.save_pretrained`].
+        Read a catalogue written by [`~SidCatalog.save_pretrained`], from a folder or a model id on the Hub.
 
-        Args:
-            pretrained_directory (`str` or `os.PathLike`):
-                Folder that holds the two files.
+        `kwargs` such as `revision` and `token` are passed to [`~transformers.utils.cached_file`] for a model id.
 
-        Returns:
-            [`SidCatalog`]: the same catalogue.
+        Raises:
+            `ValueError`: if a file is damaged, or the two files do not belong together.
         """
-        with open(os.path.join(pretrained_directory, CATALOG_CONFIG_NAME), encoding="utf-8") as file:
-            config = json.load(file)
-        tensors = load_file(os.path.join(pretrained_directory, CATALOG_WEIGHTS_NAME))
-        return cls(
-            tensors["codes"], config["item_ids"], config["allow_collisions"], tensors.get("removed"),
-            config.get("titles"),
-        )
+        names = (CATALOG_CONFIG_NAME, CATALOG_WEIGHTS_NAME)
+        if os.path.isdir(pretrained_directory):
+            config_path, weights_path = (os.path.join(pretrained_directory, name) for name in names)
+        else:
+            config_path, weights_path = (cached_file(pretrained_directory, name, **kwargs) for name in names)
+        try:
+            with open(config_path, encoding="utf-8") as file:
+                config = json.load(file)
+            num_levels, item_ids = config["num_levels"], config["item_ids"]
+            allow_collisions = config["allow_collisions"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{config_path} is damaged ({error!r}). Save the catalogue again.") from error
+        try:
+            tensors = load_file(weights_path)
+            codes, removed = tensors["codes"], tensors["removed"]
+        except (SafetensorError, KeyError) as error:
+            raise ValueError(f"{weights_path} is damaged ({error!r}). Save the catalogue again.") from error
+        if codes.shape != (len(item_ids), num_levels):
+            raise ValueError(
+                f"{config_path} describes {len(item_ids)} items with num_levels={num_levels}, but {weights_path} has "
+                f"codes of shape {tuple(codes.shape)}. Save the catalogue again."
+            )
+        return cls(codes, item_ids, allow_collisions, removed, config.get("titles"))
 
 
 def _checked_titles(titles: Sequence[str | None] | None, num_items: int) -> list[str | None] | None:
+    """Titles `(I,)` as a list; empty ones become `None`."""
     if titles is None:
         return None
     if len(titles) != num_items:
-        raise ValueError(f"titles has {len(titles)} entries for {num_items} items.")
+        raise ValueError(f"titles has {len(titles)} entries; expected one for each of the {num_items} items.")
+    for index, title in enumerate(titles):
+        if title is not None and not isinstance(title, str):
+            raise ValueError(f"titles has {title!r} for the item with index {index}; expected a string or None.")
     return [title or None for title in titles]
 
 
 def _checked_codes(codes, item_ids: list[str]) -> torch.Tensor:
-    """Codes `(I, M)` as int32 on the CPU, one row for each item id; the ids are unique."""
+    """Codes `(I, M)` as int32 on the CPU, one Semantic ID per item id; the ids are unique."""
     codes = torch.as_tensor(codes).cpu()
     if len(set(item_ids)) != len(item_ids):
         seen = set()
         repeated = next(item_id for item_id in item_ids if item_id in seen or seen.add(item_id))
-        raise ValueError(f"The item id {repeated!r} appears twice: item ids must be unique.")
+        raise ValueError(f"item_ids has {repeated!r} twice; expected unique ids.")
     if codes.ndim != 2 or len(codes) != len(item_ids) or codes.numel() == 0:
         raise ValueError(
-            f"codes has shape {tuple(codes.shape)} but there are {len(item_ids)} item ids: pass one row of codes "
-            "for each of at least one item."
+            f"codes has shape {tuple(codes.shape)}, but there are {len(item_ids)} item ids; expected (I, M) with at "
+            "least one item."
         )
     if codes.is_floating_point() or int(codes.max()) >= 2**31:
-        raise ValueError(f"codes are {codes.dtype} up to {codes.max()}: Semantic IDs are integers below 2**31.")
+        raise ValueError(f"codes are {codes.dtype} up to {codes.max()}; expected integers below 2**31.")
     if (codes < 0).any():
-        row = int((codes < 0).any(dim=1).nonzero()[0])
-        raise ValueError(f"Item {item_ids[row]!r} (row {row}) has a negative code: {codes[row].tolist()}.")
-    return codes.to(torch.int32, copy=True)  # the caller's array may change
+        index = int((codes < 0).any(dim=1).nonzero()[0])
+        raise ValueError(
+            f"Item {item_ids[index]!r} (index {index}) has a negative code, {codes[index].tolist()}; expected 0 or "
+            "more."
+        )
+    return codes.to(torch.int32, copy=True)  # changes of the caller's array have no effect

@@ -1,6 +1,6 @@
 """Configuration of LASAR: a decoder-only backbone, its Semantic-ID vocabulary and its latent steps.
 
-Also the names of the tokens, since every part of the package (and the remote code beside a checkpoint) shares them.
+The names of the tokens are here too, since the whole package and the remote code of a checkpoint share them.
 """
 
 import string
@@ -16,45 +16,23 @@ CONTROL_TOKENS = (LATENT_START_TOKEN, LATENT_TOKEN, LATENT_END_TOKEN)
 
 
 def sid_token(level: int, code: int) -> str:
-    """
-    Vocabulary entry of one code, as the field's `.index.json` files write it: `sid_token(1, 255)` is `<b_255>`.
-
-    Args:
-        level (`int`):
-            Level of the code, 0 is the first.
-        code (`int`):
-            Entry of the level's codebook.
-
-    Returns:
-        `str`: the token.
-    """
+    """Vocabulary entry of a code, as in the `.index.json` files of the field: `sid_token(1, 255)` is `<b_255>`."""
     return f"<{string.ascii_lowercase[level]}_{code}>"
 
 
 def sid_tokens(num_sid_levels: int, codebook_size: int) -> list[str]:
-    """
-    All Semantic-ID tokens, level after level, so that level `l`, code `c` stands at `l * codebook_size + c`.
-
-    Args:
-        num_sid_levels (`int`):
-            Number of levels `M`.
-        codebook_size (`int`):
-            Codes a level, `K`.
-
-    Returns:
-        `list[str]`: `M * K` tokens.
-    """
+    """All Semantic-ID tokens, level after level: level `l`, code `c` has the index `l * codebook_size + c`."""
     return [sid_token(level, code) for level in range(num_sid_levels) for code in range(codebook_size)]
 
 
 def check_sizes(num_sid_levels: int, codebook_size: int, max_latent_steps: int) -> None:
-    """Refuse numbers of levels, codes and latent steps that no model can have."""
+    """Check the numbers of levels, codes and latent steps."""
     if not 1 <= num_sid_levels <= len(string.ascii_lowercase):
-        raise ValueError(f"num_sid_levels is {num_sid_levels}: Semantic IDs have 1 to 26 levels (a to z).")
+        raise ValueError(f"num_sid_levels is {num_sid_levels}; expected 1 to 26 (a to z).")
     if codebook_size < 1:
-        raise ValueError(f"codebook_size is {codebook_size}: a level needs at least one code.")
+        raise ValueError(f"codebook_size is {codebook_size}; expected at least 1.")
     if max_latent_steps < 1:
-        raise ValueError(f"max_latent_steps is {max_latent_steps}: the policy head needs at least one class.")
+        raise ValueError(f"max_latent_steps is {max_latent_steps}; expected at least 1.")
 
 
 class LasarConfig(PreTrainedConfig):
@@ -67,15 +45,15 @@ class LasarConfig(PreTrainedConfig):
         num_sid_levels (`int`, *optional*, defaults to `4`):
             Codes of one Semantic ID, `M`.
         codebook_size (`int`, *optional*, defaults to `256`):
-            Codes a level, `K`.
+            Codes per level, `K`.
         sid_token_offset (`int`, *optional*):
             Token id of level 0, code 0; level `l`, code `c` has the id `sid_token_offset + l * K + c`.
         max_latent_steps (`int`, *optional*, defaults to `8`):
-            Largest number of latent steps, `N_max`; the policy head has as many classes, class `k` meaning `k + 1`.
+            Largest number of latent steps, `N_max`, and number of classes of the policy head.
         latent_start_token_id (`int`, *optional*):
             Id of `<|latent_start|>`, the last token of a prompt.
         latent_token_id (`int`, *optional*):
-            Id of `<|latent|>`, the placeholder of one latent step.
+            Id of `<|latent|>`, the slot of one latent step.
         latent_end_token_id (`int`, *optional*):
             Id of `<|latent_end|>`, which closes the latent region.
 
@@ -104,7 +82,7 @@ class LasarConfig(PreTrainedConfig):
     latent_end_token_id: int | None = None
 
     def __post_init__(self, **kwargs):
-        # Bare transformers loads a checkpoint through these entries; `save_pretrained` fills in its own class only.
+        # transformers without lasar_hf loads a checkpoint through these; `save_pretrained` writes only its own.
         auto_map = {
             "AutoConfig": "configuration_lasar.LasarConfig",
             "AutoModel": "modeling_lasar.LasarForGenerativeRec",
@@ -126,7 +104,7 @@ class LasarConfig(PreTrainedConfig):
 
     @property
     def vocab_size(self) -> int:
-        """Rows of the backbone's embedding matrix."""
+        """Tokens of the backbone's embedding matrix, `V`."""
         return self.backbone_config.vocab_size
 
     @property
@@ -135,21 +113,10 @@ class LasarConfig(PreTrainedConfig):
         return self.num_sid_levels * self.codebook_size
 
     def sid_token_id(self, level: int, code: int) -> int:
-        """
-        Token id of a code.
-
-        Args:
-            level (`int`):
-                Level of the code.
-            code (`int`):
-                Entry of the level's codebook.
-
-        Returns:
-            `int`: `sid_token_offset + level * K + code`.
-        """
+        """Token id of a code, `sid_token_offset + level * K + code`."""
         if not (0 <= level < self.num_sid_levels and 0 <= code < self.codebook_size):
             raise ValueError(
-                f"Level {level}, code {code} lies outside {self.num_sid_levels} levels of {self.codebook_size} codes."
+                f"Level {level}, code {code} is outside {self.num_sid_levels} levels of {self.codebook_size} codes."
             )
         return self.sid_token_offset + level * self.codebook_size + code
 

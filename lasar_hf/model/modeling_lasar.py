@@ -1,6 +1,6 @@
-"""LASAR: a decoder-only language model that reasons in hidden states before it writes a Semantic ID.
+"""LASAR (arXiv 2605.10207): a language model that reasons in hidden states before it writes a Semantic ID.
 
-[`LasarForGenerativeRec`] is the head on the trunk of `trunk_lasar.py`: next-token logits, and `recommend`.
+[`LasarForGenerativeRec`] adds the language-model head to the base model of `base_lasar.py`, and `recommend`.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,9 +21,8 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import ModelOutput
 
-from .base_lasar import DepthPolicyHead, LasarModel, LasarPreTrainedModel, _check_backbone, most_likely_depth
+from .base_lasar import DepthPolicyHead, LasarModel, LasarPreTrainedModel, check_backbone, most_likely_depth
 from .batching_lasar import BatchLayout, ReasoningState, valid_tokens
-from .cache_lasar import LinkedCache
 from .catalog_lasar import SidCatalog
 from .configuration_lasar import CONTROL_TOKENS, LATENT_START_TOKEN, LasarConfig, check_sizes, sid_tokens
 from .decoding_lasar import RecommendOutput, beam_search, rank_items
@@ -33,21 +32,13 @@ from .trie_lasar import ItemFilter
 @dataclass
 class LasarOutput(ModelOutput):
     """
-    Output of [`LasarForGenerativeRec`].
+    Output of [`LasarForGenerativeRec`]. The other fields are those of [`LasarModelOutput`].
 
     Args:
         loss (`torch.Tensor`, *optional*):
             Mean next-token cross-entropy over the vocabulary, when labels are given.
         logits (`torch.Tensor` of shape `(B, L, V)`):
             Next-token logits.
-        past_key_values ([`~transformers.Cache`], *optional*):
-            Keys and values in the columns of `input_ids`, when `use_cache` is set.
-        latent_states (`torch.Tensor` of shape `(B, 1 + max N, H)`, *optional*):
-            `h_0 … h_N` of each row, zero beyond the row's depth.
-        latent_steps (`torch.Tensor` of shape `(B,)`, *optional*):
-            Depth `N` of each row.
-        depth_logits (`torch.Tensor` of shape `(B, N_max)`, *optional*):
-            Logits of the policy head on `h_0`; class `k` means `k + 1` steps.
     """
 
     loss: torch.Tensor | None = None
@@ -69,15 +60,12 @@ class LasarForGenerativeRec(LasarPreTrainedModel, GenerationMixin):
     Example:
 
     ```python
-    >>> from transformers import AutoTokenizer
-    >>> from lasar_hf import LasarForGenerativeRec, SidCatalog
+    >>> from lasar_hf import LasarForGenerativeRec, LasarProcessor
 
-    >>> tokenizer = AutoTokenizer.from_pretrained("path/to/checkpoint")
+    >>> processor = LasarProcessor.from_pretrained("path/to/checkpoint")
     >>> model = LasarForGenerativeRec.from_pretrained("path/to/checkpoint")
-    >>> catalog = SidCatalog.from_pretrained("path/to/checkpoint")
-    >>> prompt = tokenizer("Recommend the next item.<a_1><b_7><c_0><d_3><|latent_start|>", return_tensors="pt")
-    >>> recommended = model.recommend(**prompt, catalog=catalog, top_k=10)
-    >>> [catalog.item_ids[row] for row in recommended.items[0]]
+    >>> output = model.recommend(**processor([["12", "40"]]), catalog=processor.catalog, top_k=10)
+    >>> processor.decode_recommendations(output)
     ```
     """
 
@@ -94,14 +82,6 @@ class LasarForGenerativeRec(LasarPreTrainedModel, GenerationMixin):
         self._tied_weights_keys = {"lm_head.weight": f"model.{name}.weight"}
         self._no_split_modules = self.model._no_split_modules
 
-    def get_input_embeddings(self) -> nn.Module:
-        """The backbone's embedding matrix."""
-        return self.model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the backbone's embedding matrix."""
-        self.model.set_input_embeddings(value)
-
     @classmethod
     def from_backbone(
         cls,
@@ -113,44 +93,43 @@ class LasarForGenerativeRec(LasarPreTrainedModel, GenerationMixin):
         **kwargs,
     ) -> "LasarForGenerativeRec":
         """
-        Make a recommender out of a causal language model: add the tokens, resize, keep the weights.
+        Make a recommender from a causal language model: add the tokens, resize the embeddings, keep the weights.
 
         Args:
             backbone (`str` or [`~transformers.PreTrainedModel`]):
-                Name or path of a causal language model, or the model itself (which is taken over, not copied).
+                Name or path of a causal language model, or the model itself, which is used and not copied.
             tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-                Its tokenizer; the Semantic-ID and control tokens are added to it as special tokens.
-            num_sid_levels (`int`, *optional*, defaults to `4`):
-                Codes of one Semantic ID, `M`.
-            codebook_size (`int`, *optional*, defaults to `256`):
-                Codes a level, `K`.
-            max_latent_steps (`int`, *optional*, defaults to `8`):
-                Largest number of latent steps, `N_max`.
+                Its tokenizer. The Semantic-ID and control tokens are added to it as special tokens.
+            num_sid_levels, codebook_size, max_latent_steps (`int`, *optional*):
+                As for [`LasarConfig`].
             kwargs:
                 Passed to `AutoModelForCausalLM.from_pretrained` when `backbone` is a name.
 
         Returns:
-            [`LasarForGenerativeRec`]: the model; new embedding rows are drawn around the mean of the old ones.
+            [`LasarForGenerativeRec`]: the model. New embeddings are drawn around the mean of the old ones.
 
         Raises:
-            `ValueError`: if a number is out of range, the tokenizer holds the Semantic-ID tokens elsewhere than in one
-            contiguous run, or the backbone has sliding-window, recurrent or encoder-decoder layers.
+            `ValueError`: if a number is out of range, the ids of the Semantic-ID tokens are not contiguous, or the
+            backbone has sliding-window, recurrent or encoder-decoder layers, a head with a bias, or scaled logits.
         """
+        # 1. Refuse backbones that a checkpoint could not reproduce.
         if isinstance(backbone, str):
             backbone = AutoModelForCausalLM.from_pretrained(backbone, **kwargs)
         check_sizes(num_sid_levels, codebook_size, max_latent_steps)
-        _check_backbone(backbone.base_model)
+        check_backbone(backbone.base_model)
         _check_plain_head(backbone)
         if backbone.get_output_embeddings().bias is not None:
             raise ValueError(
-                f"The head of {type(backbone).__name__} has a bias, which a checkpoint would lose: use a backbone "
+                f"The head of {type(backbone).__name__} has a bias, which a checkpoint would lose. Use a backbone "
                 "without one, such as Qwen3 or Llama."
             )
         if is_deepspeed_zero3_enabled():
             raise ValueError(
-                "ZeRO-3 has split the backbone's weights, which cannot be resized then: make the model inside "
+                "ZeRO-3 has sharded the backbone's weights, which cannot be resized then. Make the model inside "
                 "lasar_hf.trainers.unsharded_weights()."
             )
+
+        # 2. Register the tokens. Token ids are computed as `sid_token_offset + level * K + code`.
         num_old = len(tokenizer)
         tokens = sid_tokens(num_sid_levels, codebook_size)
         tokenizer.add_special_tokens(
@@ -159,10 +138,12 @@ class LasarForGenerativeRec(LasarPreTrainedModel, GenerationMixin):
         ids = tokenizer.convert_tokens_to_ids(tokens)
         if ids != list(range(ids[0], ids[0] + len(ids))):
             raise ValueError(
-                "The tokenizer already holds some Semantic-ID tokens, not in one run: start from the backbone's own "
+                "The ids of the tokenizer's Semantic-ID tokens are not contiguous. Start from the backbone's own "
                 "tokenizer, or keep the number of levels and codes it was made with."
             )
-        _add_embedding_rows(backbone, num_old, len(tokenizer))
+
+        # 3. Resize, and put the backbone into the recommender.
+        _add_embeddings(backbone, num_old, len(tokenizer))
         start_id, latent_id, end_id = tokenizer.convert_tokens_to_ids(list(CONTROL_TOKENS))
         config = LasarConfig(
             backbone_config=backbone.config, num_sid_levels=num_sid_levels, codebook_size=codebook_size,
@@ -176,15 +157,15 @@ class LasarForGenerativeRec(LasarPreTrainedModel, GenerationMixin):
         with torch.device("meta"):
             model = cls(config)
         head = language_model.get_output_embeddings()
-        trunk = model.model
-        trunk.backbone, model.lm_head = language_model.base_model, head
-        trunk._adopt_backbone()
+        base = model.model
+        base.backbone, model.lm_head = language_model.base_model, head
+        base.prepare_backbone()
         model._tie_to_backbone()
         policy_head = DepthPolicyHead(config.hidden_size, config.max_latent_steps)
         policy_head.apply(model._init_weights)
-        trunk.policy_head = policy_head.to(head.weight.device, head.weight.dtype)
-        # A fresh generation config with what changes a score pinned: sampling defaults left over from the backbone
-        # would corrupt the search. A latent region is opened by the prompt, never written.
+        base.policy_head = policy_head.to(head.weight.device, head.weight.dtype)
+        # A new generation config: sampling defaults of the backbone would corrupt the beam search. Latent regions are
+        # opened by the prompt and never written by the model.
         model.generation_config = GenerationConfig(
             do_sample=False, num_beams=1, temperature=1.0, top_p=1.0, typical_p=1.0, repetition_penalty=1.0,
             no_repeat_ngram_size=0,
@@ -197,17 +178,15 @@ class LasarForGenerativeRec(LasarPreTrainedModel, GenerationMixin):
     @torch.no_grad()
     def set_sid_embeddings(self, codebooks: torch.Tensor, std: float = 0.05) -> None:
         """
-        Start the Semantic-ID tokens from the quantizer's codebooks, so that codes with near centres begin alike.
-
-        For backbones trained from scratch: the geometry of the items' embeddings need not be learned again. The
-        centres are rotated into the hidden size by principal components; a tied head starts from them too, an untied
-        one is set.
+        Initialise the Semantic-ID embeddings from the quantizer's codebooks, for backbones trained from scratch: codes
+        with near centres start with near embeddings. The centres are projected to the hidden size by principal
+        components. A tied head shares them, an untied head is set too.
 
         Args:
             codebooks (`torch.Tensor` of shape `(M, K, D)`):
                 Centres of each level, of any width `D`.
             std (`float`, *optional*, defaults to `0.05`):
-                Standard deviation of the rows' entries.
+                Standard deviation of the embeddings' entries.
 
         Raises:
             `ValueError`: if the codebooks are not `M` levels of `K` centres.
@@ -215,33 +194,24 @@ class LasarForGenerativeRec(LasarPreTrainedModel, GenerationMixin):
         config = self.config
         if codebooks.shape[:2] != (config.num_sid_levels, config.codebook_size):
             raise ValueError(
-                f"codebooks has shape {tuple(codebooks.shape)} but the model has {config.num_sid_levels} levels of "
-                f"{config.codebook_size} codes: pass (M, K, D)."
+                f"codebooks has shape {tuple(codebooks.shape)}; expected (M, K, D) with M={config.num_sid_levels} and "
+                f"K={config.codebook_size}."
             )
+        # 1. Principal components, at most H of them.
         left, scale, _ = torch.linalg.svd(codebooks.flatten(0, 1).float(), full_matrices=False)
-        rows = (left * scale)[:, : config.hidden_size]
-        rows = nn.functional.pad(rows, (0, config.hidden_size - rows.shape[1]))
-        # Spread the components over all dimensions: rotary positions and attention heads would single some out.
-        rows = rows @ torch.linalg.qr(torch.randn(config.hidden_size, config.hidden_size)).Q
-        rows = rows / rows.std() * std
+        embeddings = (left * scale)[:, : config.hidden_size]
+        embeddings = nn.functional.pad(embeddings, (0, config.hidden_size - embeddings.shape[1]))  # (M * K, H)
+        # 2. A random rotation spreads them over all dimensions, which rotary positions and heads treat differently.
+        embeddings = embeddings @ torch.linalg.qr(torch.randn(config.hidden_size, config.hidden_size)).Q
+        embeddings = embeddings / embeddings.std() * std
         start = config.sid_token_id(0, 0)
         for weight in (self.get_input_embeddings().weight, self.lm_head.weight):
-            weight[start : start + config.num_sid_tokens] = rows.to(weight.device, weight.dtype)
+            weight[start : start + config.num_sid_tokens] = embeddings.to(weight.device, weight.dtype)
 
     def sid_head(self, level: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """
-        Rows of the head that score the codes of a level.
-
-        Args:
-            level (`int`):
-                Level of the codes.
-
-        Returns:
-            `tuple` of `torch.Tensor` of shape `(K, H)` and `None`: weight and bias, which the head does not have.
-        """
+        """Weight `(K, H)` and bias (`None`: there is none) of the head for the codes of a level."""
         start = self.config.sid_token_id(level, 0)
-        rows = slice(start, start + self.config.codebook_size)
-        return self.lm_head.weight[rows], None
+        return self.lm_head.weight[start : start + self.config.codebook_size], None
 
     def forward(
         self,
@@ -255,21 +225,13 @@ class LasarForGenerativeRec(LasarPreTrainedModel, GenerationMixin):
         **kwargs,
     ) -> LasarOutput:
         r"""
+        Other arguments as for [`LasarModel.forward`].
+
         Args:
-            input_ids (`torch.LongTensor` of shape `(B, L)`):
-                Token ids, `X … <|latent_start|>` `<|latent|>` x N `<|latent_end|>` `s_1 … s_M`; `N` may differ.
-            attention_mask (`torch.Tensor` of shape `(B, L)`, *optional*):
-                0 at padding, on either side.
-            position_ids (`torch.LongTensor` of shape `(B, L)`, *optional*):
-                Only used when a cache is continued; otherwise positions count the tokens that are not padding.
-            past_key_values ([`~transformers.Cache`], *optional*):
-                Cache to fill (empty) or to continue with tokens after the latent region.
             labels (`torch.LongTensor` of shape `(B, L)`, *optional*):
-                Tokens to predict, -100 where there is nothing to learn.
-            use_cache (`bool`, *optional*):
-                Whether to return keys and values.
+                Tokens to predict, -100 at positions without loss.
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to `0`):
-                Score only the last so many positions (or these), 0 for all.
+                Number of last positions to score, or the positions themselves; 0 for all.
 
         Returns:
             [`LasarOutput`].
@@ -299,8 +261,9 @@ class LasarForGenerativeRec(LasarPreTrainedModel, GenerationMixin):
     @contextmanager
     def evaluation_mode(self):
         """
-        Without gradients, in evaluation mode, on the fastest products; every part is as before afterwards. Threads may
-        share a model that is in evaluation mode already; one that is not would be put back by the first to end.
+        Inference context: evaluation mode without gradients. The training flags are restored on exit.
+
+        Threads may share a model only if it is in evaluation mode already.
         """
         was_training = [part for part in self.modules() if part.training]
         self.eval()
@@ -326,16 +289,16 @@ class LasarForGenerativeRec(LasarPreTrainedModel, GenerationMixin):
             attention_mask (`torch.Tensor` of shape `(B, L)`, *optional*):
                 0 at padding, on either side.
             latent_steps (`int`, `torch.Tensor` of shape `(B,)` or `Callable`, *optional*):
-                Depth of every row, 0 for direct generation, or what chooses depths from the policy head's logits
-                `(B, N_max)`; the most likely ones if not given.
+                Latent steps of each prompt, 0 for direct generation, or a function from the policy head's logits
+                `(B, N_max)` to them. Defaults to the most likely ones.
 
         Returns:
             [`ReasoningState`], for [`~decoding_lasar.beam_search`] and [`~decoding_lasar.sample_items`].
 
         Raises:
-            `ValueError`: if a prompt does not end in `<|latent_start|>`, a depth is no integer or outside
-            `0 … max_latent_steps`, or prompt, latent steps and answer are longer than the backbone's positions. Where
-            the policy head chooses, `max_latent_steps` must fit.
+            `ValueError`: if a prompt does not end in `<|latent_start|>`, `latent_steps` is not an integer or outside
+            `0 … max_latent_steps`, or prompt, latent steps and answer exceed the backbone's positions. If the policy
+            head chooses, `max_latent_steps` must fit.
         """
         layout = self._prompt_layout(input_ids, attention_mask)
         if latent_steps is None:
@@ -349,22 +312,23 @@ class LasarForGenerativeRec(LasarPreTrainedModel, GenerationMixin):
 
     def _prompt_layout(self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None) -> BatchLayout:
         layout = BatchLayout(input_ids, valid_tokens(input_ids, attention_mask), self.config)
-        last = layout._columns().gather(1, (layout.length[:, None] - 1).clamp(min=0))
-        unfinished = (input_ids.gather(1, last)[:, 0] != self.config.latent_start_token_id) | (layout.length == 0)
+        last_token = input_ids.gather(1, layout.last_prompt_column())[:, 0]  # (B,)
+        unfinished = (last_token != self.config.latent_start_token_id) | (layout.length != layout.prompt_length)
+        unfinished |= layout.length == 0
         if unfinished.any():
-            row = int(unfinished.nonzero()[0])
-            raise ValueError(f"The prompt of row {row} does not end in {LATENT_START_TOKEN}: append it to the prompt.")
+            index = int(unfinished.nonzero()[0])
+            raise ValueError(f"Prompt {index} does not end in {LATENT_START_TOKEN}. Append it to the prompt.")
         return layout
 
     def _check_positions(self, length: torch.Tensor) -> None:
-        """Lengths `(B,)` of everything before `<|latent_end|>`; it and the Semantic ID must fit behind."""
+        """Lengths `(B,)` of everything before `<|latent_end|>`; it and the Semantic ID must fit after it."""
         limit = getattr(self.config.backbone_config, "max_position_embeddings", None)  # some backbones have no limit
         length = length + 1 + self.config.num_sid_levels
         if limit is not None and (length > limit).any():
-            row = int((length > limit).nonzero()[0])
+            index = int((length > limit).nonzero()[0])
             raise ValueError(
-                f"Row {row} needs {int(length[row])} positions for prompt, latent steps and answer, but the backbone "
-                f"has max_position_embeddings={limit}: show less of the history."
+                f"Prompt {index} needs {int(length[index])} positions for prompt, latent steps and answer, but the "
+                f"backbone has max_position_embeddings={limit}. Use fewer history items."
             )
 
     def _checked_depths(self, latent_steps: int | torch.Tensor, batch_size: int, device) -> torch.Tensor:
@@ -372,15 +336,16 @@ class LasarForGenerativeRec(LasarPreTrainedModel, GenerationMixin):
         is_integer = not latent_steps.is_floating_point() and latent_steps.dtype != torch.bool
         if not is_integer or latent_steps.shape not in ((), (batch_size,)):
             raise ValueError(
-                f"latent_steps has type {latent_steps.dtype} and shape {tuple(latent_steps.shape)}: pass an integer, "
-                f"or one for each of the {batch_size} rows."
+                f"latent_steps has type {latent_steps.dtype} and shape {tuple(latent_steps.shape)}; expected an "
+                f"integer, or one for each of the {batch_size} prompts."
             )
         latent_steps = latent_steps.expand(batch_size)
         outside = (latent_steps < 0) | (latent_steps > self.config.max_latent_steps)
         if outside.any():
-            row = int(outside.nonzero()[0])
+            index = int(outside.nonzero()[0])
             raise ValueError(
-                f"latent_steps is {int(latent_steps[row])} for row {row}, outside 0 … {self.config.max_latent_steps}."
+                f"latent_steps is {int(latent_steps[index])} for prompt {index}; expected 0 … "
+                f"{self.config.max_latent_steps}."
             )
         return latent_steps
 
@@ -397,142 +362,54 @@ class LasarForGenerativeRec(LasarPreTrainedModel, GenerationMixin):
         allow_empty: bool = False,
     ) -> RecommendOutput:
         """
-        Recommend items of a catalogue (METHOD.md 6): depth from the policy head, latent steps, trie-constrained beams.
+        Recommend items of a catalogue: latent steps, then beam search over the catalogue's Semantic IDs (LASAR, arXiv
+        2605.10207, inference).
 
         Args:
-            input_ids (`torch.LongTensor` of shape `(B, L)`):
-                Prompts that end in `<|latent_start|>`.
-            attention_mask (`torch.Tensor` of shape `(B, L)`, *optional*):
-                0 at padding, on either side.
+            input_ids, attention_mask:
+                As for [`~LasarForGenerativeRec.encode_prompts`].
             catalog ([`SidCatalog`]):
-                The items to choose from.
+                Items to choose from.
             top_k (`int`, *optional*, defaults to `10`):
-                Items to return for each prompt, `k`.
+                Number of items per prompt, `k`.
             num_beams (`int`, *optional*, defaults to `50`):
-                Width of the beam search; at least `top_k` is searched.
+                Width of the beam search; `top_k` if that is larger.
             latent_steps (`int` or `torch.Tensor` of shape `(B,)`, *optional*):
-                Depth of every row, 0 for direct generation; the policy head's most likely one if not given.
+                Latent steps, 0 for direct generation. Defaults to the policy head's most likely number.
             allow (`list[torch.Tensor | None]` of length `B`, *optional*):
-                Item rows each prompt may get (a region, what is in stock); `None` for all.
+                Item indices that each prompt may get (a region, items in stock); `None` for all.
             deny (`list[torch.Tensor | None]` of length `B`, *optional*):
-                Item rows each prompt may not get (already bought). Both kinds leave the scores as they are: those of
-                the whole catalogue.
+                Item indices that each prompt may not get (already bought). Neither list changes the scores, which are
+                those of the whole catalogue.
             allow_empty (`bool`, *optional*, defaults to `False`):
-                Whether `allow` and `deny` may leave a prompt without any item, whose result is then all padding.
+                Whether `allow` and `deny` may leave a prompt without any item. Its result is then all padding.
 
         Returns:
-            [`RecommendOutput`] with `items` `(B, k)` (rows of the catalogue, -1 pads), `scores` `(B, k)` and
-            `latent_steps` `(B,)`.
+            [`RecommendOutput`] with `items` `(B, k)`, `scores` `(B, k)` and `latent_steps` `(B,)`.
 
         Raises:
-            `ValueError`: if there is no catalogue or it does not match the model, a prompt does not end in
-            `<|latent_start|>` or is too long, a depth lies outside `0 … max_latent_steps`, a prompt may get no item,
-            or the logits hold NaN.
+            `ValueError`: as [`~LasarForGenerativeRec.encode_prompts`], and if `catalog` is missing or does not match
+            the model, `top_k` or `num_beams` is less than 1, a prompt may get no item, or the logits contain NaN.
         """
-        self._check_request(catalog, top_k, num_beams)
-        item_filter = self._item_filter(input_ids, catalog, allow, deny, allow_empty)
-        with self.evaluation_mode():
-            chain = self.encode_prompts(input_ids, attention_mask, latent_steps)
-            return self._best_items(chain, catalog, top_k, num_beams, item_filter)
-
-    def recommend_with_text(
-        self,
-        input_ids: torch.LongTensor,
-        attention_mask: torch.Tensor | None = None,
-        catalog: SidCatalog | None = None,
-        top_k: int = 10,
-        num_beams: int = 50,
-        max_new_tokens: int = 128,
-        allow: Sequence[torch.Tensor | None] | None = None,
-        deny: Sequence[torch.Tensor | None] | None = None,
-        allow_empty: bool = False,
-    ) -> RecommendOutput:
-        """
-        Recommend after a written chain of thought, to compare latent steps with: `X`, text, `<|latent_start|>`,
-        `<|latent_end|>`, Semantic ID.
-
-        The text is written greedily, until the model writes `<|latent_start|>` or ends its text.
-
-        Args:
-            input_ids (`torch.LongTensor` of shape `(B, L)`):
-                Prompts that end in `<|latent_start|>`, as for `recommend`; the text goes before that token.
-            max_new_tokens (`int`, *optional*, defaults to `128`):
-                Most tokens of the text, `T`.
-            attention_mask, catalog, top_k, num_beams, allow, deny, allow_empty:
-                As for [`~LasarForGenerativeRec.recommend`].
-
-        Returns:
-            [`RecommendOutput`] with `latent_steps` 0 and `text_ids` `(B, T')`, `T'` at most `T`, besides.
-
-        Raises:
-            `ValueError`: as [`~LasarForGenerativeRec.recommend`], and if a prompt is empty before `<|latent_start|>`.
-        """
-        self._check_request(catalog, top_k, num_beams)
-        item_filter = self._item_filter(input_ids, catalog, allow, deny, allow_empty)
-        with self.evaluation_mode():
-            chain, text_ids = self._think_in_text(input_ids, attention_mask, max_new_tokens)
-            output = self._best_items(chain, catalog, top_k, num_beams, item_filter)
-        output.text_ids = text_ids
-        return output
-
-    def _think_in_text(self, input_ids, attention_mask, max_new_tokens: int) -> tuple[ReasoningState, torch.Tensor]:
-        """Write the chain of thought and continue on its cache. Returns the chain and the text `(B, T)`."""
-        config = self.config
-        layout = self._prompt_layout(input_ids, attention_mask)
-        if (layout.length < 2).any():
-            raise ValueError(f"Row {int((layout.length < 2).nonzero()[0])} has no prompt before {LATENT_START_TOKEN}.")
-        self._check_positions(layout.length + max_new_tokens)
-        prompt_ids, prompt_mask = (part[:, :-1] for part in layout.prompts())  # `<|latent_start|>` follows the text
-        eos = self.generation_config.eos_token_id
-        stops = [config.latent_start_token_id, *([] if eos is None else [eos] if isinstance(eos, int) else eos)]
-        pad = self.generation_config.pad_token_id
-        pad = stops[-1] if pad is None else pad
-        written = self.generate(
-            input_ids=prompt_ids, attention_mask=prompt_mask.long(), max_new_tokens=max_new_tokens, do_sample=False,
-            num_beams=1, eos_token_id=stops, pad_token_id=pad, return_dict_in_generate=True, use_cache=True,
-            suppress_tokens=[config.latent_token_id, config.latent_end_token_id],
-        )
-        text_ids = written.sequences[:, prompt_ids.shape[1] :]
-        is_text = torch.isin(text_ids, torch.tensor(stops, device=text_ids.device)).cumsum(dim=1) == 0
-        # Everything but the last token stands in the cache; what follows a stop is never seen.
-        cache = LinkedCache(config.backbone_config.num_hidden_layers)
-        for index, layer in enumerate(written.past_key_values.layers):
-            cache.update(layer.keys, layer.values, index)
-        visible = torch.cat([prompt_mask, is_text[:, :-1]], dim=1)
-        chain = ReasoningState(
-            hidden_states=None, depth_logits=None, depths=torch.zeros_like(layout.length), cache=cache,
-            visible=visible, position=visible.sum(dim=1), slot=None, slot_states=[],
-        )
-        start = torch.full_like(text_ids[:, -1:], config.latent_start_token_id)
-        one = torch.ones_like(is_text[:, -1:])
-        last = torch.stack([torch.cat([one, ~one], dim=1), torch.cat([is_text[:, -1:], one], dim=1)], dim=1)
-        self.model.read_tokens(chain, torch.cat([text_ids[:, -1:], start], dim=1), last)
-        chain.visible = torch.cat([visible, is_text[:, -1:], one], dim=1)
-        chain.position = chain.visible.sum(dim=1)
-        return chain, text_ids.masked_fill(~is_text, pad)
-
-    def _check_request(self, catalog: SidCatalog | None, top_k: int, num_beams: int) -> None:
         if catalog is None:
-            raise ValueError("recommend needs a catalogue: pass catalog=SidCatalog(codes, item_ids).")
+            raise ValueError("catalog is missing. Pass catalog=SidCatalog(codes, item_ids).")
         if top_k < 1 or num_beams < 1:
-            raise ValueError(f"top_k is {top_k} and num_beams is {num_beams}: both must be at least 1.")
+            raise ValueError(f"top_k is {top_k} and num_beams is {num_beams}; expected at least 1.")
         catalog.check_matches(self.config.num_sid_levels, self.config.codebook_size)
-
-    def _item_filter(self, input_ids, catalog: SidCatalog, allow, deny, allow_empty: bool) -> ItemFilter | None:
-        if allow is None and deny is None:
-            return None
-        return ItemFilter(catalog.trie(input_ids.device), len(input_ids), allow, deny, allow_empty)
-
-    def _best_items(self, chain: ReasoningState, catalog, top_k: int, num_beams: int, item_filter) -> RecommendOutput:
-        trie = catalog.trie(chain.depths.device)
-        leaves, scores = beam_search(self, chain, trie, max(num_beams, top_k), item_filter)
+        item_filter = None
+        if allow is not None or deny is not None:
+            item_filter = ItemFilter(catalog.trie(input_ids.device), len(input_ids), allow, deny, allow_empty)
+        with self.evaluation_mode():
+            state = self.encode_prompts(input_ids, attention_mask, latent_steps)
+            trie = catalog.trie(state.depths.device)
+            leaves, scores = beam_search(self, state, trie, max(num_beams, top_k), item_filter)
         items, scores = rank_items(leaves, scores, trie, top_k, item_filter)
-        return RecommendOutput(items=items, scores=scores, latent_steps=chain.depths)
+        return RecommendOutput(items=items, scores=scores, latent_steps=state.depths)
 
 
 @torch.no_grad()
 def _check_plain_head(language_model: PreTrainedModel) -> None:
-    """Refuse heads that scale or cap their logits: LASAR scores the rows of a level by themselves."""
+    """Refuse heads that scale or cap their logits, since decoding multiplies by slices of the head's weight."""
     ids = torch.arange(4, device=language_model.device)[None]
     was_training = language_model.training
     language_model.eval()
@@ -542,20 +419,19 @@ def _check_plain_head(language_model: PreTrainedModel) -> None:
     language_model.train(was_training)
     if not torch.allclose(logits, plain, rtol=0, atol=1e-2 * float(plain.abs().max())):
         raise ValueError(
-            f"{type(language_model).__name__} scales or caps its logits, which LASAR does not: use a backbone whose "
-            "head is a plain matrix, such as Qwen3 or Llama."
+            f"{type(language_model).__name__} scales or caps its logits, which LASAR does not support. Use a backbone "
+            "whose head is a plain matrix, such as Qwen3 or Llama."
         )
 
 
 @torch.no_grad()
-def _add_embedding_rows(language_model: PreTrainedModel, num_old: int, num_tokens: int) -> None:
-    """Make room for new tokens and draw their rows around the mean of the old ones, with the old ones' spread."""
-    num_rows = language_model.get_input_embeddings().weight.shape[0]
-    if num_tokens > num_rows:
+def _add_embeddings(language_model: PreTrainedModel, num_old: int, num_tokens: int) -> None:
+    """Add embeddings and head weights of new tokens, drawn with the mean and spread of the old ones."""
+    if num_tokens > language_model.get_input_embeddings().weight.shape[0]:
         language_model.resize_token_embeddings(num_tokens, mean_resizing=False)
-    matrices = {m.weight.data_ptr(): m.weight for m in
-                (language_model.get_input_embeddings(), language_model.get_output_embeddings())}
-    for weight in matrices.values():
+    modules = (language_model.get_input_embeddings(), language_model.get_output_embeddings())
+    weights = {module.weight.data_ptr(): module.weight for module in modules}  # one entry if they are tied
+    for weight in weights.values():
         old = weight[:num_old].float()
         noise = torch.randn(num_tokens - num_old, old.shape[1], device=old.device)
         weight[num_old:num_tokens] = (old.mean(dim=0) + noise * old.std(dim=0)).to(weight.dtype)

@@ -1,9 +1,9 @@
-"""The prompt format of a checkpoint: histories of item ids to token ids, and recommendations back to ids and titles.
+"""The prompt format of a checkpoint: from histories of item ids to token ids, and from recommendations to titles.
 
     [BOS] instruction <a_3><b_1> … <a_0><b_7> <|latent_start|>
 
-The processor is saved beside the weights, so training, evaluation and serving use the same format. It knows items and
-tokens only; it does not know the model.
+The processor is saved beside the weights, so training, evaluation and serving use the same format. It does not know
+the model.
 """
 
 import os
@@ -36,8 +36,8 @@ class LasarProcessor(ProcessorMixin):
         max_history (`int`, *optional*, defaults to `50`):
             Maximum number of history items in a prompt; the most recent ones are kept.
         add_bos (`bool`, *optional*):
-            Whether a prompt starts with the tokenizer's BOS token. Defaults to what the tokenizer does by
-            itself, which is what its backbone was trained with.
+            Whether a prompt starts with the tokenizer's BOS token. Defaults to what the tokenizer does by itself,
+            since the backbone was trained with that. A prompt never has an EOS token.
         layout (`str`, *optional*, defaults to `"{bos}{instruction}{history}<|latent_start|>"`):
             Order of the parts of a prompt. Stored so that a checkpoint with another layout is refused.
 
@@ -48,9 +48,9 @@ class LasarProcessor(ProcessorMixin):
             Token ids before the history: BOS, if any, and the instruction.
 
     Raises:
-        `ValueError`: if the tokenizer lacks a Semantic-ID or control token, or holds one that is not special; if the
-            instruction contains such a token, or the tokenizer merges text across the parts of a prompt; if
-            `max_history` is less than 1.
+        `ValueError`: if the tokenizer lacks a Semantic-ID or control token, has one that is not special, or merges
+            text across the parts of a prompt; if `instruction` contains a special token; if `max_history` is less
+            than 1, `layout` is another one, or `add_bos` is set without a BOS token.
 
     Example:
 
@@ -83,7 +83,9 @@ class LasarProcessor(ProcessorMixin):
         if max_history < 1:
             raise ValueError(f"max_history is {max_history}; expected at least 1.")
         if add_bos is None:
-            add_bos = tokenizer.bos_token_id is not None and tokenizer("a").input_ids[0] == tokenizer.bos_token_id
+            add_bos = tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
+        elif add_bos and tokenizer.bos_token_id is None:
+            raise ValueError("add_bos is True, but the tokenizer has no BOS token.")
         self.catalog = catalog
         self.instruction = instruction
         self.max_history = max_history
@@ -92,23 +94,21 @@ class LasarProcessor(ProcessorMixin):
         self.latent_start_token_id, self.latent_token_id, self.latent_end_token_id = control_ids
         self.sid_token_ids = self._sid_token_ids()
         bos_ids = [tokenizer.bos_token_id] if add_bos else []
-        self.prefix_ids = [*bos_ids, *tokenizer(instruction, add_special_tokens=False).input_ids]
-        # Prompts are assembled from parts. A tokenizer that merges across the parts, or an instruction that contains
-        # Semantic-ID tokens, would make the text and the token ids of a prompt disagree.
-        if self._tokenize(self.prompt_text([0])) != self.prompt_ids([0]) or self._holds_special_token(instruction):
+        self.prefix_ids = [*bos_ids, *self._tokenize(instruction)]
+        if self._tokenize(instruction) != self.text_ids([instruction])[0]:
+            raise ValueError(f"instruction is {instruction!r}; expected plain text without special tokens.")
+        # Prompts are assembled from parts, so a tokenizer must not merge text across them.
+        if self._tokenize(self.prompt_text([0])) != self.prompt_ids([0]):
             raise ValueError(
-                f"The tokenizer does not encode {self.prompt_text([0])!r} as the concatenation of its parts. Remove "
-                "special tokens from the instruction, and register Semantic-ID and control tokens as special tokens "
-                "without stripping or normalization."
+                f"The tokenizer does not encode {self.prompt_text([0])!r} as the concatenation of its parts. Register "
+                "Semantic-ID and control tokens as special tokens without stripping or normalization."
             )
 
     def _tokenize(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
-    def _holds_special_token(self, text: str) -> bool:
-        return self._tokenize(text) != self.text_ids([text])[0]
-
     def _special_token_ids(self, tokens: Sequence[str]) -> list[int]:
+        """Ids of tokens that must be special: no text, tokenised as text, can contain them."""
         added = self.tokenizer.get_added_vocab()
         for token, ids in zip(tokens, self.text_ids(tokens), strict=True):
             if token not in added:
@@ -118,7 +118,8 @@ class LasarProcessor(ProcessorMixin):
                 )
             if added[token] in ids:
                 raise ValueError(
-                    f"{token} is in the vocabulary but is not a special token, so item text could produce it."
+                    f"{token} is in the vocabulary but is not a special token, so item text could produce it. "
+                    "Register it as a special token."
                 )
         return [added[token] for token in tokens]
 
@@ -132,12 +133,12 @@ class LasarProcessor(ProcessorMixin):
             token_ids[:, level] = torch.tensor(ids)[position]
         return token_ids
 
-    def __call__(self, histories: Sequence[Sequence[str]]) -> BatchFeature:
+    def __call__(self, histories: Sequence[Sequence[str | int]]) -> BatchFeature:
         """
         Prompts of a batch of histories.
 
         Args:
-            histories (`list[list[str]]` of length `B`):
+            histories (`list[list[str | int]]` of length `B`):
                 Item ids of each user, oldest first.
 
         Returns:
@@ -145,49 +146,33 @@ class LasarProcessor(ProcessorMixin):
             [`LasarForGenerativeRec.recommend`].
 
         Raises:
-            `ValueError`: if a history is empty or holds an item that the catalogue does not have.
+            `ValueError`: if a history is empty or contains an item that the catalogue does not have.
         """
         return self.pad([self.prompt_ids(self.item_indices(history)) for history in histories])
 
-    def item_indices(self, history: Sequence[str]) -> list[int]:
+    def item_indices(self, history: Sequence[str | int]) -> list[int]:
         """
-        Indices of items in the catalogue.
-
-        Args:
-            history (`list[str]`):
-                Item ids.
-
-        Returns:
-            `list[int]`: their indices.
+        Indices of items in the catalogue, from their ids.
 
         Raises:
             `ValueError`: if the catalogue does not have an item.
         """
-        if isinstance(history, str):
-            raise ValueError(f"history is the string {history!r}; expected a list of item ids.")
+        if isinstance(history, (str, int)):
+            raise ValueError(f"history is {history!r}; expected a list of item ids.")
         indices = [self.catalog.index_of.get(str(item_id)) for item_id in history]
         if None in indices:
             raise ValueError(f"The catalogue has no item {history[indices.index(None)]!r}.")
         return indices
 
     def pad(self, prompts: Sequence[Sequence[int]]) -> BatchFeature:
-        """
-        Left-pad prompts to a batch.
-
-        Args:
-            prompts (`list[list[int]]` of length `B`):
-                Token ids.
-
-        Returns:
-            [`~transformers.BatchFeature`]: `input_ids` and `attention_mask`, int64, `(B, L)`.
-        """
+        """Left-pad a list of `B` prompts (`prompt_ids`) to a batch; returns as [`~LasarProcessor.__call__`]."""
         pad_id = self.tokenizer.pad_token_id or 0
-        rows = [torch.tensor(prompt) for prompt in prompts]
-        masks = [torch.ones_like(row) for row in rows]
+        ids = [torch.tensor(prompt) for prompt in prompts]
+        masks = [torch.ones_like(prompt) for prompt in ids]
         pad = nn.utils.rnn.pad_sequence
         return BatchFeature(
             {
-                "input_ids": pad(rows, batch_first=True, padding_value=pad_id, padding_side="left"),
+                "input_ids": pad(ids, batch_first=True, padding_value=pad_id, padding_side="left"),
                 "attention_mask": pad(masks, batch_first=True, padding_side="left"),
             }
         )
@@ -198,87 +183,64 @@ class LasarProcessor(ProcessorMixin):
 
         Args:
             history (`list[int]`):
-                Item indices, oldest first; at least one.
+                Item indices, oldest first, at least one.
 
         Returns:
-            `list[int]`: what the tokenizer gives for [`~LasarProcessor.prompt_text`] without special tokens added.
+            `list[int]`: the tokens of [`~LasarProcessor.prompt_text`] without special tokens added.
         """
         shown = self.sid_token_ids[self._shown(history)].flatten().tolist()
         return [*self.prefix_ids, *shown, self.latent_start_token_id]
 
     def prompt_text(self, history: Sequence[int]) -> str:
-        """A prompt as text; arguments as for [`~LasarProcessor.prompt_ids`]."""
+        """
+        A prompt as text, BOS token included: tokenise it with `add_special_tokens=False`. Arguments as for
+        [`~LasarProcessor.prompt_ids`].
+        """
         codes = self.catalog.codes[self._shown(history)].tolist()
         tokens = [sid_token(level, code) for sid in codes for level, code in enumerate(sid)]
         bos = self.tokenizer.bos_token if self.add_bos else ""
         return bos + self.instruction + "".join(tokens) + LATENT_START_TOKEN
 
     def answer_ids(self, items: Sequence[int]) -> list[list[int]]:
-        """
-        Semantic-ID token ids of items.
-
-        Args:
-            items (`list[int]`):
-                Item indices.
-
-        Returns:
-            `list[list[int]]`: `M` token ids for each item.
-        """
+        """Token ids of the Semantic IDs of items, `M` for each item index."""
         return self.sid_token_ids[self._checked(items)].tolist() if len(items) else []
 
     def text_ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """
-        Token ids of item text, in which `<a_9>` or `<|latent|>` stays plain text.
-
-        Args:
-            texts (`list[str]`):
-                Titles or descriptions.
-
-        Returns:
-            `list[list[int]]`: token ids of each text, none of them special.
-        """
+        """Token ids of titles or descriptions, none of them special: `<a_9>` in a text stays plain text."""
         if not len(texts):
             return []
         return self.tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True).input_ids
 
     def decode_recommendations(self, output) -> list[list[dict[str, object]]]:
         """
-        Item ids, titles and scores of recommendations.
+        Item ids, titles and scores of recommendations for this catalogue.
 
         Args:
             output ([`RecommendOutput`]):
-                What [`LasarForGenerativeRec.recommend`] returned for the processor's catalogue.
+                Output of [`LasarForGenerativeRec.recommend`].
 
         Returns:
             `list[list[dict]]`: for each prompt `item_id` (`str`), `title` (`str`, `None` if unknown) and `score`
             (`float`, log-probability), best first, without padding.
         """
-        catalog = self.catalog
+        item_ids, titles = self.catalog.item_ids, self.catalog.titles
         return [
             [
-                {
-                    "item_id": catalog.item_ids[item],
-                    "title": catalog.titles[item] if catalog.titles is not None else None,
-                    "score": score,
-                }
+                {"item_id": item_ids[item], "title": titles[item] if titles is not None else None, "score": score}
                 for item, score in zip(items, scores, strict=True)
                 if item >= 0
             ]
             for items, scores in zip(output.items.tolist(), output.scores.tolist(), strict=True)
         ]
 
-    def check_format(self, **settings: object) -> None:
+    def check_format(self, instruction: str | None = None, max_history: int | None = None) -> None:
         """
-        Refuse settings that differ from the checkpoint's prompt format.
-
-        Args:
-            settings:
-                `instruction` or `max_history`; `None` accepts what the checkpoint has.
+        Refuse an `instruction` or `max_history` that differs from the checkpoint's prompt format; `None` accepts any.
 
         Raises:
             `ValueError`: if a setting differs.
         """
-        for name, value in settings.items():
+        for name, value in (("instruction", instruction), ("max_history", max_history)):
             if value is not None and value != getattr(self, name):
                 raise ValueError(
                     f"{name} is {value!r}, but the checkpoint was trained with {getattr(self, name)!r}. Leave "
@@ -287,7 +249,7 @@ class LasarProcessor(ProcessorMixin):
 
     def _shown(self, history: Sequence[int]) -> torch.Tensor:
         if not len(history):
-            raise ValueError("A history is empty: a prompt needs at least one item.")
+            raise ValueError("history is empty; expected at least one item.")
         return self._checked(history[-self.max_history :])
 
     def _checked(self, items: Sequence[int]) -> torch.Tensor:
@@ -295,8 +257,8 @@ class LasarProcessor(ProcessorMixin):
         # A negative index would silently count from the end.
         if items.min() < 0 or items.max() >= len(self.sid_token_ids):
             raise ValueError(
-                f"Item indices go from {int(items.min())} to {int(items.max())}, but the catalogue has "
-                f"{len(self.sid_token_ids)} items."
+                f"Item indices are {int(items.min())} … {int(items.max())}; expected 0 … "
+                f"{len(self.sid_token_ids) - 1}."
             )
         return items
 
@@ -308,26 +270,23 @@ class LasarProcessor(ProcessorMixin):
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> list[str]:
         """
-        Write the prompt format (`processor_config.json`), the tokenizer, the catalogue and this code.
+        Write the prompt format (`processor_config.json`), the tokenizer, the catalogue and this code to a folder.
 
-        Args:
-            save_directory (`str` or `os.PathLike`):
-                Folder, created if missing.
-            push_to_hub (`bool`, *optional*, defaults to `False`):
-                Whether to upload the folder afterwards.
-            kwargs:
-                Passed to [`~transformers.ProcessorMixin.save_pretrained`].
-
-        Returns:
-            `list[str]`: paths that were written, as the base class names them.
+        With `push_to_hub=True` all of it is uploaded. `kwargs` are passed to
+        [`~transformers.ProcessorMixin.push_to_hub`]; `repo_id` defaults to the folder's name. Returns the paths that
+        the base class returns.
         """
         self.catalog.save_pretrained(save_directory)
-        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        files = super().save_pretrained(save_directory)
+        if push_to_hub:
+            # The base class uploads the files that it wrote itself, so it would leave out the catalogue.
+            self.push_to_hub(kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory))), **kwargs)
+        return files
 
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
         arguments = super()._get_arguments_from_pretrained(pretrained_model_name_or_path, processor_dict, **kwargs)
-        return [*arguments, SidCatalog.from_pretrained(pretrained_model_name_or_path)]
+        return [*arguments, SidCatalog.from_pretrained(pretrained_model_name_or_path, **kwargs)]
 
 
 __all__ = ["LasarProcessor"]

@@ -1,13 +1,16 @@
 """
-Latency of recommending, on random weights: this engine against `generate`, latent steps against direct generation and
-against a written chain of thought, and the catalogue's index.
+Latency of recommending on random weights, compared with `generate`, with direct generation and with a written chain of
+thought; and the size and speed of the catalogue's index.
 
     python recipes/benchmarks/decode.py --json
     python recipes/benchmarks/decode.py --size qwen3-0.6b --rounds 1 --json
 
-`generate` is run as this field runs it: the prompt is expanded to every beam before it is read, a dictionary from a
-hash of the prefix to the tokens that can follow is looked up in a Python loop over the beams, and products are
-PyTorch's own. `same products` lets it use those of this engine.
+`generate` runs as the field runs it: the prompt is expanded to every beam before it is read, and the constraint is a
+dictionary from a hash of the prefix to the tokens that can follow, looked up in a Python loop over the beams.
+
+Every ratio compares equal matrix products. All calls run inside `onednn_linear` where that is available (float32 on an
+x86 CPU), `speedup_vs_generate` included. `speedup_vs_generate_without_onednn` compares both engines on PyTorch's own
+products.
 """
 
 import argparse
@@ -17,14 +20,18 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from tqdm.auto import tqdm
 from transformers import LogitsProcessor, Qwen3Config
 
 from lasar_hf import LasarConfig, LasarForGenerativeRec, SidCatalog
-from lasar_hf.model.decoding_lasar import child_log_probs
+from lasar_hf.model.batching_lasar import ReasoningState
+from lasar_hf.model.cache_lasar import LinkedCache
+from lasar_hf.model.decoding_lasar import beam_search, child_log_probs, rank_items
 from lasar_hf.model.trie_lasar import SidTrie
+from lasar_hf.onednn import HAS_ONEDNN, onednn_linear
 
 
 LEVELS, CODES = 4, 256
@@ -43,9 +50,9 @@ SIZES = {
 
 class HashedPrefixProcessor(LogitsProcessor):
     """
-    The constraint of the field's recommenders: `dict[hash of the codes so far] -> tokens`, one look-up a beam.
+    The constraint of the field's recommenders: `dict[hash of the codes so far] -> tokens`, one look-up per beam.
 
-    Normalised over the tokens that can follow, as here, so that the scores can be compared.
+    Scores are normalised over the tokens that can follow, as in this engine, so that they can be compared.
 
     Args:
         catalog ([`SidCatalog`]):
@@ -96,7 +103,7 @@ def random_codes(num_items: int, seed: int = 0) -> torch.Tensor:
 
 
 def seconds_of(call: Callable, device: torch.device) -> tuple[float, object]:
-    """Wall-clock seconds of a call, and what it returned."""
+    """Wall-clock seconds of a call, and its result."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -108,10 +115,10 @@ def seconds_of(call: Callable, device: torch.device) -> tuple[float, object]:
 
 def interleaved(calls: dict[str, tuple[Callable, int]], rounds: int, device: torch.device):
     """
-    Median seconds and last result of each call `name: (call, times a round)`.
+    Median seconds and last result of each call `name: (call, times per round)`.
 
-    One follows the other in every round, so that a drift of the machine hits all alike; the first call of each is not
-    counted where there are several.
+    The calls take turns in every round, so that a drift of the machine affects all of them. The first of several calls
+    is a warm-up and not counted.
     """
     seconds, results = {name: [] for name in calls}, {}
     for _ in tqdm(range(rounds), desc="Timing", disable=None):
@@ -130,12 +137,12 @@ def make_prompt(model, length: int) -> torch.Tensor:
 
 
 def engine_call(model, catalog: SidCatalog, prompt: torch.Tensor, num_beams: int, steps) -> Callable:
-    """This engine at a depth, one for all rows or one for each, `None` for the policy head's."""
+    """This engine with `steps` latent steps: one number, one per prompt, or `None` for the policy head's."""
     return lambda: model.recommend(prompt, catalog=catalog, top_k=num_beams, num_beams=num_beams, latent_steps=steps)
 
 
 def generate_call(model, processor, prompt: torch.Tensor, num_beams: int, steps: int, share: bool) -> Callable:
-    """`generate` at a depth; `share` lets this model read the equal prompts of the beams once, which peers' cannot."""
+    """`generate` with `steps` latent steps. `share` reads the equal prompts of the beams once, unlike other models."""
     config = model.config
     slots = [config.latent_token_id] * steps + [config.latent_end_token_id]
     ids = torch.cat([prompt, prompt.new_tensor([slots])], dim=1)
@@ -153,11 +160,68 @@ def generate_call(model, processor, prompt: torch.Tensor, num_beams: int, steps:
     return generate
 
 
-def on_fast_products(model, call: Callable) -> Callable:
-    """The call with the matrix products of this engine."""
+def recommend_with_text(model, prompt: torch.Tensor, catalog: SidCatalog, num_beams: int, max_new_tokens: int):
+    """
+    Recommend after a written chain of thought: prompt, text, `<|latent_start|><|latent_end|>`, Semantic ID.
+
+    The text is written greedily, until the model writes `<|latent_start|>` or ends its text. Beam search continues on
+    the cache of `generate`.
+
+    Args:
+        model ([`LasarForGenerativeRec`]):
+            The model.
+        prompt (`torch.Tensor` of shape `(1, L)`):
+            Prompt that ends in `<|latent_start|>`; the text comes before that token.
+        catalog ([`SidCatalog`]):
+            The items.
+        num_beams (`int`):
+            Width of the search, and number of items to return.
+        max_new_tokens (`int`):
+            Maximum number of text tokens.
+
+    Returns:
+        `tuple` of `torch.Tensor`: text `(1, T)`, items `(1, W)` and scores `(1, W)`.
+    """
+    config = model.config
+    eos = model.generation_config.eos_token_id
+    stops = [config.latent_start_token_id, *([] if eos is None else [eos])]
+    with model.evaluation_mode():
+        # 1. Write the text. All but its last token are in the cache.
+        written = model.generate(
+            input_ids=prompt[:, :-1], attention_mask=torch.ones_like(prompt[:, :-1]), max_new_tokens=max_new_tokens,
+            do_sample=False, eos_token_id=stops, pad_token_id=stops[0], return_dict_in_generate=True,
+            suppress_tokens=[config.latent_token_id, config.latent_end_token_id],
+        )
+        text_ids = written.sequences[:, prompt.shape[1] - 1 :]
+        if text_ids[0, -1] in stops:
+            text_ids = text_ids[:, :-1]
+        # 2. Continue on that cache: a reasoning state without latent steps.
+        cache = LinkedCache(config.backbone_config.num_hidden_layers)
+        for index, layer in enumerate(written.past_key_values.layers):
+            cache.update(layer.keys, layer.values, index)
+        length = cache.get_seq_length()
+        state = ReasoningState(
+            hidden_states=None, depth_logits=None, depths=torch.zeros_like(prompt[:, 0]), cache=cache,
+            visible=torch.ones(1, length, dtype=torch.bool, device=prompt.device),
+            position=torch.full_like(prompt[:, 0], length), slot=None, slot_states=[],
+        )
+        # 3. Read what the cache does not have, and <|latent_start|>.
+        rest = torch.cat([prompt[:, :-1], text_ids, prompt[:, -1:]], dim=1)[:, length:]
+        causal = torch.ones(1, rest.shape[1], rest.shape[1], dtype=torch.bool, device=prompt.device).tril()
+        model.model.read_tokens(state, rest, causal)
+        state.visible = torch.ones(1, length + rest.shape[1], dtype=torch.bool, device=prompt.device)
+        state.position = state.visible.sum(dim=1)
+        # 4. Search.
+        trie = catalog.trie(prompt.device)
+        leaves, scores = beam_search(model, state, trie, num_beams)
+        return text_ids, *rank_items(leaves, scores, trie, num_beams)
+
+
+def with_onednn(model, call: Callable, enabled: bool) -> Callable:
+    """The call with the linear layers of the model on oneDNN, if enabled."""
 
     def run():
-        with model.evaluation_mode():
+        with onednn_linear(model) if enabled else nullcontext():
             return call()
 
     return run
@@ -166,33 +230,42 @@ def on_fast_products(model, call: Callable) -> Callable:
 def measure_latency(model, catalog: SidCatalog, args, device) -> dict:
     """This engine, `generate` and a written chain of thought on one prompt, and whether they agree."""
     prompt, width, config = make_prompt(model, args.prompt_length), args.num_beams, model.config
+    use_onednn = HAS_ONEDNN and device.type == "cpu" and args.dtype == "float32"
     policy = int(engine_call(model, catalog, prompt, width, None)().latent_steps)
+    processor = HashedPrefixProcessor(catalog, config)
+    users, depths = prompt.expand(BATCH, -1), torch.tensor([2, 3] * (BATCH // 2), device=device)
+
+    # 1. Calls, each with the number of times per round.
     steps = {"direct": 0, "latent 2": 2, "latent 3": 3, "policy": None}
     calls = {name: (engine_call(model, catalog, prompt, width, n), 4) for name, n in steps.items()}
-    processor = HashedPrefixProcessor(catalog, config)
     calls["generate, direct"] = generate_call(model, processor, prompt, width, 0, share=False), 1
     calls["generate, policy"] = generate_call(model, processor, prompt, width, policy, share=False), 1
-    calls["generate, same products"] = on_fast_products(model, calls["generate, direct"][0]), 1
     calls["generate, prompt shared"] = generate_call(model, processor, prompt, width, 0, share=True), 1
-    users, depths = prompt.expand(BATCH, -1), torch.tensor([2, 3] * (BATCH // 2), device=device)
     calls["direct, batch"] = engine_call(model, catalog, users, width, 0), 3
     calls["latent 2.5, batch"] = engine_call(model, catalog, users, width, depths), 3
-    calls["text"] = (lambda: model.recommend_with_text(prompt, None, catalog, width, width, args.text_length)), 1
-    seconds, results = interleaved(calls, args.rounds, device)
-    if results["text"].text_ids.shape[1] < args.text_length:
-        raise SystemExit("The random model ended its text early: choose another --seed.")
-    index_of = {tuple(codes): row for row, codes in enumerate(catalog.codes.tolist())}
+    calls["text"] = (lambda: recommend_with_text(model, prompt, catalog, width, args.text_length)), 1
+    timed = {name: (with_onednn(model, call, use_onednn), times) for name, (call, times) in calls.items()}
+    if use_onednn:
+        timed |= {f"{name}, without onednn": calls[name] for name in ("direct", "generate, direct")}
+    seconds, results = interleaved(timed, args.rounds, device)
+
+    # 2. Both engines must find the same items.
+    if results["text"][0].shape[1] < args.text_length:
+        raise SystemExit("The random model ended its text early. Choose another --seed.")
+    index_of = {tuple(codes): index for index, codes in enumerate(catalog.codes.tolist())}
     same, difference = True, 0.0
     for name in ("direct", "policy"):
         theirs = results[f"generate, {name}"]
         codes = (theirs.sequences[:, -LEVELS:] - config.sid_token_offset) % CODES
         same &= [index_of[tuple(sid)] for sid in codes.tolist()] == results[name].items[0].tolist()
         difference = max(difference, (theirs.sequences_scores - results[name].scores[0]).abs().max().item())
+
+    # 3. Ratios.
     latent = (seconds["latent 2"] + seconds["latent 3"]) / 2
-    return {
+    report = {
+        "products": "onednn" if use_onednn else "pytorch",
         "policy_steps": policy,
         "speedup_vs_generate": seconds["generate, direct"] / seconds["direct"],
-        "speedup_vs_generate_same_products": seconds["generate, same products"] / seconds["direct"],
         "speedup_vs_generate_at_policy_depth": seconds["generate, policy"] / seconds["policy"],
         "same_items": same,
         "max_score_difference": difference,
@@ -202,17 +275,21 @@ def measure_latency(model, catalog: SidCatalog, args, device) -> dict:
         "explicit_cot_over_latent": seconds["text"] / latent,
         "seconds": seconds,
     }
+    if use_onednn:
+        theirs, ours = (seconds[f"{name}, without onednn"] for name in ("generate, direct", "direct"))
+        report["speedup_vs_generate_without_onednn"] = theirs / ours
+    return report
 
 
 def measure_catalog(num_items: int, users: int, width: int, device) -> dict:
-    """Build time, bytes an item, and the slowest constraint step for all beams of all users."""
+    """Build time, bytes per item, and the slowest constraint step for all beams of all users."""
     codes = random_codes(num_items)
     ids = list(map(str, range(num_items)))
     build, catalog = seconds_of(lambda: SidCatalog(codes, ids), device)
     index, trie = seconds_of(lambda: SidTrie(codes.to(device)), device)
     steps = []
     hidden = torch.zeros(users, width, 1, device=device)
-    head = torch.zeros(CODES, 1, device=device), None  # one column: the product costs nothing beside the constraint
+    head = torch.zeros(CODES, 1, device=device), None  # one column, so that the product costs nothing
     for level in range(1, LEVELS):
         nodes = torch.randint(0, trie.num_nodes[level], (users, width), device=device)
         times = [
@@ -222,7 +299,7 @@ def measure_catalog(num_items: int, users: int, width: int, device) -> dict:
         steps.append(statistics.median(times))
     return {
         "items": num_items, "catalog_seconds": build, "index_seconds": index,
-        "bytes_an_item": trie.num_bytes / num_items, "constraint_step_ms": 1000 * max(steps),
+        "bytes_per_item": trie.num_bytes / num_items, "constraint_step_ms": 1000 * max(steps),
     }
 
 
@@ -231,12 +308,12 @@ def measure_pass(model, users: int, width: int, device) -> float:
     tokens = torch.full((users, width), model.config.sid_token_offset, device=device)
     alone = torch.eye(width, dtype=torch.bool, device=device).expand(users, -1, -1)
     with model.evaluation_mode():
-        chain = model.encode_prompts(make_prompt(model, 8).expand(users, -1), latent_steps=0)
-        return seconds_of(lambda: model.model.read_tokens(chain, tokens, alone), device)[0]
+        state = model.encode_prompts(make_prompt(model, 8).expand(users, -1), latent_steps=0)
+        return seconds_of(lambda: model.model.read_tokens(state, tokens, alone), device)[0]
 
 
 def benchmark(args) -> dict:
-    """Every measurement of one run on one set of weights."""
+    """All measurements on one set of weights."""
     torch.manual_seed(args.seed)
     device = torch.device(args.device)
     model = make_model(args.size, device, getattr(torch, args.dtype))
@@ -278,7 +355,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--text_length", type=int, default=128, help="Tokens of the written chain of thought.")
     parser.add_argument("--items", type=int, default=100_000, help="Items to choose from in the comparison.")
     parser.add_argument("--users", type=int, default=64, help="Users of one constraint step.")
-    parser.add_argument("--rounds", type=int, default=3, help="Rounds of the timing; medians count.")
+    parser.add_argument("--rounds", type=int, default=3, help="Rounds of the timing, of which medians are reported.")
     parser.add_argument("--ten_million", action="store_true", help="Also index 10^7 items (about 3 GiB).")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda.")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="Data type.")

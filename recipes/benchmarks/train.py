@@ -1,16 +1,21 @@
 """
-What a latent step and a repeated prompt cost in training.
+Cost of latent steps and of repeated prompts in training.
 
-    python recipes/benchmarks/train.py [--json]
+    python recipes/benchmarks/train.py --json
 
-One run, the same weights and batches throughout: a stage-2 step against a stage-1 step of the same tokens, for several
-depths; forward and backward of GRPO with shared prompts against without; a whole GRPO step against stock
-`trl.GRPOTrainer` on the same prompts and completions. Times are medians over interleaved repeats.
+With the same weights and batches throughout, it compares
+
+* a stage-2 step with a stage-1 step of the same number of tokens, for several depths;
+* forward and backward of GRPO with shared prompts and without;
+* a whole GRPO step with that of stock `trl.GRPOTrainer` on the same prompts and completions.
+
+Times are medians over interleaved repeats.
 """
 
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -30,20 +35,20 @@ WORDS = 1000
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """Sizes; the defaults take two minutes on two cores."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Command-line options. The defaults take about two minutes on two cores."""
+    parser = argparse.ArgumentParser(description=__doc__.strip().split("\n\n")[0])
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--hidden_size", type=int, default=256)
-    parser.add_argument("--vocab_size", type=int, default=WORDS, help="words of the backbone, before SID tokens")
+    parser.add_argument("--vocab_size", type=int, default=WORDS, help="Words, without Semantic-ID tokens.")
     parser.add_argument("--prompt_length", type=int, default=256)
-    parser.add_argument("--rows", type=int, default=16, help="rows of an SFT batch")
-    parser.add_argument("--prompts", type=int, default=2, help="prompts of a GRPO batch")
-    parser.add_argument("--candidates", type=int, default=8)
-    parser.add_argument("--depths", type=int, nargs="+", default=[0, 1, 2, 4, 8])
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--examples", type=int, default=16, help="Examples of an SFT batch.")
+    parser.add_argument("--prompts", type=int, default=2, help="Prompts of a GRPO batch.")
+    parser.add_argument("--candidates", type=int, default=8, help="Candidates per prompt.")
+    parser.add_argument("--depths", type=int, nargs="+", default=[0, 1, 2, 4, 8], help="Latent steps.")
+    parser.add_argument("--repeats", type=int, default=3, help="Timed repeats of each task.")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    parser.add_argument("--json", action="store_true", help="Print one JSON object instead of a table.")
     return parser.parse_args(argv)
 
 
@@ -65,8 +70,8 @@ def build(args: argparse.Namespace):
     return model, tokenizer, SidCatalog(codes, [str(i) for i in range(len(codes))])
 
 
-def make_rows(args, model, catalog, depth: int, count: int, repeat: int = 1) -> dict[str, torch.Tensor]:
-    """`count` prompts of the full length, each `repeat` times with its own answer."""
+def make_batch(args, model, catalog, depth: int, count: int, repeat: int = 1) -> dict[str, torch.Tensor]:
+    """`count` prompts of the full length, each `repeat` times with different answers."""
     generator = torch.Generator().manual_seed(depth)
     config = model.config
     prompts = torch.randint(3, args.vocab_size, (count, args.prompt_length - 1), generator=generator)
@@ -103,17 +108,17 @@ def sft_steps(args, model, catalog) -> dict[str, float]:
     hook = model.model.register_forward_hook(lambda module, inputs, output: state.update(output=output))
 
     def stage1(depth: int) -> None:
-        rows = make_rows(args, model, catalog, 0, args.rows)
-        # The same number of tokens: a plain token in the place of each latent slot.
-        extra = rows["input_ids"][:, :depth]
-        labels = torch.cat([torch.full_like(extra, -100), rows["labels"]], dim=1)
+        inputs = make_batch(args, model, catalog, 0, args.examples)
+        # The same number of tokens: a plain token instead of each latent slot.
+        extra = inputs["input_ids"][:, :depth]
+        labels = torch.cat([torch.full_like(extra, -100), inputs["labels"]], dim=1)
         model.zero_grad()
-        model(torch.cat([extra, rows["input_ids"]], dim=1), labels=labels, fused_lm_head=True).loss.backward()
+        model(torch.cat([extra, inputs["input_ids"]], dim=1), labels=labels, fused_lm_head=True).loss.backward()
 
     def stage2(depth: int) -> None:
-        rows = make_rows(args, model, catalog, depth, args.rows)
+        inputs = make_batch(args, model, catalog, depth, args.examples)
         model.zero_grad()
-        loss = model(**rows, fused_lm_head=True).loss
+        loss = model(**inputs, fused_lm_head=True).loss
         output = state["output"]
         if depth:
             latents = output.latent_states[:, 1:]
@@ -133,15 +138,15 @@ def sft_steps(args, model, catalog) -> dict[str, float]:
 
 def grpo_pass(args, model, catalog) -> dict[str, float]:
     """Forward and backward of a policy-gradient loss, with shared prompts and without; and how far they differ."""
-    rows = make_rows(args, model, catalog, 3, args.prompts, args.candidates)
+    inputs = make_batch(args, model, catalog, 3, args.prompts, args.candidates)
     torch.manual_seed(1)
-    advantages = torch.randn(len(rows["labels"]), 1, device=args.device)
+    advantages = torch.randn(len(inputs["labels"]), 1, device=args.device)
     results = {}
 
     def run(share: bool) -> None:
         model.model.share_prefixes = share
         model.zero_grad()
-        loss = -(model(**rows, fused_lm_head=True).log_probs * advantages).sum() / len(advantages)
+        loss = -(model(**inputs, fused_lm_head=True).log_probs * advantages).sum() / len(advantages)
         loss.backward()
         results[share] = loss.item(), {n: p.grad.float() for n, p in model.named_parameters() if p.grad is not None}
 
@@ -158,10 +163,10 @@ def grpo_pass(args, model, catalog) -> dict[str, float]:
 
 
 def grpo_step(args, model, tokenizer, catalog) -> float:
-    """Whole training step of stock TRL over ours, on the same prompts and completions."""
-    rows = make_rows(args, model, catalog, 3, args.prompts, args.candidates)
+    """Time of a training step of stock TRL over that of [`LasarGRPOTrainer`], on equal prompts and completions."""
+    inputs = make_batch(args, model, catalog, 3, args.prompts, args.candidates)
     levels = model.config.num_sid_levels
-    ids = rows["input_ids"].tolist()
+    ids = inputs["input_ids"].tolist()
     rollout = {"prompt_ids": [r[:-levels] for r in ids], "completion_ids": [r[-levels:] for r in ids]}
     rollout |= {"logprobs": None, "depth_log_prob": [0.0] * len(ids)}
 
@@ -188,7 +193,7 @@ def grpo_step(args, model, tokenizer, catalog) -> float:
         )
         trainer.rollout_func = lambda prompts, trainer: rollout
         trainer.current_gradient_accumulation_steps = 1
-        forward = model.forward  # each trainer patched its own head; put it back when its turn comes
+        forward = model.forward  # each trainer has replaced it by its own, to be set again for its steps
         trainers[name] = trainer, forward
 
     def step(name: str) -> None:
@@ -205,7 +210,7 @@ def grpo_step(args, model, tokenizer, catalog) -> float:
 
 
 def main(argv: list[str]) -> None:
-    """Measure and print."""
+    """Parse, measure, print."""
     args = parse(argv)
     model, tokenizer, catalog = build(args)
     times = sft_steps(args, model, catalog)
@@ -219,3 +224,7 @@ def main(argv: list[str]) -> None:
     print("| measure | value |\n|---|---:|")
     for name, value in result.items():
         print(f"| {name} | {value:.3g} |" if isinstance(value, float) else f"| {name} | {value:,} |")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
