@@ -146,7 +146,7 @@ def test_changes_build_no_new_trie(monkeypatch):
     catalog = tiny_catalog()
     codes = catalog.codes[3:4]
     for name in ("SidTrie.__init__", "SidCatalog.__init__"):
-        monkeypatch.setattr(f"lasar_hf.model.catalog_lasar.{name}", lambda *args: pytest.fail("a constructor was called"))
+        monkeypatch.setattr(f"lasar_hf.model.catalog_lasar.{name}", lambda *args: pytest.fail("built again"))
     changed = catalog.remove(["item-3", "item-5"]).add(codes, ["new"])
     assert (changed.num_items, len(changed), catalog.num_items) == (19, 21, 20)
 
