@@ -59,7 +59,7 @@ def main(script: GRPOScriptArguments, training_args: LasarGRPOConfig, model_args
     set_seed(training_args.seed)
     data = PreparedData.load(script.data_dir)
     checkpoint = checkpoint_to_resume(
-        training_args, **asdict(script), **asdict(model_args), data=folder_hashes(script.data_dir, "**/data-*.arrow"),
+        training_args, **asdict(script), **asdict(model_args), data=PreparedData.file_hashes(script.data_dir),
         start=folder_hashes(model_args.model_name_or_path, "*.safetensors"),
     )
     model = model_args.model_name_or_path

@@ -11,7 +11,7 @@ import numpy as np
 from datasets import Dataset, DatasetDict, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
-from ..files import read_json, write_json
+from ..files import folder_hashes, read_json, write_json
 from ..model.catalog_lasar import SidCatalog
 from ..model.processing_lasar import LasarProcessor
 from .interactions import ID_FIELDS, TEXT_FIELDS, Interactions
@@ -85,6 +85,11 @@ class PreparedData:
             **read_json(folder / "prepared.json"),
             split_fields=read_json(folder / "interactions.json")["split_fields"],
         )
+
+    @staticmethod
+    def file_hashes(folder: str | Path) -> dict[str, str]:
+        """SHA-256 of the tables and of the catalogue in a folder, which a resumed run compares."""
+        return folder_hashes(folder, "**/data-*.arrow") | folder_hashes(folder, "catalog/*")
 
     @cached_property
     def split(self) -> Split:
