@@ -1,4 +1,4 @@
-"""Backbones: every family of full-attention language models equals the plain loop, every other one is refused by name."""
+"""Backbones: families with full attention equal the plain loop in float64; the others are refused by name."""
 
 import pytest
 import torch
