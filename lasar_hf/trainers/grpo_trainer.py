@@ -21,12 +21,11 @@ from ..model.catalog_lasar import SidCatalog
 from ..model.decoding_lasar import sample_items
 from .catalog_head import add_catalog_head
 from .grpo_config import LasarGRPOConfig
-from .latent_states import LatentStateRecorder, latent_metrics, unwrap_lasar
 from .lora import complete_reference, refuse_zero3, train_policy_head
 from .losses import DISTANCES, reinforce_loss
 from .rewards import load_rewards
-from .sharding import run_with_gathered_weights
-from .trainer_mixin import LasarTrainerMixin, split_processor
+from .sharding import run_with_gathered_weights, uses_zero3
+from .trainer_mixin import LasarTrainerMixin, LatentStateRecorder, latent_metrics, split_processor, unwrap_lasar
 
 
 STATE_NAME = "lasar_state.json"
@@ -82,14 +81,12 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
             candidates from the latent loop (the message names it).
     """
 
-    # State that passes through `self` between TRL's methods, in the order of a generation:
-    #   draw_candidates                  returns, beside token ids, what TRL adds to the examples: `items` for rewards
-    #                                    and `depth_log_prob` for the loss
+    # The path of the additional state through TRL's methods, in the order of a generation:
+    #   draw_candidates                  returns `items` and `depth_log_prob`, which TRL adds to the examples
     #   _calculate_rewards               keeps the mean reward of each group in `self._group_rewards`
     #   _generate_and_score_completions  writes both into the batch, which TRL shuffles and splits into micro-batches,
     #                                    and updates `self.reward_baseline`
     #   compute_loss                     reads them from its micro-batch, and the latent states from `self._recorder`
-    # `reward_baseline` is saved with each checkpoint; the others last for one generation.
 
     _tag_names = ["trl", "grpo", "lasar"]
     _name = "LASAR GRPO"
@@ -149,14 +146,10 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
         """
         Candidates in TRL's `rollout_func` protocol: per prompt one depth, one latent loop and `G` items.
 
-        Args:
-            prompts (`list[str]` of length `B · G`):
-                Each prompt `G` times in a row.
-
-        Returns:
-            `dict[str, list]`, lists of length `B · G`: `prompt_ids` with the latent slots, `completion_ids` (`M` SID
-            tokens, each group in descending order of probability), `items` (their indices in the catalogue),
-            `depth_log_prob` (`log π(N | h_0)`) and `logprobs` (`None`: training and drawing use the same engine).
+        `prompts` has each prompt `G` times in a row. Returns lists of length `B · G`: `prompt_ids` with the latent
+        slots, `completion_ids` (`M` SID tokens, each group in descending order of probability), `items` (indices in
+        the catalogue), `depth_log_prob` (`log π(N | h_0)`); `logprobs` is `None`, as drawing and training use the
+        same weights.
         """
         group_size = self.group_size
         # 1. Each prompt once, left-padded.
@@ -245,9 +238,9 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
         if "terminal_anchor" in inputs:
             steps = output.latent_steps
             last = output.latent_states[torch.arange(len(steps), device=steps.device), steps]  # (B, H)
-            terminal = DISTANCES[self.args.alignment](last, inputs["terminal_anchor"]).mean()
-            metrics["terminal_loss"] = terminal
-            extra = extra + self.args.terminal_weight * terminal
+            distances = DISTANCES[self.args.alignment](last, inputs["terminal_anchor"])  # (B,)
+            metrics["terminal_loss"] = distances.sum(), len(distances)
+            extra = extra + self.args.terminal_weight * distances.mean()
 
         # 3. REINFORCE on the depth policy.
         if self.args.depth_weight > 0:
@@ -255,14 +248,13 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
                 output.depth_logits, output.latent_steps, inputs["group_reward"], inputs["reward_baseline"],
                 self.args.step_cost, self.args.depth_entropy_weight, inputs["depth_log_prob"],
             )
-            metrics["depth_loss"] = depth
+            metrics["depth_loss"] = depth * len(output.depth_logits), len(output.depth_logits)
             extra = extra + self.args.depth_weight * depth
 
-        self.log_means(metrics)
-        mode = "train" if self.model.training else "eval"
-        self._metrics[mode]["reward_baseline"].append(inputs["reward_baseline"].mean().item())
         # 4. Like TRL's own loss: the Trainer does not divide by the number of accumulated micro-batches afterwards.
-        return loss + extra / (self.current_gradient_accumulation_steps if mode == "train" else 1)
+        metrics["reward_baseline"] = inputs["reward_baseline"].sum(), len(inputs["reward_baseline"])
+        self.log_means(metrics)
+        return loss + extra / (self.current_gradient_accumulation_steps if self.model.training else 1)
 
     def _save_checkpoint(self, model, trial):
         """Save the baseline and the position in a generation, before TRL's last file completes the checkpoint."""
@@ -294,45 +286,32 @@ def _check_arguments(args: LasarGRPOConfig, has_eval: bool, num_items: int) -> N
                 f"{name} is not supported: candidates come from the latent loop, have no end token, and must be drawn "
                 f"from the distribution that is scored. Keep {supported}; only temperature can be changed."
             )
-    is_zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
-    if is_zero3 and not args.ds3_gather_for_generation:
-        raise ValueError("ds3_gather_for_generation must be True under ZeRO-3: drawing reads rows of the head.")
-    # A group must not be split over processes.
     group_size = args.num_generations
     local = args.per_device_train_batch_size * args.steps_per_generation
-    if local % group_size:
-        raise ValueError(
-            f"per_device_train_batch_size × steps_per_generation ({local}) must be divisible by num_generations "
-            f"({group_size})."
-        )
-    if has_eval and args.per_device_eval_batch_size % group_size:
-        raise ValueError(
-            f"per_device_eval_batch_size ({args.per_device_eval_batch_size}) must be divisible by num_generations "
-            f"({group_size})."
-        )
-    if args.num_generations_eval not in (None, group_size):
-        raise ValueError(
-            f"num_generations_eval is {args.num_generations_eval}; expected num_generations ({group_size}), the group "
-            "size of the ranking reward. Leave it out."
-        )
-    if args.sampling == "stochastic_beams" and group_size > num_items:
-        raise ValueError(
-            f"num_generations is {group_size}, but there are {num_items} items to draw without replacement. Lower it, "
-            'or set sampling="sample".'
-        )
-    if args.save_strategy == "steps":
-        _check_save_steps(args)
-
-
-def _check_save_steps(args: LasarGRPOConfig) -> None:
-    """Candidates are not saved, so a run resumes exactly only between two generations."""
+    # Candidates are not saved, so a run resumes exactly only between two generations.
     generate_every = args.steps_per_generation * args.num_iterations
     boundary = generate_every // math.gcd(generate_every, args.gradient_accumulation_steps)
-    if args.save_steps < 1 or int(args.save_steps) % boundary:
-        raise ValueError(
-            f"save_steps is {args.save_steps}; expected a multiple of {boundary} steps, at which no drawn candidates "
-            "are left to learn from. A run resumes exactly only there."
-        )
+    is_boundary = args.save_steps >= 1 and int(args.save_steps) % boundary == 0
+    whole_groups = f"must be divisible by num_generations ({group_size}): one process draws whole groups."
+    checks = [
+        (not uses_zero3(args) or args.ds3_gather_for_generation,
+         "ds3_gather_for_generation must be True under ZeRO-3: drawing reads rows of the head."),
+        (local % group_size == 0, f"per_device_train_batch_size × steps_per_generation ({local}) {whole_groups}"),
+        (not has_eval or args.per_device_eval_batch_size % group_size == 0,
+         f"per_device_eval_batch_size ({args.per_device_eval_batch_size}) {whole_groups}"),
+        (args.num_generations_eval in (None, group_size),
+         f"num_generations_eval is {args.num_generations_eval}; expected num_generations ({group_size}), the group "
+         "size of the ranking reward. Leave it out."),
+        (args.sampling == "sample" or group_size <= num_items,
+         f"num_generations is {group_size}, but there are {num_items} items to draw without replacement. Lower it, "
+         'or set sampling="sample".'),
+        (args.save_strategy != "steps" or is_boundary,
+         f"save_steps is {args.save_steps}; expected a multiple of {boundary} steps, at which no drawn candidates are "
+         "left to learn from. A run resumes exactly only there."),
+    ]  # fmt: skip
+    for is_met, message in checks:
+        if not is_met:
+            raise ValueError(message)
 
 
 def disable_functional_dropout(model: nn.Module) -> None:

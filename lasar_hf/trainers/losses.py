@@ -13,10 +13,8 @@ def bidirectional_kl(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     LASAR, arXiv 2605.10207, stage 2 (SFT). The paper prefers it to cosine distance and mean squared error.
 
     Args:
-        a (`torch.Tensor` of shape `(..., H)`):
-            Hidden states.
-        b (`torch.Tensor` of shape `(..., H)`):
-            Hidden states to compare with.
+        a, b (`torch.Tensor` of shape `(..., H)`):
+            Hidden states to compare.
 
     Returns:
         `torch.Tensor` of shape `(...)`: divergences in nats, float32, never negative.
@@ -56,7 +54,7 @@ def alignment_loss(
 
         L_align = 1/N Σ_{t=1..N} KL_bi(h_t, h_t^cot)
 
-    LASAR, arXiv 2605.10207, stage 2 (SFT).
+    LASAR, arXiv 2605.10207, stage 2 (SFT). Refuses `latents` and `anchors` of different shapes.
 
     Args:
         latents (`torch.Tensor` of shape `(B, T, H)`):
@@ -69,10 +67,7 @@ def alignment_loss(
             Key of `DISTANCES`: `"kl"`, or `"cosine"` and `"mse"` of the paper's ablation.
 
     Returns:
-        `torch.Tensor`: scalar mean over the sequences that have a step; 0 if none has.
-
-    Raises:
-        `ValueError`: if `latents` and `anchors` have different shapes.
+        `torch.Tensor`: scalar mean over the sequences that have a step; 0 without such a sequence.
     """
     if latents.shape != anchors.shape:
         raise ValueError(

@@ -1,5 +1,6 @@
 """Rewards of the RL stage. A reward is any `f(completion_ids, target, **kwargs) -> list[float]`, as in TRL.
 
+`completion_ids` are the token ids of each candidate, `target` the index of its prompt's target item in the catalogue.
 The candidates of a prompt follow each other in descending order of probability. `kwargs` has the columns of the
 training examples and `items`, the index of each candidate in the catalogue.
 """
@@ -30,8 +31,7 @@ class ExactMatchReward:
 
     ```python
     >>> reward = ExactMatchReward(catalog, model.config)
-    >>> answers = processor.answer_ids([4, 7, 2])
-    >>> reward(answers, target=[7, 7, 7])
+    >>> reward(processor.answer_ids([4, 7, 2]), target=[7, 7, 7])
     [0.0, 1.0, 0.0]
     ```
     """
@@ -43,12 +43,6 @@ class ExactMatchReward:
         self.answer_ids = (catalog.codes + catalog.codes.new_tensor(offsets)).tolist()
 
     def __call__(self, completion_ids: list[list[int]], target: list[int], **kwargs) -> list[float]:
-        """
-        Rewards of candidates, given their token ids and the index of the target item in the catalogue for each.
-
-        Raises:
-            `ValueError`: if a target is not an index of the catalogue.
-        """
         num_items = len(self.answer_ids)
         invalid = [item for item in target if not 0 <= item < num_items]
         if invalid:
@@ -62,10 +56,12 @@ class RankingReward(ExactMatchReward):
     Penalty for wrong candidates by their rank, in groups that contain the target.
 
     If one of a group's `G` candidates is the target, a wrong one at rank `r` gets
-    `−(1 / log2(r + 1)) / Σ_j (1 / log2(j + 1))`. Groups without the target get 0. LASAR, arXiv 2605.10207, RL stage.
-    Use it together with [`ExactMatchReward`], which rewards the target and whose other arguments it has.
+    `−(1 / log2(r + 1)) / Σ_j (1 / log2(j + 1))`; all others get 0. LASAR, arXiv 2605.10207, RL stage. Use it together
+    with [`ExactMatchReward`], which rewards the target.
 
     Args:
+        catalog, config:
+            As for [`ExactMatchReward`].
         num_generations (`int`):
             Candidates per group, `G`.
 
@@ -86,7 +82,6 @@ class RankingReward(ExactMatchReward):
         self.penalties = [-weight / sum(weights) for weight in weights]
 
     def __call__(self, completion_ids: list[list[int]], target: list[int], **kwargs) -> list[float]:
-        """Arguments as for [`ExactMatchReward`], group after group; returns penalties, 0 for the target."""
         hits = super().__call__(completion_ids, target)
         group_size = len(self.penalties)
         rewards = []
@@ -105,22 +100,13 @@ def load_rewards(
 
     Args:
         names (`list[str]`):
-            `"exact_match"`, `"ranking"`, or the dotted path of a function; the current directory is searched too.
+            `"exact_match"`, `"ranking"`, or the dotted path of a function such as `"my_rewards.half_match"`; the
+            current directory is searched too.
         catalog, config, num_generations:
             As for [`RankingReward`].
 
     Raises:
         `ValueError`: if a name is unknown or a dotted path cannot be imported.
-
-    Example:
-
-    ```python
-    >>> # my_rewards.py
-    >>> def half_match(target, items, **kwargs):
-    ...     return [float(item == wanted) / 2 for item, wanted in zip(items, target, strict=True)]
-
-    >>> rewards = load_rewards(["ranking", "my_rewards.half_match"], catalog, model.config, num_generations=8)
-    ```
     """
     built_in = {
         "exact_match": ExactMatchReward(catalog, config), "ranking": RankingReward(catalog, config, num_generations)

@@ -25,12 +25,11 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from ..model.catalog_lasar import SidCatalog
 from ..reasoning.anchors import AnchorStore
 from .catalog_head import add_catalog_head
-from .latent_states import LatentStateRecorder, latent_metrics, unwrap_lasar
 from .lora import refuse_zero3, train_policy_head
 from .losses import alignment_loss
 from .sft_config import LasarSFTConfig
 from .sharding import run_with_gathered_weights
-from .trainer_mixin import LasarTrainerMixin, split_processor
+from .trainer_mixin import LasarTrainerMixin, LatentStateRecorder, latent_metrics, split_processor, unwrap_lasar
 
 
 @dataclass
@@ -190,18 +189,19 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
             steps = torch.arange(latents.shape[1], device=latents.device)  # (max N,)
             mask = steps < output.latent_steps[:, None]  # (B, max N)
             alignment = alignment_loss(latents, anchors, mask, self.args.alignment)
-            metrics["align_loss"] = alignment
+            count = mask.any(dim=1).sum()
+            metrics["align_loss"] = alignment * count, count
             loss = loss + self.args.alignment_weight * alignment
 
-        # Policy: class k stands for depth k + 1. Sequences without latent steps have no class; they are masked rather
-        # than left out, so that the head gets a gradient in every batch.
+        # Policy: class k means depth k + 1. Sequences without latent steps have no class; they are masked rather than
+        # left out, so that the head gets a gradient in every batch.
         if self.args.policy_weight > 0:
             labels = torch.where(output.latent_steps > 0, output.latent_steps - 1, -100)  # (B,)
-            count = (labels >= 0).sum().clamp(min=1)
-            policy = nn.functional.cross_entropy(output.depth_logits.float(), labels, reduction="sum") / count
-            metrics["policy_loss"] = policy
-            metrics["depth_accuracy"] = (output.depth_logits.argmax(-1) == labels).sum() / count
-            loss = loss + self.args.policy_weight * policy
+            count = (labels >= 0).sum()
+            total = nn.functional.cross_entropy(output.depth_logits.float(), labels, reduction="sum")
+            metrics["policy_loss"] = total, count
+            metrics["depth_accuracy"] = (output.depth_logits.argmax(-1) == labels).sum(), count
+            loss = loss + self.args.policy_weight * (total / count.clamp(min=1))
 
         self.log_means(metrics)
         return loss

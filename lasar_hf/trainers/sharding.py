@@ -6,10 +6,16 @@ from typing import TypeVar
 
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from transformers import TrainingArguments
 from transformers.integrations import deepspeed
 
 
 T = TypeVar("T")
+
+
+def uses_zero3(args: TrainingArguments) -> bool:
+    """Whether the run shards weights with DeepSpeed's stage 3."""
+    return args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
 
 
 @contextmanager
@@ -25,7 +31,6 @@ def unsharded_weights():
     ```python
     >>> with unsharded_weights():
     ...     model = LasarForGenerativeRec.from_backbone("Qwen/Qwen3-0.6B", tokenizer)
-    >>> trainer = LasarSFTTrainer(model, args, train_dataset=examples, processing_class=processor)
     ```
     """
     reference = deepspeed._hf_deepspeed_config_weak_ref
@@ -39,13 +44,8 @@ def unsharded_weights():
 
 def run_with_gathered_weights(root: nn.Module, function: Callable[[], T]) -> T:
     """
-    Call a function while the weights are gathered that FSDP2 gathers for the root's forward (embeddings and head).
-
-    Args:
-        root (`nn.Module`):
-            The model as the trainer wrapped it. Without FSDP2 the function is called directly.
-        function (`Callable`):
-            Uses the model other than through its forward. Every process must call it.
+    Call a function that uses the wrapped model `root` other than through its forward, while FSDP2 gathers the weights
+    of the root's forward (embeddings and head). Every process must call it.
     """
     if not isinstance(root, FSDPModule):
         return function()

@@ -1,22 +1,30 @@
-"""What both trainers share: the processor beside TRL's tokenizer, metrics, checkpoints and the model card."""
+"""What both trainers share: the latent states of a pass, logged metrics, checkpoints and the model card."""
 
 import torch
+from peft import PeftModel
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from ..model.base_lasar import LasarModel, LasarModelOutput
 from ..model.catalog_lasar import SidCatalog
 from ..model.processing_lasar import LasarProcessor
+from .losses import depth_entropy
 from .model_card import save_model_card
 
 
-def split_processor(
-    processing_class: PreTrainedTokenizerBase | LasarProcessor | None, catalog: SidCatalog | None
-) -> tuple[LasarProcessor | None, PreTrainedTokenizerBase | None, SidCatalog | None]:
-    """
-    The processor, the tokenizer for TRL and the catalogue, each `None` if it was not given. TRL would treat any
-    processor as that of a vision model. The arguments are those of a trainer.
+# A sum over the local batch and the number of its terms.
+SumAndCount = tuple[torch.Tensor, torch.Tensor | int]
 
-    Raises:
-        `ValueError`: if `catalog` is not the processor's catalogue.
+
+def unwrap_lasar(model: nn.Module) -> nn.Module:
+    """The [`LasarForGenerativeRec`] inside a PEFT wrapper, or the model itself without one."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def split_processor(processing_class: PreTrainedTokenizerBase | LasarProcessor | None, catalog: SidCatalog | None):
+    """
+    The processor, the tokenizer for TRL and the catalogue from a trainer's arguments, each `None` if it was not given.
+    TRL would treat any processor as that of a vision model. Refuses a catalogue that differs from the processor's.
     """
     if not isinstance(processing_class, LasarProcessor):
         return None, processing_class, catalog
@@ -33,17 +41,60 @@ def split_processor(
     return processing_class, processing_class.tokenizer, saved
 
 
+class LatentStateRecorder:
+    """Keeps the output of the base model's last forward; the extra losses read the latent states of that same pass."""
+
+    def __init__(self, base_model: LasarModel):
+        self.output: LasarModelOutput | None = None
+        base_model.register_forward_hook(self._record)
+
+    def _record(self, module: nn.Module, args: tuple, output: LasarModelOutput) -> None:
+        self.output = output
+
+    def pop(self) -> LasarModelOutput:
+        """The last output. It is released here, so that its autograd graph can be freed."""
+        output, self.output = self.output, None
+        return output
+
+
+@torch.no_grad()
+def latent_metrics(output: LasarModelOutput, embedding: nn.Embedding) -> dict[str, SumAndCount]:
+    """
+    Metrics of the latent reasoning: `mean_depth` (steps), `depth_entropy` (nats) and `latent_norm_ratio`, the norm of
+    the latent slots' inputs relative to that of the input embeddings, which grows when a latent loop diverges.
+    """
+    steps = output.latent_steps  # (B,)
+    # The input of slot t is h_{t-1}, for t = 1 … N.
+    inputs = output.latent_states[:, :-1]  # (B, max N, H)
+    is_input = torch.arange(inputs.shape[1], device=steps.device) < steps[:, None]  # (B, max N)
+    embedding_norm = embedding.weight[:1024].float().norm(dim=-1).mean()
+    return {
+        "mean_depth": (steps.sum(), len(steps)),
+        "depth_entropy": (depth_entropy(output.depth_logits).sum(), len(steps)),
+        "latent_norm_ratio": (inputs[is_input].float().norm(dim=-1).sum() / embedding_norm, is_input.sum()),
+    }
+
+
 class LasarTrainerMixin:
     """Methods of both trainers, which set `processor`, `catalog`, `_tag_names` and `_description`."""
 
-    def log_means(self, metrics: dict[str, torch.Tensor]) -> None:
-        """Add scalars to TRL's log, averaged over the processes; their names must be the same on all of them."""
+    def log_means(self, metrics: dict[str, SumAndCount]) -> None:
+        """
+        Add means over the batches of all processes to TRL's log; a mean of no terms is left out.
+
+        Every process must pass the same names, also with a count of 0: the processes add up their values together.
+        """
+        values = [value for pair in metrics.values() for value in pair]
+        options = {"dtype": torch.float32, "device": self.accelerator.device}
+        local = torch.stack([torch.as_tensor(value, **options).detach() for value in values])  # (2 · metrics,)
+        sums = self.accelerator.reduce(local, "sum").view(-1, 2).tolist()
         mode = "train" if self.model.training else "eval"
-        for name, value in metrics.items():
-            self._metrics[mode][name].append(self.accelerator.gather(value.detach().float()).mean().item())
+        for name, (total, count) in zip(metrics, sums, strict=True):
+            if count > 0:
+                self._metrics[mode][name].append(total / count)
 
     def save_processor(self, folder: str) -> None:
-        """Save the processor, or the catalogue alone beside a tokenizer, so that the folder is enough to recommend."""
+        """Save the processor or, if the trainer has a tokenizer only, the catalogue."""
         part = self.catalog if self.processor is None else self.processor
         if part is not None:
             part.save_pretrained(folder)
