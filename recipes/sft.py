@@ -88,7 +88,9 @@ def new_backbone(script: SFTScriptArguments, model_args: LasarModelConfig, token
         **script.backbone_config, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
     )
-    return AutoModelForCausalLM.from_config(config, **model_args.from_config_kwargs)
+    return AutoModelForCausalLM.from_config(
+        config, dtype=model_args.dtype, attn_implementation=model_args.attn_implementation
+    )
 
 
 def stage1_model(script: SFTScriptArguments, model_args: LasarModelConfig, data: PreparedData):

@@ -22,7 +22,7 @@ def add_catalog_head(model: LasarForGenerativeRec, catalog: SidCatalog, temperat
     """
     Let `model(..., labels=labels, fused_lm_head=True)` score SID labels over the catalogue, see [`score_labels`].
 
-    Every other call is the model's own forward.
+    Every other call is the model's own forward. A label outside the catalogue raises a `ValueError`.
 
     Args:
         model ([`LasarForGenerativeRec`]):
@@ -31,9 +31,6 @@ def add_catalog_head(model: LasarForGenerativeRec, catalog: SidCatalog, temperat
             The items.
         temperature (`float`, *optional*, defaults to `1.0`):
             Temperature the logits are divided by.
-
-    Raises:
-        `ValueError`: if the catalogue does not match the model or, in a forward, a label is not in the catalogue.
     """
     catalog.check_matches(model.config.num_sid_levels, model.config.codebook_size)
 

@@ -12,7 +12,6 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
-from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import RepeatSampler, pad
 
 from ..files import read_json, write_json
@@ -21,11 +20,11 @@ from ..model.catalog_lasar import SidCatalog
 from ..model.decoding_lasar import sample_items
 from .catalog_head import add_catalog_head
 from .grpo_config import LasarGRPOConfig
-from .lora import complete_reference, refuse_zero3, train_policy_head
+from .lora import complete_reference, train_policy_head
 from .losses import DISTANCES, reinforce_loss
 from .rewards import load_rewards
-from .sharding import run_with_gathered_weights, uses_zero3
-from .trainer_mixin import LasarTrainerMixin, LatentStateRecorder, latent_metrics, split_processor, unwrap_lasar
+from .sharding import refuse_zero3, uses_zero3
+from .trainer_mixin import LasarTrainerMixin, latent_metrics, split_processor, unwrap_lasar
 
 
 STATE_NAME = "lasar_state.json"
@@ -63,13 +62,10 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
         model (`str` or [`LasarForGenerativeRec`] or [`~peft.PeftModel`]):
             The stage-2 model, or its path. With `beta > 0` it is also the reference, for which an instance is saved to
             `output_dir/reference_model`.
-        args ([`LasarGRPOConfig`]):
-            Arguments.
-        catalog, processing_class:
-            As for [`LasarSFTTrainer`]; one of them must have the items.
+        args, catalog, processing_class:
+            As for [`LasarSFTTrainer`]; the catalogue is required.
         reward_funcs (`list[Callable]`, *optional*):
-            Rewards `f(completion_ids, target, **kwargs) -> list[float]`, see [`~lasar_hf.trainers.load_rewards`].
-            Defaults to exact match and ranking.
+            Rewards, see [`~lasar_hf.trainers.load_rewards`]. Defaults to exact match and ranking.
         train_dataset ([`~datasets.Dataset`]):
             Columns `prompt` (text that ends in `<|latent_start|>`), `target` (index in the catalogue) and, for the
             terminal loss, `terminal_anchor` (`H` floats), see [`~lasar_hf.data.grpo_examples`].
@@ -77,8 +73,7 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
             Passed to [`~trl.GRPOTrainer`].
 
     Raises:
-        `ValueError`: if the catalogue is missing or differs from the processor's, or an argument does not work with
-            candidates from the latent loop (the message names it).
+        `ValueError`: for a missing or different catalogue and for arguments that do not work with the latent loop.
     """
 
     # The path of the additional state through TRL's methods, in the order of a generation:
@@ -86,7 +81,7 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
     #   _calculate_rewards               keeps the mean reward of each group in `self._group_rewards`
     #   _generate_and_score_completions  writes both into the batch, which TRL shuffles and splits into micro-batches,
     #                                    and updates `self.reward_baseline`
-    #   compute_loss                     reads them from its micro-batch, and the latent states from `self._recorder`
+    #   compute_loss                     reads them from its micro-batch, and the latent states from `self._outputs`
 
     _tag_names = ["trl", "grpo", "lasar"]
     _name = "LASAR GRPO"
@@ -133,14 +128,9 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
                 if args.disable_dropout:
                     disable_functional_dropout(policy)
         train_policy_head(lasar, args.depth_weight > 0)
-        self._recorder = LatentStateRecorder(lasar.model)
+        self.record_latent_states(lasar)
         self._group_rewards: torch.Tensor | None = None
         self.reward_baseline: float | None = None  # b_EMA; starts as the mean reward of the first batch
-
-    @property
-    def group_size(self) -> int:
-        """Candidates per prompt, `G`, of the present mode."""
-        return self.num_generations if self.model.training else self.num_generations_eval
 
     def draw_candidates(self, prompts: list[str], trainer: GRPOTrainer) -> dict[str, list]:
         """
@@ -151,7 +141,7 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
         the catalogue), `depth_log_prob` (`log π(N | h_0)`); `logprobs` is `None`, as drawing and training use the
         same weights.
         """
-        group_size = self.group_size
+        group_size = self.num_generations  # of training and of evaluation
         # 1. Each prompt once, left-padded.
         ids = self.processing_class(prompts[::group_size], add_special_tokens=False).input_ids  # B lists
         prompt_ids = pad([torch.tensor(prompt) for prompt in ids], padding_side="left")  # (B, L)
@@ -159,16 +149,11 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
         prompt_ids, mask = prompt_ids.to(self.accelerator.device), mask.to(self.accelerator.device)
 
         # 2. Depths and their log-probabilities (B,), items (B, G), on gathered weights.
-        gather = {"gather_deepspeed3_params": self.args.ds3_gather_for_generation}
-        with (
-            unwrap_model_for_generation(self.model_wrapped, self.accelerator, **gather) as model,
-            unwrap_lasar(model).evaluation_mode() as lasar,
-        ):
-            draw = partial(self._draw, lasar, prompt_ids, mask, group_size)
-            depths, log_probs, items = run_with_gathered_weights(model, draw)
+        draw = partial(self._draw, prompt_ids=prompt_ids, prompt_mask=mask)
+        depths, log_probs, items = self.on_gathered_weights(draw)
 
         # 3. Tokens: prompt, latent slots and <|latent_end|>, then the SID tokens of each item.
-        config = lasar.config
+        config = unwrap_lasar(self.model).config
         slots = [[config.latent_token_id] * depth + [config.latent_end_token_id] for depth in depths.tolist()]
         first_ids = config.sid_token_id(0, 0) + config.codebook_size * torch.arange(config.num_sid_levels)  # (M,)
         completion_ids = (self.catalog.codes[items.cpu()] + first_ids).flatten(0, 1)  # (B · G, M)
@@ -180,12 +165,13 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
             "depth_log_prob": log_probs.repeat_interleave(group_size).tolist(),
         }
 
-    def _draw(self, lasar, prompt_ids, prompt_mask, group_size: int) -> tuple[torch.Tensor, ...]:
+    def _draw(self, lasar, prompt_ids, prompt_mask) -> tuple[torch.Tensor, ...]:
         """A depth `(B,)` with its log-probability `(B,)` and `G` items `(B, G)` for each prompt."""
         trie = self.catalog.trie(prompt_ids.device)
-        state = lasar.encode_prompts(prompt_ids, prompt_mask, sampled_depth)
-        replacement = self.args.sampling == "sample"
-        leaves, _ = sample_items(lasar, state, trie, group_size, self.temperature, replacement=replacement)  # (B, G)
+        options = {"replacement": self.args.sampling == "sample"}
+        with lasar.evaluation_mode():
+            state = lasar.encode_prompts(prompt_ids, prompt_mask, sampled_depth)
+            leaves, _ = sample_items(lasar, state, trie, self.num_generations, self.temperature, **options)  # (B, G)
         log_policy = state.depth_logits.float().log_softmax(dim=-1)  # (B, N_max)
         log_probs = log_policy.gather(1, state.depths[:, None] - 1)[:, 0]  # (B,)
         # Items that share a Semantic ID are one candidate, represented by the first of them.
@@ -203,8 +189,8 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
         # A sequence is a candidate here; P counts those of all processes.
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # (P, functions)
         weighted = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)  # (P,)
-        group_means = weighted.view(-1, self.group_size).mean(dim=1)  # (P / G,)
-        self._group_rewards = group_means.repeat_interleave(self.group_size)  # (P,)
+        group_means = weighted.view(-1, self.num_generations).mean(dim=1)  # (P / G,)
+        self._group_rewards = group_means.repeat_interleave(self.num_generations)  # (P,)
         return rewards
 
     def _generate_and_score_completions(self, inputs):
@@ -230,7 +216,7 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
         """`L_GRPO` of TRL, plus the terms that read the latent states of the same pass."""
         # 1. The clipped policy gradient and the KL penalty; this runs the model.
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        output = self._recorder.pop()
+        output = self._outputs.pop()
         metrics = latent_metrics(output, unwrap_lasar(self.model).get_input_embeddings())
         extra = torch.zeros_like(loss)
 
@@ -271,9 +257,8 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
             state = read_json(os.path.join(checkpoint, STATE_NAME))
             if state["micro_batch"] > 0:
                 raise ValueError(
-                    f"{checkpoint} was saved in the middle of a generation batch (micro_batch "
-                    f"{state['micro_batch']}); its candidates cannot be restored. Resume from a checkpoint at a "
-                    "generation boundary."
+                    f"{checkpoint} was saved during a generation (micro_batch {state['micro_batch']}), whose "
+                    "candidates are lost. Resume from an earlier checkpoint."
                 )
             self.reward_baseline = state["reward_baseline"]
 

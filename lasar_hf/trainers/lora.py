@@ -3,14 +3,13 @@
 import os
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel
+from peft import LoraConfig, PeftModel
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
 from ..model.modeling_lasar import LasarForGenerativeRec
 from .model_config import LasarModelConfig
-from .sharding import uses_zero3
 
 
 def lasar_lora_config(
@@ -37,9 +36,6 @@ def lasar_lora_config(
 
     Returns:
         [`~peft.LoraConfig`]: for `peft_config` of the trainers or for `peft.get_peft_model`.
-
-    Raises:
-        `ValueError`: if the backbone does not have a linear layer that `target_modules` names.
     """
     # 1. Names of the layers to adapt.
     modules = model.model.backbone.named_modules()
@@ -125,12 +121,3 @@ def save_trained(trainer: Trainer) -> None:
         trainer.processing_class.save_pretrained(folder)
         trainer.save_processor(folder)
     trainer.accelerator.wait_for_everyone()
-
-
-def refuse_zero3(model: object, args: TrainingArguments, peft_config: PeftConfig | None) -> None:
-    """Raise a `ValueError` for an adapter under ZeRO-3; the arguments are those of a trainer."""
-    if uses_zero3(args) and (peft_config is not None or isinstance(model, PeftModel)):
-        raise ValueError(
-            "LoRA is not supported under ZeRO-3, which needs reentrant checkpointing; the latent loop would be wrong. "
-            "Use recipes/accelerate_configs/zero2.yaml."
-        )

@@ -81,7 +81,7 @@ def alignment_loss(
 
 
 def depth_entropy(depth_logits: torch.Tensor) -> torch.Tensor:
-    """Entropy `(B,)` of the depth policy, in nats, from the logits `(B, N_max)` of the policy head."""
+    """Entropy `(B,)` of the depth policy in nats, given the logits `(B, N_max)` of the policy head."""
     log_policy = depth_logits.float().log_softmax(dim=-1)  # (B, N_max)
     return -(log_policy.exp() * log_policy).sum(dim=-1)
 
@@ -108,14 +108,10 @@ def reinforce_loss(
             Logits of the policy head; class `k` means `k + 1` latent steps.
         depths (`torch.Tensor` of shape `(B,)`):
             Sampled depths `N`, at least 1.
-        rewards (`torch.Tensor` of shape `(B,)`):
-            Mean reward of each sequence's group, `R_group`.
-        baseline (`float` or `torch.Tensor` of shape `(B,)`):
-            Running mean of the group rewards, `b_EMA`.
-        step_cost (`float`):
-            Cost of a latent step, `λ`.
-        entropy_weight (`float`):
-            Weight of the entropy bonus, `η`.
+        rewards, baseline (`torch.Tensor` of shape `(B,)`):
+            Mean reward of each sequence's group, `R_group`, and the running mean `b_EMA`, which may be a `float`.
+        step_cost, entropy_weight (`float`):
+            Cost of a latent step, `λ`, and weight of the entropy bonus, `η`.
         drawn_log_probs (`torch.Tensor` of shape `(B,)`, *optional*):
             `log π(N | h_0)` when the depths were drawn. Defaults to the present policy's.
 

@@ -43,9 +43,6 @@ class LasarModelConfig(ModelConfig):
     @property
     def init_kwargs(self) -> dict[str, Any]:
         """Arguments of `from_pretrained`, and `model_init_kwargs` of a trainer."""
-        return {"revision": self.model_revision, **self.from_config_kwargs}
-
-    @property
-    def from_config_kwargs(self) -> dict[str, Any]:
-        """Arguments of `from_config`, for a backbone that is trained from scratch."""
-        return {"dtype": self.dtype, "attn_implementation": self.attn_implementation}
+        return {
+            "revision": self.model_revision, "dtype": self.dtype, "attn_implementation": self.attn_implementation
+        }

@@ -27,8 +27,8 @@ def checkpoint_to_resume(args: TrainingArguments, **origin: Any) -> str | None:
     """
     The newest complete checkpoint in `output_dir`, if the run that wrote it had the same settings.
 
-    A run writes its settings to `run.json` when it starts. A checkpoint without `trainer_state.json`, which is written
-    last, is incomplete and is skipped.
+    A run writes its settings to `run.json` when it starts. Checkpoints without `trainer_state.json`, the last file of
+    a checkpoint, are skipped.
 
     Args:
         args ([`~transformers.TrainingArguments`]):
@@ -38,7 +38,7 @@ def checkpoint_to_resume(args: TrainingArguments, **origin: Any) -> str | None:
             the starting model.
 
     Returns:
-        `str`, *optional*: path for `trainer.train(resume_from_checkpoint=...)`, `None` if the run starts from scratch.
+        `str`, *optional*: for `trainer.train(resume_from_checkpoint=...)`, `None` if there is no checkpoint.
 
     Raises:
         `ValueError`: if the checkpoints belong to a run with other settings.

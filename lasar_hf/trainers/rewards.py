@@ -26,14 +26,6 @@ class ExactMatchReward:
             The items.
         config ([`LasarConfig`]):
             Configuration of the model, for the token ids.
-
-    Example:
-
-    ```python
-    >>> reward = ExactMatchReward(catalog, model.config)
-    >>> reward(processor.answer_ids([4, 7, 2]), target=[7, 7, 7])
-    [0.0, 1.0, 0.0]
-    ```
     """
 
     __name__ = "exact_match"
@@ -68,8 +60,10 @@ class RankingReward(ExactMatchReward):
     Example:
 
     ```python
-    >>> reward = RankingReward(catalog, model.config, num_generations=3)
-    >>> reward(processor.answer_ids([4, 7, 2]), target=[7, 7, 7])
+    >>> completion_ids, target = processor.answer_ids([4, 7, 2]), [7, 7, 7]
+    >>> ExactMatchReward(catalog, model.config)(completion_ids, target)
+    [0.0, 1.0, 0.0]
+    >>> RankingReward(catalog, model.config, num_generations=3)(completion_ids, target)
     [-0.46927872602275644, 0.0, -0.23463936301137822]
     ```
     """
@@ -104,28 +98,23 @@ def load_rewards(
             current directory is searched too.
         catalog, config, num_generations:
             As for [`RankingReward`].
-
-    Raises:
-        `ValueError`: if a name is unknown or a dotted path cannot be imported.
     """
     built_in = {
         "exact_match": ExactMatchReward(catalog, config), "ranking": RankingReward(catalog, config, num_generations)
     }
     rewards = []
     for name in names:
-        module, _, function = name.rpartition(".")
         if name in built_in:
             rewards.append(built_in[name])
-        elif module:
-            if os.getcwd() not in sys.path:  # as TRL's scripts do: a script's own folder is on the path, not this one
-                sys.path.insert(0, os.getcwd())
-            try:
-                rewards.append(getattr(importlib.import_module(module), function))
-            except (ModuleNotFoundError, AttributeError) as error:
-                raise ValueError(f"reward {name!r} cannot be imported: {error}.") from error
-        else:
+            continue
+        if os.getcwd() not in sys.path:  # as TRL's scripts do: a script's own folder is on the path, not this one
+            sys.path.insert(0, os.getcwd())
+        module, _, function = name.rpartition(".")
+        try:
+            rewards.append(getattr(importlib.import_module(module), function))
+        except (ModuleNotFoundError, AttributeError, ValueError) as error:  # ValueError: a name without a module
             raise ValueError(
                 f"Unknown reward {name!r}: expected {', '.join(built_in)}, or the dotted path of a function such as "
-                "my_module.my_reward."
-            )
+                f"my_module.my_reward ({error})."
+            ) from error
     return rewards

@@ -1,35 +1,32 @@
 """Stage 1 (Semantic-ID grounding) and stage 2 (latent reasoning with semantic anchors) on TRL's SFTTrainer.
 
-The life of a batch:
+The path of a batch:
 
 1. `LasarDataCollator` pads the examples and adds the anchors of their samples.
-2. `compute_loss` calls TRL's, which calls `model(..., labels=labels, fused_lm_head=True)`. This forward is not the
-   model's own: `add_catalog_head` replaced it (with `sid_loss="vocab"` it is TRL's). It runs `LasarModel` (prompt,
-   latent loop, answer) and scores the labels over the catalogue; TRL makes the cross-entropy from the scores.
-3. In the same pass a forward hook on `LasarModel` (`LatentStateRecorder`) keeps its output, from which `compute_loss`
-   reads the latent states and depth logits for the other losses. The model does not run a second time.
+2. `compute_loss` calls TRL's, which calls `model(..., labels=labels, fused_lm_head=True)`. `add_catalog_head` replaced
+   this forward: it runs `LasarModel` (prompt, latent loop, answer) and scores the labels over the catalogue.
+3. In the same pass a forward hook (`record_latent_states`) keeps the output of `LasarModel`, from which `compute_loss`
+   reads the latent states and depth logits for the other losses.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
 from peft.utils.other import TrainableTokensWrapper
 from torch import nn
 from trl import SFTTrainer
-from trl.models import unwrap_model_for_generation
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from ..model.catalog_lasar import SidCatalog
 from ..reasoning.anchors import AnchorStore
 from .catalog_head import add_catalog_head
-from .lora import refuse_zero3, train_policy_head
+from .lora import train_policy_head
 from .losses import alignment_loss
 from .sft_config import LasarSFTConfig
-from .sharding import run_with_gathered_weights
-from .trainer_mixin import LasarTrainerMixin, LatentStateRecorder, latent_metrics, split_processor, unwrap_lasar
+from .sharding import refuse_zero3
+from .trainer_mixin import LasarTrainerMixin, latent_metrics, split_processor, unwrap_lasar
 
 
 @dataclass
@@ -51,20 +48,16 @@ class LasarDataCollator(DataCollatorForLanguageModeling):
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = super().torch_call(examples)
         if self.anchors is not None and "sample_index" in examples[0]:
-            vectors = [self._anchors_of(example) for example in examples]  # B × (N, H)
+            vectors = [torch.as_tensor(self.anchors[example["sample_index"]]) for example in examples]  # B × (N, H)
+            for example, anchors in zip(examples, vectors, strict=True):
+                slots = sum(token == self.latent_token_id for token in example["input_ids"])
+                if slots != len(anchors):
+                    raise ValueError(
+                        f"sample_index {example['sample_index']}: the example has {slots} latent slots and the sample "
+                        f"{len(anchors)} anchors. Make both from the same segments."
+                    )
             batch["anchors"] = nn.utils.rnn.pad_sequence(vectors, batch_first=True)  # (B, max N, H)
         return batch
-
-    def _anchors_of(self, example: dict[str, Any]) -> torch.Tensor:
-        """Anchors `(N, H)` of an example's sample."""
-        vectors = torch.as_tensor(self.anchors[example["sample_index"]])
-        slots = sum(token == self.latent_token_id for token in example["input_ids"])
-        if slots != len(vectors):
-            raise ValueError(
-                f"sample_index {example['sample_index']}: the example has {slots} latent slots and the sample "
-                f"{len(vectors)} anchors. Make both from the same segments."
-            )
-        return vectors
 
 
 class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
@@ -87,12 +80,10 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
         catalog ([`SidCatalog`], *optional*):
             The items, for `sid_loss="catalog"`. Defaults to the catalogue of `processing_class`.
         anchors ([`~lasar_hf.reasoning.AnchorStore`], *optional*):
-            Semantic anchors of the training samples, which examples name in the column `sample_index`. Without anchors
-            there is no alignment loss.
+            Semantic anchors of the training samples, which examples name in the column `sample_index`, for `L_align`.
         ranking_evaluator (`Callable`, *optional*):
-            Called with the model at each evaluation, on every process, for example a
-            [`~lasar_hf.evaluation.RankingEvaluator`]. Its metrics are logged and can select the best checkpoint
-            (`metric_for_best_model="eval_NDCG@10"`).
+            Called with the model at each evaluation, on every process, such as
+            [`~lasar_hf.evaluation.RankingEvaluator`]. Its metrics are logged and can be `metric_for_best_model`.
         train_dataset ([`~datasets.Dataset`]):
             Examples with `input_ids` and `labels`, see [`~lasar_hf.data.sft_examples`] and
             [`~lasar_hf.data.reasoning_examples`].
@@ -102,8 +93,8 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
             Passed to [`~trl.SFTTrainer`].
 
     Raises:
-        `ValueError`: if the catalogue is missing or differs from the processor's, or for packing, padding-free
-            batches, label smoothing and `compute_loss_func`.
+        `ValueError`: for a missing or different catalogue, packing, padding-free batches, label smoothing and
+            `compute_loss_func`.
 
     Example:
 
@@ -159,7 +150,7 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
         elif isinstance(lasar.lm_head, TrainableTokensWrapper):
             lasar.lm_head.bias = None  # TRL's head reads `bias`, which PEFT's wrapper does not have
         train_policy_head(lasar, args.policy_weight > 0)
-        self._recorder = LatentStateRecorder(lasar.model)
+        self.record_latent_states(lasar)
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
@@ -168,12 +159,12 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """`L_CE` of TRL, plus the terms that read the latent states of the same pass."""
-        # 1. Cross-entropy of the next token; this runs the model.
+        # 1. Cross-entropy of the next token. This runs the model.
         anchors = inputs.pop("anchors", None)
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         # 2. Terms on the latent states. The Trainer sums over accumulated micro-batches: TRL's loss is divided by the
         # tokens of all of them already, these terms by their number here.
-        extra = self._latent_losses(self._recorder.pop(), anchors)
+        extra = self._latent_losses(self._outputs.pop(), anchors)
         if num_items_in_batch is not None:
             extra = extra / self.current_gradient_accumulation_steps
         return (result[0] + extra, result[1]) if return_outputs else result + extra
@@ -217,5 +208,4 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
 
     def rank(self) -> dict[str, float]:
         """Metrics of `ranking_evaluator`, computed with gathered weights."""
-        with unwrap_model_for_generation(self.model_wrapped, self.accelerator) as model:
-            return run_with_gathered_weights(model, partial(self.ranking_evaluator, unwrap_lasar(model)))
+        return self.on_gathered_weights(self.ranking_evaluator)

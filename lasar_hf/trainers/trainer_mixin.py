@@ -1,19 +1,42 @@
 """What both trainers share: the latent states of a pass, logged metrics, checkpoints and the model card."""
 
+import os
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from typing import TypeVar
+
 import torch
+from huggingface_hub import ModelCard, ModelCardData
 from peft import PeftModel
 from torch import nn
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from transformers import PreTrainedTokenizerBase
+from trl.models import unwrap_model_for_generation
 
-from ..model.base_lasar import LasarModel, LasarModelOutput
+from ..files import atomic_file
+from ..model.base_lasar import LasarModelOutput
 from ..model.catalog_lasar import SidCatalog
+from ..model.modeling_lasar import LasarForGenerativeRec
 from ..model.processing_lasar import LasarProcessor
 from .losses import depth_entropy
-from .model_card import save_model_card
 
 
+T = TypeVar("T")
 # A sum over the local batch and the number of its terms.
 SumAndCount = tuple[torch.Tensor, torch.Tensor | int]
+
+USAGE = """
+```python
+from transformers import AutoModel, AutoProcessor
+
+processor = AutoProcessor.from_pretrained("{name}", trust_remote_code=True)
+model = AutoModel.from_pretrained("{name}", trust_remote_code=True)
+history = processor.catalog.item_ids[:3]
+output = model.recommend(**processor([history]), catalog=processor.catalog)
+print(processor.decode_recommendations(output)[0])
+```
+"""
 
 
 def unwrap_lasar(model: nn.Module) -> nn.Module:
@@ -41,22 +64,6 @@ def split_processor(processing_class: PreTrainedTokenizerBase | LasarProcessor |
     return processing_class, processing_class.tokenizer, saved
 
 
-class LatentStateRecorder:
-    """Keeps the output of the base model's last forward; the extra losses read the latent states of that same pass."""
-
-    def __init__(self, base_model: LasarModel):
-        self.output: LasarModelOutput | None = None
-        base_model.register_forward_hook(self._record)
-
-    def _record(self, module: nn.Module, args: tuple, output: LasarModelOutput) -> None:
-        self.output = output
-
-    def pop(self) -> LasarModelOutput:
-        """The last output. It is released here, so that its autograd graph can be freed."""
-        output, self.output = self.output, None
-        return output
-
-
 @torch.no_grad()
 def latent_metrics(output: LasarModelOutput, embedding: nn.Embedding) -> dict[str, SumAndCount]:
     """
@@ -77,6 +84,27 @@ def latent_metrics(output: LasarModelOutput, embedding: nn.Embedding) -> dict[st
 
 class LasarTrainerMixin:
     """Methods of both trainers, which set `processor`, `catalog`, `_tag_names` and `_description`."""
+
+    def record_latent_states(self, lasar: LasarForGenerativeRec) -> None:
+        """Keep the output of the base model's last forward, from which the extra losses read the latent states."""
+        self._outputs = deque(maxlen=1)  # `pop` releases the output, so that its autograd graph can be freed
+        lasar.model.register_forward_hook(lambda module, args, output: self._outputs.append(output))
+
+    def on_gathered_weights(self, function: Callable[[LasarForGenerativeRec], T]) -> T:
+        """
+        Call a function that uses the model other than through its forward. ZeRO-3 gathers all weights for it, FSDP2
+        those of the root's forward (embeddings and head). Every process must call it.
+        """
+        with unwrap_model_for_generation(self.model_wrapped, self.accelerator) as model:
+            call = partial(function, unwrap_lasar(model))
+            if not isinstance(model, FSDPModule):
+                return call()
+            model._gathered = call
+            register_fsdp_forward_method(model, "_gathered")
+            try:
+                return model._gathered()
+            finally:
+                del model._gathered
 
     def log_means(self, metrics: dict[str, SumAndCount]) -> None:
         """
@@ -105,5 +133,14 @@ class LasarTrainerMixin:
             self.save_processor(output_dir or self.args.output_dir)
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):
-        """Write the card of this package."""
-        save_model_card(self, model_name, [*self._tag_names, *(tags or [])], self._description)
+        """Write `README.md`. TRL's own method looks for templates inside TRL."""
+        if not self.is_world_process_zero():
+            return
+        name = model_name or os.path.basename(os.path.normpath(self.args.output_dir))
+        data = ModelCardData(
+            library_name="transformers", tags=sorted([*self._tag_names, *(tags or [])]), pipeline_tag="text-generation"
+        )
+        usage = "" if self.processor is None else USAGE.format(name=name)
+        text = f"---\n{data.to_yaml()}\n---\n\n# {name}\n\n{self._description}\n{usage}"
+        with atomic_file(os.path.join(self.args.output_dir, "README.md")) as temporary:
+            ModelCard(text).save(temporary)
