@@ -133,7 +133,7 @@ def run(task: str, way: str, folder: Path) -> list[dict]:
     trainer = {"sft": sft_trainer, "grpo": grpo_trainer, "uneven": uneven}[task](folder)
     logs = {"trainer": by_trainer, "fsdp2": by_fsdp2}[way](trainer)
     if task == "sft":
-        logs.append(trainer.rank())  # as at an evaluation
+        logs.append(trainer.on_gathered_weights(trainer.ranking_evaluator))  # as at an evaluation
     if way == "trainer":
         trainer.save_model(str(folder / "saved"))
         trainer.accelerator.wait_for_everyone()

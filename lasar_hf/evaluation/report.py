@@ -21,7 +21,7 @@ def evaluate_recommendations(
     ks: Sequence[int] = DEFAULT_KS,
 ) -> dict[str, float | int]:
     """
-    Row of the results table for any recommender.
+    Row of the results table for any recommender: the numbers of [`score_predictions`], depth and time.
 
     Args:
         predictions, targets, num_items, ks:
@@ -30,9 +30,6 @@ def evaluate_recommendations(
             Number of latent steps of each user, for `mean_depth`.
         seconds (`float`, *optional*):
             Wall-clock time of all users together, for `ms_per_user` (milliseconds).
-
-    Returns:
-        `dict`: the numbers of [`score_predictions`] and those two.
     """
     row = score_predictions(predictions, targets, num_items, ks)
     if latent_steps is not None:

@@ -1,8 +1,7 @@
 """The catalogue-normalised head under TRL's protocol.
 
 TRL's trainers call `model(..., labels=labels, fused_lm_head=True)` and read log-probabilities per token. With this
-head instead of TRL's, their losses and metrics use the distribution of decoding_lasar: Semantic IDs (SIDs) are
-normalised over the codes that continue an item, text tokens over the vocabulary.
+head instead of TRL's, their losses and metrics use the distribution of decoding_lasar.
 """
 
 import types
@@ -25,10 +24,8 @@ def add_catalog_head(model: LasarForGenerativeRec, catalog: SidCatalog, temperat
     Every other call is the model's own forward. A label outside the catalogue raises a `ValueError`.
 
     Args:
-        model ([`LasarForGenerativeRec`]):
-            Model to patch. A head that TRL added before is replaced.
-        catalog ([`SidCatalog`]):
-            The items.
+        model ([`LasarForGenerativeRec`]), catalog ([`SidCatalog`]):
+            Model to patch, and its items. A head that TRL added before is replaced.
         temperature (`float`, *optional*, defaults to `1.0`):
             Temperature the logits are divided by.
     """

@@ -71,9 +71,6 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
             terminal loss, `terminal_anchor` (`H` floats), see [`~lasar_hf.data.grpo_examples`].
         kwargs:
             Passed to [`~trl.GRPOTrainer`].
-
-    Raises:
-        `ValueError`: for a missing or different catalogue and for arguments that do not work with the latent loop.
     """
 
     # The path of the additional state through TRL's methods, in the order of a generation:
@@ -84,7 +81,6 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
     #   compute_loss                     reads them from its micro-batch, and the latent states from `self._outputs`
 
     _tag_names = ["trl", "grpo", "lasar"]
-    _name = "LASAR GRPO"
     _description = "Reinforcement learning of LASAR with GRPO."
 
     def __init__(
@@ -108,10 +104,13 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
         args.max_completion_length = config.num_sid_levels
         if reward_funcs is None:
             reward_funcs = load_rewards(["exact_match", "ranking"], self.catalog, config, args.num_generations)
-        # TRL reloads the reference from a path. For an adapter it is the model without the adapter.
-        needs_reference = args.beta > 0 and kwargs.get("peft_config") is None
-        if needs_reference and isinstance(model, PreTrainedModel):
-            _save_reference(model, os.path.join(args.output_dir, "reference_model"))
+        # TRL reloads the reference from `config._name_or_path`. For an adapter it is the model without the adapter.
+        if args.beta > 0 and kwargs.get("peft_config") is None and isinstance(model, PreTrainedModel):
+            folder, state = os.path.join(args.output_dir, "reference_model"), PartialState()
+            if state.is_main_process:
+                model.save_pretrained(folder)
+            state.wait_for_everyone()
+            model.config._name_or_path = folder
         with warnings.catch_warnings():
             # TRL warns that `rollout_func` is experimental. Its version is pinned and a test covers the contract.
             warnings.filterwarnings("ignore", message="You are using 'rollout_func'")
@@ -305,12 +304,3 @@ def disable_functional_dropout(model: nn.Module) -> None:
         for name, value in vars(module).items():
             if "dropout" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
-
-
-def _save_reference(model: PreTrainedModel, folder: str) -> None:
-    """Save the starting model where TRL reloads the reference model from, `config._name_or_path`."""
-    state = PartialState()
-    if state.is_main_process:
-        model.save_pretrained(folder)
-    state.wait_for_everyone()
-    model.config._name_or_path = folder

@@ -21,7 +21,7 @@ def lasar_lora_config(
     **kwargs,
 ) -> LoraConfig:
     """
-    LoRA configuration for LASAR.
+    LoRA configuration for `peft_config` of the trainers or for `peft.get_peft_model`.
 
     The backbone's linear layers get adapters of rank `r`. The depth policy head and the token rows of Semantic IDs and
     control tokens, in the embeddings and in a head that is not tied to them, are trained in full.
@@ -33,9 +33,6 @@ def lasar_lora_config(
             Names of the backbone's layers to adapt, for example `["q_proj", "v_proj"]`.
         r, lora_alpha, lora_dropout, kwargs:
             As for [`~peft.LoraConfig`].
-
-    Returns:
-        [`~peft.LoraConfig`]: for `peft_config` of the trainers or for `peft.get_peft_model`.
     """
     # 1. Names of the layers to adapt.
     modules = model.model.backbone.named_modules()

@@ -57,10 +57,8 @@ def alignment_loss(
     LASAR, arXiv 2605.10207, stage 2 (SFT). Refuses `latents` and `anchors` of different shapes.
 
     Args:
-        latents (`torch.Tensor` of shape `(B, T, H)`):
-            `h_1 … h_N` of each sequence.
-        anchors (`torch.Tensor` of shape `(B, T, H)`):
-            `h_1^cot … h_N^cot`; no gradient flows into them.
+        latents, anchors (`torch.Tensor` of shape `(B, T, H)`):
+            `h_1 … h_N` and `h_1^cot … h_N^cot` of each sequence; no gradient flows into the anchors.
         mask (`torch.Tensor` of shape `(B, T)`):
             Which steps exist.
         distance (`str`, *optional*, defaults to `"kl"`):
@@ -104,10 +102,8 @@ def reinforce_loss(
     of the present policy to the one that drew its depth.
 
     Args:
-        depth_logits (`torch.Tensor` of shape `(B, N_max)`):
-            Logits of the policy head; class `k` means `k + 1` latent steps.
-        depths (`torch.Tensor` of shape `(B,)`):
-            Sampled depths `N`, at least 1.
+        depth_logits, depths (`torch.Tensor` of shape `(B, N_max)` and `(B,)`):
+            Logits of the policy head, whose class `k` means `k + 1` latent steps, and the sampled depths `N`.
         rewards, baseline (`torch.Tensor` of shape `(B,)`):
             Mean reward of each sequence's group, `R_group`, and the running mean `b_EMA`, which may be a `float`.
         step_cost, entropy_weight (`float`):

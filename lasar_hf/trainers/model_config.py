@@ -21,9 +21,6 @@ class LasarModelConfig(ModelConfig):
     Arguments of the model and its LoRA. The only change w.r.t. [`~trl.ModelConfig`] is that quantised weights, other
     attention than `"sdpa"` and `"eager"`, and the LoRA fields that [`lasar_lora_config`] sets itself are refused;
     everything else is inherited.
-
-    Raises:
-        `ValueError`: if a value is not one of its field's choices, or an unsupported field is set.
     """
 
     attn_implementation: str | None = field(

@@ -22,10 +22,8 @@ class ExactMatchReward:
     Candidates are read from `completion_ids`, since decoded text leaves out special tokens.
 
     Args:
-        catalog ([`SidCatalog`]):
-            The items.
-        config ([`LasarConfig`]):
-            Configuration of the model, for the token ids.
+        catalog, config ([`SidCatalog`] and [`LasarConfig`]):
+            The items, and the configuration of the model for the token ids.
     """
 
     __name__ = "exact_match"
@@ -52,10 +50,8 @@ class RankingReward(ExactMatchReward):
     with [`ExactMatchReward`], which rewards the target.
 
     Args:
-        catalog, config:
-            As for [`ExactMatchReward`].
-        num_generations (`int`):
-            Candidates per group, `G`.
+        catalog, config, num_generations:
+            As for [`ExactMatchReward`], and the number of candidates per group, `G` (`int`).
 
     Example:
 

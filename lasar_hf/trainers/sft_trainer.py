@@ -36,10 +36,9 @@ class LasarDataCollator(DataCollatorForLanguageModeling):
     `anchors` `(B, max N, H)`, zero beyond the depth of an example; everything else is inherited.
 
     Args:
-        anchors ([`~lasar_hf.reasoning.AnchorStore`], *optional*):
-            Anchors of each sample. Held-out examples, without a column `sample_index`, get none.
-        latent_token_id (`int`, *optional*):
-            Id of `<|latent|>`, to check that an example has as many latent slots as its sample has anchors.
+        anchors, latent_token_id ([`~lasar_hf.reasoning.AnchorStore`] and `int`, *optional*):
+            Anchors of each sample, and the id of `<|latent|>` to count latent slots. Held-out examples, without a
+            column `sample_index`, get no anchors.
     """
 
     anchors: AnchorStore | None = field(default=None, kw_only=True)
@@ -92,23 +91,17 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
         kwargs:
             Passed to [`~trl.SFTTrainer`].
 
-    Raises:
-        `ValueError`: for a missing or different catalogue, packing, padding-free batches, label smoothing and
-            `compute_loss_func`.
-
     Example:
 
     ```python
     >>> examples = sft_examples(data.samples["train"], processor)
-    >>> trainer = LasarSFTTrainer(
-    ...     model, LasarSFTConfig("outputs/stage1"), train_dataset=examples, processing_class=processor
-    ... )
+    >>> args = LasarSFTConfig("outputs/stage1")
+    >>> trainer = LasarSFTTrainer(model, args, train_dataset=examples, processing_class=processor)
     >>> trainer.train()
     ```
     """
 
     _tag_names = ["trl", "sft", "lasar"]
-    _name = "LASAR SFT"
     _description = "Supervised training of LASAR."
 
     def __init__(
@@ -159,22 +152,14 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """`L_CE` of TRL, plus the terms that read the latent states of the same pass."""
-        # 1. Cross-entropy of the next token. This runs the model.
+        # 1. Cross-entropy of the next token; this runs the model.
         anchors = inputs.pop("anchors", None)
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        # 2. Terms on the latent states. The Trainer sums over accumulated micro-batches: TRL's loss is divided by the
-        # tokens of all of them already, these terms by their number here.
-        extra = self._latent_losses(self._outputs.pop(), anchors)
-        if num_items_in_batch is not None:
-            extra = extra / self.current_gradient_accumulation_steps
-        return (result[0] + extra, result[1]) if return_outputs else result + extra
-
-    def _latent_losses(self, output, anchors: torch.Tensor | None) -> torch.Tensor:
-        """`α · L_align + β · L_policy`; `anchors` are `(B, max N, H)`."""
-        loss = output.depth_logits.new_zeros((), dtype=torch.float32)
+        output = self._outputs.pop()
         metrics = latent_metrics(output, unwrap_lasar(self.model).get_input_embeddings())
+        extra = output.depth_logits.new_zeros((), dtype=torch.float32)
 
-        # Alignment: h_1 … h_N against the anchors. h_0 has none.
+        # 2. Alignment: h_1 … h_N against the anchors (B, max N, H). h_0 has none.
         if anchors is not None:
             latents = output.latent_states[:, 1:]  # (B, max N, H)
             steps = torch.arange(latents.shape[1], device=latents.device)  # (max N,)
@@ -182,30 +167,31 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
             alignment = alignment_loss(latents, anchors, mask, self.args.alignment)
             count = mask.any(dim=1).sum()
             metrics["align_loss"] = alignment * count, count
-            loss = loss + self.args.alignment_weight * alignment
+            extra = extra + self.args.alignment_weight * alignment
 
-        # Policy: class k means depth k + 1. Sequences without latent steps have no class; they are masked rather than
-        # left out, so that the head gets a gradient in every batch.
+        # 3. Policy: class k means depth k + 1. Sequences without latent steps have no class; they are masked rather
+        # than left out, so that the head gets a gradient in every batch.
         if self.args.policy_weight > 0:
             labels = torch.where(output.latent_steps > 0, output.latent_steps - 1, -100)  # (B,)
             count = (labels >= 0).sum()
             total = nn.functional.cross_entropy(output.depth_logits.float(), labels, reduction="sum")
             metrics["policy_loss"] = total, count
             metrics["depth_accuracy"] = (output.depth_logits.argmax(-1) == labels).sum(), count
-            loss = loss + self.args.policy_weight * (total / count.clamp(min=1))
+            extra = extra + self.args.policy_weight * (total / count.clamp(min=1))
 
+        # 4. The Trainer sums over accumulated micro-batches: TRL's loss is divided by the tokens of all of them
+        # already, these terms by their number here.
         self.log_means(metrics)
-        return loss
+        if num_items_in_batch is not None:
+            extra = extra / self.current_gradient_accumulation_steps
+        return (result[0] + extra, result[1]) if return_outputs else result + extra
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """TRL's losses, plus the metrics of `ranking_evaluator`."""
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         if self.ranking_evaluator is not None:
-            ranking = {f"{metric_key_prefix}_{name}": value for name, value in self.rank().items()}
+            values = self.on_gathered_weights(self.ranking_evaluator)
+            ranking = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
             self.log(dict(ranking))
             metrics |= ranking
         return metrics
-
-    def rank(self) -> dict[str, float]:
-        """Metrics of `ranking_evaluator`, computed with gathered weights."""
-        return self.on_gathered_weights(self.ranking_evaluator)

@@ -28,13 +28,6 @@ def unsharded_weights():
 
     Once training arguments configured ZeRO-3, transformers shards every model that is created. Sharded weights cannot
     be resized or hashed, and one process cannot run the model. The trainer shards a whole model itself.
-
-    Example:
-
-    ```python
-    >>> with unsharded_weights():
-    ...     model = LasarForGenerativeRec.from_backbone("Qwen/Qwen3-0.6B", tokenizer)
-    ```
     """
     reference = deepspeed._hf_deepspeed_config_weak_ref
     deepspeed.unset_hf_deepspeed_config()

@@ -4,7 +4,7 @@ import os
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from typing import TypeVar
+from typing import Any
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData
@@ -22,7 +22,6 @@ from ..model.processing_lasar import LasarProcessor
 from .losses import depth_entropy
 
 
-T = TypeVar("T")
 # A sum over the local batch and the number of its terms.
 SumAndCount = tuple[torch.Tensor, torch.Tensor | int]
 
@@ -90,7 +89,7 @@ class LasarTrainerMixin:
         self._outputs = deque(maxlen=1)  # `pop` releases the output, so that its autograd graph can be freed
         lasar.model.register_forward_hook(lambda module, args, output: self._outputs.append(output))
 
-    def on_gathered_weights(self, function: Callable[[LasarForGenerativeRec], T]) -> T:
+    def on_gathered_weights(self, function: Callable[[LasarForGenerativeRec], Any]) -> Any:
         """
         Call a function that uses the model other than through its forward. ZeRO-3 gathers all weights for it, FSDP2
         those of the root's forward (embeddings and head). Every process must call it.
