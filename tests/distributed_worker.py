@@ -112,7 +112,7 @@ def by_fsdp2(trainer) -> list[dict]:
     model.gradient_checkpointing_enable({"use_reentrant": False})
     for layer in model.model.backbone.layers:
         fully_shard(layer)
-    trainer.model_wrapped = fully_shard(model)
+    trainer.model_wrapped = fully_shard(model, reshard_after_forward=True)  # as in fsdp2.yaml
     trainer.current_gradient_accumulation_steps = 1
     rate, logs = trainer.args.learning_rate, []
     batches = itertools.chain.from_iterable(itertools.repeat(trainer.get_train_dataloader()))

@@ -40,6 +40,4 @@ class LasarModelConfig(ModelConfig):
     @property
     def init_kwargs(self) -> dict[str, Any]:
         """Arguments of `from_pretrained`, and `model_init_kwargs` of a trainer."""
-        return {
-            "revision": self.model_revision, "dtype": self.dtype, "attn_implementation": self.attn_implementation
-        }
+        return {"revision": self.model_revision, "dtype": self.dtype, "attn_implementation": self.attn_implementation}

@@ -122,9 +122,7 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
         if args.packing or args.padding_free:
             raise ValueError("packing and padding_free are not supported: the latent loop needs one example per row.")
         if args.label_smoothing_factor > 0 or kwargs.get("compute_loss_func") is not None:
-            raise ValueError(
-                "label_smoothing_factor and compute_loss_func are not supported: their loss has no latent terms."
-            )
+            raise ValueError("label_smoothing_factor and compute_loss_func must be unset: they drop the latent terms.")
         refuse_zero3(model, args, kwargs.get("peft_config"))
         super().__init__(
             model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, processing_class=tokenizer, **kwargs

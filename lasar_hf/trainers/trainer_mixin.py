@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from peft import PeftModel
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
 from trl.models import unwrap_model_for_generation
 
@@ -73,11 +74,13 @@ def latent_metrics(output: LasarModelOutput, embedding: nn.Embedding) -> dict[st
     # The input of slot t is h_{t-1}, for t = 1 … N.
     inputs = output.latent_states[:, :-1]  # (B, max N, H)
     is_input = torch.arange(inputs.shape[1], device=steps.device) < steps[:, None]  # (B, max N)
-    embedding_norm = embedding.weight[:1024].float().norm(dim=-1).mean()
+    norms = embedding.weight[:1024].float().norm(dim=-1)
+    if isinstance(norms, DTensor):  # FSDP2 may shard the weight again after the forward
+        norms = norms.full_tensor()
     return {
         "mean_depth": (steps.sum(), len(steps)),
         "depth_entropy": (depth_entropy(output.depth_logits).sum(), len(steps)),
-        "latent_norm_ratio": (inputs[is_input].float().norm(dim=-1).sum() / embedding_norm, is_input.sum()),
+        "latent_norm_ratio": (inputs[is_input].float().norm(dim=-1).sum() / norms.mean(), is_input.sum()),
     }
 
 
