@@ -98,7 +98,7 @@ def write_request(args: RecommendArguments, folder: Path) -> None:
         changed = sorted(name for name in request if request[name] != before.get(name))
         if changed:
             raise ValueError(
-                f"{folder} holds shards with different settings ({', '.join(changed)}). Use another output_dir."
+                f"{folder} contains shards with different settings ({', '.join(changed)}). Use another output_dir."
             )
     write_json(path, request)
 

@@ -4,7 +4,7 @@ Supervised training: stage 1 grounds the Semantic IDs, stage 2 teaches latent re
     accelerate launch recipes/sft.py --config recipes/scientific/stage1.yaml
     accelerate launch recipes/sft.py --config recipes/scientific/stage2.yaml
 
-Resumes from the last checkpoint in `output_dir`. The result holds model, tokenizer, catalogue and prompt format.
+Resumes from the last checkpoint in `output_dir`. The result contains model, tokenizer, catalogue and prompt format.
 """
 
 from dataclasses import asdict, dataclass, field, fields
@@ -37,8 +37,7 @@ class SFTScriptArguments:
     data_dir: str = field(metadata={"help": "Folder that recipes/prepare.py wrote."})
     stage: int = field(default=1, metadata={"help": "1: SID grounding, 2: latent reasoning.", "choices": [1, 2]})
     backbone_config: dict | str | None = field(
-        default=None,
-        metadata={"help": "Stage 1 from scratch: config of the backbone with `model_type` (or JSON)."},
+        default=None, metadata={"help": "Stage 1 from scratch: config of the backbone with `model_type` (or JSON)."}
     )
     max_latent_steps: int = field(default=8, metadata={"help": "Stage 1: largest number of latent steps."})
     codebook_init: bool = field(
@@ -62,8 +61,7 @@ class SFTScriptArguments:
     anchor_context: str = field(
         default="segment",
         metadata={
-            "help": "Stage 2: encode a segment alone (segment, as in the paper) or after the prompt and the earlier "
-            "segments (chain).",
+            "help": "Stage 2: encode a segment alone (as in the paper) or after the prompt and the earlier segments.",
             "choices": ["segment", "chain"],
         },
     )
@@ -88,19 +86,21 @@ def new_backbone(script: SFTScriptArguments, model_args: LasarModelConfig, token
         **script.backbone_config, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
     )
-    return AutoModelForCausalLM.from_config(config, **model_args.from_config_kwargs)
+    return AutoModelForCausalLM.from_config(
+        config, dtype=model_args.dtype, attn_implementation=model_args.attn_implementation
+    )
 
 
 def stage1_model(script: SFTScriptArguments, model_args: LasarModelConfig, data: PreparedData):
     """A pre-trained or new backbone with Semantic-ID tokens, and its processor."""
-    if script.backbone_config is None and model_args.model_name_or_path is None:
-        raise ValueError("Stage 1 starts from a backbone: set model_name_or_path or backbone_config.")
-    if script.backbone_config is None:
+    if script.backbone_config is not None:
+        tokenizer = AutoTokenizer.from_pretrained(Path(script.data_dir, "tokenizer"))
+        backbone = new_backbone(script, model_args, tokenizer)
+    elif model_args.model_name_or_path is not None:
         tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path)
         backbone = AutoModelForCausalLM.from_pretrained(model_args.model_name_or_path, **model_args.init_kwargs)
     else:
-        tokenizer = AutoTokenizer.from_pretrained(Path(script.data_dir, "tokenizer"))
-        backbone = new_backbone(script, model_args, tokenizer)
+        raise ValueError("Stage 1 starts from a backbone: set model_name_or_path or backbone_config.")
     model = LasarForGenerativeRec.from_backbone(
         backbone, tokenizer, data.catalog.num_levels, data.codebook_size, script.max_latent_steps
     )

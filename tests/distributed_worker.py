@@ -1,7 +1,7 @@
 """
 One process of the distributed tests: trains tiny models for a few steps and writes the losses to a file.
 
-    torchrun --nproc_per_node 2 -m tests.distributed_worker out trainer fsdp2
+    torchrun --nproc_per_node 2 -m tests.distributed_worker out sft,grpo trainer fsdp2
 
 Two ways to train: `trainer` (as the launcher set it up) and `fsdp2` (torch's fully_shard in a loop of our own, since
 accelerate silently runs DDP instead on a CPU).
@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import zlib
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -34,7 +35,9 @@ from tests.training import COMMON, first_code, grpo_setup, sft_setup
 
 STEPS = 4
 GLOBAL_BATCH = 8
+TASKS = ("sft", "grpo")
 DEPTHS = [1, 1, 1, 1, 4, 3, 4, 2, 2, 2, 2, 2, 1, 1, 1, 1]  # each rank gets four at a time: their depths differ
+UNEVEN_DEPTHS = [0, 0, 0, 0, 4, 3, 4, 2]  # the first rank has no latent slot
 
 
 class FixedDraws(LasarGRPOTrainer):
@@ -55,7 +58,7 @@ def arguments(folder: Path) -> dict:
     return {
         **COMMON, "output_dir": str(folder), "max_steps": STEPS, "per_device_train_batch_size": GLOBAL_BATCH // world,
         "ddp_backend": "gloo" if world > 1 else None, "gradient_checkpointing": True, "optim": "sgd",
-        "learning_rate": 0.05,
+        "learning_rate": 0.05, "ddp_timeout": 60,
     }
 
 
@@ -71,12 +74,12 @@ def prompt_scores(lasar: LasarForGenerativeRec, catalog: SidCatalog) -> list[lis
     return lasar.recommend(**batch([row(lasar, 5, 0), row(lasar, 8, 0, seed=1)]), catalog=catalog).scores.tolist()
 
 
-def sft_trainer(folder: Path) -> LasarSFTTrainer:
+def sft_trainer(folder: Path, depths: list[int] = DEPTHS) -> LasarSFTTrainer:
     """Stage 2, from a model that is created unsharded."""
     args = LasarSFTConfig(**arguments(folder), policy_weight=0.1, train_sampling_strategy="sequential")
     shard_everything(args)
     with unsharded_weights():
-        model, tokenizer, catalog, rows, anchors = sft_setup(DEPTHS)
+        model, tokenizer, catalog, rows, anchors = sft_setup(depths)
     return LasarSFTTrainer(
         model, args, catalog, anchors, train_dataset=rows, processing_class=tokenizer,
         ranking_evaluator=lambda lasar: {"scores": prompt_scores(lasar, catalog)},
@@ -109,7 +112,7 @@ def by_fsdp2(trainer) -> list[dict]:
     model.gradient_checkpointing_enable({"use_reentrant": False})
     for layer in model.model.backbone.layers:
         fully_shard(layer)
-    trainer.model_wrapped = fully_shard(model)
+    trainer.model_wrapped = fully_shard(model, reshard_after_forward=True)  # as in fsdp2.yaml
     trainer.current_gradient_accumulation_steps = 1
     rate, logs = trainer.args.learning_rate, []
     batches = itertools.chain.from_iterable(itertools.repeat(trainer.get_train_dataloader()))
@@ -126,10 +129,11 @@ def by_fsdp2(trainer) -> list[dict]:
 
 def run(task: str, way: str, folder: Path) -> list[dict]:
     """The losses of one training."""
-    trainer = {"sft": sft_trainer, "grpo": grpo_trainer}[task](folder)
+    uneven = partial(sft_trainer, depths=UNEVEN_DEPTHS)
+    trainer = {"sft": sft_trainer, "grpo": grpo_trainer, "uneven": uneven}[task](folder)
     logs = {"trainer": by_trainer, "fsdp2": by_fsdp2}[way](trainer)
     if task == "sft":
-        logs.append(trainer.rank())  # as at an evaluation
+        logs.append(trainer.on_gathered_weights(trainer.ranking_evaluator))  # as at an evaluation
     if way == "trainer":
         trainer.save_model(str(folder / "saved"))
         trainer.accelerator.wait_for_everyone()
@@ -139,9 +143,9 @@ def run(task: str, way: str, folder: Path) -> list[dict]:
     return logs
 
 
-def main(out: str, *ways: str) -> None:
-    """Train in each way and write what the main process logs."""
-    for task, way in itertools.product(("sft", "grpo"), ways):
+def main(out: str, tasks: str, *ways: str) -> None:
+    """Train each task in each way and write what the main process logs."""
+    for task, way in itertools.product(tasks.split(","), ways):
         logs = run(task, way, Path(out, f"{task}-{way}"))
         if PartialState().is_main_process:
             Path(out, f"{task}-{way}.json").write_text(json.dumps(logs))

@@ -14,11 +14,12 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
 from tests import distributed_worker
+from tests.distributed_worker import TASKS
 
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "recipes" / "accelerate_configs"
-TASKS = ("sft", "grpo")
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 NAMES = {
     "loss", "grad_norm", "mean_depth", "align_loss", "policy_loss", "kl", "reward", "depth_loss", "terminal_loss",
     "scores", "saved_scores",
@@ -32,15 +33,15 @@ def one_process(tmp_path_factory):
     return {task: distributed_worker.run(task, "trainer", folder / task) for task in TASKS}
 
 
-def two_processes(launcher: list[str], out: Path, *ways: str) -> dict[tuple[str, str], list[dict]]:
+def two_processes(launcher: list[str], out: Path, *ways: str, tasks=TASKS) -> dict[tuple[str, str], list[dict]]:
     """Logs of each task and way of training, by the processes of a launcher."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-m", *launcher, "-m", "tests.distributed_worker", str(out), *ways],
+        [sys.executable, "-m", *launcher, "-m", "tests.distributed_worker", str(out), ",".join(tasks), *ways],
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500,
     )
     assert done.returncode == 0, done.stderr[-6000:]
-    return {(task, way): json.loads((out / f"{task}-{way}.json").read_text()) for task in TASKS for way in ways}
+    return {(task, way): json.loads((out / f"{task}-{way}.json").read_text()) for task in tasks for way in ways}
 
 
 def assert_same_series(got: list[dict], expected: list[dict]):
@@ -54,10 +55,18 @@ def assert_same_series(got: list[dict], expected: list[dict]):
 
 @pytest.mark.distributed
 def test_ddp_and_fsdp2_train_as_one_process_does(one_process, tmp_path):
-    launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    logs = two_processes(launcher, tmp_path, "trainer", "fsdp2")
+    logs = two_processes(TORCHRUN, tmp_path, "trainer", "fsdp2")
     for (task, _), series in logs.items():
         assert_same_series(series, one_process[task])
+
+
+@pytest.mark.distributed
+def test_logs_do_not_depend_on_how_the_batch_is_split(tmp_path):
+    """The sequences of the first process have no latent slots, so it has nothing to add to most of the metrics."""
+    (expected, *_) = distributed_worker.run("uneven", "trainer", tmp_path / "one")
+    (logs, *_) = two_processes(TORCHRUN, tmp_path, "trainer", tasks=["uneven"])["uneven", "trainer"]
+    names = {"mean_depth", "depth_entropy", "latent_norm_ratio", "align_loss", "policy_loss", "depth_accuracy"}
+    assert {name: logs[name] for name in names} == pytest.approx({name: expected[name] for name in names}, rel=1e-4)
 
 
 @pytest.mark.distributed

@@ -15,7 +15,8 @@ from lasar_hf import (
     LasarSFTConfig,
     LasarSFTTrainer,
 )
-from lasar_hf.trainers import LasarModelConfig, lasar_lora_config, lora_from_arguments, refuse_zero3, save_trained
+from lasar_hf.trainers import LasarModelConfig, lasar_lora_config, lora_from_arguments, save_trained
+from lasar_hf.trainers.sharding import refuse_zero3
 from tests.references import DEPTHS as MIXED_DEPTHS
 from tests.references import SIDES, functional, gradients, mixed_rows
 from tests.tiny import batch, row, tiny_catalog, tiny_model

@@ -49,6 +49,13 @@ def test_stage_2_moves_every_parameter_and_logs_every_term(tmp_path, sid_loss, c
             "mean_token_accuracy", "entropy"} <= set(logs)
 
 
+def test_a_metric_without_terms_is_not_logged(tmp_path):
+    trainer = sft_trainer(tmp_path, depths=[0] * 6, policy_weight=0.1)
+    trainer.train()
+    assert trainer.state.log_history[0]["mean_depth"] == 0
+    assert not {"latent_norm_ratio", "policy_loss", "depth_accuracy"} & set(trainer.state.log_history[0])
+
+
 def test_stage_1_freezes_the_policy_head(tmp_path):
     trainer = sft_trainer(tmp_path, depths=[0] * 6)
     before = parameters(trainer.model)

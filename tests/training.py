@@ -25,7 +25,7 @@ def sft_setup(depths=DEPTHS, **model_kwargs):
         ids = row(model, 4 + i % 3, depth, answer, seed=i)
         examples.append({"input_ids": ids, "labels": [-100] * (len(ids) - 3) + answer, "sample_index": i})
     anchors = None
-    if min(depths) > 0:
+    if max(depths) > 0:
         vectors = np.random.default_rng(0).normal(size=(sum(depths), 16)).astype(np.float32)
         anchors = np.split(vectors, np.cumsum(depths)[:-1])  # anchors[i] is (N_i, H), as of an AnchorStore
     return model, tokenizer, catalog, Dataset.from_list(examples), anchors

@@ -1,9 +1,8 @@
 """
 Popularity and first-order Markov, the baselines of every results table.
 
-Both learn from the training sequences only, for the test set too: the validation item is the context of a test
-prediction, but it adds no transition and no count. Items of the user's history stay in the ranking. Ties go to the
-smaller item index.
+Both count in the training sequences only. The validation item is the context of a test prediction, but it is not
+counted. Items of the user's history stay in the ranking. Ties go to the smaller item index.
 """
 
 from collections.abc import Sequence
@@ -27,7 +26,8 @@ def popularity_ranking(train_sequences: Sequence[Sequence[int]], num_items: int,
     Returns:
         `np.ndarray` of shape `(k,)`, int64: item indices, best first; -1 pads if the catalogue has fewer items.
     """
-    return _pad(_popularity_order(train_sequences, num_items)[:top_k], top_k)
+    ranking = _popularity_order(train_sequences, num_items)[:top_k]
+    return np.pad(ranking, (0, top_k - len(ranking)), constant_values=-1)
 
 
 def markov_ranking(
@@ -37,9 +37,10 @@ def markov_ranking(
     Items that most often directly follow the context item in the training sequences.
 
     Ties are ordered by popularity, then by item index. Items that never follow the context come last, by popularity.
-    Arguments as for [`popularity_ranking`] and:
 
     Args:
+        train_sequences, num_items, top_k:
+            As for [`popularity_ranking`].
         contexts (`Sequence[int]` of length `U`):
             Newest item of each history.
 
@@ -49,20 +50,23 @@ def markov_ranking(
     contexts = np.asarray(contexts, dtype=np.int64)
     _check_items("contexts", contexts, num_items)
     popular = _popularity_order(train_sequences, num_items)
-    popularity_rank = np.empty(num_items, dtype=np.int64)
-    popularity_rank[popular] = np.arange(num_items)
-    counts = _transition_counts(train_sequences, num_items)
+    popularity_rank = np.argsort(popular)  # (I,)
+    # How often the item of the column directly follows the item of the row; `tocsr` sums equal pairs.
+    before = np.concatenate([np.asarray(sequence[:-1], dtype=np.int64) for sequence in train_sequences])
+    after = np.concatenate([np.asarray(sequence[1:], dtype=np.int64) for sequence in train_sequences])
+    counts = sparse.coo_array((np.ones(len(before), dtype=np.int64), (before, after)), shape=(num_items, num_items))
+    counts = counts.tocsr()  # (I, I)
 
     # Users share contexts: rank once for each distinct one.
     distinct, context_index = np.unique(contexts, return_inverse=True)
-    rankings = np.empty((len(distinct), top_k), dtype=np.int64)
+    rankings = np.full((len(distinct), top_k), -1)
     for index, context in enumerate(distinct):
         stored = slice(counts.indptr[context], counts.indptr[context + 1])
         successors = counts.indices[stored]
         successors = successors[np.lexsort((popularity_rank[successors], -counts.data[stored]))]
-        others = popular[:top_k]
-        others = others[~np.isin(others, successors)]
-        rankings[index] = _pad(np.concatenate([successors, others])[:top_k], top_k)
+        others = popular[:top_k][~np.isin(popular[:top_k], successors)]
+        ranking = np.concatenate([successors, others])[:top_k]
+        rankings[index, : len(ranking)] = ranking
     return rankings[context_index]
 
 
@@ -71,18 +75,6 @@ def _popularity_order(train_sequences: Sequence[Sequence[int]], num_items: int) 
     items = np.concatenate([np.asarray(sequence, dtype=np.int64) for sequence in train_sequences])
     _check_items("train_sequences", items, num_items)
     return np.argsort(-np.bincount(items, minlength=num_items), kind="stable")
-
-
-def _transition_counts(train_sequences: Sequence[Sequence[int]], num_items: int) -> sparse.csr_array:
-    """`(I, I)`: how often the item of the column directly follows the item of the row."""
-    before = np.concatenate([np.asarray(sequence[:-1], dtype=np.int64) for sequence in train_sequences])
-    after = np.concatenate([np.asarray(sequence[1:], dtype=np.int64) for sequence in train_sequences])
-    counts = sparse.coo_array((np.ones(len(before), dtype=np.int64), (before, after)), shape=(num_items, num_items))
-    return counts.tocsr()  # sums equal pairs
-
-
-def _pad(ranking: np.ndarray, top_k: int) -> np.ndarray:
-    return np.pad(ranking, (0, top_k - len(ranking)), constant_values=-1)
 
 
 def _check_items(name: str, items: np.ndarray, num_items: int) -> None:

@@ -13,14 +13,11 @@ DEFAULT_KS = (5, 10, 20)
 
 def ranks(predictions: Any, references: Any) -> np.ndarray:
     """
-    Rank of each user's target item in the list recommended to that user.
-
-    A rank is a position in the list, so an entry that is not an item still counts as one position.
+    Rank of each user's target item in the list recommended to that user, where each entry counts, also invalid ones.
 
     Args:
         predictions (`Tensor`, `np.ndarray` or `list[list[int]]` of shape `(U, k)`):
-            Item indices, best first; -1 pads. Other numbers that are not an item index, such as -2, may repeat; an
-            item may not.
+            Item indices, best first; -1 pads. Negative numbers may repeat, items may not.
         references (`Tensor`, `np.ndarray` or `list[int]` of shape `(U,)`):
             Item index of each user's target.
 
@@ -28,8 +25,7 @@ def ranks(predictions: Any, references: Any) -> np.ndarray:
         `np.ndarray` of shape `(U,)`, float64: ranks from 1; `inf` where the target was not recommended.
 
     Raises:
-        `ValueError`: if there are no users, shapes do not fit, an entry is not an integer, a target is negative, or a
-            list contains an item twice.
+        `ValueError`: if shapes or types do not fit, a target is negative, or a list contains an item twice.
 
     Example:
 
@@ -58,11 +54,7 @@ def hits_per_user(ranks: np.ndarray, k: int) -> np.ndarray:
 
 
 def ndcg_per_user(ranks: np.ndarray, k: int) -> np.ndarray:
-    """
-    `(U,)` float64: `1 / log2(rank + 1)` where the target is among the first `k`, else 0.
-
-    With one relevant item the ideal gain is 1, so this is NDCG@k (Järvelin and Kekäläinen, 2002).
-    """
+    """`(U,)` float64: `1 / log2(rank + 1)` where the target is among the first `k`, else 0. Their mean is NDCG@k."""
     return hits_per_user(ranks, k) / np.log2(np.asarray(ranks) + 1.0)
 
 
@@ -76,9 +68,11 @@ def score_predictions(
     predictions: Any, references: Any, num_items: int, ks: Sequence[int] = DEFAULT_KS
 ) -> dict[str, float | int]:
     """
-    HR@k, NDCG@k and the share of entries that are not items. Arguments as for [`ranks`] and:
+    HR@k, NDCG@k and the share of entries that are not items.
 
     Args:
+        predictions, references:
+            As for [`ranks`].
         num_items (`int`):
             Size of the catalogue `I`; item indices are `0 … I - 1`.
         ks (`Sequence[int]`, *optional*, defaults to `(5, 10, 20)`):
@@ -89,8 +83,7 @@ def score_predictions(
         (share of padding among all entries) and `n` (number of users).
 
     Raises:
-        `ValueError`: as [`ranks`]; if a target is outside the catalogue, or the lists are shorter than the largest
-            cut-off.
+        `ValueError`: as [`ranks`], and for targets outside the catalogue or lists shorter than the largest cut-off.
     """
     target_ranks = ranks(predictions, references)
     predictions, references = np.asarray(predictions), np.asarray(references)
@@ -111,7 +104,7 @@ def score_predictions(
 
 class RankingMetrics(evaluate.Metric):
     """
-    [`score_predictions`] as an `evaluate.Metric`, which collects batches; arguments as there, others are passed on.
+    [`score_predictions`] as an `evaluate.Metric`, which collects batches. `kwargs` are those of `evaluate.Metric`.
 
     Example:
 
@@ -128,8 +121,7 @@ class RankingMetrics(evaluate.Metric):
         self.num_items, self.ks = num_items, tuple(ks)
 
     def _info(self) -> evaluate.MetricInfo:
-        item = datasets.Value("int64")
-        features = datasets.Features({"predictions": datasets.List(item), "references": item})
+        features = datasets.Features({"predictions": [datasets.Value("int64")], "references": datasets.Value("int64")})
         return evaluate.MetricInfo(description=self.__doc__, citation="", inputs_description="", features=features)
 
     def _compute(self, predictions: list[list[int]], references: list[int]) -> dict[str, float | int]:

@@ -17,7 +17,7 @@ from .report import evaluate_recommendations
 
 @dataclass(frozen=True)
 class Recommendations:
-    """Recommendations for a table of samples, in the order of the table."""
+    """Recommendations for a table of samples, in its order."""
 
     items: np.ndarray  # (U, k) item indices, best first; -1 pads
     scores: np.ndarray  # (U, k) log-probabilities; -inf at padding
@@ -46,18 +46,12 @@ def recommend_samples(
             Table with a column `history` (item indices, oldest first).
         processor ([`LasarProcessor`]):
             Prompt format and catalogue of the model.
-        top_k (`int`, *optional*, defaults to `20`):
-            Number of items per sample, `k`.
-        num_beams (`int`, *optional*, defaults to `50`):
-            Width of the beam search.
-        latent_steps (`int`, *optional*):
-            Number of latent steps of every sample, 0 for direct generation. By default the policy head chooses.
+        top_k, num_beams, latent_steps:
+            As for [`LasarForGenerativeRec.recommend`]; one `int` for all samples.
         batch_size (`int`, *optional*, defaults to `64`):
             Samples per batch.
-        progress (`bool`, *optional*, defaults to `False`):
-            Whether to show a progress bar.
-        exclude_history (`bool`, *optional*, defaults to `False`):
-            Whether to leave the items of a sample's history out of its recommendations.
+        progress, exclude_history (`bool`, *optional*, default to `False`):
+            Show a progress bar; leave the items of a sample's history out of its recommendations.
     """
     histories = samples["history"]
     prompts = [processor.prompt_ids(history) for history in histories]
@@ -81,13 +75,11 @@ class RankingEvaluator:
     """
     HR@k, NDCG@k and mean depth on held-out samples, as `ranking_evaluator` of [`LasarSFTTrainer`].
 
-    Arguments as for [`recommend_samples`] and:
-
     Args:
         samples (`Dataset`):
             Table with the columns `history` and `target`.
-        ks (`Sequence[int]`, *optional*, defaults to `(5, 10, 20)`):
-            Cut-offs.
+        processor, num_beams, latent_steps, ks:
+            As for [`recommend_samples`] and [`score_predictions`].
     """
 
     def __init__(
@@ -103,8 +95,9 @@ class RankingEvaluator:
 
     def __call__(self, model: LasarForGenerativeRec) -> dict[str, float]:
         """`HR@k`, `NDCG@k` and `mean_depth` of the model."""
-        top_k = max(self.ks)
-        output = recommend_samples(model, self.samples, self.processor, top_k, self.num_beams, self.latent_steps)
+        output = recommend_samples(
+            model, self.samples, self.processor, max(self.ks), self.num_beams, self.latent_steps
+        )
         targets, num_items = self.samples["target"], len(self.processor.catalog)
         row = evaluate_recommendations(output.items, targets, num_items, output.latent_steps, ks=self.ks)
         return {name: value for name, value in row.items() if name.startswith(("HR", "NDCG", "mean_depth"))}

@@ -1,4 +1,4 @@
-"""From recommendations to one row of numbers, from rows to a table, from a table to files."""
+"""Rows of numbers, the table of several rows, and its files."""
 
 import json
 import os
@@ -12,9 +12,6 @@ from ..files import atomic_file
 from .metrics import DEFAULT_KS, score_predictions
 
 
-Row = Mapping[str, float | int]
-
-
 def evaluate_recommendations(
     predictions: Any,
     targets: Any,
@@ -24,19 +21,15 @@ def evaluate_recommendations(
     ks: Sequence[int] = DEFAULT_KS,
 ) -> dict[str, float | int]:
     """
-    Row of the results table for one recommender, of any kind.
+    Row of the results table for any recommender: the numbers of [`score_predictions`], depth and time.
 
     Args:
         predictions, targets, num_items, ks:
-            As `predictions`, `references`, `num_items` and `ks` of [`score_predictions`].
+            As for [`score_predictions`], whose `references` are the targets.
         latent_steps (of shape `(U,)`, *optional*):
-            Number of latent steps of each user.
+            Number of latent steps of each user, for `mean_depth`.
         seconds (`float`, *optional*):
-            Wall-clock time of all users together.
-
-    Returns:
-        `dict`: the numbers of [`score_predictions`], `mean_depth` if `latent_steps` is given and `ms_per_user`
-        (milliseconds) if `seconds` is given.
+            Wall-clock time of all users together, for `ms_per_user` (milliseconds).
     """
     row = score_predictions(predictions, targets, num_items, ks)
     if latent_steps is not None:
@@ -49,23 +42,24 @@ def evaluate_recommendations(
     return row
 
 
-def comparison_table(rows: Mapping[str, Row]) -> str:
-    """
-    Markdown table with one line per recommender and one column per number.
-
-    Args:
-        rows (`Mapping[str, Mapping]`):
-            Numbers of each recommender by its name. A number that a recommender does not have is shown as `–`.
-    """
+def comparison_table(rows: Mapping[str, Mapping[str, float | int]]) -> str:
+    """Markdown table of the numbers of recommenders by their names; `–` where a recommender does not have a number."""
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-    lines = ["| model | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
+    lines = [f"| model | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
     for name, row in rows.items():
-        cells = [_cell(column, row[column]) if column in row else "–" for column in columns]
-        lines.append("| " + " | ".join([name.replace("|", r"\|"), *cells]) + " |")
+        cells = [name.replace("|", r"\|")]
+        for column in columns:
+            # Ranking metrics differ in the third or fourth digit, depth and milliseconds do not.
+            digits = 2 if column in ("mean_depth", "ms_per_user") else 4
+            value = row.get(column, "–")
+            cells.append(f"{value:.{digits}f}" if isinstance(value, float) else str(value))
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def save_report(folder: str | os.PathLike, rows: Mapping[str, Row], details: Mapping[str, Any] | None = None) -> None:
+def save_report(
+    folder: str | os.PathLike, rows: Mapping[str, Mapping[str, float | int]], details: Mapping[str, Any] | None = None
+) -> None:
     """
     Write `report.json` (`{"results": rows, "details": details}`) and `report.md` ([`comparison_table`]).
 
@@ -73,7 +67,7 @@ def save_report(folder: str | os.PathLike, rows: Mapping[str, Row], details: Map
         folder (`str` or `PathLike`):
             Folder, created if missing.
         rows (`Mapping[str, Mapping]`):
-            As for [`comparison_table`].
+            Numbers of each recommender by its name.
         details (`Mapping`, *optional*):
             Anything else to keep with the numbers, such as settings or the seed.
 
@@ -84,10 +78,3 @@ def save_report(folder: str | os.PathLike, rows: Mapping[str, Row], details: Map
     for name, text in {"report.json": content, "report.md": comparison_table(rows)}.items():
         with atomic_file(Path(folder, name)) as temporary:
             temporary.write_text(text, encoding="utf-8")
-
-
-def _cell(column: str, value: float | int) -> str:
-    if isinstance(value, int):
-        return str(value)
-    # Ranking metrics differ in the third or fourth digit, depth and milliseconds do not.
-    return f"{value:.2f}" if column in ("mean_depth", "ms_per_user") else f"{value:.4f}"

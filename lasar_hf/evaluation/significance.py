@@ -9,7 +9,7 @@ from scipy import stats
 
 @dataclass(frozen=True)
 class BootstrapResult:
-    """Mean of `values_a` minus mean of `values_b`, its confidence interval `low … high` and the two-sided p-value."""
+    """Mean of `values_a` minus mean of `values_b`, its 95 % interval `low … high` and the two-sided p-value."""
 
     difference: float
     low: float
@@ -22,23 +22,18 @@ def paired_bootstrap(
     values_b: Sequence[float] | np.ndarray,
     num_resamples: int = 10_000,
     seed: int = 0,
-    confidence_level: float = 0.95,
 ) -> BootstrapResult:
     """
     Percentile bootstrap of the mean difference between two recommenders on the same users.
 
-    Users are drawn with replacement, each with both values (Efron and Tibshirani, 1993). The p-value inverts the
+    Users are drawn with replacement, each with both values (Efron and Tibshirani, 1993). The p-value inverts the 95 %
     interval; the smallest possible one is `2 / (num_resamples + 1)`.
 
     Args:
         values_a, values_b (`Sequence[float]` of length `U`):
             A metric of the same users under two recommenders, such as [`ndcg_per_user`].
-        num_resamples (`int`, *optional*, defaults to `10000`):
-            Number of bootstrap samples.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the resampling.
-        confidence_level (`float`, *optional*, defaults to `0.95`):
-            Level of the interval.
+        num_resamples, seed (`int`, *optional*, default to `10000` and `0`):
+            Number of bootstrap samples and their seed.
 
     Raises:
         `ValueError`: if the lengths differ, there are fewer than two users, or a value is not finite.
@@ -53,20 +48,12 @@ def paired_bootstrap(
         user = int((~np.isfinite(differences)).argmax())
         raise ValueError(f"values_a[{user}] or values_b[{user}] is not finite.")
 
-    result = stats.bootstrap(
-        (differences,),
-        np.mean,
-        n_resamples=num_resamples,
+    result = stats.bootstrap(  # 95 % is its default
+        (differences,), np.mean, n_resamples=num_resamples, method="percentile", rng=np.random.default_rng(seed),
         batch=max(1, 2**22 // len(differences)),  # at most 32 MB at a time
-        confidence_level=confidence_level,
-        method="percentile",
-        rng=np.random.default_rng(seed),
     )
     means = result.bootstrap_distribution
     tail = min((means <= 0).sum(), (means >= 0).sum())
-    return BootstrapResult(
-        difference=float(differences.mean()),
-        low=float(result.confidence_interval.low),
-        high=float(result.confidence_interval.high),
-        p_value=float(min(1.0, 2 * (tail + 1) / (num_resamples + 1))),
-    )
+    p_value = min(1.0, 2 * (tail + 1) / (num_resamples + 1))
+    interval = result.confidence_interval
+    return BootstrapResult(float(differences.mean()), float(interval.low), float(interval.high), float(p_value))

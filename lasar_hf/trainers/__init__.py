@@ -3,14 +3,14 @@
 from .catalog_head import add_catalog_head
 from .grpo_config import LasarGRPOConfig
 from .grpo_trainer import LasarGRPOTrainer
-from .lora import lasar_lora_config, lora_from_arguments, refuse_zero3, save_trained
+from .lora import lasar_lora_config, lora_from_arguments, save_trained
 from .losses import DISTANCES, alignment_loss, bidirectional_kl, depth_entropy, exact_depth_loss, reinforce_loss
 from .model_config import LasarModelConfig
 from .resume import checkpoint_to_resume
 from .rewards import ExactMatchReward, RankingReward, load_rewards
 from .sft_config import LasarSFTConfig
 from .sft_trainer import LasarDataCollator, LasarSFTTrainer
-from .sharding import run_with_gathered_weights, unsharded_weights
+from .sharding import unsharded_weights
 
 
 __all__ = [
@@ -32,9 +32,7 @@ __all__ = [
     "lasar_lora_config",
     "load_rewards",
     "lora_from_arguments",
-    "refuse_zero3",
     "reinforce_loss",
-    "run_with_gathered_weights",
     "save_trained",
     "unsharded_weights",
 ]

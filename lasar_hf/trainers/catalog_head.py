@@ -1,8 +1,7 @@
-"""The catalogue-normalised head under TRL's protocol: TRL's trainers score items by the distribution of decoding.
+"""The catalogue-normalised head under TRL's protocol.
 
 TRL's trainers call `model(..., labels=labels, fused_lm_head=True)` and read log-probabilities per token. With this
-head in the place of TRL's own, their losses and metrics use the distribution of decoding_lasar: Semantic IDs (SIDs)
-are normalised over the codes that continue an item, text tokens over the vocabulary.
+head instead of TRL's, their losses and metrics use the distribution of decoding_lasar.
 """
 
 import types
@@ -22,18 +21,13 @@ def add_catalog_head(model: LasarForGenerativeRec, catalog: SidCatalog, temperat
     """
     Let `model(..., labels=labels, fused_lm_head=True)` score SID labels over the catalogue, see [`score_labels`].
 
-    Every other call is the model's own forward.
+    Every other call is the model's own forward. A label outside the catalogue raises a `ValueError`.
 
     Args:
-        model ([`LasarForGenerativeRec`]):
-            Model to patch. A head that TRL added before is replaced.
-        catalog ([`SidCatalog`]):
-            The items.
+        model ([`LasarForGenerativeRec`]), catalog ([`SidCatalog`]):
+            Model to patch, and its items. A head that TRL added before is replaced.
         temperature (`float`, *optional*, defaults to `1.0`):
             Temperature the logits are divided by.
-
-    Raises:
-        `ValueError`: if the catalogue does not match the model or, in a forward, a label is not in the catalogue.
     """
     catalog.check_matches(model.config.num_sid_levels, model.config.codebook_size)
 
@@ -60,26 +54,9 @@ def score_labels(
 
         p(c_l | X, c_<l) = softmax over { c : the prefix c_<l followed by c begins the SID of an item }
 
-    The paper (LASAR, arXiv 2605.10207, stage 1) normalises SID tokens over the vocabulary instead.
-
-    Args:
-        model ([`LasarForGenerativeRec`]):
-            Model whose head scores.
-        hidden_states (`torch.Tensor` of shape `(B, L, H)`):
-            Final hidden states.
-        input_ids, labels (`torch.Tensor` of shape `(B, L)`):
-            Tokens, and labels that are not shifted, -100 where nothing is scored.
-        trie ([`SidTrie`]):
-            Trie of the catalogue.
-        temperature (`float`, *optional*, defaults to `1.0`):
-            Temperature the logits are divided by.
-
-    Returns:
-        `FusedCausalLMOutput`: `log_probs`, `entropy`, `is_top1` and `label_mask` of shape `(B, L - 1)`, zero where the
-        label is -100, and `loss`, the mean negative log-probability.
-
-    Raises:
-        `ValueError`: if a label does not continue an item of the catalogue.
+    The paper (LASAR, arXiv 2605.10207, stage 1) normalises SID tokens over the vocabulary instead. `hidden_states` are
+    the final ones `(B, L, H)`; `labels` `(B, L)` are not shifted and -100 where nothing is scored. The tensors of the
+    output have shape `(B, L - 1)`, zero where the label is -100; its loss is the mean negative log-probability.
     """
     # 1. The level of each SID label, -1 for text. Position p of targets is predicted by hidden state p.
     config = model.config
@@ -89,7 +66,7 @@ def score_labels(
     is_sid = label_mask & (sid >= 0) & (sid < config.num_sid_tokens)  # (B, L - 1)
     level_of = torch.where(is_sid, sid // config.codebook_size, -1)  # (B, L - 1)
 
-    log_probs, entropy, is_top1 = (hidden_states.new_zeros(targets.shape, dtype=torch.float32) for _ in range(3))
+    indices, scores = [], []  # of the labels of each level, then of text
     weight = model.lm_head.weight  # (V, H)
     if isinstance(weight, DTensor):
         weight = weight.full_tensor()
@@ -101,27 +78,26 @@ def score_labels(
             head = weight[first : first + config.codebook_size], None  # (K, H), no bias
             nodes = _prefix_nodes(input_ids, index, level, trie, config)  # (n,)
             codes = sid[index] - level * config.codebook_size  # (n,)
-            scores = _score_level(hidden_states[index], head, trie, level, nodes, codes, temperature)
-            log_probs, entropy, is_top1 = _write((log_probs, entropy, is_top1), index, scores)
+            indices.append(index)
+            scores.append(_score_level(hidden_states[index], head, trie, level, nodes, codes, temperature))
 
         # 3. Text labels, with the whole head.
         index = (label_mask & ~is_sid).nonzero(as_tuple=True)  # 2 × (n,)
         if len(index[0]):
             logits = nn.functional.linear(hidden_states[index], weight).float() / temperature  # (n, V)
-            hits = (logits.argmax(dim=-1) == targets[index]).float()
-            scores = (*selective_log_softmax_and_entropy(logits, targets[index]), hits)
-            log_probs, entropy, is_top1 = _write((log_probs, entropy, is_top1), index, scores)
+            is_top1 = (logits.argmax(dim=-1) == targets[index]).float()  # (n,)
+            indices.append(index)
+            scores.append((*selective_log_softmax_and_entropy(logits, targets[index]), is_top1))
 
-    # 4. Connect a batch without labels to the graph, so that it contributes a differentiable zero.
+    # 4. Put the scores at their labels. The last line connects a batch without labels to the graph.
+    index = [torch.cat(parts) for parts in zip(*indices, strict=True)]
+    zeros = hidden_states.new_zeros(targets.shape, dtype=torch.float32)  # (B, L - 1)
+    log_probs, entropy, is_top1 = (zeros.index_put(index, torch.cat(parts)) for parts in zip(*scores, strict=True))
     log_probs = log_probs + 0 * hidden_states[:, :1, 0]
     return FusedCausalLMOutput(
         loss=-log_probs.sum() / label_mask.sum().clamp(min=1),
         log_probs=log_probs, entropy=entropy, is_top1=is_top1, label_mask=label_mask,
     )
-
-
-def _write(tensors, index, values):
-    return [tensor.index_put(index, new) for tensor, new in zip(tensors, values, strict=True)]
 
 
 def _prefix_nodes(input_ids: torch.Tensor, index, level: int, trie: SidTrie, config) -> torch.Tensor:

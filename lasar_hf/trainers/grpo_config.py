@@ -52,9 +52,7 @@ class LasarGRPOConfig(GRPOConfig):
         default="kl", metadata={"help": "Distance of the terminal anchor loss.", "choices": [*DISTANCES, "none"]}
     )
     terminal_weight: float = field(default=0.1, metadata={"help": "Weight of the terminal anchor loss, gamma_KL."})
-    depth_weight: float = field(
-        default=0.1, metadata={"help": "Weight of REINFORCE on the depth policy, gamma_RF; 0 freezes the policy head."}
-    )
+    depth_weight: float = field(default=0.1, metadata={"help": "REINFORCE weight, gamma_RF; 0 freezes the policy."})
     step_cost: float = field(default=0.005, metadata={"help": "Cost of one latent step in units of reward, lambda."})
     depth_entropy_weight: float = field(default=0.01, metadata={"help": "Entropy bonus of the depth policy, eta."})
     baseline_decay: float = field(default=0.95, metadata={"help": "Decay of the running mean of the group rewards."})

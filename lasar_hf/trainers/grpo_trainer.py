@@ -12,7 +12,6 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
-from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import RepeatSampler, pad
 
 from ..files import read_json, write_json
@@ -21,12 +20,11 @@ from ..model.catalog_lasar import SidCatalog
 from ..model.decoding_lasar import sample_items
 from .catalog_head import add_catalog_head
 from .grpo_config import LasarGRPOConfig
-from .latent_states import LatentStateRecorder, latent_metrics, unwrap_lasar
-from .lora import complete_reference, refuse_zero3, train_policy_head
+from .lora import complete_reference, train_policy_head
 from .losses import DISTANCES, reinforce_loss
 from .rewards import load_rewards
-from .sharding import run_with_gathered_weights
-from .trainer_mixin import LasarTrainerMixin, split_processor
+from .sharding import refuse_zero3, uses_zero3
+from .trainer_mixin import LasarTrainerMixin, latent_metrics, split_processor, unwrap_lasar
 
 
 STATE_NAME = "lasar_state.json"
@@ -64,35 +62,25 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
         model (`str` or [`LasarForGenerativeRec`] or [`~peft.PeftModel`]):
             The stage-2 model, or its path. With `beta > 0` it is also the reference, for which an instance is saved to
             `output_dir/reference_model`.
-        args ([`LasarGRPOConfig`]):
-            Arguments.
-        catalog, processing_class:
-            As for [`LasarSFTTrainer`]; one of them must have the items.
+        args, catalog, processing_class:
+            As for [`LasarSFTTrainer`]; the catalogue is required.
         reward_funcs (`list[Callable]`, *optional*):
-            Rewards `f(completion_ids, target, **kwargs) -> list[float]`, see [`~lasar_hf.trainers.load_rewards`].
-            Defaults to exact match and ranking.
+            Rewards, see [`~lasar_hf.trainers.load_rewards`]. Defaults to exact match and ranking.
         train_dataset ([`~datasets.Dataset`]):
             Columns `prompt` (text that ends in `<|latent_start|>`), `target` (index in the catalogue) and, for the
             terminal loss, `terminal_anchor` (`H` floats), see [`~lasar_hf.data.grpo_examples`].
         kwargs:
             Passed to [`~trl.GRPOTrainer`].
-
-    Raises:
-        `ValueError`: if the catalogue is missing or differs from the processor's, or an argument does not work with
-            candidates from the latent loop (the message names it).
     """
 
-    # State that passes through `self` between TRL's methods, in the order of a generation:
-    #   draw_candidates                  returns, beside token ids, what TRL adds to the examples: `items` for rewards
-    #                                    and `depth_log_prob` for the loss
+    # The path of the additional state through TRL's methods, in the order of a generation:
+    #   draw_candidates                  returns `items` and `depth_log_prob`, which TRL adds to the examples
     #   _calculate_rewards               keeps the mean reward of each group in `self._group_rewards`
     #   _generate_and_score_completions  writes both into the batch, which TRL shuffles and splits into micro-batches,
     #                                    and updates `self.reward_baseline`
-    #   compute_loss                     reads them from its micro-batch, and the latent states from `self._recorder`
-    # `reward_baseline` is saved with each checkpoint; the others last for one generation.
+    #   compute_loss                     reads them from its micro-batch, and the latent states from `self._outputs`
 
     _tag_names = ["trl", "grpo", "lasar"]
-    _name = "LASAR GRPO"
     _description = "Reinforcement learning of LASAR with GRPO."
 
     def __init__(
@@ -116,10 +104,13 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
         args.max_completion_length = config.num_sid_levels
         if reward_funcs is None:
             reward_funcs = load_rewards(["exact_match", "ranking"], self.catalog, config, args.num_generations)
-        # TRL reloads the reference from a path. For an adapter it is the model without the adapter.
-        needs_reference = args.beta > 0 and kwargs.get("peft_config") is None
-        if needs_reference and isinstance(model, PreTrainedModel):
-            _save_reference(model, os.path.join(args.output_dir, "reference_model"))
+        # TRL reloads the reference from `config._name_or_path`. For an adapter it is the model without the adapter.
+        if args.beta > 0 and kwargs.get("peft_config") is None and isinstance(model, PreTrainedModel):
+            folder, state = os.path.join(args.output_dir, "reference_model"), PartialState()
+            if state.is_main_process:
+                model.save_pretrained(folder)
+            state.wait_for_everyone()
+            model.config._name_or_path = folder
         with warnings.catch_warnings():
             # TRL warns that `rollout_func` is experimental. Its version is pinned and a test covers the contract.
             warnings.filterwarnings("ignore", message="You are using 'rollout_func'")
@@ -136,29 +127,20 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
                 if args.disable_dropout:
                     disable_functional_dropout(policy)
         train_policy_head(lasar, args.depth_weight > 0)
-        self._recorder = LatentStateRecorder(lasar.model)
+        self.record_latent_states(lasar)
         self._group_rewards: torch.Tensor | None = None
         self.reward_baseline: float | None = None  # b_EMA; starts as the mean reward of the first batch
-
-    @property
-    def group_size(self) -> int:
-        """Candidates per prompt, `G`, of the present mode."""
-        return self.num_generations if self.model.training else self.num_generations_eval
 
     def draw_candidates(self, prompts: list[str], trainer: GRPOTrainer) -> dict[str, list]:
         """
         Candidates in TRL's `rollout_func` protocol: per prompt one depth, one latent loop and `G` items.
 
-        Args:
-            prompts (`list[str]` of length `B · G`):
-                Each prompt `G` times in a row.
-
-        Returns:
-            `dict[str, list]`, lists of length `B · G`: `prompt_ids` with the latent slots, `completion_ids` (`M` SID
-            tokens, each group in descending order of probability), `items` (their indices in the catalogue),
-            `depth_log_prob` (`log π(N | h_0)`) and `logprobs` (`None`: training and drawing use the same engine).
+        `prompts` has each prompt `G` times in a row. Returns lists of length `B · G`: `prompt_ids` with the latent
+        slots, `completion_ids` (`M` SID tokens, each group in descending order of probability), `items` (indices in
+        the catalogue), `depth_log_prob` (`log π(N | h_0)`); `logprobs` is `None`, as drawing and training use the
+        same weights.
         """
-        group_size = self.group_size
+        group_size = self.num_generations  # of training and of evaluation
         # 1. Each prompt once, left-padded.
         ids = self.processing_class(prompts[::group_size], add_special_tokens=False).input_ids  # B lists
         prompt_ids = pad([torch.tensor(prompt) for prompt in ids], padding_side="left")  # (B, L)
@@ -166,16 +148,11 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
         prompt_ids, mask = prompt_ids.to(self.accelerator.device), mask.to(self.accelerator.device)
 
         # 2. Depths and their log-probabilities (B,), items (B, G), on gathered weights.
-        gather = {"gather_deepspeed3_params": self.args.ds3_gather_for_generation}
-        with (
-            unwrap_model_for_generation(self.model_wrapped, self.accelerator, **gather) as model,
-            unwrap_lasar(model).evaluation_mode() as lasar,
-        ):
-            draw = partial(self._draw, lasar, prompt_ids, mask, group_size)
-            depths, log_probs, items = run_with_gathered_weights(model, draw)
+        draw = partial(self._draw, prompt_ids=prompt_ids, prompt_mask=mask)
+        depths, log_probs, items = self.on_gathered_weights(draw)
 
         # 3. Tokens: prompt, latent slots and <|latent_end|>, then the SID tokens of each item.
-        config = lasar.config
+        config = unwrap_lasar(self.model).config
         slots = [[config.latent_token_id] * depth + [config.latent_end_token_id] for depth in depths.tolist()]
         first_ids = config.sid_token_id(0, 0) + config.codebook_size * torch.arange(config.num_sid_levels)  # (M,)
         completion_ids = (self.catalog.codes[items.cpu()] + first_ids).flatten(0, 1)  # (B · G, M)
@@ -187,12 +164,13 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
             "depth_log_prob": log_probs.repeat_interleave(group_size).tolist(),
         }
 
-    def _draw(self, lasar, prompt_ids, prompt_mask, group_size: int) -> tuple[torch.Tensor, ...]:
+    def _draw(self, lasar, prompt_ids, prompt_mask) -> tuple[torch.Tensor, ...]:
         """A depth `(B,)` with its log-probability `(B,)` and `G` items `(B, G)` for each prompt."""
         trie = self.catalog.trie(prompt_ids.device)
-        state = lasar.encode_prompts(prompt_ids, prompt_mask, sampled_depth)
-        replacement = self.args.sampling == "sample"
-        leaves, _ = sample_items(lasar, state, trie, group_size, self.temperature, replacement=replacement)  # (B, G)
+        options = {"replacement": self.args.sampling == "sample"}
+        with lasar.evaluation_mode():
+            state = lasar.encode_prompts(prompt_ids, prompt_mask, sampled_depth)
+            leaves, _ = sample_items(lasar, state, trie, self.num_generations, self.temperature, **options)  # (B, G)
         log_policy = state.depth_logits.float().log_softmax(dim=-1)  # (B, N_max)
         log_probs = log_policy.gather(1, state.depths[:, None] - 1)[:, 0]  # (B,)
         # Items that share a Semantic ID are one candidate, represented by the first of them.
@@ -210,8 +188,8 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
         # A sequence is a candidate here; P counts those of all processes.
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # (P, functions)
         weighted = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)  # (P,)
-        group_means = weighted.view(-1, self.group_size).mean(dim=1)  # (P / G,)
-        self._group_rewards = group_means.repeat_interleave(self.group_size)  # (P,)
+        group_means = weighted.view(-1, self.num_generations).mean(dim=1)  # (P / G,)
+        self._group_rewards = group_means.repeat_interleave(self.num_generations)  # (P,)
         return rewards
 
     def _generate_and_score_completions(self, inputs):
@@ -237,7 +215,7 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
         """`L_GRPO` of TRL, plus the terms that read the latent states of the same pass."""
         # 1. The clipped policy gradient and the KL penalty; this runs the model.
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        output = self._recorder.pop()
+        output = self._outputs.pop()
         metrics = latent_metrics(output, unwrap_lasar(self.model).get_input_embeddings())
         extra = torch.zeros_like(loss)
 
@@ -245,9 +223,9 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
         if "terminal_anchor" in inputs:
             steps = output.latent_steps
             last = output.latent_states[torch.arange(len(steps), device=steps.device), steps]  # (B, H)
-            terminal = DISTANCES[self.args.alignment](last, inputs["terminal_anchor"]).mean()
-            metrics["terminal_loss"] = terminal
-            extra = extra + self.args.terminal_weight * terminal
+            distances = DISTANCES[self.args.alignment](last, inputs["terminal_anchor"])  # (B,)
+            metrics["terminal_loss"] = distances.sum(), len(distances)
+            extra = extra + self.args.terminal_weight * distances.mean()
 
         # 3. REINFORCE on the depth policy.
         if self.args.depth_weight > 0:
@@ -255,14 +233,13 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
                 output.depth_logits, output.latent_steps, inputs["group_reward"], inputs["reward_baseline"],
                 self.args.step_cost, self.args.depth_entropy_weight, inputs["depth_log_prob"],
             )
-            metrics["depth_loss"] = depth
+            metrics["depth_loss"] = depth * len(output.depth_logits), len(output.depth_logits)
             extra = extra + self.args.depth_weight * depth
 
-        self.log_means(metrics)
-        mode = "train" if self.model.training else "eval"
-        self._metrics[mode]["reward_baseline"].append(inputs["reward_baseline"].mean().item())
         # 4. Like TRL's own loss: the Trainer does not divide by the number of accumulated micro-batches afterwards.
-        return loss + extra / (self.current_gradient_accumulation_steps if mode == "train" else 1)
+        metrics["reward_baseline"] = inputs["reward_baseline"].sum(), len(inputs["reward_baseline"])
+        self.log_means(metrics)
+        return loss + extra / (self.current_gradient_accumulation_steps if self.model.training else 1)
 
     def _save_checkpoint(self, model, trial):
         """Save the baseline and the position in a generation, before TRL's last file completes the checkpoint."""
@@ -279,9 +256,8 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
             state = read_json(os.path.join(checkpoint, STATE_NAME))
             if state["micro_batch"] > 0:
                 raise ValueError(
-                    f"{checkpoint} was saved in the middle of a generation batch (micro_batch "
-                    f"{state['micro_batch']}); its candidates cannot be restored. Resume from a checkpoint at a "
-                    "generation boundary."
+                    f"{checkpoint} was saved during a generation (micro_batch {state['micro_batch']}), whose "
+                    "candidates are lost. Resume from an earlier checkpoint."
                 )
             self.reward_baseline = state["reward_baseline"]
 
@@ -294,45 +270,32 @@ def _check_arguments(args: LasarGRPOConfig, has_eval: bool, num_items: int) -> N
                 f"{name} is not supported: candidates come from the latent loop, have no end token, and must be drawn "
                 f"from the distribution that is scored. Keep {supported}; only temperature can be changed."
             )
-    is_zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
-    if is_zero3 and not args.ds3_gather_for_generation:
-        raise ValueError("ds3_gather_for_generation must be True under ZeRO-3: drawing reads rows of the head.")
-    # A group must not be split over processes.
     group_size = args.num_generations
     local = args.per_device_train_batch_size * args.steps_per_generation
-    if local % group_size:
-        raise ValueError(
-            f"per_device_train_batch_size × steps_per_generation ({local}) must be divisible by num_generations "
-            f"({group_size})."
-        )
-    if has_eval and args.per_device_eval_batch_size % group_size:
-        raise ValueError(
-            f"per_device_eval_batch_size ({args.per_device_eval_batch_size}) must be divisible by num_generations "
-            f"({group_size})."
-        )
-    if args.num_generations_eval not in (None, group_size):
-        raise ValueError(
-            f"num_generations_eval is {args.num_generations_eval}; expected num_generations ({group_size}), the group "
-            "size of the ranking reward. Leave it out."
-        )
-    if args.sampling == "stochastic_beams" and group_size > num_items:
-        raise ValueError(
-            f"num_generations is {group_size}, but there are {num_items} items to draw without replacement. Lower it, "
-            'or set sampling="sample".'
-        )
-    if args.save_strategy == "steps":
-        _check_save_steps(args)
-
-
-def _check_save_steps(args: LasarGRPOConfig) -> None:
-    """Candidates are not saved, so a run resumes exactly only between two generations."""
+    # Candidates are not saved, so a run resumes exactly only between two generations.
     generate_every = args.steps_per_generation * args.num_iterations
     boundary = generate_every // math.gcd(generate_every, args.gradient_accumulation_steps)
-    if args.save_steps < 1 or int(args.save_steps) % boundary:
-        raise ValueError(
-            f"save_steps is {args.save_steps}; expected a multiple of {boundary} steps, at which no drawn candidates "
-            "are left to learn from. A run resumes exactly only there."
-        )
+    is_boundary = args.save_steps >= 1 and int(args.save_steps) % boundary == 0
+    whole_groups = f"must be divisible by num_generations ({group_size}): one process draws whole groups."
+    checks = [
+        (not uses_zero3(args) or args.ds3_gather_for_generation,
+         "ds3_gather_for_generation must be True under ZeRO-3: drawing reads rows of the head."),
+        (local % group_size == 0, f"per_device_train_batch_size × steps_per_generation ({local}) {whole_groups}"),
+        (not has_eval or args.per_device_eval_batch_size % group_size == 0,
+         f"per_device_eval_batch_size ({args.per_device_eval_batch_size}) {whole_groups}"),
+        (args.num_generations_eval in (None, group_size),
+         f"num_generations_eval is {args.num_generations_eval}; expected num_generations ({group_size}), the group "
+         "size of the ranking reward. Leave it out."),
+        (args.sampling == "sample" or group_size <= num_items,
+         f"num_generations is {group_size}, but there are {num_items} items to draw without replacement. Lower it, "
+         'or set sampling="sample".'),
+        (args.save_strategy != "steps" or is_boundary,
+         f"save_steps is {args.save_steps}; expected a multiple of {boundary} steps, at which no drawn candidates are "
+         "left to learn from. A run resumes exactly only there."),
+    ]  # fmt: skip
+    for is_met, message in checks:
+        if not is_met:
+            raise ValueError(message)
 
 
 def disable_functional_dropout(model: nn.Module) -> None:
@@ -341,12 +304,3 @@ def disable_functional_dropout(model: nn.Module) -> None:
         for name, value in vars(module).items():
             if "dropout" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
-
-
-def _save_reference(model: PreTrainedModel, folder: str) -> None:
-    """Save the starting model where TRL reloads the reference model from, `config._name_or_path`."""
-    state = PartialState()
-    if state.is_main_process:
-        model.save_pretrained(folder)
-    state.wait_for_everyone()
-    model.config._name_or_path = folder

@@ -3,10 +3,10 @@
 import os
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel
+from peft import LoraConfig, PeftModel
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
 from ..model.modeling_lasar import LasarForGenerativeRec
 from .model_config import LasarModelConfig
@@ -21,30 +21,18 @@ def lasar_lora_config(
     **kwargs,
 ) -> LoraConfig:
     """
-    LoRA for everything that LASAR has to learn.
+    LoRA configuration for `peft_config` of the trainers or for `peft.get_peft_model`.
 
-    The backbone's linear layers get adapters of rank `r`. Trained in full are the rows of the Semantic-ID and control
-    tokens, in the embeddings and in a head that is not tied to them, and the depth policy head.
+    The backbone's linear layers get adapters of rank `r`. The depth policy head and the token rows of Semantic IDs and
+    control tokens, in the embeddings and in a head that is not tied to them, are trained in full.
 
     Args:
         model ([`LasarForGenerativeRec`]):
             The model to adapt.
-        r (`int`, *optional*, defaults to `16`):
-            Rank of the adapters.
-        lora_alpha (`int`, *optional*, defaults to `32`):
-            Adapters are scaled by `lora_alpha / r`.
-        lora_dropout (`float`, *optional*, defaults to `0.05`):
-            Dropout before the adapters.
         target_modules (`str` or `list[str]`, *optional*, defaults to `"all-linear"`):
             Names of the backbone's layers to adapt, for example `["q_proj", "v_proj"]`.
-        kwargs:
-            Passed to [`~peft.LoraConfig`].
-
-    Returns:
-        [`~peft.LoraConfig`]: for `peft_config` of the trainers or for `peft.get_peft_model`.
-
-    Raises:
-        `ValueError`: if the backbone does not have a linear layer that `target_modules` names.
+        r, lora_alpha, lora_dropout, kwargs:
+            As for [`~peft.LoraConfig`].
     """
     # 1. Names of the layers to adapt.
     modules = model.model.backbone.named_modules()
@@ -58,7 +46,7 @@ def lasar_lora_config(
             f"target_modules contains {sorted(names - linear)}; expected some of the backbone's linear layers "
             f"{sorted(linear)}."
         )
-    # 2. Token rows to train, and the weights that have them.
+    # 2. Token rows to train, and the modules that contain them.
     config = model.config
     control = {config.latent_start_token_id, config.latent_token_id, config.latent_end_token_id}
     sid = range(config.sid_token_offset, config.sid_token_offset + config.num_sid_tokens)
@@ -88,11 +76,8 @@ def lora_from_arguments(model: LasarForGenerativeRec, arguments: LasarModelConfi
 
 def train_policy_head(lasar: LasarForGenerativeRec, trainable: bool) -> None:
     """
-    Train or freeze the policy head of a model without wrappers. DDP waits for the gradient of every trainable
-    parameter, so a head without a loss must be frozen.
-
-    Raises:
-        `ValueError`: if an adapter would not save the trained policy head.
+    Train or freeze the policy head of the model inside any wrappers. DDP waits for the gradient of every trainable
+    parameter, so a head without a loss must be frozen. Refuses adapters that would not save a trained policy head.
     """
     head = lasar.model.policy_head
     if isinstance(head, ModulesToSaveWrapper):
@@ -108,10 +93,8 @@ def train_policy_head(lasar: LasarForGenerativeRec, trainable: bool) -> None:
 @torch.no_grad()
 def complete_reference(model: PeftModel) -> None:
     """
-    Copy the token rows that TRL leaves out of its reference adapter.
-
-    If the model comes with an adapter, TRL keeps a frozen copy of it, `ref`, as the reference. TRL copies parameters
-    with `.default.` in their name, but names of token rows end in `.default`. Without `ref` nothing happens.
+    Copy the token rows that TRL leaves out of its reference adapter: if the model comes with an adapter, TRL copies
+    its parameters named `….default.…` to an adapter `ref`, but names of token rows end in `.default`.
     """
     parameters = dict(model.named_parameters())
     for name, parameter in parameters.items():
@@ -135,13 +118,3 @@ def save_trained(trainer: Trainer) -> None:
         trainer.processing_class.save_pretrained(folder)
         trainer.save_processor(folder)
     trainer.accelerator.wait_for_everyone()
-
-
-def refuse_zero3(model: object, args: TrainingArguments, peft_config: PeftConfig | None) -> None:
-    """Raise a `ValueError` for an adapter under ZeRO-3; the arguments are those of a trainer."""
-    is_adapted = peft_config is not None or isinstance(model, PeftModel)
-    if is_adapted and args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3:
-        raise ValueError(
-            "LoRA is not supported under ZeRO-3, which needs reentrant checkpointing; the latent loop would be wrong. "
-            "Use recipes/accelerate_configs/zero2.yaml."
-        )

@@ -13,10 +13,8 @@ def bidirectional_kl(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     LASAR, arXiv 2605.10207, stage 2 (SFT). The paper prefers it to cosine distance and mean squared error.
 
     Args:
-        a (`torch.Tensor` of shape `(..., H)`):
-            Hidden states.
-        b (`torch.Tensor` of shape `(..., H)`):
-            Hidden states to compare with.
+        a, b (`torch.Tensor` of shape `(..., H)`):
+            Hidden states to compare.
 
     Returns:
         `torch.Tensor` of shape `(...)`: divergences in nats, float32, never negative.
@@ -56,23 +54,18 @@ def alignment_loss(
 
         L_align = 1/N Σ_{t=1..N} KL_bi(h_t, h_t^cot)
 
-    LASAR, arXiv 2605.10207, stage 2 (SFT).
+    LASAR, arXiv 2605.10207, stage 2 (SFT). Refuses `latents` and `anchors` of different shapes.
 
     Args:
-        latents (`torch.Tensor` of shape `(B, T, H)`):
-            `h_1 … h_N` of each sequence.
-        anchors (`torch.Tensor` of shape `(B, T, H)`):
-            `h_1^cot … h_N^cot`; no gradient flows into them.
+        latents, anchors (`torch.Tensor` of shape `(B, T, H)`):
+            `h_1 … h_N` and `h_1^cot … h_N^cot` of each sequence; no gradient flows into the anchors.
         mask (`torch.Tensor` of shape `(B, T)`):
             Which steps exist.
         distance (`str`, *optional*, defaults to `"kl"`):
             Key of `DISTANCES`: `"kl"`, or `"cosine"` and `"mse"` of the paper's ablation.
 
     Returns:
-        `torch.Tensor`: scalar mean over the sequences that have a step; 0 if none has.
-
-    Raises:
-        `ValueError`: if `latents` and `anchors` have different shapes.
+        `torch.Tensor`: scalar mean over the sequences that have a step; 0 without such a sequence.
     """
     if latents.shape != anchors.shape:
         raise ValueError(
@@ -86,7 +79,7 @@ def alignment_loss(
 
 
 def depth_entropy(depth_logits: torch.Tensor) -> torch.Tensor:
-    """Entropy `(B,)` of the depth policy, in nats, from the logits `(B, N_max)` of the policy head."""
+    """Entropy `(B,)` of the depth policy in nats, given the logits `(B, N_max)` of the policy head."""
     log_policy = depth_logits.float().log_softmax(dim=-1)  # (B, N_max)
     return -(log_policy.exp() * log_policy).sum(dim=-1)
 
@@ -109,18 +102,12 @@ def reinforce_loss(
     of the present policy to the one that drew its depth.
 
     Args:
-        depth_logits (`torch.Tensor` of shape `(B, N_max)`):
-            Logits of the policy head; class `k` means `k + 1` latent steps.
-        depths (`torch.Tensor` of shape `(B,)`):
-            Sampled depths `N`, at least 1.
-        rewards (`torch.Tensor` of shape `(B,)`):
-            Mean reward of each sequence's group, `R_group`.
-        baseline (`float` or `torch.Tensor` of shape `(B,)`):
-            Running mean of the group rewards, `b_EMA`.
-        step_cost (`float`):
-            Cost of a latent step, `λ`.
-        entropy_weight (`float`):
-            Weight of the entropy bonus, `η`.
+        depth_logits, depths (`torch.Tensor` of shape `(B, N_max)` and `(B,)`):
+            Logits of the policy head, whose class `k` means `k + 1` latent steps, and the sampled depths `N`.
+        rewards, baseline (`torch.Tensor` of shape `(B,)`):
+            Mean reward of each sequence's group, `R_group`, and the running mean `b_EMA`, which may be a `float`.
+        step_cost, entropy_weight (`float`):
+            Cost of a latent step, `λ`, and weight of the entropy bonus, `η`.
         drawn_log_probs (`torch.Tensor` of shape `(B,)`, *optional*):
             `log π(N | h_0)` when the depths were drawn. Defaults to the present policy's.
 

@@ -21,9 +21,6 @@ class LasarModelConfig(ModelConfig):
     Arguments of the model and its LoRA. The only change w.r.t. [`~trl.ModelConfig`] is that quantised weights, other
     attention than `"sdpa"` and `"eager"`, and the LoRA fields that [`lasar_lora_config`] sets itself are refused;
     everything else is inherited.
-
-    Raises:
-        `ValueError`: if a value is not one of its field's choices, or an unsupported field is set.
     """
 
     attn_implementation: str | None = field(
@@ -43,9 +40,4 @@ class LasarModelConfig(ModelConfig):
     @property
     def init_kwargs(self) -> dict[str, Any]:
         """Arguments of `from_pretrained`, and `model_init_kwargs` of a trainer."""
-        return {"revision": self.model_revision, **self.from_config_kwargs}
-
-    @property
-    def from_config_kwargs(self) -> dict[str, Any]:
-        """Arguments of `from_config`, for a backbone that is trained from scratch."""
-        return {"dtype": self.dtype, "attn_implementation": self.attn_implementation}
+        return {"revision": self.model_revision, "dtype": self.dtype, "attn_implementation": self.attn_implementation}

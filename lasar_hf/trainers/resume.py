@@ -25,23 +25,16 @@ TRAINING = (
 
 def checkpoint_to_resume(args: TrainingArguments, **origin: Any) -> str | None:
     """
-    The newest complete checkpoint in `output_dir`, if the run that wrote it had the same settings.
+    The newest complete checkpoint in `output_dir`, for `trainer.train(resume_from_checkpoint=...)`, or `None`.
 
-    A run writes its settings to `run.json` when it starts. A checkpoint without `trainer_state.json`, which is written
-    last, is incomplete and is skipped.
+    A run writes its settings to `run.json` when it starts; checkpoints of other settings are refused. Those without
+    `trainer_state.json`, the last file of a checkpoint, are skipped.
 
     Args:
         args ([`~transformers.TrainingArguments`]):
             Arguments of the run.
         origin:
-            Other settings that decide the weights, as JSON values: the recipe's arguments, hashes of the data and of
-            the starting model.
-
-    Returns:
-        `str`, *optional*: path for `trainer.train(resume_from_checkpoint=...)`, `None` if the run starts from scratch.
-
-    Raises:
-        `ValueError`: if the checkpoints belong to a run with other settings.
+            Other settings that decide the weights: the recipe's arguments, hashes of the data and the starting model.
     """
     folder = Path(args.output_dir)
     settings = {name: value for name, value in args.to_dict().items() if name in TRAINING}

@@ -1,5 +1,6 @@
 """Rewards of the RL stage. A reward is any `f(completion_ids, target, **kwargs) -> list[float]`, as in TRL.
 
+`completion_ids` are the token ids of each candidate, `target` the index of its prompt's target item in the catalogue.
 The candidates of a prompt follow each other in descending order of probability. `kwargs` has the columns of the
 training examples and `items`, the index of each candidate in the catalogue.
 """
@@ -21,19 +22,8 @@ class ExactMatchReward:
     Candidates are read from `completion_ids`, since decoded text leaves out special tokens.
 
     Args:
-        catalog ([`SidCatalog`]):
-            The items.
-        config ([`LasarConfig`]):
-            Configuration of the model, for the token ids.
-
-    Example:
-
-    ```python
-    >>> reward = ExactMatchReward(catalog, model.config)
-    >>> answers = processor.answer_ids([4, 7, 2])
-    >>> reward(answers, target=[7, 7, 7])
-    [0.0, 1.0, 0.0]
-    ```
+        catalog, config ([`SidCatalog`] and [`LasarConfig`]):
+            The items, and the configuration of the model for the token ids.
     """
 
     __name__ = "exact_match"
@@ -43,12 +33,6 @@ class ExactMatchReward:
         self.answer_ids = (catalog.codes + catalog.codes.new_tensor(offsets)).tolist()
 
     def __call__(self, completion_ids: list[list[int]], target: list[int], **kwargs) -> list[float]:
-        """
-        Rewards of candidates, given their token ids and the index of the target item in the catalogue for each.
-
-        Raises:
-            `ValueError`: if a target is not an index of the catalogue.
-        """
         num_items = len(self.answer_ids)
         invalid = [item for item in target if not 0 <= item < num_items]
         if invalid:
@@ -62,18 +46,20 @@ class RankingReward(ExactMatchReward):
     Penalty for wrong candidates by their rank, in groups that contain the target.
 
     If one of a group's `G` candidates is the target, a wrong one at rank `r` gets
-    `−(1 / log2(r + 1)) / Σ_j (1 / log2(j + 1))`. Groups without the target get 0. LASAR, arXiv 2605.10207, RL stage.
-    Use it together with [`ExactMatchReward`], which rewards the target and whose other arguments it has.
+    `−(1 / log2(r + 1)) / Σ_j (1 / log2(j + 1))`; all others get 0. LASAR, arXiv 2605.10207, RL stage. Use it together
+    with [`ExactMatchReward`], which rewards the target.
 
     Args:
-        num_generations (`int`):
-            Candidates per group, `G`.
+        catalog, config, num_generations:
+            As for [`ExactMatchReward`], and the number of candidates per group, `G` (`int`).
 
     Example:
 
     ```python
-    >>> reward = RankingReward(catalog, model.config, num_generations=3)
-    >>> reward(processor.answer_ids([4, 7, 2]), target=[7, 7, 7])
+    >>> completion_ids, target = processor.answer_ids([4, 7, 2]), [7, 7, 7]
+    >>> ExactMatchReward(catalog, model.config)(completion_ids, target)
+    [0.0, 1.0, 0.0]
+    >>> RankingReward(catalog, model.config, num_generations=3)(completion_ids, target)
     [-0.46927872602275644, 0.0, -0.23463936301137822]
     ```
     """
@@ -86,7 +72,6 @@ class RankingReward(ExactMatchReward):
         self.penalties = [-weight / sum(weights) for weight in weights]
 
     def __call__(self, completion_ids: list[list[int]], target: list[int], **kwargs) -> list[float]:
-        """Arguments as for [`ExactMatchReward`], group after group; returns penalties, 0 for the target."""
         hits = super().__call__(completion_ids, target)
         group_size = len(self.penalties)
         rewards = []
@@ -105,41 +90,27 @@ def load_rewards(
 
     Args:
         names (`list[str]`):
-            `"exact_match"`, `"ranking"`, or the dotted path of a function; the current directory is searched too.
+            `"exact_match"`, `"ranking"`, or the dotted path of a function such as `"my_rewards.half_match"`; the
+            current directory is searched too.
         catalog, config, num_generations:
             As for [`RankingReward`].
-
-    Raises:
-        `ValueError`: if a name is unknown or a dotted path cannot be imported.
-
-    Example:
-
-    ```python
-    >>> # my_rewards.py
-    >>> def half_match(target, items, **kwargs):
-    ...     return [float(item == wanted) / 2 for item, wanted in zip(items, target, strict=True)]
-
-    >>> rewards = load_rewards(["ranking", "my_rewards.half_match"], catalog, model.config, num_generations=8)
-    ```
     """
     built_in = {
         "exact_match": ExactMatchReward(catalog, config), "ranking": RankingReward(catalog, config, num_generations)
     }
     rewards = []
     for name in names:
-        module, _, function = name.rpartition(".")
         if name in built_in:
             rewards.append(built_in[name])
-        elif module:
-            if os.getcwd() not in sys.path:  # as TRL's scripts do: a script's own folder is on the path, not this one
-                sys.path.insert(0, os.getcwd())
-            try:
-                rewards.append(getattr(importlib.import_module(module), function))
-            except (ModuleNotFoundError, AttributeError) as error:
-                raise ValueError(f"reward {name!r} cannot be imported: {error}.") from error
-        else:
+            continue
+        if os.getcwd() not in sys.path:  # as TRL's scripts do: a script's own folder is on the path, not this one
+            sys.path.insert(0, os.getcwd())
+        module, _, function = name.rpartition(".")
+        try:
+            rewards.append(getattr(importlib.import_module(module), function))
+        except (ModuleNotFoundError, AttributeError, ValueError) as error:  # ValueError: a name without a module
             raise ValueError(
                 f"Unknown reward {name!r}: expected {', '.join(built_in)}, or the dotted path of a function such as "
-                "my_module.my_reward."
-            )
+                f"my_module.my_reward ({error})."
+            ) from error
     return rewards

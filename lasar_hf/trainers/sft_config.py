@@ -32,16 +32,13 @@ class LasarSFTConfig(SFTConfig):
 
     max_length: int | None = field(default=None, metadata={"help": "Maximum length of an example."})
     sid_loss: str = field(
-        default="catalog",
-        metadata={"help": "What SID tokens are normalised over.", "choices": ["catalog", "vocab"]},
+        default="catalog", metadata={"help": "Normalisation of SID tokens.", "choices": ["catalog", "vocab"]}
     )
     alignment: str = field(
         default="kl", metadata={"help": "Distance of latent states and anchors.", "choices": [*DISTANCES, "none"]}
     )
     alignment_weight: float = field(default=0.1, metadata={"help": "Weight of the alignment loss, alpha."})
-    policy_weight: float = field(
-        default=0.0, metadata={"help": "Weight of the policy head's cross-entropy, beta; 0 freezes the policy head."}
-    )
+    policy_weight: float = field(default=0.0, metadata={"help": "Policy loss weight, beta; 0 freezes the head."})
 
     def __post_init__(self):
         check_choices(self)

@@ -1,36 +1,32 @@
 """Stage 1 (Semantic-ID grounding) and stage 2 (latent reasoning with semantic anchors) on TRL's SFTTrainer.
 
-The life of a batch:
+The path of a batch:
 
 1. `LasarDataCollator` pads the examples and adds the anchors of their samples.
-2. `compute_loss` calls TRL's, which calls `model(..., labels=labels, fused_lm_head=True)`. This forward is not the
-   model's own: `add_catalog_head` replaced it (with `sid_loss="vocab"` it is TRL's). It runs `LasarModel` (prompt,
-   latent loop, answer) and scores the labels over the catalogue; TRL makes the cross-entropy from the scores.
-3. In the same pass a forward hook on `LasarModel` (`LatentStateRecorder`) keeps its output, from which `compute_loss`
-   reads the latent states and depth logits for the other losses. The model does not run a second time.
+2. `compute_loss` calls TRL's, which calls `model(..., labels=labels, fused_lm_head=True)`. `add_catalog_head` replaced
+   this forward: it runs `LasarModel` (prompt, latent loop, answer) and scores the labels over the catalogue.
+3. In the same pass a forward hook (`record_latent_states`) keeps the output of `LasarModel`, from which `compute_loss`
+   reads the latent states and depth logits for the other losses.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
 from peft.utils.other import TrainableTokensWrapper
 from torch import nn
 from trl import SFTTrainer
-from trl.models import unwrap_model_for_generation
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from ..model.catalog_lasar import SidCatalog
 from ..reasoning.anchors import AnchorStore
 from .catalog_head import add_catalog_head
-from .latent_states import LatentStateRecorder, latent_metrics, unwrap_lasar
-from .lora import refuse_zero3, train_policy_head
+from .lora import train_policy_head
 from .losses import alignment_loss
 from .sft_config import LasarSFTConfig
-from .sharding import run_with_gathered_weights
-from .trainer_mixin import LasarTrainerMixin, split_processor
+from .sharding import refuse_zero3
+from .trainer_mixin import LasarTrainerMixin, latent_metrics, split_processor, unwrap_lasar
 
 
 @dataclass
@@ -40,10 +36,9 @@ class LasarDataCollator(DataCollatorForLanguageModeling):
     `anchors` `(B, max N, H)`, zero beyond the depth of an example; everything else is inherited.
 
     Args:
-        anchors ([`~lasar_hf.reasoning.AnchorStore`], *optional*):
-            Anchors of each sample. Held-out examples, without a column `sample_index`, get none.
-        latent_token_id (`int`, *optional*):
-            Id of `<|latent|>`, to check that an example has as many latent slots as its sample has anchors.
+        anchors, latent_token_id ([`~lasar_hf.reasoning.AnchorStore`] and `int`, *optional*):
+            Anchors of each sample, and the id of `<|latent|>` to count latent slots. Held-out examples, without a
+            column `sample_index`, get no anchors.
     """
 
     anchors: AnchorStore | None = field(default=None, kw_only=True)
@@ -52,20 +47,16 @@ class LasarDataCollator(DataCollatorForLanguageModeling):
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = super().torch_call(examples)
         if self.anchors is not None and "sample_index" in examples[0]:
-            vectors = [self._anchors_of(example) for example in examples]  # B × (N, H)
+            vectors = [torch.as_tensor(self.anchors[example["sample_index"]]) for example in examples]  # B × (N, H)
+            for example, anchors in zip(examples, vectors, strict=True):
+                slots = sum(token == self.latent_token_id for token in example["input_ids"])
+                if slots != len(anchors):
+                    raise ValueError(
+                        f"sample_index {example['sample_index']}: the example has {slots} latent slots and the sample "
+                        f"{len(anchors)} anchors. Make both from the same segments."
+                    )
             batch["anchors"] = nn.utils.rnn.pad_sequence(vectors, batch_first=True)  # (B, max N, H)
         return batch
-
-    def _anchors_of(self, example: dict[str, Any]) -> torch.Tensor:
-        """Anchors `(N, H)` of an example's sample."""
-        vectors = torch.as_tensor(self.anchors[example["sample_index"]])
-        slots = sum(token == self.latent_token_id for token in example["input_ids"])
-        if slots != len(vectors):
-            raise ValueError(
-                f"sample_index {example['sample_index']}: the example has {slots} latent slots and the sample "
-                f"{len(vectors)} anchors. Make both from the same segments."
-            )
-        return vectors
 
 
 class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
@@ -88,12 +79,10 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
         catalog ([`SidCatalog`], *optional*):
             The items, for `sid_loss="catalog"`. Defaults to the catalogue of `processing_class`.
         anchors ([`~lasar_hf.reasoning.AnchorStore`], *optional*):
-            Semantic anchors of the training samples, which examples name in the column `sample_index`. Without anchors
-            there is no alignment loss.
+            Semantic anchors of the training samples, which examples name in the column `sample_index`, for `L_align`.
         ranking_evaluator (`Callable`, *optional*):
-            Called with the model at each evaluation, on every process, for example a
-            [`~lasar_hf.evaluation.RankingEvaluator`]. Its metrics are logged and can select the best checkpoint
-            (`metric_for_best_model="eval_NDCG@10"`).
+            Called with the model at each evaluation, on every process, such as
+            [`~lasar_hf.evaluation.RankingEvaluator`]. Its metrics are logged and can be `metric_for_best_model`.
         train_dataset ([`~datasets.Dataset`]):
             Examples with `input_ids` and `labels`, see [`~lasar_hf.data.sft_examples`] and
             [`~lasar_hf.data.reasoning_examples`].
@@ -102,23 +91,17 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
         kwargs:
             Passed to [`~trl.SFTTrainer`].
 
-    Raises:
-        `ValueError`: if the catalogue is missing or differs from the processor's, or for packing, padding-free
-            batches, label smoothing and `compute_loss_func`.
-
     Example:
 
     ```python
     >>> examples = sft_examples(data.samples["train"], processor)
-    >>> trainer = LasarSFTTrainer(
-    ...     model, LasarSFTConfig("outputs/stage1"), train_dataset=examples, processing_class=processor
-    ... )
+    >>> args = LasarSFTConfig("outputs/stage1")
+    >>> trainer = LasarSFTTrainer(model, args, train_dataset=examples, processing_class=processor)
     >>> trainer.train()
     ```
     """
 
     _tag_names = ["trl", "sft", "lasar"]
-    _name = "LASAR SFT"
     _description = "Supervised training of LASAR."
 
     def __init__(
@@ -139,9 +122,7 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
         if args.packing or args.padding_free:
             raise ValueError("packing and padding_free are not supported: the latent loop needs one example per row.")
         if args.label_smoothing_factor > 0 or kwargs.get("compute_loss_func") is not None:
-            raise ValueError(
-                "label_smoothing_factor and compute_loss_func are not supported: their loss has no latent terms."
-            )
+            raise ValueError("label_smoothing_factor and compute_loss_func must be unset: they drop the latent terms.")
         refuse_zero3(model, args, kwargs.get("peft_config"))
         super().__init__(
             model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, processing_class=tokenizer, **kwargs
@@ -160,7 +141,7 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
         elif isinstance(lasar.lm_head, TrainableTokensWrapper):
             lasar.lm_head.bias = None  # TRL's head reads `bias`, which PEFT's wrapper does not have
         train_policy_head(lasar, args.policy_weight > 0)
-        self._recorder = LatentStateRecorder(lasar.model)
+        self.record_latent_states(lasar)
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
@@ -172,50 +153,43 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
         # 1. Cross-entropy of the next token; this runs the model.
         anchors = inputs.pop("anchors", None)
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        # 2. Terms on the latent states. The Trainer sums over accumulated micro-batches: TRL's loss is divided by the
-        # tokens of all of them already, these terms by their number here.
-        extra = self._latent_losses(self._recorder.pop(), anchors)
-        if num_items_in_batch is not None:
-            extra = extra / self.current_gradient_accumulation_steps
-        return (result[0] + extra, result[1]) if return_outputs else result + extra
-
-    def _latent_losses(self, output, anchors: torch.Tensor | None) -> torch.Tensor:
-        """`α · L_align + β · L_policy`; `anchors` are `(B, max N, H)`."""
-        loss = output.depth_logits.new_zeros((), dtype=torch.float32)
+        output = self._outputs.pop()
         metrics = latent_metrics(output, unwrap_lasar(self.model).get_input_embeddings())
+        extra = output.depth_logits.new_zeros((), dtype=torch.float32)
 
-        # Alignment: h_1 … h_N against the anchors. h_0 has none.
+        # 2. Alignment: h_1 … h_N against the anchors (B, max N, H). h_0 has none.
         if anchors is not None:
             latents = output.latent_states[:, 1:]  # (B, max N, H)
             steps = torch.arange(latents.shape[1], device=latents.device)  # (max N,)
             mask = steps < output.latent_steps[:, None]  # (B, max N)
             alignment = alignment_loss(latents, anchors, mask, self.args.alignment)
-            metrics["align_loss"] = alignment
-            loss = loss + self.args.alignment_weight * alignment
+            count = mask.any(dim=1).sum()
+            metrics["align_loss"] = alignment * count, count
+            extra = extra + self.args.alignment_weight * alignment
 
-        # Policy: class k stands for depth k + 1. Sequences without latent steps have no class; they are masked rather
+        # 3. Policy: class k means depth k + 1. Sequences without latent steps have no class; they are masked rather
         # than left out, so that the head gets a gradient in every batch.
         if self.args.policy_weight > 0:
             labels = torch.where(output.latent_steps > 0, output.latent_steps - 1, -100)  # (B,)
-            count = (labels >= 0).sum().clamp(min=1)
-            policy = nn.functional.cross_entropy(output.depth_logits.float(), labels, reduction="sum") / count
-            metrics["policy_loss"] = policy
-            metrics["depth_accuracy"] = (output.depth_logits.argmax(-1) == labels).sum() / count
-            loss = loss + self.args.policy_weight * policy
+            count = (labels >= 0).sum()
+            total = nn.functional.cross_entropy(output.depth_logits.float(), labels, reduction="sum")
+            metrics["policy_loss"] = total, count
+            metrics["depth_accuracy"] = (output.depth_logits.argmax(-1) == labels).sum(), count
+            extra = extra + self.args.policy_weight * (total / count.clamp(min=1))
 
+        # 4. The Trainer sums over accumulated micro-batches: TRL's loss is divided by the tokens of all of them
+        # already, these terms by their number here.
         self.log_means(metrics)
-        return loss
+        if num_items_in_batch is not None:
+            extra = extra / self.current_gradient_accumulation_steps
+        return (result[0] + extra, result[1]) if return_outputs else result + extra
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """TRL's losses, plus the metrics of `ranking_evaluator`."""
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         if self.ranking_evaluator is not None:
-            ranking = {f"{metric_key_prefix}_{name}": value for name, value in self.rank().items()}
+            values = self.on_gathered_weights(self.ranking_evaluator)
+            ranking = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
             self.log(dict(ranking))
             metrics |= ranking
         return metrics
-
-    def rank(self) -> dict[str, float]:
-        """Metrics of `ranking_evaluator`, computed with gathered weights."""
-        with unwrap_model_for_generation(self.model_wrapped, self.accelerator) as model:
-            return run_with_gathered_weights(model, partial(self.ranking_evaluator, unwrap_lasar(model)))

@@ -1,15 +1,24 @@
-"""Models whose weights are sharded over processes: loading them whole under ZeRO-3, using them under FSDP2."""
+"""DeepSpeed's ZeRO-3, which shards the weights of each model that is created or loaded."""
 
-from collections.abc import Callable
 from contextlib import contextmanager
-from typing import TypeVar
 
-from torch import nn
-from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from peft import PeftConfig, PeftModel
+from transformers import TrainingArguments
 from transformers.integrations import deepspeed
 
 
-T = TypeVar("T")
+def uses_zero3(args: TrainingArguments) -> bool:
+    """Whether the run shards weights with DeepSpeed's stage 3."""
+    return args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
+
+
+def refuse_zero3(model: object, args: TrainingArguments, peft_config: PeftConfig | None) -> None:
+    """Raise a `ValueError` for an adapter under ZeRO-3; the arguments are those of a trainer."""
+    if uses_zero3(args) and (peft_config is not None or isinstance(model, PeftModel)):
+        raise ValueError(
+            "LoRA is not supported under ZeRO-3, which needs reentrant checkpointing; the latent loop would be wrong. "
+            "Use recipes/accelerate_configs/zero2.yaml."
+        )
 
 
 @contextmanager
@@ -19,14 +28,6 @@ def unsharded_weights():
 
     Once training arguments configured ZeRO-3, transformers shards every model that is created. Sharded weights cannot
     be resized or hashed, and one process cannot run the model. The trainer shards a whole model itself.
-
-    Example:
-
-    ```python
-    >>> with unsharded_weights():
-    ...     model = LasarForGenerativeRec.from_backbone("Qwen/Qwen3-0.6B", tokenizer)
-    >>> trainer = LasarSFTTrainer(model, args, train_dataset=examples, processing_class=processor)
-    ```
     """
     reference = deepspeed._hf_deepspeed_config_weak_ref
     deepspeed.unset_hf_deepspeed_config()
@@ -35,23 +36,3 @@ def unsharded_weights():
     finally:
         if reference is not None and reference() is not None:
             deepspeed.set_hf_deepspeed_config(reference())
-
-
-def run_with_gathered_weights(root: nn.Module, function: Callable[[], T]) -> T:
-    """
-    Call a function while the weights are gathered that FSDP2 gathers for the root's forward (embeddings and head).
-
-    Args:
-        root (`nn.Module`):
-            The model as the trainer wrapped it. Without FSDP2 the function is called directly.
-        function (`Callable`):
-            Uses the model other than through its forward. Every process must call it.
-    """
-    if not isinstance(root, FSDPModule):
-        return function()
-    root._gathered = function
-    register_fsdp_forward_method(root, "_gathered")
-    try:
-        return root._gathered()
-    finally:
-        del root._gathered

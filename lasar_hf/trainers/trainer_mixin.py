@@ -1,22 +1,53 @@
-"""What both trainers share: the processor beside TRL's tokenizer, metrics, checkpoints and the model card."""
+"""What both trainers share: the latent states of a pass, logged metrics, checkpoints and the model card."""
+
+import os
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
+from huggingface_hub import ModelCard, ModelCardData
+from peft import PeftModel
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
+from trl.models import unwrap_model_for_generation
 
+from ..files import atomic_file
+from ..model.base_lasar import LasarModelOutput
 from ..model.catalog_lasar import SidCatalog
+from ..model.modeling_lasar import LasarForGenerativeRec
 from ..model.processing_lasar import LasarProcessor
-from .model_card import save_model_card
+from .losses import depth_entropy
 
 
-def split_processor(
-    processing_class: PreTrainedTokenizerBase | LasarProcessor | None, catalog: SidCatalog | None
-) -> tuple[LasarProcessor | None, PreTrainedTokenizerBase | None, SidCatalog | None]:
+# A sum over the local batch and the number of its terms.
+SumAndCount = tuple[torch.Tensor, torch.Tensor | int]
+
+USAGE = """
+```python
+from transformers import AutoModel, AutoProcessor
+
+processor = AutoProcessor.from_pretrained("{name}", trust_remote_code=True)
+model = AutoModel.from_pretrained("{name}", trust_remote_code=True)
+history = processor.catalog.item_ids[:3]
+output = model.recommend(**processor([history]), catalog=processor.catalog)
+print(processor.decode_recommendations(output)[0])
+```
+"""
+
+
+def unwrap_lasar(model: nn.Module) -> nn.Module:
+    """The [`LasarForGenerativeRec`] inside a PEFT wrapper, or the model itself without one."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def split_processor(processing_class: PreTrainedTokenizerBase | LasarProcessor | None, catalog: SidCatalog | None):
     """
-    The processor, the tokenizer for TRL and the catalogue, each `None` if it was not given. TRL would treat any
-    processor as that of a vision model. The arguments are those of a trainer.
-
-    Raises:
-        `ValueError`: if `catalog` is not the processor's catalogue.
+    The processor, the tokenizer for TRL and the catalogue from a trainer's arguments, each `None` if it was not given.
+    TRL would treat any processor as that of a vision model. Refuses a catalogue that differs from the processor's.
     """
     if not isinstance(processing_class, LasarProcessor):
         return None, processing_class, catalog
@@ -33,17 +64,67 @@ def split_processor(
     return processing_class, processing_class.tokenizer, saved
 
 
+@torch.no_grad()
+def latent_metrics(output: LasarModelOutput, embedding: nn.Embedding) -> dict[str, SumAndCount]:
+    """
+    Metrics of the latent reasoning: `mean_depth` (steps), `depth_entropy` (nats) and `latent_norm_ratio`, the norm of
+    the latent slots' inputs relative to that of the input embeddings, which grows when a latent loop diverges.
+    """
+    steps = output.latent_steps  # (B,)
+    # The input of slot t is h_{t-1}, for t = 1 … N.
+    inputs = output.latent_states[:, :-1]  # (B, max N, H)
+    is_input = torch.arange(inputs.shape[1], device=steps.device) < steps[:, None]  # (B, max N)
+    norms = embedding.weight[:1024].float().norm(dim=-1)
+    if isinstance(norms, DTensor):  # FSDP2 may shard the weight again after the forward
+        norms = norms.full_tensor()
+    return {
+        "mean_depth": (steps.sum(), len(steps)),
+        "depth_entropy": (depth_entropy(output.depth_logits).sum(), len(steps)),
+        "latent_norm_ratio": (inputs[is_input].float().norm(dim=-1).sum() / norms.mean(), is_input.sum()),
+    }
+
+
 class LasarTrainerMixin:
     """Methods of both trainers, which set `processor`, `catalog`, `_tag_names` and `_description`."""
 
-    def log_means(self, metrics: dict[str, torch.Tensor]) -> None:
-        """Add scalars to TRL's log, averaged over the processes; their names must be the same on all of them."""
+    def record_latent_states(self, lasar: LasarForGenerativeRec) -> None:
+        """Keep the output of the base model's last forward, from which the extra losses read the latent states."""
+        self._outputs = deque(maxlen=1)  # `pop` releases the output, so that its autograd graph can be freed
+        lasar.model.register_forward_hook(lambda module, args, output: self._outputs.append(output))
+
+    def on_gathered_weights(self, function: Callable[[LasarForGenerativeRec], Any]) -> Any:
+        """
+        Call a function that uses the model other than through its forward. ZeRO-3 gathers all weights for it, FSDP2
+        those of the root's forward (embeddings and head). Every process must call it.
+        """
+        with unwrap_model_for_generation(self.model_wrapped, self.accelerator) as model:
+            call = partial(function, unwrap_lasar(model))
+            if not isinstance(model, FSDPModule):
+                return call()
+            model._gathered = call
+            register_fsdp_forward_method(model, "_gathered")
+            try:
+                return model._gathered()
+            finally:
+                del model._gathered
+
+    def log_means(self, metrics: dict[str, SumAndCount]) -> None:
+        """
+        Add means over the batches of all processes to TRL's log; a mean of no terms is left out.
+
+        Every process must pass the same names, also with a count of 0: the processes add up their values together.
+        """
+        values = [value for pair in metrics.values() for value in pair]
+        options = {"dtype": torch.float32, "device": self.accelerator.device}
+        local = torch.stack([torch.as_tensor(value, **options).detach() for value in values])  # (2 · metrics,)
+        sums = self.accelerator.reduce(local, "sum").view(-1, 2).tolist()
         mode = "train" if self.model.training else "eval"
-        for name, value in metrics.items():
-            self._metrics[mode][name].append(self.accelerator.gather(value.detach().float()).mean().item())
+        for name, (total, count) in zip(metrics, sums, strict=True):
+            if count > 0:
+                self._metrics[mode][name].append(total / count)
 
     def save_processor(self, folder: str) -> None:
-        """Save the processor, or the catalogue alone beside a tokenizer, so that the folder is enough to recommend."""
+        """Save the processor or, if the trainer has a tokenizer only, the catalogue."""
         part = self.catalog if self.processor is None else self.processor
         if part is not None:
             part.save_pretrained(folder)
@@ -54,5 +135,14 @@ class LasarTrainerMixin:
             self.save_processor(output_dir or self.args.output_dir)
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):
-        """Write the card of this package."""
-        save_model_card(self, model_name, [*self._tag_names, *(tags or [])], self._description)
+        """Write `README.md`. TRL's own method looks for templates inside TRL."""
+        if not self.is_world_process_zero():
+            return
+        name = model_name or os.path.basename(os.path.normpath(self.args.output_dir))
+        data = ModelCardData(
+            library_name="transformers", tags=sorted([*self._tag_names, *(tags or [])]), pipeline_tag="text-generation"
+        )
+        usage = "" if self.processor is None else USAGE.format(name=name)
+        text = f"---\n{data.to_yaml()}\n---\n\n# {name}\n\n{self._description}\n{usage}"
+        with atomic_file(os.path.join(self.args.output_dir, "README.md")) as temporary:
+            ModelCard(text).save(temporary)
