@@ -7,9 +7,9 @@ is normalised over the children of the prefix in the catalogue's trie:
 
 Training (`sid_loss="catalog"`), sampling, the RL ratios and beam search all use this distribution.
 
-Two things differ from the beam search of `generate`. The prompt is never expanded: the beams of a level are extra
-tokens of the prompt's own sequence, and each sees the prompt, the latent steps and its own ancestors. And a level
-multiplies by the `K` head rows of its codes instead of the whole vocabulary.
+Two things differ from the beam search of `generate`. The prompt is never expanded, since the beams of a level are
+extra tokens of the prompt's own sequence. And a level multiplies by the `K` head rows of its codes instead of the
+whole vocabulary.
 
 Shapes: `B` prompts, `W` beams per prompt, `F` children per node (padded), `K` codes per level.
 """
@@ -47,46 +47,31 @@ class RecommendOutput(ModelOutput):
 
 
 def child_log_probs(
-    hidden_states: torch.Tensor, head: tuple[torch.Tensor, torch.Tensor | None], trie: SidTrie, level: int,
-    nodes: torch.Tensor, temperature: float = 1.0,
+    hidden_states: torch.Tensor, head: torch.Tensor, trie: SidTrie, level: int, nodes: torch.Tensor,
+    temperature: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
-    Log-probabilities of the codes that can follow, normalised over the children of each prefix.
+    Float32 log-probabilities, codes and node numbers, all `(..., F)`, of the codes that can follow the prefixes
+    `nodes` `(...)` of depth `level`. Missing children have `-inf`, 0 and -1.
 
-    Args:
-        hidden_states (`torch.Tensor` of shape `(..., H)`):
-            Final hidden states of the tokens that predict the code of `level`.
-        head (`tuple` of `torch.Tensor` of shapes `(K, H)` and `(K,)` or `None`):
-            Weight and bias of the language-model head for the level's codes.
-        trie, level, nodes (`torch.Tensor` of shape `(...)`):
-            Trie of the catalogue, level of the code to predict, and the node of the codes written so far.
-        temperature (`float`, *optional*, defaults to `1.0`):
-            Temperature the logits are divided by.
-
-    Returns:
-        `tuple` of three `torch.Tensor` of shape `(..., F)`: log-probabilities in float32 (`-inf` where there is no
-        child), codes, and child node numbers (-1 where there is none).
+    `hidden_states` `(..., H)` predict these codes through `head` `(K, H)`, the head's rows for the level. Logits are
+    divided by `temperature` and normalised over the children of each prefix.
     """
     codes, child = trie.children(level, nodes)  # (..., F)
-    logits = nn.functional.linear(hidden_states, *head).float() / temperature  # (..., K)
+    logits = nn.functional.linear(hidden_states, head).float() / temperature  # (..., K)
     logits = logits.gather(-1, codes).masked_fill(child < 0, -torch.inf)
     return logits.log_softmax(dim=-1), codes, child
 
 
 @dataclass
 class _Beams:
-    """
-    Live prefixes of one level, each field `(B, W)`.
+    """Live prefixes of one level; each field has shape `(B, W)`."""
 
-    Trie `nodes` and last `codes` of the prefixes, cumulated log-probability `scores`, index of the `parent` prefix in
-    the level before, and the `key` by which stochastic beams are ranked (equal to `scores` elsewhere).
-    """
-
-    nodes: torch.Tensor
-    codes: torch.Tensor
-    scores: torch.Tensor
-    parent: torch.Tensor
-    key: torch.Tensor
+    nodes: torch.Tensor  # nodes of the trie
+    codes: torch.Tensor  # last codes
+    scores: torch.Tensor  # log-probabilities of the whole prefixes
+    parent: torch.Tensor  # indices among the prefixes of the level before
+    key: torch.Tensor  # the numbers by which beams are ranked: the scores, or the perturbed scores
 
     @classmethod
     def root(cls, batch_size: int, device: torch.device) -> "_Beams":
@@ -95,7 +80,7 @@ class _Beams:
 
 
 def _expand(beams: _Beams, log_probs, codes, child, index: torch.Tensor, keys: torch.Tensor) -> _Beams:
-    """The children with `index` `(B, W)` among the flattened `(B, W_before * F)` children."""
+    """The children at `index` `(B, W)` of the flattened `(B, W_before * F)` children."""
     scores = (beams.scores[..., None] + log_probs).flatten(1)
     return _Beams(
         nodes=child.flatten(1).gather(1, index).clamp(min=0),
@@ -107,7 +92,7 @@ def _expand(beams: _Beams, log_probs, codes, child, index: torch.Tensor, keys: t
 
 
 def _select_best(width: int):
-    """Deterministic beams: the `width` most likely prefixes."""
+    """Beam search: the `width` most likely prefixes."""
 
     def select(beams: _Beams, log_probs, codes, child) -> _Beams:
         keys = (beams.scores[..., None] + log_probs).flatten(1)  # (B, W * F)
@@ -174,7 +159,8 @@ def _search(
         if level > 0:
             hidden_states, ancestors = _read_open(model, state, trie, level, beams, ancestors)  # (B, W, H)
         # 3. Score their children, without those that lead to no permitted item.
-        head = model.sid_head(level)
+        start = model.config.sid_token_id(level, 0)
+        head = model.lm_head.weight[start : start + model.config.codebook_size]  # (K, H)
         log_probs, codes, child = child_log_probs(hidden_states, head, trie, level, beams.nodes, temperature)
         if item_filter is not None:
             log_probs = log_probs.masked_fill(item_filter.excludes_nodes(level, child), -torch.inf)
@@ -189,12 +175,11 @@ def _search(
 
 def _read_open(model, state: ReasoningState, trie: SidTrie, level: int, beams: _Beams, ancestors: torch.Tensor):
     """
-    Read the last codes of the open prefixes, all beams of a prompt side by side.
+    Read the last codes of the open prefixes. Returns hidden states `(B, W, H)`, zero where nothing was read, and the
+    new `ancestors` `(B, W, R + O)`.
 
-    A prefix is open if at least two items continue it. Where a single item continues, all further codes have
-    probability 1 whatever the model says, so they are not read. All ancestors of an open prefix were open.
-
-    Returns the hidden states `(B, W, H)`, zero where nothing was read, and the new `ancestors` `(B, W, R + O)`.
+    A prefix is open if at least two items continue it. If only one does, its further codes have probability 1 and
+    need not be read. All ancestors of an open prefix were open.
     """
     config, (batch_size, width) = model.config, beams.codes.shape
     # 1. Find the open prefixes; O is the largest number of them in a prompt.
@@ -223,31 +208,13 @@ def beam_search(
     model, state: ReasoningState, trie: SidTrie, num_beams: int, item_filter: ItemFilter | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Trie-constrained beam search that shares the prompt (LASAR, arXiv 2605.10207, inference).
+    Trie-constrained beam search that shares the prompt (LASAR, arXiv 2605.10207, inference). Returns leaves of the
+    trie and their log-probabilities, both `(B, W)` with `W` at most `num_beams`, best first; `-inf` pads.
 
-    Level 0 reads `<|latent_end|>` once per prompt. At every later level the beams are at most `W` extra tokens of the
-    prompt's sequence. A token sees the prompt, the latent steps, `<|latent_end|>` and its own ancestors, so the prompt
-    is never expanded and no cache is reordered. Beams that can only become one item are not read any more.
-
-    Args:
-        model ([`LasarForGenerativeRec`]):
-            The model.
-        state ([`ReasoningState`]):
-            `B` prompts after their latent steps, from [`~LasarForGenerativeRec.encode_prompts`].
-        trie ([`SidTrie`]):
-            Trie of the catalogue, on the model's device.
-        num_beams (`int`):
-            Width `W` of the search.
-        item_filter ([`ItemFilter`], *optional*):
-            Allow and deny lists. Prefixes without a permitted item are pruned. Scores stay those of
-            the whole catalogue.
-
-    Returns:
-        `tuple` of two `torch.Tensor` of shape `(B, W')`, `W'` at most `num_beams`: leaves of the trie and their
-        log-probabilities, best first (`-inf` where the search found fewer).
-
-    Raises:
-        `ValueError`: if the model's logits contain NaN.
+    Level 0 reads `<|latent_end|>` once per prompt, and every later level at most `W` extra tokens of the prompt's
+    sequence. A token sees the prompt, the latent steps, `<|latent_end|>` and its own ancestors, so the prompt is never
+    expanded and no cache is reordered. `item_filter` prunes prefixes without a permitted item and does not change the
+    scores.
     """
     beams = _search(model, state, trie, _select_best(num_beams), 1.0, width_limit=True, item_filter=item_filter)
     return beams.nodes, beams.scores
@@ -258,22 +225,11 @@ def sample_items(
     model, state: ReasoningState, trie: SidTrie, num_samples: int, temperature: float = 1.0, replacement: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Sample items from the policy. Other arguments as for [`beam_search`].
+    Sample `num_samples` items per prompt from the policy at a temperature. Returns leaves of the trie and their
+    log-probabilities at that temperature, both `(B, num_samples)`, most likely first.
 
-    Args:
-        num_samples (`int`):
-            Items to draw per prompt, `G`.
-        temperature (`float`, *optional*, defaults to `1.0`):
-            Temperature the logits are divided by.
-        replacement (`bool`, *optional*, defaults to `True`):
-            Whether to draw independently. Otherwise stochastic beams (Gumbel top-k) never repeat an item.
-
-    Returns:
-        `tuple` of two `torch.Tensor` of shape `(B, G)`: leaves of the trie and their log-probabilities at that
-        temperature, most likely first (`-inf` where the catalogue has fewer than `G` items, without replacement).
-
-    Raises:
-        `ValueError`: if the model's logits contain NaN, or `num_samples` or `temperature` is not positive.
+    With `replacement` the items are drawn independently. Otherwise stochastic beams (Gumbel top-k) never repeat an
+    item, and `-inf` pads if the catalogue has too few.
     """
     if num_samples < 1 or not temperature > 0:
         raise ValueError(f"num_samples is {num_samples} and temperature is {temperature}; expected positive numbers.")
@@ -287,20 +243,9 @@ def rank_items(
     leaves: torch.Tensor, scores: torch.Tensor, trie: SidTrie, top_k: int, item_filter: ItemFilter | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    From leaves of the trie to items: those that share a leaf are listed separately, equal scores in order of index.
-
-    Args:
-        leaves, scores (`torch.Tensor` of shape `(B, W)`):
-            As [`beam_search`] returns them.
-        trie ([`SidTrie`]):
-            Trie of the catalogue.
-        top_k (`int`):
-            Number of items per prompt, `k`.
-        item_filter ([`ItemFilter`], *optional*):
-            Allow and deny lists, which may exclude some of the items that share a Semantic ID.
-
-    Returns:
-        `tuple` of two `torch.Tensor` of shape `(B, k)`: item indices (-1 pads) and scores (`-inf` pads).
+    The best items and their scores, both `(B, top_k)`, of the `leaves` and `scores` `(B, W)` of [`beam_search`]; -1
+    and `-inf` pad. Items that share a leaf are listed separately, and equal scores are in order of the item index.
+    `item_filter` may exclude some of the items that share a leaf.
     """
     # 1. All C items of each leaf, with the leaf's score.
     items = trie.items(leaves)  # (B, W, C)
@@ -324,11 +269,11 @@ class SidLogitsProcessor(LogitsProcessor):
     The catalogue's constraint for `generate`. After `<|latent_end|>` every code continues some item, and the scores
     are the log-probabilities of the policy distribution.
 
-    An open latent region can only be closed, and a complete Semantic ID is followed by the end of the text. Plain text
-    is not constrained. With `num_beams=W`, `max_new_tokens=M` after `<|latent_end|>` and `length_penalty=0.0` (plain
-    sums of log-probabilities), `generate` returns the items, order and scores of
-    [`~LasarForGenerativeRec.recommend`], but is slower. If fewer than `W` items are found, it pads with sequences of a
-    score below -1e8. With `do_sample=True` pass `top_k=0`, since transformers keeps 50 tokens by default.
+    An open latent region can only be closed, and the text ends after a complete Semantic ID. Plain text is not
+    constrained. With `num_beams=W`, `max_new_tokens=M` after `<|latent_end|>` and `length_penalty=0.0` (plain sums of
+    log-probabilities), `generate` returns the items, order and scores of [`~LasarForGenerativeRec.recommend`], but is
+    slower. If fewer than `W` items are found, it pads with sequences of a score below -1e8. With `do_sample=True` pass
+    `top_k=0`, since transformers keeps 50 tokens by default.
 
     Args:
         catalog ([`SidCatalog`]):
@@ -337,7 +282,8 @@ class SidLogitsProcessor(LogitsProcessor):
             Configuration of the model.
 
     Raises:
-        `ValueError`: if the catalogue does not match the model.
+        `ValueError`: if the catalogue does not match the model. In a call: if codes do not begin any item, the scores
+        contain NaN, or a sequence goes on after its Semantic ID and the model has no end-of-text token.
 
     Example:
 
@@ -355,12 +301,8 @@ class SidLogitsProcessor(LogitsProcessor):
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """
-        Log-probabilities `(B, V)` within the constraint, `-inf` outside, from the tokens so far `(B, L)` and the
-        logits or log-probabilities `(B, V)` of the next token.
-
-        Raises:
-            `ValueError`: if codes do not begin any item, the scores contain NaN, or a sequence continues after a
-            complete Semantic ID although the model has no end-of-text token.
+        Log-probabilities `(B, V)` under the constraint, `-inf` for all other tokens, from the tokens so far `(B, L)`
+        and the logits or log-probabilities `(B, V)` of the next token.
         """
         config, trie = self.config, self.catalog.trie(input_ids.device)
         # 1. Codes written after the last <|latent_end|>; -1 if there is none.
