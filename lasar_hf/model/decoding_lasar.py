@@ -15,6 +15,7 @@ Shapes: `B` prompts, `W` beams per prompt, `F` children per node (padded), `K` c
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -25,6 +26,9 @@ from .batching_lasar import ReasoningState
 from .catalog_lasar import SidCatalog
 from .configuration_lasar import LasarConfig
 from .trie_lasar import ItemFilter, SidTrie
+
+
+NAN_MESSAGE = "The model's logits contain NaN. Check the weights and the data type (bfloat16 or float32)."
 
 
 @dataclass
@@ -79,68 +83,45 @@ class _Beams:
         return cls(zero, zero, zero.float(), zero, zero.float())
 
 
-def _expand(beams: _Beams, log_probs, codes, child, index: torch.Tensor, keys: torch.Tensor) -> _Beams:
-    """The children at `index` `(B, W)` of the flattened `(B, W_before * F)` children."""
-    scores = (beams.scores[..., None] + log_probs).flatten(1)
-    return _Beams(
-        nodes=child.flatten(1).gather(1, index).clamp(min=0),
-        codes=codes.flatten(1).gather(1, index),
-        scores=scores.gather(1, index),
-        parent=index // log_probs.shape[-1],
-        key=keys.flatten(1).gather(1, index),
-    )
+# Three ways to choose the prefixes of the next level. Each returns the chosen indices `(B, W')` among the flattened
+# `(B, W * F)` children, and the keys of all children.
 
 
-def _select_best(width: int):
+def _select_best(beams: _Beams, log_probs, child, width: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Beam search: the `width` most likely prefixes."""
-
-    def select(beams: _Beams, log_probs, codes, child) -> _Beams:
-        keys = (beams.scores[..., None] + log_probs).flatten(1)  # (B, W * F)
-        index = keys.topk(min(width, keys.shape[1]), dim=1).indices
-        return _expand(beams, log_probs, codes, child, index, keys)
-
-    return select
+    keys = (beams.scores[..., None] + log_probs).flatten(1)  # (B, W * F)
+    return keys.topk(min(width, keys.shape[1]), dim=1).indices, keys
 
 
-def _select_independent(num_samples: int):
+def _select_independent(beams: _Beams, log_probs, child, num_samples: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Ancestral sampling with replacement: `num_samples` independent prefixes per prompt."""
-
-    def select(beams: _Beams, log_probs, codes, child) -> _Beams:
-        batch_size, width, fan_out = log_probs.shape
-        draws = num_samples // width  # all samples from the root, then one from each prefix
-        # multinomial would crash on NaN on a GPU. The search reports NaN at its end.
-        probs = log_probs.exp().nan_to_num(nan=1.0).flatten(0, 1)  # (B * W, F)
-        drawn = torch.multinomial(probs, draws, replacement=True).view(batch_size, -1)
-        parent = torch.arange(width, device=drawn.device).repeat_interleave(draws)
-        keys = beams.scores[..., None] + log_probs
-        return _expand(beams, log_probs, codes, child, parent * fan_out + drawn, keys)
-
-    return select
+    batch_size, width, fan_out = log_probs.shape
+    draws = num_samples // width  # all samples from the root, then one from each prefix
+    # multinomial would crash on NaN on a GPU. The search reports NaN at its end.
+    probs = log_probs.exp().nan_to_num(nan=1.0).flatten(0, 1)  # (B * W, F)
+    drawn = torch.multinomial(probs, draws, replacement=True).view(batch_size, -1)  # (B, num_samples)
+    parent = torch.arange(width, device=drawn.device).repeat_interleave(draws)  # (num_samples,)
+    return parent * fan_out + drawn, (beams.scores[..., None] + log_probs).flatten(1)
 
 
-def _select_perturbed(width: int):
+def _select_perturbed(beams: _Beams, log_probs, child, width: int) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Stochastic beams: the `width` prefixes with the largest Gumbel-perturbed scores, which is sampling without
     replacement (Kool et al. 2019, arXiv 1903.06059).
     """
-
-    def select(beams: _Beams, log_probs, codes, child) -> _Beams:
-        # 1. Perturb the score of each child independently.
-        scores = beams.scores[..., None] + log_probs  # (B, W, F)
-        uniform = torch.rand_like(scores).clamp(min=torch.finfo(scores.dtype).tiny)
-        gumbel = scores - (-uniform.log()).log()
-        # 2. Shift them so that the largest child has its parent's key, in the numerically stable form of appendix B.3.
-        largest = gumbel.max(dim=-1, keepdim=True).values  # (B, W, 1)
-        gap = (gumbel - largest).clamp(max=0)
-        log1m_exp_gap = torch.where(gap > -0.6931472, (-torch.expm1(gap)).log(), torch.log1p(-gap.exp()))
-        value = beams.key[..., None] - gumbel + log1m_exp_gap
-        keys = beams.key[..., None] - value.clamp(min=0) - torch.log1p((-value.abs()).exp())
-        # 3. Missing children and children of dead prefixes lose. Keep the largest keys.
-        keys = keys.masked_fill((child < 0) | (beams.key == -torch.inf)[..., None], -torch.inf).flatten(1)
-        index = keys.topk(min(width, keys.shape[1]), dim=1).indices
-        return _expand(beams, log_probs, codes, child, index, keys)
-
-    return select
+    # 1. Perturb the score of each child independently.
+    scores = beams.scores[..., None] + log_probs  # (B, W, F)
+    uniform = torch.rand_like(scores).clamp(min=torch.finfo(scores.dtype).tiny)
+    gumbel = scores - (-uniform.log()).log()
+    # 2. Shift them so that the largest child has its parent's key, in the numerically stable form of appendix B.3.
+    largest = gumbel.max(dim=-1, keepdim=True).values  # (B, W, 1)
+    gap = (gumbel - largest).clamp(max=0)
+    log1m_exp_gap = torch.where(gap > -0.6931472, (-torch.expm1(gap)).log(), torch.log1p(-gap.exp()))
+    value = beams.key[..., None] - gumbel + log1m_exp_gap
+    keys = beams.key[..., None] - value.clamp(min=0) - torch.log1p((-value.abs()).exp())
+    # 3. Missing children and children of dead prefixes lose. Keep the largest keys.
+    keys = keys.masked_fill((child < 0) | (beams.key == -torch.inf)[..., None], -torch.inf).flatten(1)
+    return keys.topk(min(width, keys.shape[1]), dim=1).indices, keys
 
 
 def _search(
@@ -164,12 +145,19 @@ def _search(
         log_probs, codes, child = child_log_probs(hidden_states, head, trie, level, beams.nodes, temperature)
         if item_filter is not None:
             log_probs = log_probs.masked_fill(item_filter.excludes_nodes(level, child), -torch.inf)
-        # 4. Choose. A level has at most as many live prefixes as the catalogue has nodes.
-        beams = select(beams, log_probs, codes, child)
+        # 4. Choose. Distinct prefixes are at most as many as the trie has nodes.
+        index, keys = select(beams, log_probs, child)
         if width_limit:
-            beams = _Beams(*(field[:, : trie.num_nodes[level + 1]] for field in vars(beams).values()))
+            index = index[:, : trie.num_nodes[level + 1]]
+        beams = _Beams(
+            nodes=child.flatten(1).gather(1, index).clamp(min=0),
+            codes=codes.flatten(1).gather(1, index),
+            scores=(beams.scores[..., None] + log_probs).flatten(1).gather(1, index),
+            parent=index // log_probs.shape[-1],
+            key=keys.gather(1, index),
+        )
     if beams.scores.isnan().any():
-        raise ValueError("The model's logits contain NaN. Check the weights and the data type (bfloat16 or float32).")
+        raise ValueError(NAN_MESSAGE)
     return beams
 
 
@@ -216,7 +204,8 @@ def beam_search(
     expanded and no cache is reordered. `item_filter` prunes prefixes without a permitted item and does not change the
     scores.
     """
-    beams = _search(model, state, trie, _select_best(num_beams), 1.0, width_limit=True, item_filter=item_filter)
+    select = partial(_select_best, width=num_beams)
+    beams = _search(model, state, trie, select, 1.0, width_limit=True, item_filter=item_filter)
     return beams.nodes, beams.scores
 
 
@@ -233,7 +222,10 @@ def sample_items(
     """
     if num_samples < 1 or not temperature > 0:
         raise ValueError(f"num_samples is {num_samples} and temperature is {temperature}; expected positive numbers.")
-    select = _select_independent(num_samples) if replacement else _select_perturbed(num_samples)
+    if replacement:
+        select = partial(_select_independent, num_samples=num_samples)
+    else:
+        select = partial(_select_perturbed, width=num_samples)
     beams = _search(model, state, trie, select, temperature, width_limit=not replacement)
     scores, order = beams.scores.sort(dim=1, descending=True, stable=True)
     return beams.nodes.gather(1, order), scores
@@ -297,7 +289,7 @@ class SidLogitsProcessor(LogitsProcessor):
         catalog.check_matches(config.num_sid_levels, config.codebook_size)
         self.catalog, self.config = catalog, config
         eos = config.backbone_config.eos_token_id
-        self.eos_token_ids = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+        self.eos_token_id = eos[0] if isinstance(eos, list) else eos
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """
@@ -312,7 +304,8 @@ class SidLogitsProcessor(LogitsProcessor):
         # 2. Close open latent regions.
         is_open = (input_ids[:, -1] == config.latent_start_token_id) | (input_ids[:, -1] == config.latent_token_id)
         scores = scores.clone()
-        self._leave_only(scores, is_open, [config.latent_end_token_id])
+        scores[is_open] = -torch.inf
+        scores[is_open, config.latent_end_token_id] = 0.0
         # 3. Walk down the trie. Sequences that have reached a level are constrained to the children of their node.
         nodes = torch.zeros_like(end)  # (B,)
         for level in range(config.num_sid_levels):
@@ -329,20 +322,14 @@ class SidLogitsProcessor(LogitsProcessor):
                 )
         # 4. End complete Semantic IDs.
         is_complete = num_codes >= config.num_sid_levels
-        if not self.eos_token_ids and is_complete.any():
+        if self.eos_token_id is None and is_complete.any():
             raise ValueError(
                 f"max_new_tokens is too large: a Semantic ID has {config.num_sid_levels} tokens, and the model has no "
                 "end-of-text token to write after it."
             )
-        self._leave_only(scores, is_complete, self.eos_token_ids)
+        scores[is_complete] = -torch.inf
+        scores[is_complete, self.eos_token_id] = 0.0
         return scores
-
-    @staticmethod
-    def _leave_only(scores: torch.Tensor, selected: torch.Tensor, token_ids: list[int]) -> None:
-        """In place: the first of `token_ids` gets probability 1 in the `selected` `(B,)` sequences."""
-        scores.masked_fill_(selected[:, None], -torch.inf)
-        for token_id in token_ids[:1]:
-            scores[:, token_id].masked_fill_(selected, 0.0)
 
     @staticmethod
     def _constrain(scores: torch.Tensor, nodes: torch.Tensor, trie: SidTrie, level: int, start: int) -> torch.Tensor:
@@ -351,8 +338,6 @@ class SidLogitsProcessor(LogitsProcessor):
         token_ids = torch.where(child >= 0, start + codes, scores.shape[1])  # an extra column for missing children
         log_probs = scores.gather(1, start + codes).masked_fill(child < 0, -torch.inf).log_softmax(dim=-1)
         if log_probs.isnan().any():
-            raise ValueError(
-                "The model's logits contain NaN. Check the weights and the data type (bfloat16 or float32)."
-            )
+            raise ValueError(NAN_MESSAGE)
         constrained = scores.new_full((scores.shape[0], scores.shape[1] + 1), -torch.inf)
         return constrained.scatter(1, token_ids, log_probs)[:, :-1]

@@ -230,12 +230,8 @@ class ItemFilter:
     """
 
     def __init__(
-        self,
-        trie: SidTrie,
-        batch_size: int,
-        allow: Sequence[torch.Tensor | None] | None = None,
-        deny: Sequence[torch.Tensor | None] | None = None,
-        allow_empty: bool = False,
+        self, trie: SidTrie, batch_size: int, allow: Sequence[torch.Tensor | None] | None = None,
+        deny: Sequence[torch.Tensor | None] | None = None, allow_empty: bool = False,
     ):
         self._trie = trie
         num_items, device = len(trie.item_indices), trie.item_indices.device
