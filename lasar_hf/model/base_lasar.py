@@ -171,13 +171,9 @@ class LasarModel(LasarPreTrainedModel):
         self.backbone.set_input_embeddings(value)
 
     def forward(
-        self,
-        input_ids: torch.LongTensor,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        use_cache: bool | None = None,
-        **kwargs,
+        self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None, past_key_values: Cache | None = None,
+        use_cache: bool | None = None, **kwargs,
     ) -> LasarModelOutput:
         r"""
         Read prompts, reason at the `<|latent|>` slots, read answers.
@@ -255,20 +251,18 @@ class LasarModel(LasarPreTrainedModel):
         Maximum of `max_depth` and `is_shared` over the processes. With sharded parameters every call of the backbone
         is a collective operation, so all processes must make the same number of calls.
         """
-        if not (dist.is_initialized() and dist.get_world_size() > 1 and self._is_sharded()):
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return max_depth, is_shared
+        # FSDP2 is detected by its modules, since the weights look unsharded inside a forward pass.
+        is_fsdp = any(isinstance(part, FSDPModule) for part in self.backbone.modules())
+        if not is_fsdp and not is_deepspeed_zero3_enabled():
             return max_depth, is_shared
         plan = torch.tensor([max_depth, int(is_shared)], device=self.policy_head.dense.weight.device)
         dist.all_reduce(plan, op=dist.ReduceOp.MAX)
         return int(plan[0]), bool(plan[1])
 
-    def _is_sharded(self) -> bool:
-        # FSDP2 is detected by its modules, since the weights look unsharded inside a forward pass.
-        return is_deepspeed_zero3_enabled() or any(isinstance(part, FSDPModule) for part in self.backbone.modules())
-
-    def _read_plain(
-        self, layout: BatchLayout, attention_mask, past_key_values, use_cache, **kwargs
-    ) -> LasarModelOutput:
-        """One ordinary pass, for a batch without latent slots and without equal prompts."""
+    def _read_plain(self, layout: BatchLayout, attention_mask, past_key_values, use_cache, **kwargs):
+        """Read a batch without latent slots or equal prompts in one ordinary pass. Returns [`LasarModelOutput`]."""
         outputs = self.backbone(
             input_ids=layout.input_ids, attention_mask=attention_mask, position_ids=layout.position.clamp(min=0),
             past_key_values=past_key_values, use_cache=bool(use_cache), **kwargs,
@@ -285,12 +279,8 @@ class LasarModel(LasarPreTrainedModel):
         )
 
     def run_latent_steps(
-        self,
-        prompt_ids: torch.LongTensor,
-        prompt_mask: torch.Tensor,
-        depths: torch.Tensor | Callable[[torch.Tensor], torch.Tensor],
-        max_depth: int | None = None,
-        **kwargs,
+        self, prompt_ids: torch.LongTensor, prompt_mask: torch.Tensor,
+        depths: torch.Tensor | Callable[[torch.Tensor], torch.Tensor], max_depth: int | None = None, **kwargs,
     ) -> ReasoningState:
         """
         Read left-padded prompts `(U, P)` and take all their latent steps but the last, which

@@ -35,22 +35,6 @@ class ReasoningState:
         return states.masked_fill((step > self.depths[:, None])[..., None], 0)
 
 
-def _valid_tokens(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    """Which tokens `(B, L)` are not padding."""
-    if input_ids.ndim != 2 or len(input_ids) == 0:
-        raise ValueError(
-            f"input_ids has shape {tuple(input_ids.shape)}; expected a batch (B, L) of at least one sequence."
-        )
-    if attention_mask is None:
-        return torch.ones_like(input_ids, dtype=torch.bool)
-    if not isinstance(attention_mask, torch.Tensor) or attention_mask.shape != input_ids.shape:
-        raise ValueError(
-            "attention_mask does not have the shape of input_ids, (B, L). Masks of another shape, such as those of a "
-            "static cache, cannot be used with latent steps."
-        )
-    return attention_mask.bool()
-
-
 class BatchLayout:
     """
     Splits each sequence of a batch into prompt (`X … <|latent_start|>`), `N` latent slots and answer. Padding may be
@@ -58,8 +42,19 @@ class BatchLayout:
     """
 
     def __init__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, config: LasarConfig):
+        if input_ids.ndim != 2 or len(input_ids) == 0:
+            raise ValueError(
+                f"input_ids has shape {tuple(input_ids.shape)}; expected a batch (B, L) of at least one sequence."
+            )
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        if not isinstance(attention_mask, torch.Tensor) or attention_mask.shape != input_ids.shape:
+            raise ValueError(
+                "attention_mask does not have the shape of input_ids, (B, L). Masks of another shape, such as those "
+                "of a static cache, cannot be used with latent steps."
+            )
         self.input_ids = input_ids
-        self.valid = valid = _valid_tokens(input_ids, attention_mask)  # (B, L)
+        self.valid = valid = attention_mask.bool()  # (B, L)
         self.position = valid.cumsum(dim=1) - 1  # (B, L), padding not counted
         self.length = valid.sum(dim=1)  # (B,)
 
@@ -126,13 +121,8 @@ class PromptGroups:
     would cost more than sharing saves, so equal sequences are split into the number of groups that needs the fewest
     tokens in total.
 
-    Attributes:
-        group, branch (`torch.Tensor` of shape `(B,)`):
-            Group of each sequence, and its branch in that group.
-        first (`torch.Tensor` of shape `(U,)`):
-            One member of each group.
-        num_groups, num_branches (`int`):
-            Number of groups `U`, and of branches in every group.
+    `group` and `branch` `(B,)` are the group of each sequence and its branch in that group, and `first` `(U,)` is one
+    member of each group.
     """
 
     def __init__(
@@ -140,8 +130,8 @@ class PromptGroups:
     ):
         batch_size, device = len(depth), depth.device
         sequences = torch.arange(batch_size, device=device)  # (B,)
-        # Without sharing, every sequence is its own group.
-        self.num_groups, self.num_branches = batch_size, 1
+        # Without sharing, every sequence is a group of its own.
+        self.num_groups, self.num_branches = batch_size, 1  # U, and branches per group
         self.group, self.first, self.branch = sequences, sequences, torch.zeros_like(sequences)
         if not share or batch_size == 1:
             return

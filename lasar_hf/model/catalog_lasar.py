@@ -64,11 +64,7 @@ class SidCatalog:
     """
 
     def __init__(
-        self,
-        codes,
-        item_ids: Sequence[str],
-        allow_collisions: bool = False,
-        removed: torch.Tensor | None = None,
+        self, codes, item_ids: Sequence[str], allow_collisions: bool = False, removed: torch.Tensor | None = None,
         titles: Sequence[str | None] | None = None,
     ):
         self.item_ids = [str(item_id) for item_id in item_ids]

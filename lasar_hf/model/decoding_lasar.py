@@ -267,12 +267,6 @@ class SidLogitsProcessor(LogitsProcessor):
     slower. If fewer than `W` items are found, it pads with sequences of a score below -1e8. With `do_sample=True` pass
     `top_k=0`, since transformers keeps 50 tokens by default.
 
-    Args:
-        catalog ([`SidCatalog`]):
-            The items.
-        config ([`LasarConfig`]):
-            Configuration of the model.
-
     Raises:
         `ValueError`: if the catalogue does not match the model. In a call: if codes do not begin any item, the scores
         contain NaN, or a sequence goes on after its Semantic ID and the model has no end-of-text token.
@@ -280,8 +274,8 @@ class SidLogitsProcessor(LogitsProcessor):
     Example:
 
     ```python
-    >>> processor = SidLogitsProcessor(catalog, model.config)
-    >>> model.generate(**prompt, logits_processor=[processor], num_beams=50, max_new_tokens=4, length_penalty=0.0)
+    >>> constraint = SidLogitsProcessor(catalog, model.config)
+    >>> model.generate(**prompt, logits_processor=[constraint], num_beams=50, max_new_tokens=4, length_penalty=0.0)
     ```
     """
 
@@ -322,13 +316,14 @@ class SidLogitsProcessor(LogitsProcessor):
                 )
         # 4. End complete Semantic IDs.
         is_complete = num_codes >= config.num_sid_levels
-        if self.eos_token_id is None and is_complete.any():
-            raise ValueError(
-                f"max_new_tokens is too large: a Semantic ID has {config.num_sid_levels} tokens, and the model has no "
-                "end-of-text token to write after it."
-            )
-        scores[is_complete] = -torch.inf
-        scores[is_complete, self.eos_token_id] = 0.0
+        if is_complete.any():
+            if self.eos_token_id is None:
+                raise ValueError(
+                    f"max_new_tokens is too large: a Semantic ID has {config.num_sid_levels} tokens, and the model "
+                    "has no end-of-text token to write after it."
+                )
+            scores[is_complete] = -torch.inf
+            scores[is_complete, self.eos_token_id] = 0.0
         return scores
 
     @staticmethod

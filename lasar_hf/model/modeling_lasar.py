@@ -1,7 +1,4 @@
-"""LASAR (arXiv 2605.10207): a language model that reasons in hidden states before it writes a Semantic ID.
-
-[`LasarForGenerativeRec`] adds the language-model head to the base model of `base_lasar.py`, and `recommend`.
-"""
+"""LASAR (arXiv 2605.10207) with its language-model head: making it from a backbone, its loss, and `recommend`."""
 
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -84,13 +81,8 @@ class LasarForGenerativeRec(LasarPreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_backbone(
-        cls,
-        backbone: str | PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        num_sid_levels: int = 4,
-        codebook_size: int = 256,
-        max_latent_steps: int = 8,
-        **kwargs,
+        cls, backbone: str | PreTrainedModel, tokenizer: PreTrainedTokenizerBase, num_sid_levels: int = 4,
+        codebook_size: int = 256, max_latent_steps: int = 8, **kwargs,
     ) -> "LasarForGenerativeRec":
         """
         Make a recommender from a causal language model: add the tokens, resize the embeddings, keep the weights.
@@ -208,15 +200,10 @@ class LasarForGenerativeRec(LasarPreTrainedModel, GenerationMixin):
             weight[start : start + config.num_sid_tokens] = embeddings.to(weight.device, weight.dtype)
 
     def forward(
-        self,
-        input_ids: torch.LongTensor,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        labels: torch.LongTensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
-        **kwargs,
+        self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None, past_key_values: Cache | None = None,
+        labels: torch.LongTensor | None = None, use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0, **kwargs,
     ) -> LasarOutput:
         r"""
         Other arguments as for [`LasarModel.forward`].
@@ -261,9 +248,7 @@ class LasarForGenerativeRec(LasarPreTrainedModel, GenerationMixin):
                 part.training = True
 
     def encode_prompts(
-        self,
-        input_ids: torch.LongTensor,
-        attention_mask: torch.Tensor | None = None,
+        self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None,
         latent_steps: int | torch.Tensor | Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> ReasoningState:
         """
@@ -315,16 +300,10 @@ class LasarForGenerativeRec(LasarPreTrainedModel, GenerationMixin):
         return latent_steps
 
     def recommend(
-        self,
-        input_ids: torch.LongTensor,
-        attention_mask: torch.Tensor | None = None,
-        catalog: SidCatalog | None = None,
-        top_k: int = 10,
-        num_beams: int = 50,
-        latent_steps: int | torch.Tensor | None = None,
-        allow: Sequence[torch.Tensor | None] | None = None,
-        deny: Sequence[torch.Tensor | None] | None = None,
-        allow_empty: bool = False,
+        self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None,
+        catalog: SidCatalog | None = None, top_k: int = 10, num_beams: int = 50,
+        latent_steps: int | torch.Tensor | None = None, allow: Sequence[torch.Tensor | None] | None = None,
+        deny: Sequence[torch.Tensor | None] | None = None, allow_empty: bool = False,
     ) -> RecommendOutput:
         """
         Recommend items of a catalogue: latent steps, then beam search over the catalogue's Semantic IDs (LASAR, arXiv

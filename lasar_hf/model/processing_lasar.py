@@ -65,13 +65,8 @@ class LasarProcessor(ProcessorMixin):
     """
 
     def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        catalog: SidCatalog,
-        instruction: str = "Recommend the next item.",
-        max_history: int = 50,
-        add_bos: bool | None = None,
-        layout: str = PROMPT_LAYOUT,
+        self, tokenizer: PreTrainedTokenizerBase, catalog: SidCatalog, instruction: str = "Recommend the next item.",
+        max_history: int = 50, add_bos: bool | None = None, layout: str = PROMPT_LAYOUT,
     ):
         super().__init__(tokenizer)
         if layout != PROMPT_LAYOUT:
@@ -163,16 +158,7 @@ class LasarProcessor(ProcessorMixin):
         return BatchFeature({"input_ids": pad(ids, padding_value=pad_id), "attention_mask": pad(masks)})
 
     def prompt_ids(self, history: Sequence[int]) -> list[int]:
-        """
-        Token ids of a prompt, which ends in `<|latent_start|>`.
-
-        Args:
-            history (`list[int]`):
-                Item indices, oldest first, at least one.
-
-        Returns:
-            `list[int]`: the token ids.
-        """
+        """Token ids of the prompt for item indices, oldest first. It ends in `<|latent_start|>`."""
         shown = self.sid_token_ids[self._shown(history)].flatten().tolist()
         return [*self.prefix_ids, *shown, self.latent_start_token_id]
 

@@ -65,16 +65,6 @@ class SidTrie:
     A node of depth `l` is a prefix of `l` codes, and all items below it form one run of positions. Node `n` of depth
     `l` has the children `child_ptr[l][n] … child_ptr[l][n + 1]` of depth `l + 1`, in ascending order of code. Leaf `n`
     has the items at the positions `leaf_ptr[n] … leaf_ptr[n + 1]`.
-
-    Attributes:
-        child_code, child_ptr (`list[torch.Tensor]` of length `M`):
-            Codes of the nodes of depth `l + 1`, and the first child of each node of depth `l`.
-        leaf_ptr (`torch.Tensor` of shape `(leaves + 1,)`):
-            First position of each leaf.
-        item_indices, item_positions (`torch.Tensor` of shapes `(I',)` and `(I,)`):
-            Item index at each position, and position of each item, `I'` for items that are not in the trie.
-        num_nodes, fan_out (`list[int]` of length `M + 1`):
-            Number of nodes of each depth, and most children of one node (most items of one leaf).
     """
 
     def __init__(self, codes: torch.Tensor, item_indices: torch.Tensor | None = None):
@@ -103,13 +93,17 @@ class SidTrie:
 
     def _set(self, labels: list[torch.Tensor], pointers: list[torch.Tensor], catalog_size: int) -> "SidTrie":
         """Set the tensors, from the top of the trie to the items, and the sizes that follow from them."""
+        # Codes of the nodes of depth 1 … M, and the item index at each position, (I',).
         *self.child_code, self.item_indices = labels
+        # First child of each node of depth 0 … M - 1, and first position of each leaf.
         *self.child_ptr, self.leaf_ptr = pointers
+        # Position of each item, (I,), and I' for items that are not in the trie.
         num_items, device = len(self.item_indices), self.item_indices.device
         self.item_positions = torch.full((catalog_size,), num_items, dtype=torch.int32, device=device)
         self.item_positions[self.item_indices.long()] = torch.arange(num_items, dtype=torch.int32, device=device)
+        # Number of nodes of depth 0 … M, and the most children of a node of that depth (items of a leaf).
         self.num_nodes = [1] + [len(code) for code in self.child_code]
-        self.fan_out = [int((pointer[1:] - pointer[:-1]).max()) for pointer in pointers]
+        self.fan_out = [int(pointer.diff().max()) for pointer in pointers]
         return self
 
     def without(self, item_indices: torch.Tensor) -> "SidTrie":
