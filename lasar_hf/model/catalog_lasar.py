@@ -232,8 +232,8 @@ class SidCatalog:
         try:
             with open(config_path, encoding="utf-8") as file:
                 config = json.load(file)
-            names = ("num_levels", "item_ids", "allow_collisions")
-            num_levels, item_ids, allow_collisions = (config[name] for name in names)
+            keys = ("num_levels", "item_ids", "allow_collisions")
+            num_levels, item_ids, allow_collisions = (config[key] for key in keys)
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{config_path} is damaged ({error!r}). Save the catalogue again.") from error
         try:
