@@ -42,7 +42,7 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    # TRL takes seconds to import, and recommending needs none of it.
+    # Importing TRL takes seconds, and recommending does not need it.
     if name in _TRAINING:
         from . import trainers
 

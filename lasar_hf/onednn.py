@@ -3,8 +3,8 @@
     with onednn_linear(model):
         model.recommend(**prompts, catalog=catalog)
 
-PyTorch computes float32 products by MKL. MKL uses half the vector width of non-Intel processors, and one thread for
-products with a single row, such as a latent step. oneDNN does neither; every x86 build of PyTorch contains it.
+PyTorch multiplies float32 matrices by MKL, which uses half the vector width of non-Intel processors, and one thread if
+there is a single row, as in a latent step. oneDNN has neither limit, and every x86 build of PyTorch contains it.
 """
 
 from contextlib import contextmanager
@@ -20,20 +20,7 @@ _PLAIN = (torch.Tensor, nn.Parameter)  # quantised and sharded weights have othe
 
 
 def linear(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """
-    `torch.nn.functional.linear`, by oneDNN for large float32 products on a CPU without gradients.
-
-    Args:
-        states (`torch.Tensor` of shape `(..., I)`):
-            Inputs.
-        weight (`torch.Tensor` of shape `(O, I)`):
-            Weight.
-        bias (`torch.Tensor` of shape `(O,)`, *optional*):
-            Bias.
-
-    Returns:
-        `torch.Tensor` of shape `(..., O)`.
-    """
+    """`torch.nn.functional.linear`, by oneDNN for large float32 products on a CPU without gradients."""
     if not _supports(states, weight, bias):
         return nn.functional.linear(states, weight, bias)
     rows = states.numel() // states.shape[-1]
@@ -80,11 +67,7 @@ def onednn_linear(model: nn.Module):
     Context in which the `nn.Linear` layers of a model use [`linear`].
 
     Each layer's `forward` is replaced, since a `TorchFunctionMode` would slow down all other calls. A layer whose
-    `forward` has been replaced already is not changed.
-
-    Args:
-        model (`torch.nn.Module`):
-            The model.
+    `forward` has already been replaced is not changed.
     """
     layers = [part for part in model.modules() if type(part) is nn.Linear and "forward" not in vars(part)]
     for layer in layers:

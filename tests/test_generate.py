@@ -102,7 +102,7 @@ def test_the_processor_never_lets_an_invalid_prefix_pass():
     with pytest.raises(ValueError, match="levels"):
         SidLogitsProcessor(tiny_catalog(num_items=5, num_sid_levels=2), config)
     whole = torch.tensor([[config.latent_end_token_id, *sid_ids(model, (0, 1, 2))]])
-    processor.eos_token_ids = []
+    processor.eos_token_id = None
     with pytest.raises(ValueError, match="max_new_tokens"):
         processor(whole, torch.zeros(1, config.vocab_size))
 

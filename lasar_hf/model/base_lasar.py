@@ -1,19 +1,19 @@
 """The base model of LASAR (arXiv 2605.10207): a backbone with the latent loop and the depth policy head.
 
-The loop is below the language-model head, so that TRL's fused heads, PEFT and `generate` use it too.
+The loop is below the language-model head, so TRL's fused heads, PEFT and `generate` use it too.
 
-Life of a batch, from `input_ids` `(B, L)` to hidden states `(B, L, H)`:
+The path of a batch from `input_ids` `(B, L)` to hidden states `(B, L, H)`:
 
 1. `BatchLayout` cuts each sequence into prompt, `N` latent slots and answer.
 2. `PromptGroups` joins sequences with equal prompt and depth into `U` groups, so a GRPO batch reads a prompt once.
 3. `run_latent_steps` calls the backbone once for the prompts and once for each latent step but the last. Depths may
    differ: steps are aligned at their end, and a sequence that has not begun is masked.
 4. `read_tokens` calls the backbone once more, for the last latent slot together with the answers. The answers of a
-   group are branches that the attention mask keeps apart.
+   group are branches that the attention mask separates.
 5. `_read_branches` puts every hidden state back into the column of its token.
 
-Keys and values are in linked blocks that only ever append, so gradient checkpointing can replay a layer without harm,
-and a latent step holds no copy of the prompt's keys.
+Keys and values are in append-only linked blocks (`LinkedCache`), so gradient checkpointing can replay a layer, and a
+latent step keeps no copy of the prompt's keys.
 """
 
 from collections.abc import Callable
@@ -29,7 +29,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
-from .batching_lasar import BatchLayout, PromptGroups, ReasoningState, valid_tokens
+from .batching_lasar import BatchLayout, PromptGroups, ReasoningState
 from .cache_lasar import LinkedCache
 from .configuration_lasar import LasarConfig
 
@@ -43,7 +43,7 @@ class LasarModelOutput(ModelOutput):
         last_hidden_state (`torch.Tensor` of shape `(B, L, H)`):
             Final hidden states of the tokens, `h_t` at the t-th latent slot, zero at padding.
         past_key_values ([`~transformers.Cache`], *optional*):
-            Keys and values in the columns of `input_ids`, when `use_cache` is set.
+            Keys and values in the columns of `input_ids`, if `use_cache` is set.
         latent_states (`torch.Tensor` of shape `(B, 1 + max N, H)`, *optional*):
             `h_0 … h_N` of each sequence, zero after its depth.
         latent_steps (`torch.Tensor` of shape `(B,)`, *optional*):
@@ -92,12 +92,11 @@ class DepthPolicyHead(nn.Module):
         self.out_proj = nn.Linear(hidden_size, max_latent_steps)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Logits `(B, N_max)` of `h_0` `(B, H)`."""
         return self.out_proj(torch.tanh(self.dense(hidden_states)))
 
 
 def most_likely_depth(depth_logits: torch.Tensor) -> torch.Tensor:
-    """Most likely number of latent steps `(B,)` by the policy head's logits `(B, N_max)`. Refuses NaN."""
+    """Most likely numbers of latent steps `(B,)` under the policy head's logits `(B, N_max)`."""
     if depth_logits.isnan().any():
         raise ValueError(
             "The policy head's logits contain NaN. Check the weights and the data type (bfloat16 or float32), or pass "
@@ -112,7 +111,7 @@ def sampled_depth(depth_logits: torch.Tensor) -> torch.Tensor:
 
 
 def check_backbone(backbone: PreTrainedModel) -> None:
-    """Refuse backbones whose layers cannot read a prompt, latent slots and branches in separate calls."""
+    """Refuse backbones that cannot read a prompt, its latent slots and its branches in separate calls."""
     config, name = backbone.config, type(backbone).__name__
     layer_types = set(getattr(config, "layer_types", None) or [])
     sliding = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
@@ -166,21 +165,15 @@ class LasarModel(LasarPreTrainedModel):
                 module._can_checkpoint_with_cache = True  # safe with LinkedCache, see its docstring
 
     def get_input_embeddings(self) -> nn.Module:
-        """The backbone's embedding matrix."""
         return self.backbone.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the backbone's embedding matrix."""
         self.backbone.set_input_embeddings(value)
 
     def forward(
-        self,
-        input_ids: torch.LongTensor,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        use_cache: bool | None = None,
-        **kwargs,
+        self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None, past_key_values: Cache | None = None,
+        use_cache: bool | None = None, **kwargs,
     ) -> LasarModelOutput:
         r"""
         Read prompts, reason at the `<|latent|>` slots, read answers.
@@ -212,7 +205,7 @@ class LasarModel(LasarPreTrainedModel):
             return self._continue(input_ids, attention_mask, position_ids, past_key_values, **kwargs)
 
         # 1. Cut the sequences into prompt, latent slots and answer, and group equal (prompt, depth) pairs.
-        layout = BatchLayout(input_ids, valid_tokens(input_ids, attention_mask), self.config)
+        layout = BatchLayout(input_ids, attention_mask, self.config)
         prompt_ids, prompt_mask = layout.prompts()  # (B, P)
         groups = PromptGroups(prompt_ids, prompt_mask, layout.depth, layout.max_answer, self.share_prefixes)
         is_shared = groups.num_groups < len(input_ids)
@@ -226,14 +219,14 @@ class LasarModel(LasarPreTrainedModel):
         first = groups.first  # (U,)
         state = self.run_latent_steps(prompt_ids[first], prompt_mask[first], layout.depth[first], max_depth, **kwargs)
 
-        # 3. Read the answers, and return every hidden state to the column of its token.
+        # 3. Read the answers, and put every hidden state back into the column of its token.
         hidden_states, key_index = self._read_branches(state, layout, groups, **kwargs)  # (B, L, H), (B, L)
         if use_cache:
-            self._fill_cache(past_key_values, state, groups, key_index)
+            self._fill_cache(past_key_values, state, groups.group, key_index)
         return LasarModelOutput(
             last_hidden_state=hidden_states,
             past_key_values=past_key_values if use_cache else None,
-            # Cut to the depths of this batch: with sharded parameters, other processes may have made max_depth larger.
+            # Cut to the depths of this batch: with sharded parameters, another process may have deeper prompts.
             latent_states=state.latent_states()[groups.group, : 1 + layout.max_depth],
             latent_steps=layout.depth,
             depth_logits=state.depth_logits[groups.group],
@@ -245,7 +238,7 @@ class LasarModel(LasarPreTrainedModel):
                 "input_ids has <|latent|> slots after a cached prefix. Pass the prompt and its slots together."
             )
         if position_ids is None and attention_mask is not None:
-            # Padding has no position, as in the first pass. A backbone would count it.
+            # Padding is not counted, as in the first pass. A backbone would count it.
             position_ids = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
         outputs = self.backbone(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
@@ -258,20 +251,18 @@ class LasarModel(LasarPreTrainedModel):
         Maximum of `max_depth` and `is_shared` over the processes. With sharded parameters every call of the backbone
         is a collective operation, so all processes must make the same number of calls.
         """
-        if not (dist.is_initialized() and dist.get_world_size() > 1 and self._is_sharded()):
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return max_depth, is_shared
+        # FSDP2 is detected by its modules, since the weights look unsharded inside a forward pass.
+        is_fsdp = any(isinstance(part, FSDPModule) for part in self.backbone.modules())
+        if not is_fsdp and not is_deepspeed_zero3_enabled():
             return max_depth, is_shared
         plan = torch.tensor([max_depth, int(is_shared)], device=self.policy_head.dense.weight.device)
         dist.all_reduce(plan, op=dist.ReduceOp.MAX)
         return int(plan[0]), bool(plan[1])
 
-    def _is_sharded(self) -> bool:
-        # FSDP2 is detected by its modules, since the weights look unsharded inside a forward pass.
-        return is_deepspeed_zero3_enabled() or any(isinstance(part, FSDPModule) for part in self.backbone.modules())
-
-    def _read_plain(
-        self, layout: BatchLayout, attention_mask, past_key_values, use_cache, **kwargs
-    ) -> LasarModelOutput:
-        """One ordinary pass, for a batch without latent slots and without equal prompts."""
+    def _read_plain(self, layout: BatchLayout, attention_mask, past_key_values, use_cache, **kwargs):
+        """Read a batch without latent slots or equal prompts in one ordinary pass. Returns [`LasarModelOutput`]."""
         outputs = self.backbone(
             input_ids=layout.input_ids, attention_mask=attention_mask, position_ids=layout.position.clamp(min=0),
             past_key_values=past_key_values, use_cache=bool(use_cache), **kwargs,
@@ -288,37 +279,21 @@ class LasarModel(LasarPreTrainedModel):
         )
 
     def run_latent_steps(
-        self,
-        prompt_ids: torch.LongTensor,
-        prompt_mask: torch.Tensor,
-        depths: torch.Tensor | Callable[[torch.Tensor], torch.Tensor] = most_likely_depth,
-        max_depth: int | None = None,
-        **kwargs,
+        self, prompt_ids: torch.LongTensor, prompt_mask: torch.Tensor,
+        depths: torch.Tensor | Callable[[torch.Tensor], torch.Tensor], max_depth: int | None = None, **kwargs,
     ) -> ReasoningState:
         """
-        Read prompts and take all latent steps but the last, which [`~LasarModel.read_tokens`] reads together with the
-        next tokens to save a call of the backbone.
+        Read left-padded prompts `(U, P)` and take all their latent steps but the last, which
+        [`~LasarModel.read_tokens`] reads together with the next tokens to save a call of the backbone.
 
-        Args:
-            prompt_ids, prompt_mask (`torch.Tensor` of shape `(U, P)`):
-                Left-padded prompts that end in `<|latent_start|>`, and their boolean mask.
-            depths (`torch.Tensor` of shape `(U,)` or `Callable`, *optional*):
-                Latent steps of each prompt, or a function from the policy head's logits `(U, N_max)` to them. Defaults
-                to the most likely ones.
-            max_depth (`int`, *optional*):
-                Iterations of the loop, at least `depths.max()`. More are needed if another process has deeper prompts.
-
-        Returns:
-            [`ReasoningState`].
-
-        Raises:
-            `ValueError`: if the attention implementation takes no explicit mask.
+        `depths` are the latent steps `(U,)`, or a function from the policy head's logits `(U, N_max)` to them.
+        `max_depth` is the number of iterations, larger than all depths if another process has deeper prompts.
         """
         implementation = self.backbone.config._attn_implementation
         if implementation not in ("sdpa", "eager"):
             raise ValueError(
-                f"attn_implementation is {implementation!r}, which takes no explicit attention mask as latent steps "
-                "need it. Load the model with attn_implementation='sdpa'."
+                f"attn_implementation is {implementation!r}, but latent steps need an explicit attention mask. Load "
+                "the model with attn_implementation='sdpa'."
             )
         # 1. Read the prompts: hidden_states (U, P, H).
         cache = LinkedCache(self.config.backbone_config.num_hidden_layers)
@@ -326,7 +301,7 @@ class LasarModel(LasarPreTrainedModel):
             input_ids=prompt_ids, attention_mask=prompt_mask.long(), past_key_values=cache, use_cache=False,
             position_ids=(prompt_mask.cumsum(dim=1) - 1).clamp(min=0), **kwargs,
         ).last_hidden_state
-        # 2. Choose the depths by h_0.
+        # 2. Choose the depths from h_0.
         depth_logits = self.policy_head(hidden_states[:, -1])  # (U, N_max)
         if callable(depths):
             depths = depths(depth_logits)
@@ -340,41 +315,31 @@ class LasarModel(LasarPreTrainedModel):
         start_state = hidden_states[:, -1]  # (U, H), h_0
         for step in range(max_depth):
             remaining = max_depth - step
-            if step > 0:
-                self._take_step(state, **kwargs)
-            # The next slot's input: h_0 where a sequence begins, else the output of the slot before it.
-            begins = (depths == remaining)[:, None]  # (U, 1)
-            state.slot = start_state if step == 0 else torch.where(begins, start_state, state.slot_states[-1])
+            if step == 0:
+                state.slot = start_state
+            else:
+                # Read the slot by itself: h_t = f([E_X, h_0, …, h_{t-1}]).
+                position = (state.position - 1).clamp(min=0)[:, None]  # (U, 1)
+                embeds, visible = state.slot[:, None], state.visible[:, None]  # (U, 1, H), (U, 1, S)
+                outputs, state.cache = self._extend(state.cache, embeds, position, visible, **kwargs)
+                state.slot_states.append(outputs[:, 0])
+                # The input of the next slot is this output, or h_0 where a sequence begins.
+                state.slot = torch.where((depths == remaining)[:, None], start_state, outputs[:, 0])  # (U, H)
             # Sequences that have not begun neither see the slot nor advance their position.
             is_active = depths >= remaining  # (U,)
             state.visible = torch.cat([state.visible, is_active[:, None]], dim=1)
             state.position = state.position + is_active
         return state
 
-    def _take_step(self, state: ReasoningState, **kwargs) -> None:
-        """Read the pending slot by itself: `h_t = f([E_X, h_0, …, h_{t-1}])`."""
-        slot = state.slot[:, None]  # (U, 1, H)
-        position = (state.position - 1).clamp(min=0)[:, None]  # (U, 1)
-        outputs, state.cache = self._extend(state.cache, slot, position, state.visible[:, None], **kwargs)
-        state.slot_states.append(outputs[:, 0])
-
     def read_tokens(
         self, state: ReasoningState, token_ids: torch.LongTensor, visible: torch.Tensor, **kwargs
     ) -> torch.Tensor:
         """
-        Read tokens after the latent region, several branches side by side, and append them to the state.
+        Read tokens `(U, Q)` after the latent region, several branches side by side, and append them to the state.
+        Returns their final hidden states `(U, Q, H)`.
 
-        Args:
-            state ([`ReasoningState`]):
-                Prompts and latent steps. Its cache grows.
-            token_ids (`torch.LongTensor` of shape `(U, Q)`):
-                Tokens. Each sees its sequence's prompt and latent slots.
-            visible (`torch.Tensor` of shape `(U, Q, R + Q)`):
-                Which of the `R` tokens read before and of these `Q` each token sees in addition: its ancestors and
-                itself. Their number gives its position.
-
-        Returns:
-            `torch.Tensor` of shape `(U, Q, H)`: final hidden states of the tokens.
+        Each token sees the prompt and the latent slots. `visible` `(U, Q, R + Q)` says which of the `R` tokens read
+        before and of these `Q` it sees in addition: its ancestors and itself. Their number gives its position.
         """
         # 1. Every token sees the prompt and the slots (S keys), then its ancestors and itself.
         embeds = self.get_input_embeddings()(token_ids)  # (U, Q, H)
@@ -385,7 +350,7 @@ class LasarModel(LasarPreTrainedModel):
             outputs, state.cache = self._extend(state.cache, embeds, positions, mask, **kwargs)
             return outputs
 
-        # 2. The last latent slot is read in the same call, as a first token that sees none of the others.
+        # 2. Read the last latent slot in the same call, as a first token that does not see the others.
         embeds = torch.cat([state.slot[:, None].to(embeds.dtype), embeds], dim=1)  # (U, 1 + Q, H)
         positions = torch.cat([(state.position - 1).clamp(min=0)[:, None], positions], dim=1)
         slot_mask = nn.functional.pad(state.visible[:, None], (0, visible.shape[-1]))  # (U, 1, S + R + Q)
@@ -398,7 +363,7 @@ class LasarModel(LasarPreTrainedModel):
 
     def _extend(self, cache, inputs_embeds, position_ids, visible, **kwargs) -> tuple[torch.Tensor, LinkedCache]:
         """One call of the backbone on top of a cache, with an explicit mask `(U, Q, keys)`."""
-        # The mask is additive: eager attention needs that form, and SDPA would build and keep one per layer.
+        # The mask is additive: eager attention needs that form, and SDPA would make and keep one per layer.
         mask = torch.zeros_like(visible, dtype=inputs_embeds.dtype).masked_fill(
             ~visible, torch.finfo(inputs_embeds.dtype).min
         )[:, None]
@@ -412,9 +377,8 @@ class LasarModel(LasarPreTrainedModel):
 
     def _read_branches(self, state: ReasoningState, layout: BatchLayout, groups: PromptGroups, **kwargs):
         """
-        Read the answers as branches of their group, and return every hidden state to the column of its token.
-
-        Returns the hidden states `(B, L, H)` and the index `(B, L)` of each token among the keys of its group.
+        Read the answers as branches of their group. Returns the hidden states `(B, L, H)` of all tokens and the index
+        `(B, L)` of each token among the keys of its group.
         """
         # 1. Answers by group and branch, `W` branches of `A` tokens side by side.
         answers, width = layout.answers(), layout.max_answer
@@ -431,8 +395,8 @@ class LasarModel(LasarPreTrainedModel):
         slot_states = [output[:, None] for output in state.slot_states]
         states = torch.cat([state.hidden_states, *slot_states, branch_states], dim=1)  # (U, P + max N + W * A, H)
 
-        # 3. The index of each token there. Prompts are left-padded to P, slots to max N, and the answer's branch
-        #    comes after the branches before it.
+        # 3. The index of each token among them. Prompts are left-padded to P, slots to max N, and an answer comes
+        #    after the branches before it.
         key_index = layout.position + max_prompt - layout.prompt_length[:, None]  # (B, L)
         key_index = key_index + torch.where(key_index >= max_prompt, num_slots - layout.depth[:, None], 0)
         in_answer = layout.position >= (layout.prompt_length + layout.depth)[:, None]
@@ -444,15 +408,11 @@ class LasarModel(LasarPreTrainedModel):
         hidden_states = states.flatten(0, 1).index_select(0, flat).view(*key_index.shape, -1)
         return hidden_states.masked_fill(~layout.valid[..., None], 0), key_index
 
-    def _fill_cache(
-        self, past_key_values: Cache, state: ReasoningState, groups: PromptGroups, key_index: torch.Tensor
-    ) -> None:
+    def _fill_cache(self, past_key_values: Cache, state: ReasoningState, group, key_index: torch.Tensor) -> None:
         """Copy the keys and values to an ordinary cache, in the columns of `input_ids`."""
         for layer_index, layer in enumerate(state.cache.layers):
             keys, values = (
-                states[groups.group].gather(
-                    2, key_index[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
-                )
+                states[group].gather(2, key_index[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3]))
                 for states in layer.states()
             )
             past_key_values.update(keys, values, layer_index)

@@ -13,36 +13,16 @@ from .configuration_lasar import LasarConfig
 
 @dataclass
 class ReasoningState:
-    """
-    Prompts after their latent steps, ready for answers. One sequence per group of equal prompts.
+    """Prompts after their latent steps, ready for answers. One sequence per group of equal prompts."""
 
-    Args:
-        hidden_states (`torch.Tensor` of shape `(U, P, H)`):
-            Final hidden states of the left-padded prompts.
-        depth_logits (`torch.Tensor` of shape `(U, N_max)`):
-            Logits of the policy head on `h_0`.
-        depths (`torch.Tensor` of shape `(U,)`):
-            Latent steps `N` of each sequence.
-        cache ([`LinkedCache`]):
-            Keys and values read so far.
-        visible (`torch.Tensor` of shape `(U, S)`):
-            Which of the `S` keys of prompts and latent slots belong to a token, `False` at padding.
-        position (`torch.Tensor` of shape `(U,)`):
-            Position of the first token after the latent slots.
-        slot (`torch.Tensor` of shape `(U, H)`, *optional*):
-            Input of the last latent slot, which is read together with the next tokens. `None` without latent steps.
-        slot_states (`list[torch.Tensor]` of shape `(U, H)`):
-            Outputs of the latent slots read so far, one per step. All sequences end at the last step.
-    """
-
-    hidden_states: torch.Tensor
-    depth_logits: torch.Tensor
-    depths: torch.Tensor
-    cache: LinkedCache
-    visible: torch.Tensor
-    position: torch.Tensor
-    slot: torch.Tensor | None
-    slot_states: list[torch.Tensor]
+    hidden_states: torch.Tensor  # (U, P, H), final hidden states of the left-padded prompts
+    depth_logits: torch.Tensor  # (U, N_max), logits of the policy head on h_0
+    depths: torch.Tensor  # (U,), latent steps N of each sequence
+    cache: LinkedCache  # keys and values read so far
+    visible: torch.Tensor  # (U, S), False where a key of the prompt or of the slots is padding
+    position: torch.Tensor  # (U,), position of the first token after the latent slots
+    slot: torch.Tensor | None  # (U, H), input of the last slot, which is read with the next tokens; None without slots
+    slot_states: list[torch.Tensor]  # (U, H) per step: outputs of the slots read so far, aligned at the last step
 
     def latent_states(self) -> torch.Tensor:
         """`h_0 … h_N` of each sequence, `(U, 1 + max N, H)`, zero after its depth."""
@@ -55,53 +35,34 @@ class ReasoningState:
         return states.masked_fill((step > self.depths[:, None])[..., None], 0)
 
 
-def valid_tokens(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    """Which tokens `(B, L)` are not padding. Checks the shapes of a batch and its mask."""
-    if input_ids.ndim != 2 or len(input_ids) == 0:
-        raise ValueError(
-            f"input_ids has shape {tuple(input_ids.shape)}; expected a batch (B, L) of at least one sequence."
-        )
-    if attention_mask is None:
-        return torch.ones_like(input_ids, dtype=torch.bool)
-    if not isinstance(attention_mask, torch.Tensor) or attention_mask.shape != input_ids.shape:
-        raise ValueError(
-            "attention_mask does not have the shape of input_ids, (B, L). Masks of another shape, such as those of a "
-            "static cache, cannot be used with latent steps."
-        )
-    return attention_mask.bool()
-
-
 class BatchLayout:
     """
-    Splits each sequence of a batch into prompt (`X … <|latent_start|>`), `N` latent slots and answer.
-
-    A sequence without `<|latent_start|>` (plain text) is all prompt. Padding may be on either side.
-
-    Args:
-        input_ids, valid (`torch.Tensor` of shape `(B, L)`):
-            Token ids, and which of them are not padding.
-        config ([`LasarConfig`]):
-            Configuration with the control tokens.
-
-    Attributes:
-        position (`torch.Tensor` of shape `(B, L)`):
-            Position of each token, without padding.
-        length, prompt_length, depth, answer_length (`torch.Tensor` of shape `(B,)`):
-            Tokens of each sequence and of its parts; `depth` counts the latent slots.
-        max_prompt, max_depth, max_answer (`int`):
-            Their maxima; `max_answer` is at least 1.
+    Splits each sequence of a batch into prompt (`X … <|latent_start|>`), `N` latent slots and answer. Padding may be
+    on either side. A sequence without `<|latent_start|>` (plain text) is all prompt.
     """
 
-    def __init__(self, input_ids: torch.Tensor, valid: torch.Tensor, config: LasarConfig):
-        self.input_ids, self.valid = input_ids, valid
-        self.position = valid.cumsum(dim=1) - 1  # (B, L)
+    def __init__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, config: LasarConfig):
+        if input_ids.ndim != 2 or len(input_ids) == 0:
+            raise ValueError(
+                f"input_ids has shape {tuple(input_ids.shape)}; expected a batch (B, L) of at least one sequence."
+            )
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        if not isinstance(attention_mask, torch.Tensor) or attention_mask.shape != input_ids.shape:
+            raise ValueError(
+                "attention_mask does not have the shape of input_ids, (B, L). Masks of another shape, such as those "
+                "of a static cache, cannot be used with latent steps."
+            )
+        self.input_ids = input_ids
+        self.valid = valid = attention_mask.bool()  # (B, L)
+        self.position = valid.cumsum(dim=1) - 1  # (B, L), padding not counted
         self.length = valid.sum(dim=1)  # (B,)
 
         # 1. Lengths of the three parts.
         is_start = valid & (input_ids == config.latent_start_token_id)  # (B, L)
         is_slot = valid & (input_ids == config.latent_token_id)  # (B, L)
         start = torch.where(is_start, self.position, -1).amax(dim=1)  # (B,), -1 in plain text
-        self.depth = is_slot.sum(dim=1)
+        self.depth = is_slot.sum(dim=1)  # (B,), latent slots
         self.prompt_length = torch.where(start >= 0, start + 1, self.length)
         self.answer_length = self.length - self.prompt_length - self.depth
 
@@ -111,25 +72,22 @@ class BatchLayout:
         misplaced = (is_slot & ~is_expected).any(dim=1)  # (B,)
         too_deep = self.depth > config.max_latent_steps  # (B,)
 
-        # 3. One transfer from the device for everything that Python must know.
+        # 3. Copy all numbers that Python needs from the device at once.
         self.max_prompt, self.max_depth, max_answer, num_errors = torch.stack(
             [self.prompt_length.max(), self.depth.max(), self.answer_length.max(), (misplaced | too_deep).sum()]
         ).tolist()
-        if num_errors:
-            self._raise(misplaced, config.max_latent_steps)
         self.max_answer = max(max_answer, 1)  # equal prompts without answers still read one (invisible) token
-
-    def _raise(self, misplaced: torch.Tensor, max_latent_steps: int):
-        if misplaced.any():
+        if num_errors and misplaced.any():
             index = int(misplaced.nonzero()[0])
             raise ValueError(
                 f"Sequence {index}: the <|latent|> slots must follow <|latent_start|> directly and without a gap."
             )
-        index = int((self.depth > max_latent_steps).nonzero()[0])
-        raise ValueError(
-            f"Sequence {index} has {int(self.depth[index])} latent slots, but max_latent_steps is {max_latent_steps}. "
-            "Use fewer slots or a model with more steps."
-        )
+        if num_errors:
+            index = int(too_deep.nonzero()[0])
+            raise ValueError(
+                f"Sequence {index} has {int(self.depth[index])} latent slots, but max_latent_steps is "
+                f"{config.max_latent_steps}. Use fewer slots or a model with more steps."
+            )
 
     def columns(self) -> torch.Tensor:
         """Column of `input_ids` that holds the r-th token (padding not counted) of each sequence, `(B, L)`."""
@@ -157,29 +115,14 @@ class BatchLayout:
 class PromptGroups:
     """
     Groups of sequences with equal prompt and depth. The backbone reads a group's prompt once and the answers of its
-    members as branches.
+    members as branches of `answer_length` tokens.
 
     Every group is padded to the branches of the largest. If a few prompts repeat often and many do not, that padding
     would cost more than sharing saves, so equal sequences are split into the number of groups that needs the fewest
     tokens in total.
 
-    Args:
-        prompt_ids, prompt_mask (`torch.Tensor` of shape `(B, P)`):
-            Left-padded prompts and their mask.
-        depth (`torch.Tensor` of shape `(B,)`):
-            Latent steps of each sequence.
-        answer_length (`int`):
-            Tokens of a branch.
-        share (`bool`):
-            Whether to group equal sequences at all.
-
-    Attributes:
-        group, branch (`torch.Tensor` of shape `(B,)`):
-            Group of each sequence, and its branch in that group.
-        first (`torch.Tensor` of shape `(U,)`):
-            One member of each group.
-        num_groups, num_branches (`int`):
-            Number of groups `U`, and of branches in every group.
+    `group` and `branch` `(B,)` are the group of each sequence and its branch in that group, and `first` `(U,)` is one
+    member of each group.
     """
 
     def __init__(
@@ -187,8 +130,8 @@ class PromptGroups:
     ):
         batch_size, device = len(depth), depth.device
         sequences = torch.arange(batch_size, device=device)  # (B,)
-        # Without sharing, every sequence is its own group.
-        self.num_groups, self.num_branches = batch_size, 1
+        # Without sharing, every sequence is a group of its own.
+        self.num_groups, self.num_branches = batch_size, 1  # U, and branches per group
         self.group, self.first, self.branch = sequences, sequences, torch.zeros_like(sequences)
         if not share or batch_size == 1:
             return
@@ -206,7 +149,7 @@ class PromptGroups:
         best = int(tokens.argmin())
         self.num_branches, self.num_groups = int(sizes[best]), int(num_groups[best].sum())
 
-        # 3. Number the members of each class 0, 1, …: sort by class, subtract where the class begins.
+        # 3. Number the members of each class from 0: sort by class, then subtract the start of the class.
         order = torch.argsort(class_of, stable=True)  # (B,)
         class_start = counts.cumsum(0) - counts  # (D,)
         member = torch.empty_like(sequences)
@@ -217,4 +160,4 @@ class PromptGroups:
         self.group = first_group[class_of] + member // self.num_branches
         self.branch = member % self.num_branches
         self.first = torch.empty(self.num_groups, dtype=sequences.dtype, device=device)
-        self.first[self.group] = sequences  # members are equal, so any of them will do
+        self.first[self.group] = sequences  # members are equal, so it does not matter which one is kept

@@ -15,7 +15,7 @@ class _BlockLayer(DynamicLayer):
 
     def update(self, key_states, value_states, *args, **kwargs):
         if torch.is_autocast_enabled(key_states.device.type):
-            # Attention would cast the joined keys and values, and keep a cast copy of the prompt's for every step.
+            # Otherwise attention would cast the joined tensors, and keep a cast copy of the prompt's for every step.
             dtype = torch.get_autocast_dtype(key_states.device.type)
             key_states, value_states = key_states.to(dtype), value_states.to(dtype)
         # A block is written once. A second write is the replay of gradient checkpointing and stores equal values.
@@ -43,12 +43,12 @@ class _RejoinHooks:
     """
     Hooks for tensors saved for the backward pass, see [`~LinkedCache.keeping_blocks`].
 
-    The autograd graph holds these hooks. Tensors are therefore detached, and `joined` is cleared on exit: a reference
-    from here to the graph would be a cycle, and the memory would not be freed.
+    The autograd graph refers to these hooks. If they referred to the graph, it would never be freed. Tensors are
+    therefore detached, and `joined` is cleared on exit.
     """
 
     def __init__(self):
-        # The last joined keys and values with their pieces. Holding them keeps their memory address unique.
+        # The last joined keys and values with their pieces. While they exist, no other tensor gets their address.
         self.joined: list[tuple[torch.Tensor, list[torch.Tensor]]] = []
 
     def pack(self, tensor: torch.Tensor):
@@ -56,7 +56,7 @@ class _RejoinHooks:
             if tensor.untyped_storage().data_ptr() == joined.untyped_storage().data_ptr():
                 view = tensor.shape, tensor.stride(), tensor.storage_offset()
                 return [piece.detach() for piece in pieces], view
-        # Parameters are not detached, since ZeRO-3 swaps their data. Other tensors would hold their own graph.
+        # Parameters are not detached, since ZeRO-3 swaps their data. Other tensors would refer to their graph.
         return tensor if tensor.is_leaf else tensor.detach()
 
     @staticmethod
@@ -69,17 +69,11 @@ class _RejoinHooks:
 
 class LinkedCache(Cache):
     """
-    Append-only cache made of linked blocks, one per call of the backbone.
+    Append-only cache made of linked blocks, one per call of the backbone; `parent` is the block before this one.
 
-    `DynamicCache` under grad copies the prompt's keys and values at every step, and transformers drops any cache under
-    gradient checkpointing because a layer that is replayed in the backward pass would append twice. A block only
-    stores its own keys and values and returns them joined to those of its parents, so writing it again is harmless.
-
-    Args:
-        num_layers (`int`):
-            Layers of the backbone.
-        parent ([`LinkedCache`], *optional*):
-            Block that this one continues.
+    With gradients, a `DynamicCache` copies the prompt's keys and values at every step. Under gradient checkpointing a
+    layer is replayed in the backward pass and would append twice, so transformers drops any cache. A block stores only
+    its own keys and values and returns them joined to those of its parents, so writing it again is harmless.
     """
 
     def __init__(self, num_layers: int, parent: "LinkedCache | None" = None):
@@ -96,10 +90,8 @@ class LinkedCache(Cache):
     @contextmanager
     def keeping_blocks(self):
         """
-        Context that saves the pieces of joined keys and values for the backward pass, and joins them again there.
-
-        Attention saves its keys and values for the backward pass. If it saved the joined tensors, every latent step
-        would hold a copy of the prompt's. Without gradients the context does nothing.
+        Context in which attention saves the pieces of its joined keys and values, and joins them again in the backward
+        pass. Otherwise every latent step would keep a copy of the prompt's. Without gradients it does nothing.
         """
         if not torch.is_grad_enabled():
             yield

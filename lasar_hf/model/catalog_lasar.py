@@ -34,7 +34,7 @@ class SidCatalog:
             Whether several items may share a Semantic ID. They are recommended separately, with equal scores, in order
             of their indices.
         removed (`torch.Tensor` of shape `(I,)`, *optional*):
-            Which items are hidden. Defaults to none.
+            Which items are hidden. By default, no item is.
         titles (`list[str | None]` of length `I`, *optional*):
             Title of each item, `None` if it has no title.
 
@@ -64,11 +64,7 @@ class SidCatalog:
     """
 
     def __init__(
-        self,
-        codes,
-        item_ids: Sequence[str],
-        allow_collisions: bool = False,
-        removed: torch.Tensor | None = None,
+        self, codes, item_ids: Sequence[str], allow_collisions: bool = False, removed: torch.Tensor | None = None,
         titles: Sequence[str | None] | None = None,
     ):
         self.item_ids = [str(item_id) for item_id in item_ids]
@@ -122,18 +118,18 @@ class SidCatalog:
 
     def add(self, codes, item_ids: Sequence[str], titles: Sequence[str | None] | None = None) -> "SidCatalog":
         """
-        A catalogue with more items. Indices do not change, and a removed item returns to its old index.
+        A new catalogue that also has these `A` items. Indices do not change, and a removed item returns to its old
+        index.
 
         Args:
             codes, item_ids, titles:
-                Of the `A` items to add, as for the constructor. Without `titles`, new items have none and returning
-                items keep theirs.
+                As for [`SidCatalog`]. Without `titles`, new items get no title and returning items keep theirs.
 
         Returns:
             [`SidCatalog`]: the new catalogue; this one is unchanged.
 
         Raises:
-            `ValueError`: as the constructor, and if the catalogue already has an item or another number of levels.
+            `ValueError`: as [`SidCatalog`], and if this catalogue already has an item or another number of levels.
         """
         # 1. Check the new items.
         item_ids = [str(item_id) for item_id in item_ids]
@@ -144,11 +140,11 @@ class SidCatalog:
             index = self.index_of.get(item_id)
             if index is not None and not self.removed[index]:
                 raise ValueError(f"The catalogue already has the item {item_id!r}. Remove it to change its codes.")
-        # 2. Give indices to the items that the catalogue never had.
+        # 2. Give indices to the new items.
         new_ids = [item_id for item_id in item_ids if item_id not in self.index_of]
         index_of = self.index_of | {item_id: len(self) + i for i, item_id in enumerate(new_ids)}
         indices = torch.tensor([index_of[item_id] for item_id in item_ids])  # (A,)
-        # 3. Extend the lists and write the items.
+        # 3. Extend the lists, and write the added items into them.
         all_codes = torch.cat([self.codes, self.codes.new_empty(len(new_ids), self.num_levels)])
         removed = torch.cat([self.removed, self.removed.new_empty(len(new_ids))])
         all_codes[indices], removed[indices] = codes, False
@@ -164,8 +160,7 @@ class SidCatalog:
 
     def remove(self, item_ids: Sequence[str]) -> "SidCatalog":
         """
-        A catalogue in which the items with these public ids are hidden. Indices do not change, and this catalogue is
-        unchanged.
+        A new catalogue that hides the items with these ids; indices do not change.
 
         Raises:
             `ValueError`: if the catalogue does not have an item, or no item would be left.
@@ -182,7 +177,7 @@ class SidCatalog:
         return self._changed(self._trie.without(torch.tensor(indices, dtype=torch.long)), removed)
 
     def _changed(self, trie: SidTrie, removed: torch.Tensor, **parts) -> "SidCatalog":
-        """A copy of this catalogue with another trie and other `parts`, which are not checked again."""
+        """A copy of this catalogue with another trie, `removed` and other attributes, which are not checked again."""
         changed = copy.copy(self)
         vars(changed).update(parts, _trie=trie, _copies={}, removed=removed)
         changed.num_items, changed._max_code = len(trie.item_indices), int(changed.codes.max())
@@ -190,12 +185,7 @@ class SidCatalog:
         return changed
 
     def check_matches(self, num_sid_levels: int, codebook_size: int) -> None:
-        """
-        Check that a model with these sizes can write this catalogue's Semantic IDs.
-
-        Raises:
-            `ValueError`: if the numbers of levels differ, or a code is outside the codebook.
-        """
+        """Refuse a catalogue that a model with these sizes cannot write, with a `ValueError`."""
         if self.num_levels != num_sid_levels:
             raise ValueError(
                 f"The catalogue has {self.num_levels} levels, but the model has {num_sid_levels}. Build the Semantic "
@@ -210,15 +200,11 @@ class SidCatalog:
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
         """
-        Write `sid_catalog.safetensors` and `sid_catalog.json` to a folder, for example beside a checkpoint.
-
-        The JSON file is removed first and written last, so its presence marks a complete save.
+        Write `sid_catalog.safetensors` and `sid_catalog.json` to a folder. The JSON file is removed first and written
+        last, so it only exists after a complete save.
         """
         os.makedirs(save_directory, exist_ok=True)
-        config = {
-            "num_levels": self.num_levels, "allow_collisions": self.allow_collisions, "item_ids": self.item_ids,
-            "titles": self.titles,
-        }
+        config = {name: getattr(self, name) for name in ("num_levels", "allow_collisions", "item_ids", "titles")}
         weights_path = os.path.join(save_directory, CATALOG_WEIGHTS_NAME)
         config_path = os.path.join(save_directory, CATALOG_CONFIG_NAME)
         save_file({"codes": self.codes, "removed": self.removed}, weights_path + ".tmp")
@@ -232,9 +218,8 @@ class SidCatalog:
     @classmethod
     def from_pretrained(cls, pretrained_directory: str | os.PathLike, **kwargs) -> "SidCatalog":
         """
-        Read a catalogue written by [`~SidCatalog.save_pretrained`], from a folder or a model id on the Hub.
-
-        `kwargs` such as `revision` and `token` are passed to [`~transformers.utils.cached_file`] for a model id.
+        Read a catalogue written by [`~SidCatalog.save_pretrained`], from a folder or a model id on the Hub. `kwargs`
+        such as `revision` and `token` are passed to [`~transformers.utils.cached_file`].
 
         Raises:
             `ValueError`: if a file is damaged, or the two files do not belong together.
@@ -247,8 +232,8 @@ class SidCatalog:
         try:
             with open(config_path, encoding="utf-8") as file:
                 config = json.load(file)
-            num_levels, item_ids = config["num_levels"], config["item_ids"]
-            allow_collisions = config["allow_collisions"]
+            keys = ("num_levels", "item_ids", "allow_collisions")
+            num_levels, item_ids, allow_collisions = (config[key] for key in keys)
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{config_path} is damaged ({error!r}). Save the catalogue again.") from error
         try:
@@ -293,7 +278,6 @@ def _checked_codes(codes, item_ids: list[str]) -> torch.Tensor:
     if (codes < 0).any():
         index = int((codes < 0).any(dim=1).nonzero()[0])
         raise ValueError(
-            f"Item {item_ids[index]!r} (index {index}) has a negative code, {codes[index].tolist()}; expected 0 or "
-            "more."
+            f"Item {item_ids[index]!r} (index {index}) has the codes {codes[index].tolist()}; expected 0 or more."
         )
-    return codes.to(torch.int32, copy=True)  # changes of the caller's array have no effect
+    return codes.to(torch.int32, copy=True)  # later changes of the caller's array have no effect

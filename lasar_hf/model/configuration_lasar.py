@@ -1,7 +1,4 @@
-"""Configuration of LASAR: a decoder-only backbone, its Semantic-ID vocabulary and its latent steps.
-
-The names of the tokens are here too, since the whole package and the remote code of a checkpoint share them.
-"""
+"""Configuration of LASAR: backbone, Semantic-ID vocabulary, latent steps, and the names of the tokens."""
 
 import string
 
@@ -16,17 +13,16 @@ CONTROL_TOKENS = (LATENT_START_TOKEN, LATENT_TOKEN, LATENT_END_TOKEN)
 
 
 def sid_token(level: int, code: int) -> str:
-    """Vocabulary entry of a code, as in the `.index.json` files of the field: `sid_token(1, 255)` is `<b_255>`."""
+    """Token of a code, as in the `.index.json` files of other projects: `sid_token(1, 255)` is `<b_255>`."""
     return f"<{string.ascii_lowercase[level]}_{code}>"
 
 
 def sid_tokens(num_sid_levels: int, codebook_size: int) -> list[str]:
-    """All Semantic-ID tokens, level after level: level `l`, code `c` has the index `l * codebook_size + c`."""
+    """All Semantic-ID tokens; level `l`, code `c` has the index `l * codebook_size + c`."""
     return [sid_token(level, code) for level in range(num_sid_levels) for code in range(codebook_size)]
 
 
 def check_sizes(num_sid_levels: int, codebook_size: int, max_latent_steps: int) -> None:
-    """Check the numbers of levels, codes and latent steps."""
     if not 1 <= num_sid_levels <= len(string.ascii_lowercase):
         raise ValueError(f"num_sid_levels is {num_sid_levels}; expected 1 to 26 (a to z).")
     if codebook_size < 1:
@@ -47,15 +43,12 @@ class LasarConfig(PreTrainedConfig):
         codebook_size (`int`, *optional*, defaults to `256`):
             Codes per level, `K`.
         sid_token_offset (`int`, *optional*):
-            Token id of level 0, code 0; level `l`, code `c` has the id `sid_token_offset + l * K + c`.
+            Token id of level 0, code 0. Level `l`, code `c` has the id `sid_token_offset + l * K + c`.
         max_latent_steps (`int`, *optional*, defaults to `8`):
             Largest number of latent steps, `N_max`, and number of classes of the policy head.
-        latent_start_token_id (`int`, *optional*):
-            Id of `<|latent_start|>`, the last token of a prompt.
-        latent_token_id (`int`, *optional*):
-            Id of `<|latent|>`, the slot of one latent step.
-        latent_end_token_id (`int`, *optional*):
-            Id of `<|latent_end|>`, which closes the latent region.
+        latent_start_token_id, latent_token_id, latent_end_token_id (`int`, *optional*):
+            Ids of `<|latent_start|>`, the last token of a prompt, `<|latent|>`, the slot of one latent step, and
+            `<|latent_end|>`, which closes the latent region.
 
     Example:
 
@@ -82,7 +75,7 @@ class LasarConfig(PreTrainedConfig):
     latent_end_token_id: int | None = None
 
     def __post_init__(self, **kwargs):
-        # transformers without lasar_hf loads a checkpoint through these; `save_pretrained` writes only its own.
+        # The remote code of a checkpoint. `save_pretrained` would only write the entry of its own class.
         auto_map = {
             "AutoConfig": "configuration_lasar.LasarConfig",
             "AutoModel": "modeling_lasar.LasarForGenerativeRec",
@@ -113,7 +106,7 @@ class LasarConfig(PreTrainedConfig):
         return self.num_sid_levels * self.codebook_size
 
     def sid_token_id(self, level: int, code: int) -> int:
-        """Token id of a code, `sid_token_offset + level * K + code`."""
+        """Token id of a code."""
         if not (0 <= level < self.num_sid_levels and 0 <= code < self.codebook_size):
             raise ValueError(
                 f"Level {level}, code {code} is outside {self.num_sid_levels} levels of {self.codebook_size} codes."

@@ -7,14 +7,15 @@ is normalised over the children of the prefix in the catalogue's trie:
 
 Training (`sid_loss="catalog"`), sampling, the RL ratios and beam search all use this distribution.
 
-Two things differ from the beam search of `generate`. The prompt is never expanded: the beams of a level are extra
-tokens of the prompt's own sequence, and each sees the prompt, the latent steps and its own ancestors. And a level
-multiplies by the `K` head rows of its codes instead of the whole vocabulary.
+Two things differ from the beam search of `generate`. The prompt is never expanded, since the beams of a level are
+extra tokens of the prompt's own sequence. And a level multiplies by the `K` head rows of its codes instead of the
+whole vocabulary.
 
 Shapes: `B` prompts, `W` beams per prompt, `F` children per node (padded), `K` codes per level.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -25,6 +26,9 @@ from .batching_lasar import ReasoningState
 from .catalog_lasar import SidCatalog
 from .configuration_lasar import LasarConfig
 from .trie_lasar import ItemFilter, SidTrie
+
+
+NAN_MESSAGE = "The model's logits contain NaN. Check the weights and the data type (bfloat16 or float32)."
 
 
 @dataclass
@@ -47,46 +51,31 @@ class RecommendOutput(ModelOutput):
 
 
 def child_log_probs(
-    hidden_states: torch.Tensor, head: tuple[torch.Tensor, torch.Tensor | None], trie: SidTrie, level: int,
-    nodes: torch.Tensor, temperature: float = 1.0,
+    hidden_states: torch.Tensor, head: torch.Tensor, trie: SidTrie, level: int, nodes: torch.Tensor,
+    temperature: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
-    Log-probabilities of the codes that can follow, normalised over the children of each prefix.
+    Float32 log-probabilities, codes and node numbers, all `(..., F)`, of the codes that can follow the prefixes
+    `nodes` `(...)` of depth `level`. Missing children have `-inf`, 0 and -1.
 
-    Args:
-        hidden_states (`torch.Tensor` of shape `(..., H)`):
-            Final hidden states of the tokens that predict the code of `level`.
-        head (`tuple` of `torch.Tensor` of shapes `(K, H)` and `(K,)` or `None`):
-            Weight and bias of the language-model head for the level's codes.
-        trie, level, nodes (`torch.Tensor` of shape `(...)`):
-            Trie of the catalogue, level of the code to predict, and the node of the codes written so far.
-        temperature (`float`, *optional*, defaults to `1.0`):
-            Temperature the logits are divided by.
-
-    Returns:
-        `tuple` of three `torch.Tensor` of shape `(..., F)`: log-probabilities in float32 (`-inf` where there is no
-        child), codes, and child node numbers (-1 where there is none).
+    `hidden_states` `(..., H)` predict these codes through `head` `(K, H)`, the head's rows for the level. Logits are
+    divided by `temperature` and normalised over the children of each prefix.
     """
     codes, child = trie.children(level, nodes)  # (..., F)
-    logits = nn.functional.linear(hidden_states, *head).float() / temperature  # (..., K)
+    logits = nn.functional.linear(hidden_states, head).float() / temperature  # (..., K)
     logits = logits.gather(-1, codes).masked_fill(child < 0, -torch.inf)
     return logits.log_softmax(dim=-1), codes, child
 
 
 @dataclass
 class _Beams:
-    """
-    Live prefixes of one level, each field `(B, W)`.
+    """Live prefixes of one level; each field has shape `(B, W)`."""
 
-    Trie `nodes` and last `codes` of the prefixes, cumulated log-probability `scores`, index of the `parent` prefix in
-    the level before, and the `key` by which stochastic beams are ranked (equal to `scores` elsewhere).
-    """
-
-    nodes: torch.Tensor
-    codes: torch.Tensor
-    scores: torch.Tensor
-    parent: torch.Tensor
-    key: torch.Tensor
+    nodes: torch.Tensor  # nodes of the trie
+    codes: torch.Tensor  # last codes
+    scores: torch.Tensor  # log-probabilities of the whole prefixes
+    parent: torch.Tensor  # indices among the prefixes of the level before
+    key: torch.Tensor  # the numbers by which beams are ranked: the scores, or the perturbed scores
 
     @classmethod
     def root(cls, batch_size: int, device: torch.device) -> "_Beams":
@@ -94,68 +83,45 @@ class _Beams:
         return cls(zero, zero, zero.float(), zero, zero.float())
 
 
-def _expand(beams: _Beams, log_probs, codes, child, index: torch.Tensor, keys: torch.Tensor) -> _Beams:
-    """The children with `index` `(B, W)` among the flattened `(B, W_before * F)` children."""
-    scores = (beams.scores[..., None] + log_probs).flatten(1)
-    return _Beams(
-        nodes=child.flatten(1).gather(1, index).clamp(min=0),
-        codes=codes.flatten(1).gather(1, index),
-        scores=scores.gather(1, index),
-        parent=index // log_probs.shape[-1],
-        key=keys.flatten(1).gather(1, index),
-    )
+# Three ways to choose the prefixes of the next level. Each returns the chosen indices `(B, W')` among the flattened
+# `(B, W * F)` children, and the keys of all children.
 
 
-def _select_best(width: int):
-    """Deterministic beams: the `width` most likely prefixes."""
-
-    def select(beams: _Beams, log_probs, codes, child) -> _Beams:
-        keys = (beams.scores[..., None] + log_probs).flatten(1)  # (B, W * F)
-        index = keys.topk(min(width, keys.shape[1]), dim=1).indices
-        return _expand(beams, log_probs, codes, child, index, keys)
-
-    return select
+def _select_best(beams: _Beams, log_probs, child, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Beam search: the `width` most likely prefixes."""
+    keys = (beams.scores[..., None] + log_probs).flatten(1)  # (B, W * F)
+    return keys.topk(min(width, keys.shape[1]), dim=1).indices, keys
 
 
-def _select_independent(num_samples: int):
+def _select_independent(beams: _Beams, log_probs, child, num_samples: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Ancestral sampling with replacement: `num_samples` independent prefixes per prompt."""
-
-    def select(beams: _Beams, log_probs, codes, child) -> _Beams:
-        batch_size, width, fan_out = log_probs.shape
-        draws = num_samples // width  # all samples from the root, then one from each prefix
-        # multinomial would crash on NaN on a GPU. The search reports NaN at its end.
-        probs = log_probs.exp().nan_to_num(nan=1.0).flatten(0, 1)  # (B * W, F)
-        drawn = torch.multinomial(probs, draws, replacement=True).view(batch_size, -1)
-        parent = torch.arange(width, device=drawn.device).repeat_interleave(draws)
-        keys = beams.scores[..., None] + log_probs
-        return _expand(beams, log_probs, codes, child, parent * fan_out + drawn, keys)
-
-    return select
+    batch_size, width, fan_out = log_probs.shape
+    draws = num_samples // width  # all samples from the root, then one from each prefix
+    # multinomial would crash on NaN on a GPU. The search reports NaN at its end.
+    probs = log_probs.exp().nan_to_num(nan=1.0).flatten(0, 1)  # (B * W, F)
+    drawn = torch.multinomial(probs, draws, replacement=True).view(batch_size, -1)  # (B, num_samples)
+    parent = torch.arange(width, device=drawn.device).repeat_interleave(draws)  # (num_samples,)
+    return parent * fan_out + drawn, (beams.scores[..., None] + log_probs).flatten(1)
 
 
-def _select_perturbed(width: int):
+def _select_perturbed(beams: _Beams, log_probs, child, width: int) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Stochastic beams: the `width` prefixes with the largest Gumbel-perturbed scores, which is sampling without
     replacement (Kool et al. 2019, arXiv 1903.06059).
     """
-
-    def select(beams: _Beams, log_probs, codes, child) -> _Beams:
-        # 1. Perturb the score of each child independently.
-        scores = beams.scores[..., None] + log_probs  # (B, W, F)
-        uniform = torch.rand_like(scores).clamp(min=torch.finfo(scores.dtype).tiny)
-        gumbel = scores - (-uniform.log()).log()
-        # 2. Shift them so that the largest child has its parent's key, in the numerically stable form of appendix B.3.
-        largest = gumbel.max(dim=-1, keepdim=True).values  # (B, W, 1)
-        gap = (gumbel - largest).clamp(max=0)
-        log1m_exp_gap = torch.where(gap > -0.6931472, (-torch.expm1(gap)).log(), torch.log1p(-gap.exp()))
-        value = beams.key[..., None] - gumbel + log1m_exp_gap
-        keys = beams.key[..., None] - value.clamp(min=0) - torch.log1p((-value.abs()).exp())
-        # 3. Missing children and children of dead prefixes lose. Keep the largest keys.
-        keys = keys.masked_fill((child < 0) | (beams.key == -torch.inf)[..., None], -torch.inf).flatten(1)
-        index = keys.topk(min(width, keys.shape[1]), dim=1).indices
-        return _expand(beams, log_probs, codes, child, index, keys)
-
-    return select
+    # 1. Perturb the score of each child independently.
+    scores = beams.scores[..., None] + log_probs  # (B, W, F)
+    uniform = torch.rand_like(scores).clamp(min=torch.finfo(scores.dtype).tiny)
+    gumbel = scores - (-uniform.log()).log()
+    # 2. Shift them so that the largest child has its parent's key, in the numerically stable form of appendix B.3.
+    largest = gumbel.max(dim=-1, keepdim=True).values  # (B, W, 1)
+    gap = (gumbel - largest).clamp(max=0)
+    log1m_exp_gap = torch.where(gap > -0.6931472, (-torch.expm1(gap)).log(), torch.log1p(-gap.exp()))
+    value = beams.key[..., None] - gumbel + log1m_exp_gap
+    keys = beams.key[..., None] - value.clamp(min=0) - torch.log1p((-value.abs()).exp())
+    # 3. Missing children and children of dead prefixes lose. Keep the largest keys.
+    keys = keys.masked_fill((child < 0) | (beams.key == -torch.inf)[..., None], -torch.inf).flatten(1)
+    return keys.topk(min(width, keys.shape[1]), dim=1).indices, keys
 
 
 def _search(
@@ -174,27 +140,34 @@ def _search(
         if level > 0:
             hidden_states, ancestors = _read_open(model, state, trie, level, beams, ancestors)  # (B, W, H)
         # 3. Score their children, without those that lead to no permitted item.
-        head = model.sid_head(level)
+        start = model.config.sid_token_id(level, 0)
+        head = model.lm_head.weight[start : start + model.config.codebook_size]  # (K, H)
         log_probs, codes, child = child_log_probs(hidden_states, head, trie, level, beams.nodes, temperature)
         if item_filter is not None:
             log_probs = log_probs.masked_fill(item_filter.excludes_nodes(level, child), -torch.inf)
-        # 4. Choose. A level has at most as many live prefixes as the catalogue has nodes.
-        beams = select(beams, log_probs, codes, child)
+        # 4. Choose. Distinct prefixes are at most as many as the trie has nodes.
+        index, keys = select(beams, log_probs, child)
         if width_limit:
-            beams = _Beams(*(field[:, : trie.num_nodes[level + 1]] for field in vars(beams).values()))
+            index = index[:, : trie.num_nodes[level + 1]]
+        beams = _Beams(
+            nodes=child.flatten(1).gather(1, index).clamp(min=0),
+            codes=codes.flatten(1).gather(1, index),
+            scores=(beams.scores[..., None] + log_probs).flatten(1).gather(1, index),
+            parent=index // log_probs.shape[-1],
+            key=keys.gather(1, index),
+        )
     if beams.scores.isnan().any():
-        raise ValueError("The model's logits contain NaN. Check the weights and the data type (bfloat16 or float32).")
+        raise ValueError(NAN_MESSAGE)
     return beams
 
 
 def _read_open(model, state: ReasoningState, trie: SidTrie, level: int, beams: _Beams, ancestors: torch.Tensor):
     """
-    Read the last codes of the open prefixes, all beams of a prompt side by side.
+    Read the last codes of the open prefixes. Returns hidden states `(B, W, H)`, zero where nothing was read, and the
+    new `ancestors` `(B, W, R + O)`.
 
-    A prefix is open if at least two items continue it. Where a single item continues, all further codes have
-    probability 1 whatever the model says, so they are not read. All ancestors of an open prefix were open.
-
-    Returns the hidden states `(B, W, H)`, zero where nothing was read, and the new `ancestors` `(B, W, R + O)`.
+    A prefix is open if at least two items continue it. If only one does, its further codes have probability 1 and
+    need not be read. All ancestors of an open prefix were open.
     """
     config, (batch_size, width) = model.config, beams.codes.shape
     # 1. Find the open prefixes; O is the largest number of them in a prompt.
@@ -223,33 +196,16 @@ def beam_search(
     model, state: ReasoningState, trie: SidTrie, num_beams: int, item_filter: ItemFilter | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Trie-constrained beam search that shares the prompt (LASAR, arXiv 2605.10207, inference).
+    Trie-constrained beam search that shares the prompt (LASAR, arXiv 2605.10207, inference). Returns leaves of the
+    trie and their log-probabilities, both `(B, W)` with `W` at most `num_beams`, best first; `-inf` pads.
 
-    Level 0 reads `<|latent_end|>` once per prompt. At every later level the beams are at most `W` extra tokens of the
-    prompt's sequence. A token sees the prompt, the latent steps, `<|latent_end|>` and its own ancestors, so the prompt
-    is never expanded and no cache is reordered. Beams that can only become one item are not read any more.
-
-    Args:
-        model ([`LasarForGenerativeRec`]):
-            The model.
-        state ([`ReasoningState`]):
-            `B` prompts after their latent steps, from [`~LasarForGenerativeRec.encode_prompts`].
-        trie ([`SidTrie`]):
-            Trie of the catalogue, on the model's device.
-        num_beams (`int`):
-            Width `W` of the search.
-        item_filter ([`ItemFilter`], *optional*):
-            Allow and deny lists. Prefixes without a permitted item are pruned. Scores stay those of
-            the whole catalogue.
-
-    Returns:
-        `tuple` of two `torch.Tensor` of shape `(B, W')`, `W'` at most `num_beams`: leaves of the trie and their
-        log-probabilities, best first (`-inf` where the search found fewer).
-
-    Raises:
-        `ValueError`: if the model's logits contain NaN.
+    Level 0 reads `<|latent_end|>` once per prompt, and every later level at most `W` extra tokens of the prompt's
+    sequence. A token sees the prompt, the latent steps, `<|latent_end|>` and its own ancestors, so the prompt is never
+    expanded and no cache is reordered. `item_filter` prunes prefixes without a permitted item and does not change the
+    scores.
     """
-    beams = _search(model, state, trie, _select_best(num_beams), 1.0, width_limit=True, item_filter=item_filter)
+    select = partial(_select_best, width=num_beams)
+    beams = _search(model, state, trie, select, 1.0, width_limit=True, item_filter=item_filter)
     return beams.nodes, beams.scores
 
 
@@ -258,26 +214,18 @@ def sample_items(
     model, state: ReasoningState, trie: SidTrie, num_samples: int, temperature: float = 1.0, replacement: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Sample items from the policy. Other arguments as for [`beam_search`].
+    Sample `num_samples` items per prompt from the policy at a temperature. Returns leaves of the trie and their
+    log-probabilities at that temperature, both `(B, num_samples)`, most likely first.
 
-    Args:
-        num_samples (`int`):
-            Items to draw per prompt, `G`.
-        temperature (`float`, *optional*, defaults to `1.0`):
-            Temperature the logits are divided by.
-        replacement (`bool`, *optional*, defaults to `True`):
-            Whether to draw independently. Otherwise stochastic beams (Gumbel top-k) never repeat an item.
-
-    Returns:
-        `tuple` of two `torch.Tensor` of shape `(B, G)`: leaves of the trie and their log-probabilities at that
-        temperature, most likely first (`-inf` where the catalogue has fewer than `G` items, without replacement).
-
-    Raises:
-        `ValueError`: if the model's logits contain NaN, or `num_samples` or `temperature` is not positive.
+    With `replacement` the items are drawn independently. Otherwise stochastic beams (Gumbel top-k) never repeat an
+    item, and `-inf` pads if the catalogue has too few.
     """
     if num_samples < 1 or not temperature > 0:
         raise ValueError(f"num_samples is {num_samples} and temperature is {temperature}; expected positive numbers.")
-    select = _select_independent(num_samples) if replacement else _select_perturbed(num_samples)
+    if replacement:
+        select = partial(_select_independent, num_samples=num_samples)
+    else:
+        select = partial(_select_perturbed, width=num_samples)
     beams = _search(model, state, trie, select, temperature, width_limit=not replacement)
     scores, order = beams.scores.sort(dim=1, descending=True, stable=True)
     return beams.nodes.gather(1, order), scores
@@ -287,20 +235,9 @@ def rank_items(
     leaves: torch.Tensor, scores: torch.Tensor, trie: SidTrie, top_k: int, item_filter: ItemFilter | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    From leaves of the trie to items: those that share a leaf are listed separately, equal scores in order of index.
-
-    Args:
-        leaves, scores (`torch.Tensor` of shape `(B, W)`):
-            As [`beam_search`] returns them.
-        trie ([`SidTrie`]):
-            Trie of the catalogue.
-        top_k (`int`):
-            Number of items per prompt, `k`.
-        item_filter ([`ItemFilter`], *optional*):
-            Allow and deny lists, which may exclude some of the items that share a Semantic ID.
-
-    Returns:
-        `tuple` of two `torch.Tensor` of shape `(B, k)`: item indices (-1 pads) and scores (`-inf` pads).
+    The best items and their scores, both `(B, top_k)`, of the `leaves` and `scores` `(B, W)` of [`beam_search`]; -1
+    and `-inf` pad. Items that share a leaf are listed separately, and equal scores are in order of the item index.
+    `item_filter` may exclude some of the items that share a leaf.
     """
     # 1. All C items of each leaf, with the leaf's score.
     items = trie.items(leaves)  # (B, W, C)
@@ -324,26 +261,21 @@ class SidLogitsProcessor(LogitsProcessor):
     The catalogue's constraint for `generate`. After `<|latent_end|>` every code continues some item, and the scores
     are the log-probabilities of the policy distribution.
 
-    An open latent region can only be closed, and a complete Semantic ID is followed by the end of the text. Plain text
-    is not constrained. With `num_beams=W`, `max_new_tokens=M` after `<|latent_end|>` and `length_penalty=0.0` (plain
-    sums of log-probabilities), `generate` returns the items, order and scores of
-    [`~LasarForGenerativeRec.recommend`], but is slower. If fewer than `W` items are found, it pads with sequences of a
-    score below -1e8. With `do_sample=True` pass `top_k=0`, since transformers keeps 50 tokens by default.
-
-    Args:
-        catalog ([`SidCatalog`]):
-            The items.
-        config ([`LasarConfig`]):
-            Configuration of the model.
+    An open latent region can only be closed, and the text ends after a complete Semantic ID. Plain text is not
+    constrained. With `num_beams=W`, `max_new_tokens=M` after `<|latent_end|>` and `length_penalty=0.0` (plain sums of
+    log-probabilities), `generate` returns the items, order and scores of [`~LasarForGenerativeRec.recommend`], but is
+    slower. If fewer than `W` items are found, it pads with sequences of a score below -1e8. With `do_sample=True` pass
+    `top_k=0`, since transformers keeps 50 tokens by default.
 
     Raises:
-        `ValueError`: if the catalogue does not match the model.
+        `ValueError`: if the catalogue does not match the model. In a call: if codes do not begin any item, the scores
+        contain NaN, or a sequence goes on after its Semantic ID and the model has no end-of-text token.
 
     Example:
 
     ```python
-    >>> processor = SidLogitsProcessor(catalog, model.config)
-    >>> model.generate(**prompt, logits_processor=[processor], num_beams=50, max_new_tokens=4, length_penalty=0.0)
+    >>> constraint = SidLogitsProcessor(catalog, model.config)
+    >>> model.generate(**prompt, logits_processor=[constraint], num_beams=50, max_new_tokens=4, length_penalty=0.0)
     ```
     """
 
@@ -351,16 +283,12 @@ class SidLogitsProcessor(LogitsProcessor):
         catalog.check_matches(config.num_sid_levels, config.codebook_size)
         self.catalog, self.config = catalog, config
         eos = config.backbone_config.eos_token_id
-        self.eos_token_ids = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+        self.eos_token_id = eos[0] if isinstance(eos, list) else eos
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """
-        Log-probabilities `(B, V)` within the constraint, `-inf` outside, from the tokens so far `(B, L)` and the
-        logits or log-probabilities `(B, V)` of the next token.
-
-        Raises:
-            `ValueError`: if codes do not begin any item, the scores contain NaN, or a sequence continues after a
-            complete Semantic ID although the model has no end-of-text token.
+        Log-probabilities `(B, V)` under the constraint, `-inf` for all other tokens, from the tokens so far `(B, L)`
+        and the logits or log-probabilities `(B, V)` of the next token.
         """
         config, trie = self.config, self.catalog.trie(input_ids.device)
         # 1. Codes written after the last <|latent_end|>; -1 if there is none.
@@ -370,7 +298,8 @@ class SidLogitsProcessor(LogitsProcessor):
         # 2. Close open latent regions.
         is_open = (input_ids[:, -1] == config.latent_start_token_id) | (input_ids[:, -1] == config.latent_token_id)
         scores = scores.clone()
-        self._leave_only(scores, is_open, [config.latent_end_token_id])
+        scores[is_open] = -torch.inf
+        scores[is_open, config.latent_end_token_id] = 0.0
         # 3. Walk down the trie. Sequences that have reached a level are constrained to the children of their node.
         nodes = torch.zeros_like(end)  # (B,)
         for level in range(config.num_sid_levels):
@@ -387,20 +316,15 @@ class SidLogitsProcessor(LogitsProcessor):
                 )
         # 4. End complete Semantic IDs.
         is_complete = num_codes >= config.num_sid_levels
-        if not self.eos_token_ids and is_complete.any():
-            raise ValueError(
-                f"max_new_tokens is too large: a Semantic ID has {config.num_sid_levels} tokens, and the model has no "
-                "end-of-text token to write after it."
-            )
-        self._leave_only(scores, is_complete, self.eos_token_ids)
+        if is_complete.any():
+            if self.eos_token_id is None:
+                raise ValueError(
+                    f"max_new_tokens is too large: a Semantic ID has {config.num_sid_levels} tokens, and the model "
+                    "has no end-of-text token to write after it."
+                )
+            scores[is_complete] = -torch.inf
+            scores[is_complete, self.eos_token_id] = 0.0
         return scores
-
-    @staticmethod
-    def _leave_only(scores: torch.Tensor, selected: torch.Tensor, token_ids: list[int]) -> None:
-        """In place: the first of `token_ids` gets probability 1 in the `selected` `(B,)` sequences."""
-        scores.masked_fill_(selected[:, None], -torch.inf)
-        for token_id in token_ids[:1]:
-            scores[:, token_id].masked_fill_(selected, 0.0)
 
     @staticmethod
     def _constrain(scores: torch.Tensor, nodes: torch.Tensor, trie: SidTrie, level: int, start: int) -> torch.Tensor:
@@ -409,8 +333,6 @@ class SidLogitsProcessor(LogitsProcessor):
         token_ids = torch.where(child >= 0, start + codes, scores.shape[1])  # an extra column for missing children
         log_probs = scores.gather(1, start + codes).masked_fill(child < 0, -torch.inf).log_softmax(dim=-1)
         if log_probs.isnan().any():
-            raise ValueError(
-                "The model's logits contain NaN. Check the weights and the data type (bfloat16 or float32)."
-            )
+            raise ValueError(NAN_MESSAGE)
         constrained = scores.new_full((scores.shape[0], scores.shape[1] + 1), -torch.inf)
         return constrained.scatter(1, token_ids, log_probs)[:, :-1]

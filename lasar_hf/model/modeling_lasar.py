@@ -1,7 +1,4 @@
-"""LASAR (arXiv 2605.10207): a language model that reasons in hidden states before it writes a Semantic ID.
-
-[`LasarForGenerativeRec`] adds the language-model head to the base model of `base_lasar.py`, and `recommend`.
-"""
+"""LASAR (arXiv 2605.10207) with its language-model head: making it from a backbone, its loss, and `recommend`."""
 
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -22,7 +19,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import ModelOutput
 
 from .base_lasar import DepthPolicyHead, LasarModel, LasarPreTrainedModel, check_backbone, most_likely_depth
-from .batching_lasar import BatchLayout, ReasoningState, valid_tokens
+from .batching_lasar import BatchLayout, ReasoningState
 from .catalog_lasar import SidCatalog
 from .configuration_lasar import CONTROL_TOKENS, LATENT_START_TOKEN, LasarConfig, check_sizes, sid_tokens
 from .decoding_lasar import RecommendOutput, beam_search, rank_items
@@ -51,7 +48,7 @@ class LasarOutput(ModelOutput):
 
 class LasarForGenerativeRec(LasarPreTrainedModel, GenerationMixin):
     """
-    LASAR with its language-model head: reasons in hidden states, then writes the Semantic ID of the item to recommend.
+    LASAR with its language-model head: it reasons in hidden states, then writes the Semantic ID of an item.
 
     Args:
         config ([`LasarConfig`]):
@@ -84,22 +81,17 @@ class LasarForGenerativeRec(LasarPreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_backbone(
-        cls,
-        backbone: str | PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        num_sid_levels: int = 4,
-        codebook_size: int = 256,
-        max_latent_steps: int = 8,
-        **kwargs,
+        cls, backbone: str | PreTrainedModel, tokenizer: PreTrainedTokenizerBase, num_sid_levels: int = 4,
+        codebook_size: int = 256, max_latent_steps: int = 8, **kwargs,
     ) -> "LasarForGenerativeRec":
         """
         Make a recommender from a causal language model: add the tokens, resize the embeddings, keep the weights.
 
         Args:
             backbone (`str` or [`~transformers.PreTrainedModel`]):
-                Name or path of a causal language model, or the model itself, which is used and not copied.
+                Name or path of a causal language model, or the model itself, which is changed, not copied.
             tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-                Its tokenizer. The Semantic-ID and control tokens are added to it as special tokens.
+                Its tokenizer, to which the Semantic-ID and control tokens are added as special tokens.
             num_sid_levels, codebook_size, max_latent_steps (`int`, *optional*):
                 As for [`LasarConfig`].
             kwargs:
@@ -112,7 +104,7 @@ class LasarForGenerativeRec(LasarPreTrainedModel, GenerationMixin):
             `ValueError`: if a number is out of range, the ids of the Semantic-ID tokens are not contiguous, or the
             backbone has sliding-window, recurrent or encoder-decoder layers, a head with a bias, or scaled logits.
         """
-        # 1. Refuse backbones that a checkpoint could not reproduce.
+        # 1. Refuse backbones that the recommender cannot use, or that a checkpoint could not reproduce.
         if isinstance(backbone, str):
             backbone = AutoModelForCausalLM.from_pretrained(backbone, **kwargs)
         check_sizes(num_sid_levels, codebook_size, max_latent_steps)
@@ -125,7 +117,7 @@ class LasarForGenerativeRec(LasarPreTrainedModel, GenerationMixin):
             )
         if is_deepspeed_zero3_enabled():
             raise ValueError(
-                "ZeRO-3 has sharded the backbone's weights, which cannot be resized then. Make the model inside "
+                "ZeRO-3 has sharded the backbone's weights, so no tokens can be added. Make the model inside "
                 "lasar_hf.trainers.unsharded_weights()."
             )
 
@@ -139,7 +131,7 @@ class LasarForGenerativeRec(LasarPreTrainedModel, GenerationMixin):
         if ids != list(range(ids[0], ids[0] + len(ids))):
             raise ValueError(
                 "The ids of the tokenizer's Semantic-ID tokens are not contiguous. Start from the backbone's own "
-                "tokenizer, or keep the number of levels and codes it was made with."
+                "tokenizer, or keep the numbers of levels and codes that this tokenizer was made with."
             )
 
         # 3. Resize, and put the backbone into the recommender.
@@ -164,12 +156,11 @@ class LasarForGenerativeRec(LasarPreTrainedModel, GenerationMixin):
         policy_head = DepthPolicyHead(config.hidden_size, config.max_latent_steps)
         policy_head.apply(model._init_weights)
         base.policy_head = policy_head.to(head.weight.device, head.weight.dtype)
-        # A new generation config: sampling defaults of the backbone would corrupt the beam search. Latent regions are
-        # opened by the prompt and never written by the model.
+        # A new generation config, since sampling defaults of the backbone would corrupt the beam search. The prompt
+        # opens the latent region, so the model must not write its tokens.
         model.generation_config = GenerationConfig(
             do_sample=False, num_beams=1, temperature=1.0, top_p=1.0, typical_p=1.0, repetition_penalty=1.0,
-            no_repeat_ngram_size=0,
-            pad_token_id=config.backbone_config.pad_token_id,
+            no_repeat_ngram_size=0, pad_token_id=config.backbone_config.pad_token_id,
             eos_token_id=config.backbone_config.eos_token_id,
             suppress_tokens=[config.latent_start_token_id, config.latent_token_id],
         )
@@ -178,13 +169,13 @@ class LasarForGenerativeRec(LasarPreTrainedModel, GenerationMixin):
     @torch.no_grad()
     def set_sid_embeddings(self, codebooks: torch.Tensor, std: float = 0.05) -> None:
         """
-        Initialise the Semantic-ID embeddings from the quantizer's codebooks, for backbones trained from scratch: codes
-        with near centres start with near embeddings. The centres are projected to the hidden size by principal
-        components. A tied head shares them, an untied head is set too.
+        Initialise the Semantic-ID embeddings and head weights from the quantizer's codebooks, for backbones trained
+        from scratch: codes with near centres start with near embeddings. Principal components project the centres to
+        the hidden size.
 
         Args:
             codebooks (`torch.Tensor` of shape `(M, K, D)`):
-                Centres of each level, of any width `D`.
+                Centres of each level.
             std (`float`, *optional*, defaults to `0.05`):
                 Standard deviation of the embeddings' entries.
 
@@ -208,21 +199,11 @@ class LasarForGenerativeRec(LasarPreTrainedModel, GenerationMixin):
         for weight in (self.get_input_embeddings().weight, self.lm_head.weight):
             weight[start : start + config.num_sid_tokens] = embeddings.to(weight.device, weight.dtype)
 
-    def sid_head(self, level: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Weight `(K, H)` and bias (`None`: there is none) of the head for the codes of a level."""
-        start = self.config.sid_token_id(level, 0)
-        return self.lm_head.weight[start : start + self.config.codebook_size], None
-
     def forward(
-        self,
-        input_ids: torch.LongTensor,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        labels: torch.LongTensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
-        **kwargs,
+        self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None, past_key_values: Cache | None = None,
+        labels: torch.LongTensor | None = None, use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0, **kwargs,
     ) -> LasarOutput:
         r"""
         Other arguments as for [`LasarModel.forward`].
@@ -235,11 +216,8 @@ class LasarForGenerativeRec(LasarPreTrainedModel, GenerationMixin):
 
         Returns:
             [`LasarOutput`].
-
-        Raises:
-            `ValueError`: as [`LasarModel.forward`].
         """
-        loss_kwargs = {key: kwargs.pop(key) for key in ("num_items_in_batch",) if key in kwargs}
+        num_items_in_batch = kwargs.pop("num_items_in_batch", None)  # Trainer's number of labels of a whole step
         outputs = self.model(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
             past_key_values=past_key_values, use_cache=use_cache, **kwargs,
@@ -248,22 +226,17 @@ class LasarForGenerativeRec(LasarPreTrainedModel, GenerationMixin):
         logits = self.lm_head(outputs.last_hidden_state[:, keep])
         loss = None
         if labels is not None:
-            loss = ForCausalLMLoss(logits, labels, vocab_size=self.config.vocab_size, **loss_kwargs)
+            loss = ForCausalLMLoss(logits, labels, self.config.vocab_size, num_items_in_batch)
         return LasarOutput(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            latent_states=outputs.latent_states,
-            latent_steps=outputs.latent_steps,
-            depth_logits=outputs.depth_logits,
+            loss=loss, logits=logits, past_key_values=outputs.past_key_values, latent_states=outputs.latent_states,
+            latent_steps=outputs.latent_steps, depth_logits=outputs.depth_logits,
         )
 
     @contextmanager
     def evaluation_mode(self):
         """
-        Inference context: evaluation mode without gradients. The training flags are restored on exit.
-
-        Threads may share a model only if it is in evaluation mode already.
+        Context for inference: evaluation mode without gradients. The training flags are restored on exit, so threads
+        may share a model only if it is in evaluation mode already.
         """
         was_training = [part for part in self.modules() if part.training]
         self.eval()
@@ -275,61 +248,38 @@ class LasarForGenerativeRec(LasarPreTrainedModel, GenerationMixin):
                 part.training = True
 
     def encode_prompts(
-        self,
-        input_ids: torch.LongTensor,
-        attention_mask: torch.Tensor | None = None,
+        self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None,
         latent_steps: int | torch.Tensor | Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> ReasoningState:
         """
-        Read prompts and take their latent steps.
-
-        Args:
-            input_ids (`torch.LongTensor` of shape `(B, L)`):
-                Prompts that end in `<|latent_start|>`.
-            attention_mask (`torch.Tensor` of shape `(B, L)`, *optional*):
-                0 at padding, on either side.
-            latent_steps (`int`, `torch.Tensor` of shape `(B,)` or `Callable`, *optional*):
-                Latent steps of each prompt, 0 for direct generation, or a function from the policy head's logits
-                `(B, N_max)` to them. Defaults to the most likely ones.
-
-        Returns:
-            [`ReasoningState`], for [`~decoding_lasar.beam_search`] and [`~decoding_lasar.sample_items`].
-
-        Raises:
-            `ValueError`: if a prompt does not end in `<|latent_start|>`, `latent_steps` is not an integer or outside
-            `0 … max_latent_steps`, or prompt, latent steps and answer exceed the backbone's positions. If the policy
-            head chooses, `max_latent_steps` must fit.
+        Read prompts and take their latent steps, for [`~decoding_lasar.beam_search`] and
+        [`~decoding_lasar.sample_items`]. Arguments as for [`~LasarForGenerativeRec.recommend`]; `latent_steps` may
+        also be a function from the policy head's logits `(B, N_max)` to the steps `(B,)`.
         """
-        layout = self._prompt_layout(input_ids, attention_mask)
-        if latent_steps is None:
-            latent_steps = most_likely_depth
-        if callable(latent_steps):
-            self._check_positions(layout.length + self.config.max_latent_steps)
-        else:
-            latent_steps = self._checked_depths(latent_steps, len(input_ids), input_ids.device)
-            self._check_positions(layout.length + latent_steps)
-        return self.model.run_latent_steps(*layout.prompts(), latent_steps)
-
-    def _prompt_layout(self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None) -> BatchLayout:
-        layout = BatchLayout(input_ids, valid_tokens(input_ids, attention_mask), self.config)
+        # 1. Every prompt must end in <|latent_start|>.
+        layout = BatchLayout(input_ids, attention_mask, self.config)
         last_token = input_ids.gather(1, layout.last_prompt_column())[:, 0]  # (B,)
         unfinished = (last_token != self.config.latent_start_token_id) | (layout.length != layout.prompt_length)
         unfinished |= layout.length == 0
         if unfinished.any():
             index = int(unfinished.nonzero()[0])
             raise ValueError(f"Prompt {index} does not end in {LATENT_START_TOKEN}. Append it to the prompt.")
-        return layout
-
-    def _check_positions(self, length: torch.Tensor) -> None:
-        """Lengths `(B,)` of everything before `<|latent_end|>`; it and the Semantic ID must fit after it."""
+        # 2. Prompt, latent steps, <|latent_end|> and Semantic ID must fit into the backbone's positions.
+        if latent_steps is None:
+            latent_steps = most_likely_depth
+        if callable(latent_steps):
+            max_steps = self.config.max_latent_steps
+        else:
+            max_steps = latent_steps = self._checked_depths(latent_steps, len(input_ids), input_ids.device)
+        length = layout.length + max_steps + 1 + self.config.num_sid_levels  # (B,)
         limit = getattr(self.config.backbone_config, "max_position_embeddings", None)  # some backbones have no limit
-        length = length + 1 + self.config.num_sid_levels
         if limit is not None and (length > limit).any():
             index = int((length > limit).nonzero()[0])
             raise ValueError(
                 f"Prompt {index} needs {int(length[index])} positions for prompt, latent steps and answer, but the "
                 f"backbone has max_position_embeddings={limit}. Use fewer history items."
             )
+        return self.model.run_latent_steps(*layout.prompts(), latent_steps)
 
     def _checked_depths(self, latent_steps: int | torch.Tensor, batch_size: int, device) -> torch.Tensor:
         latent_steps = torch.as_tensor(latent_steps, device=device)
@@ -350,24 +300,20 @@ class LasarForGenerativeRec(LasarPreTrainedModel, GenerationMixin):
         return latent_steps
 
     def recommend(
-        self,
-        input_ids: torch.LongTensor,
-        attention_mask: torch.Tensor | None = None,
-        catalog: SidCatalog | None = None,
-        top_k: int = 10,
-        num_beams: int = 50,
-        latent_steps: int | torch.Tensor | None = None,
-        allow: Sequence[torch.Tensor | None] | None = None,
-        deny: Sequence[torch.Tensor | None] | None = None,
-        allow_empty: bool = False,
+        self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None,
+        catalog: SidCatalog | None = None, top_k: int = 10, num_beams: int = 50,
+        latent_steps: int | torch.Tensor | None = None, allow: Sequence[torch.Tensor | None] | None = None,
+        deny: Sequence[torch.Tensor | None] | None = None, allow_empty: bool = False,
     ) -> RecommendOutput:
         """
         Recommend items of a catalogue: latent steps, then beam search over the catalogue's Semantic IDs (LASAR, arXiv
         2605.10207, inference).
 
         Args:
-            input_ids, attention_mask:
-                As for [`~LasarForGenerativeRec.encode_prompts`].
+            input_ids (`torch.LongTensor` of shape `(B, L)`):
+                Prompts that end in `<|latent_start|>`.
+            attention_mask (`torch.Tensor` of shape `(B, L)`, *optional*):
+                0 at padding, on either side.
             catalog ([`SidCatalog`]):
                 Items to choose from.
             top_k (`int`, *optional*, defaults to `10`):
@@ -388,8 +334,9 @@ class LasarForGenerativeRec(LasarPreTrainedModel, GenerationMixin):
             [`RecommendOutput`] with `items` `(B, k)`, `scores` `(B, k)` and `latent_steps` `(B,)`.
 
         Raises:
-            `ValueError`: as [`~LasarForGenerativeRec.encode_prompts`], and if `catalog` is missing or does not match
-            the model, `top_k` or `num_beams` is less than 1, a prompt may get no item, or the logits contain NaN.
+            `ValueError`: if a prompt does not end in `<|latent_start|>` or is too long for the backbone,
+            `latent_steps` is outside `0 … max_latent_steps`, `catalog` is missing or does not match the model, `top_k`
+            or `num_beams` is less than 1, a list is invalid, a prompt may get no item, or the logits contain NaN.
         """
         if catalog is None:
             raise ValueError("catalog is missing. Pass catalog=SidCatalog(codes, item_ids).")
@@ -409,7 +356,7 @@ class LasarForGenerativeRec(LasarPreTrainedModel, GenerationMixin):
 
 @torch.no_grad()
 def _check_plain_head(language_model: PreTrainedModel) -> None:
-    """Refuse heads that scale or cap their logits, since decoding multiplies by slices of the head's weight."""
+    """Refuse models that scale or cap their logits, since decoding multiplies by rows of the head's weight only."""
     ids = torch.arange(4, device=language_model.device)[None]
     was_training = language_model.training
     language_model.eval()
@@ -426,7 +373,7 @@ def _check_plain_head(language_model: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def _add_embeddings(language_model: PreTrainedModel, num_old: int, num_tokens: int) -> None:
-    """Add embeddings and head weights of new tokens, drawn with the mean and spread of the old ones."""
+    """Add embeddings and head weights of new tokens, drawn with the mean and the deviation of the old ones."""
     if num_tokens > language_model.get_input_embeddings().weight.shape[0]:
         language_model.resize_token_embeddings(num_tokens, mean_resizing=False)
     modules = (language_model.get_input_embeddings(), language_model.get_output_embeddings())

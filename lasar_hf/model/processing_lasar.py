@@ -2,12 +2,12 @@
 
     [BOS] instruction <a_3><b_1> … <a_0><b_7> <|latent_start|>
 
-The processor is saved beside the weights, so training, evaluation and serving use the same format. It does not know
-the model.
+The processor is saved with the weights, so training, evaluation and serving use the same format.
 """
 
 import os
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import nn
@@ -18,7 +18,6 @@ from .configuration_lasar import CONTROL_TOKENS, LATENT_START_TOKEN, sid_token
 
 
 PROMPT_LAYOUT = "{bos}{instruction}{history}" + LATENT_START_TOKEN
-AUTO_MAP = {"AutoProcessor": "processing_lasar.LasarProcessor"}
 
 
 class LasarProcessor(ProcessorMixin):
@@ -36,10 +35,10 @@ class LasarProcessor(ProcessorMixin):
         max_history (`int`, *optional*, defaults to `50`):
             Maximum number of history items in a prompt; the most recent ones are kept.
         add_bos (`bool`, *optional*):
-            Whether a prompt starts with the tokenizer's BOS token. Defaults to what the tokenizer does by itself,
-            since the backbone was trained with that. A prompt never has an EOS token.
+            Whether a prompt starts with the tokenizer's BOS token. Defaults to the tokenizer's own setting, with
+            which the backbone was trained. A prompt never has an EOS token.
         layout (`str`, *optional*, defaults to `"{bos}{instruction}{history}<|latent_start|>"`):
-            Order of the parts of a prompt. Stored so that a checkpoint with another layout is refused.
+            Order of the parts of a prompt. It is stored, so that a checkpoint with another layout is refused.
 
     Attributes:
         sid_token_ids (`torch.Tensor` of shape `(I, M)`):
@@ -49,8 +48,8 @@ class LasarProcessor(ProcessorMixin):
 
     Raises:
         `ValueError`: if the tokenizer lacks a Semantic-ID or control token, has one that is not special, or merges
-            text across the parts of a prompt; if `instruction` contains a special token; if `max_history` is less
-            than 1, `layout` is another one, or `add_bos` is set without a BOS token.
+        text across the parts of a prompt, `instruction` contains a special token, `max_history` is less than 1,
+        `layout` is another one, or `add_bos` is set without a BOS token.
 
     Example:
 
@@ -66,13 +65,8 @@ class LasarProcessor(ProcessorMixin):
     """
 
     def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        catalog: SidCatalog,
-        instruction: str = "Recommend the next item.",
-        max_history: int = 50,
-        add_bos: bool | None = None,
-        layout: str = PROMPT_LAYOUT,
+        self, tokenizer: PreTrainedTokenizerBase, catalog: SidCatalog, instruction: str = "Recommend the next item.",
+        max_history: int = 50, add_bos: bool | None = None, layout: str = PROMPT_LAYOUT,
     ):
         super().__init__(tokenizer)
         if layout != PROMPT_LAYOUT:
@@ -86,10 +80,7 @@ class LasarProcessor(ProcessorMixin):
             add_bos = tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
         elif add_bos and tokenizer.bos_token_id is None:
             raise ValueError("add_bos is True, but the tokenizer has no BOS token.")
-        self.catalog = catalog
-        self.instruction = instruction
-        self.max_history = max_history
-        self.add_bos = add_bos
+        self.catalog, self.instruction, self.max_history, self.add_bos = catalog, instruction, max_history, add_bos
         control_ids = self._special_token_ids(CONTROL_TOKENS)
         self.latent_start_token_id, self.latent_token_id, self.latent_end_token_id = control_ids
         self.sid_token_ids = self._sid_token_ids()
@@ -97,7 +88,7 @@ class LasarProcessor(ProcessorMixin):
         self.prefix_ids = [*bos_ids, *self._tokenize(instruction)]
         if self._tokenize(instruction) != self.text_ids([instruction])[0]:
             raise ValueError(f"instruction is {instruction!r}; expected plain text without special tokens.")
-        # Prompts are assembled from parts, so a tokenizer must not merge text across them.
+        # `prompt_ids` joins the ids of the parts, so the tokenizer must not merge text across them.
         if self._tokenize(self.prompt_text([0])) != self.prompt_ids([0]):
             raise ValueError(
                 f"The tokenizer does not encode {self.prompt_text([0])!r} as the concatenation of its parts. Register "
@@ -108,7 +99,7 @@ class LasarProcessor(ProcessorMixin):
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
     def _special_token_ids(self, tokens: Sequence[str]) -> list[int]:
-        """Ids of tokens that must be special: no text, tokenised as text, can contain them."""
+        """Ids of tokens, which must be special, so that item text cannot produce them."""
         added = self.tokenizer.get_added_vocab()
         for token, ids in zip(tokens, self.text_ids(tokens), strict=True):
             if token not in added:
@@ -118,8 +109,7 @@ class LasarProcessor(ProcessorMixin):
                 )
             if added[token] in ids:
                 raise ValueError(
-                    f"{token} is in the vocabulary but is not a special token, so item text could produce it. "
-                    "Register it as a special token."
+                    f"{token} is not a special token, so item text could produce it. Register it as a special token."
                 )
         return [added[token] for token in tokens]
 
@@ -151,12 +141,7 @@ class LasarProcessor(ProcessorMixin):
         return self.pad([self.prompt_ids(self.item_indices(history)) for history in histories])
 
     def item_indices(self, history: Sequence[str | int]) -> list[int]:
-        """
-        Indices of items in the catalogue, from their ids.
-
-        Raises:
-            `ValueError`: if the catalogue does not have an item.
-        """
+        """Indices of items in the catalogue, from their ids; an id that it does not have raises a `ValueError`."""
         if isinstance(history, (str, int)):
             raise ValueError(f"history is {history!r}; expected a list of item ids.")
         indices = [self.catalog.index_of.get(str(item_id)) for item_id in history]
@@ -165,48 +150,31 @@ class LasarProcessor(ProcessorMixin):
         return indices
 
     def pad(self, prompts: Sequence[Sequence[int]]) -> BatchFeature:
-        """Left-pad a list of `B` prompts (`prompt_ids`) to a batch; returns as [`~LasarProcessor.__call__`]."""
-        pad_id = self.tokenizer.pad_token_id or 0
+        """Left-pad `B` prompts of [`~LasarProcessor.prompt_ids`] to the batch of [`~LasarProcessor.__call__`]."""
         ids = [torch.tensor(prompt) for prompt in prompts]
         masks = [torch.ones_like(prompt) for prompt in ids]
-        pad = nn.utils.rnn.pad_sequence
-        return BatchFeature(
-            {
-                "input_ids": pad(ids, batch_first=True, padding_value=pad_id, padding_side="left"),
-                "attention_mask": pad(masks, batch_first=True, padding_side="left"),
-            }
-        )
+        pad = partial(nn.utils.rnn.pad_sequence, batch_first=True, padding_side="left")
+        pad_id = self.tokenizer.pad_token_id or 0
+        return BatchFeature({"input_ids": pad(ids, padding_value=pad_id), "attention_mask": pad(masks)})
 
     def prompt_ids(self, history: Sequence[int]) -> list[int]:
-        """
-        Token ids of a prompt, which ends in `<|latent_start|>`.
-
-        Args:
-            history (`list[int]`):
-                Item indices, oldest first, at least one.
-
-        Returns:
-            `list[int]`: the tokens of [`~LasarProcessor.prompt_text`] without special tokens added.
-        """
+        """Token ids of the prompt for item indices, oldest first. It ends in `<|latent_start|>`."""
         shown = self.sid_token_ids[self._shown(history)].flatten().tolist()
         return [*self.prefix_ids, *shown, self.latent_start_token_id]
 
     def prompt_text(self, history: Sequence[int]) -> str:
-        """
-        A prompt as text, BOS token included: tokenise it with `add_special_tokens=False`. Arguments as for
-        [`~LasarProcessor.prompt_ids`].
-        """
+        """The prompt of [`~LasarProcessor.prompt_ids`] as text, to be tokenised with `add_special_tokens=False`."""
         codes = self.catalog.codes[self._shown(history)].tolist()
         tokens = [sid_token(level, code) for sid in codes for level, code in enumerate(sid)]
         bos = self.tokenizer.bos_token if self.add_bos else ""
         return bos + self.instruction + "".join(tokens) + LATENT_START_TOKEN
 
     def answer_ids(self, items: Sequence[int]) -> list[list[int]]:
-        """Token ids of the Semantic IDs of items, `M` for each item index."""
+        """The `M` token ids of each item's Semantic ID, from item indices."""
         return self.sid_token_ids[self._checked(items)].tolist() if len(items) else []
 
     def text_ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of titles or descriptions, none of them special: `<a_9>` in a text stays plain text."""
+        """Token ids of titles or descriptions, without special tokens: `<a_9>` in a text stays plain text."""
         if not len(texts):
             return []
         return self.tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True).input_ids
@@ -234,12 +202,7 @@ class LasarProcessor(ProcessorMixin):
         ]
 
     def check_format(self, instruction: str | None = None, max_history: int | None = None) -> None:
-        """
-        Refuse an `instruction` or `max_history` that differs from the checkpoint's prompt format; `None` accepts any.
-
-        Raises:
-            `ValueError`: if a setting differs.
-        """
+        """Refuse settings that differ from the checkpoint's prompt format, with a `ValueError`; `None` fits any."""
         for name, value in (("instruction", instruction), ("max_history", max_history)):
             if value is not None and value != getattr(self, name):
                 raise ValueError(
@@ -263,23 +226,21 @@ class LasarProcessor(ProcessorMixin):
         return items
 
     def to_dict(self) -> dict[str, object]:
-        """The prompt format, without tokenizer and catalogue, which have their own files."""
+        """The prompt format. Tokenizer and catalogue have their own files."""
         output = {name: getattr(self, name) for name in ("instruction", "max_history", "add_bos")}
-        output["layout"] = PROMPT_LAYOUT
-        return output | {"auto_map": dict(AUTO_MAP), "processor_class": type(self).__name__}
+        auto_map = {"AutoProcessor": "processing_lasar.LasarProcessor"}
+        return output | {"layout": PROMPT_LAYOUT, "auto_map": auto_map, "processor_class": type(self).__name__}
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> list[str]:
         """
-        Write the prompt format (`processor_config.json`), the tokenizer, the catalogue and this code to a folder.
-
-        With `push_to_hub=True` all of it is uploaded. `kwargs` are passed to
-        [`~transformers.ProcessorMixin.push_to_hub`]; `repo_id` defaults to the folder's name. Returns the paths that
-        the base class returns.
+        Write the prompt format (`processor_config.json`), the tokenizer, the catalogue and this code to a folder. With
+        `push_to_hub`, upload them all; `repo_id` defaults to the folder's name, other `kwargs` are as for
+        [`~transformers.ProcessorMixin.push_to_hub`].
         """
         self.catalog.save_pretrained(save_directory)
         files = super().save_pretrained(save_directory)
         if push_to_hub:
-            # The base class uploads the files that it wrote itself, so it would leave out the catalogue.
+            # The base class would only upload the files that it wrote itself, without the catalogue.
             self.push_to_hub(kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory))), **kwargs)
         return files
 

@@ -1,8 +1,7 @@
 """The trie of a catalogue's Semantic IDs as flat tensors, and allow and deny lists on it.
 
 The trie is stored as compressed sparse rows (CSR) with children in code order, so a step of the constraint is a gather
-and never a Python loop. Only the constructor sorts all items. Adding and removing items inserts into and deletes from
-the tensors.
+and never a Python loop. Only the constructor sorts all items; changes insert into the tensors or delete from them.
 """
 
 import copy
@@ -13,7 +12,7 @@ from torch import nn
 
 
 def _lexicographic_order(codes: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-    """`indices` `(n,)` in the order of their codes, level after level, equal codes in the given order."""
+    """`indices` `(n,)` sorted by their codes, level by level; equal codes keep the given order."""
     num_levels = codes.shape[1]
     bits = max(int(codes.max()).bit_length(), 1)
     if bits * num_levels <= 63:  # one integer holds a whole Semantic ID
@@ -27,7 +26,6 @@ def _lexicographic_order(codes: torch.Tensor, indices: torch.Tensor) -> torch.Te
 
 
 def _code_type(codes: torch.Tensor) -> torch.dtype:
-    """The smallest type that holds the codes."""
     return torch.int16 if int(codes.max()) < 2**15 else torch.int32
 
 
@@ -49,7 +47,7 @@ def _insert(values: torch.Tensor, positions: torch.Tensor, new: torch.Tensor) ->
 
 
 def _lower_bound(values: torch.Tensor, first: torch.Tensor, end: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Binary search `(a,)`: in each ascending run `values[first:end]`, the first index not below `target`."""
+    """First index `(a,)` in each ascending run `values[first:end]` whose value is not below `target`, else `end`."""
     for _ in range(int((end - first).max()).bit_length()):
         middle = (first + end) // 2
         is_below = (first < end) & (values[middle.clamp(max=len(values) - 1)] < target)
@@ -61,30 +59,12 @@ class SidTrie:
     """
     Trie of a catalogue's Semantic IDs as flat tensors, about 20 bytes per item at 4 levels of 256 codes.
 
-    The items of the trie are sorted by their codes; an item's rank in that order, `0 … I' - 1`, is its position. Node
-    `n` of depth `l` (a prefix of `l` codes) has the children `child_ptr[l][n] … child_ptr[l][n + 1]` of depth `l + 1`,
-    in ascending order of code. A leaf has the items at positions `leaf_ptr[n] … leaf_ptr[n + 1]`. So every node stands
-    for one run of positions.
+    The trie contains `I'` of the `I` items with `codes` `(I, M)`: those with the ascending `item_indices` `(I',)`, by
+    default all. They are sorted by their codes, and the rank of an item in that order is its position.
 
-    Args:
-        codes (`torch.Tensor` of shape `(I, M)`):
-            Codes of the catalogue's items, on the device of the trie.
-        item_indices (`torch.Tensor` of shape `(I',)`, *optional*):
-            Ascending indices of the items in the trie. Defaults to all.
-
-    Attributes:
-        child_code, child_ptr (`list[torch.Tensor]` of length `M`):
-            Codes of the nodes of depth `l + 1`, and the first child of each node of depth `l`.
-        leaf_ptr (`torch.Tensor` of shape `(leaves + 1,)`):
-            First position of each leaf.
-        item_indices (`torch.Tensor` of shape `(I',)`):
-            Item index at each position.
-        item_positions (`torch.Tensor` of shape `(I,)`):
-            Position of each item, `I'` for items that are not in the trie.
-        num_nodes (`list[int]` of length `M + 1`):
-            Nodes of each depth.
-        fan_out (`list[int]` of length `M + 1`):
-            Most children of a node of each depth, and most items of a leaf.
+    A node of depth `l` is a prefix of `l` codes, and all items below it form one run of positions. Node `n` of depth
+    `l` has the children `child_ptr[l][n] … child_ptr[l][n + 1]` of depth `l + 1`, in ascending order of code. Leaf `n`
+    has the items at the positions `leaf_ptr[n] … leaf_ptr[n + 1]`.
     """
 
     def __init__(self, codes: torch.Tensor, item_indices: torch.Tensor | None = None):
@@ -100,7 +80,7 @@ class SidTrie:
         first = positions[:1]  # first position of each node of the depth, here of the root
         is_first = positions == 0
         for level in range(self.num_levels):
-            # A node of the next depth begins wherever the prefix changes.
+            # A node of the next depth begins where the prefix changes.
             is_first[1:] |= sorted_codes[1:, level] != sorted_codes[:-1, level]
             child_first = positions[is_first]
             labels.append(sorted_codes[child_first, level].to(code_type))
@@ -113,20 +93,21 @@ class SidTrie:
 
     def _set(self, labels: list[torch.Tensor], pointers: list[torch.Tensor], catalog_size: int) -> "SidTrie":
         """Set the tensors, from the top of the trie to the items, and the sizes that follow from them."""
+        # Codes of the nodes of depth 1 … M, and the item index at each position, (I',).
         *self.child_code, self.item_indices = labels
+        # First child of each node of depth 0 … M - 1, and first position of each leaf.
         *self.child_ptr, self.leaf_ptr = pointers
+        # Position of each item, (I,), and I' for items that are not in the trie.
         num_items, device = len(self.item_indices), self.item_indices.device
         self.item_positions = torch.full((catalog_size,), num_items, dtype=torch.int32, device=device)
         self.item_positions[self.item_indices.long()] = torch.arange(num_items, dtype=torch.int32, device=device)
+        # Number of nodes of depth 0 … M, and the most children of a node of that depth (items of a leaf).
         self.num_nodes = [1] + [len(code) for code in self.child_code]
-        self.fan_out = [int((pointer[1:] - pointer[:-1]).max()) for pointer in pointers]
+        self.fan_out = [int(pointer.diff().max()) for pointer in pointers]
         return self
 
     def without(self, item_indices: torch.Tensor) -> "SidTrie":
-        """
-        The trie without the items `item_indices` `(A,)`, by deletion instead of sorting. At least one other item must
-        remain. This trie is unchanged.
-        """
+        """A new trie without the items `item_indices` `(A,)`, by deletion. At least one other item must remain."""
         labels, pointers = [], []
         # From the bottom up: the items, then the leaves that lose their last item, then their parents.
         removed = self.item_positions[item_indices].sort().values
@@ -142,24 +123,17 @@ class SidTrie:
 
     def including(self, codes: torch.Tensor, item_indices: torch.Tensor, catalog_size: int) -> "SidTrie":
         """
-        The trie with more items, by insertion: only the new items are sorted. This trie is unchanged.
-
-        Args:
-            codes (`torch.Tensor` of shape `(A, M)`):
-                Codes of the new items.
-            item_indices (`torch.Tensor` of shape `(A,)`):
-                Their indices in the catalogue. None of them is in the trie.
-            catalog_size (`int`):
-                Items of the catalogue after the insertion, hidden ones included.
+        A new trie that also contains items with `codes` `(A, M)` and `item_indices` `(A,)`, by insertion. The
+        catalogue then has `catalog_size` items, hidden ones included.
         """
-        # 1. Sort the new items by codes, then by index. Their paths: M codes, then the item index.
+        # 1. Sort the new items by codes, then by index. The path of an item is its M codes and its index.
         order = item_indices.argsort()
         order = order[_lexicographic_order(codes[order], torch.arange(len(order), device=order.device))]  # (A,)
         paths = [*codes[order].to(_code_type(codes)).unbind(dim=1), item_indices[order].to(torch.int32)]
 
         # 2. Walk down with all new items at once. For the prefix of each new item, all `(A,)`:
         exists = torch.ones_like(order, dtype=torch.bool)  # is it in the old trie?
-        old_node = torch.zeros_like(order)  # its node there; if it is not there, the node to insert it before
+        old_node = torch.zeros_like(order)  # its node in the old trie, or the node to insert it before
         new_node = torch.zeros_like(order)  # its node in the new trie
         is_first = new_node == torch.arange(len(order), device=order.device)  # first new item with this prefix?
         inserted = old_node[:0]  # where nodes of this depth were inserted
@@ -170,7 +144,7 @@ class SidTrie:
         ):
             # a. Children of each node of the new trie, so far only the old children.
             num_children = _insert(pointer.diff(), inserted, torch.zeros_like(inserted))
-            # b. Search each target among the children of its old node; a node that does not exist has none.
+            # b. Search each target among the children of its old node. A node that does not exist has no children.
             end = pointer[old_node + exists].long()
             old_node = _lower_bound(label, pointer[old_node].long(), end, target)
             exists = (old_node < end) & (label[old_node.clamp(max=len(label) - 1)] == target)
@@ -181,7 +155,7 @@ class SidTrie:
             num_children.index_add_(0, new_node[is_new], torch.ones_like(inserted))
             pointers.append(nn.functional.pad(num_children.cumsum(dim=0), (1, 0)).to(torch.int32))
             labels.append(_insert(label, inserted, target[is_new]))
-            # d. A node moves up by the nodes inserted before it.
+            # d. The number of a node grows by the nodes inserted before it.
             new_node = old_node + is_new.cumsum(dim=0) - (~exists).long()
         return copy.copy(self)._set(labels, pointers, catalog_size)
 
@@ -201,22 +175,13 @@ class SidTrie:
         return moved
 
     def first_position(self, level: int, nodes: torch.Tensor) -> torch.Tensor:
-        """
-        First position `(...)`, int32, of each node of depth `level`. The run of node `n` ends where that of `n + 1`
-        begins, and the number of nodes gives the end of the last run.
-        """
+        """First positions `(...)` of `nodes` `(...)` of depth `level`; the run of node `n` ends at that of `n + 1`."""
         for pointer in self.child_ptr[level:]:
             nodes = pointer[nodes].long()
         return self.leaf_ptr[nodes]
 
     def children(self, level: int, nodes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """
-        Children of `nodes` `(...)` of depth `level`, 0 for the root.
-
-        Returns:
-            `tuple` of two `torch.Tensor` of shape `(..., F)`, `F` the largest fan-out of that depth: codes of the
-            children (padded with 0) and their node numbers (padded with -1).
-        """
+        """Codes and node numbers `(..., F)` of the children of `nodes` `(...)` of depth `level`; 0 and -1 pad."""
         pointer = self.child_ptr[level]
         start, end = pointer[nodes].long(), pointer[nodes + 1].long()
         child = start[..., None] + torch.arange(self.fan_out[level], device=nodes.device)  # (..., F)
@@ -225,19 +190,13 @@ class SidTrie:
         return torch.where(exists, codes, 0), torch.where(exists, child, -1)
 
     def descend(self, level: int, nodes: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-        """
-        The child, of depth `level + 1`, of each node `(n,)` with the given code `(n,)`; -1 if there is none or the
-        node is -1.
-        """
+        """The child `(n,)` with the given code of each node of depth `level`; -1 if it does not exist or for -1."""
         child_codes, child = self.children(level, nodes.clamp(min=0))
         match = (child_codes == codes[:, None]) & (child >= 0) & (nodes >= 0)[:, None]
         return torch.where(match, child, -1).max(dim=1).values
 
     def items(self, leaves: torch.Tensor) -> torch.Tensor:
-        """
-        Item indices `(..., C)` of leaves `(...)` in ascending order, padded with -1; `C` is the largest number of
-        items that share a Semantic ID.
-        """
+        """Ascending item indices `(..., C)` of `leaves` `(...)`, -1 pads; `C` is the most items of one leaf."""
         start, end = self.leaf_ptr[leaves].long(), self.leaf_ptr[leaves + 1].long()
         position = start[..., None] + torch.arange(self.fan_out[-1], device=leaves.device)  # (..., C)
         exists = position < end[..., None]
@@ -257,35 +216,16 @@ def _as_indices(items, device: torch.device) -> torch.Tensor | None:
 
 class ItemFilter:
     """
-    The items that each prompt of a batch may get: its allow list, if it has one, minus its deny list.
+    The items that each prompt of a batch may get: its allow list, if it has one, minus its deny list. Arguments as for
+    [`~LasarForGenerativeRec.recommend`].
 
     Lists are stored as ascending positions of the trie. A node is one run of positions, so two binary searches count
-    the listed items below it. A prefix without any permitted item is pruned before it takes a beam.
-
-    Args:
-        trie ([`SidTrie`]):
-            Trie of the catalogue.
-        batch_size (`int`):
-            Number of prompts, `B`.
-        allow (`list[torch.Tensor | None]` of length `B`, *optional*):
-            Item indices that a prompt may get, `None` for all.
-        deny (`list[torch.Tensor | None]` of length `B`, *optional*):
-            Item indices that a prompt may not get.
-        allow_empty (`bool`, *optional*, defaults to `False`):
-            Whether a prompt may be left without any item.
-
-    Raises:
-        `ValueError`: if there are not `B` lists, a list contains anything but item indices of the catalogue, or a
-            prompt may get no item and `allow_empty` is not set.
+    the listed items below it. A prefix without any permitted item is pruned before it becomes a beam.
     """
 
     def __init__(
-        self,
-        trie: SidTrie,
-        batch_size: int,
-        allow: Sequence[torch.Tensor | None] | None = None,
-        deny: Sequence[torch.Tensor | None] | None = None,
-        allow_empty: bool = False,
+        self, trie: SidTrie, batch_size: int, allow: Sequence[torch.Tensor | None] | None = None,
+        deny: Sequence[torch.Tensor | None] | None = None, allow_empty: bool = False,
     ):
         self._trie = trie
         num_items, device = len(trie.item_indices), trie.item_indices.device
@@ -311,7 +251,7 @@ class ItemFilter:
             )
 
     def _positions(self, name: str, lists, batch_size: int) -> list[torch.Tensor | None]:
-        """Ascending unique positions of each list, without items that are not in the trie."""
+        """Ascending unique positions of the items of each list. Items that are not in the trie are left out."""
         if lists is None:
             return [None] * batch_size
         if len(lists) != batch_size:
@@ -335,8 +275,8 @@ class ItemFilter:
 
     def excludes_nodes(self, level: int, child: torch.Tensor) -> torch.Tensor:
         """
-        Whether a prompt may get no item below each of the children `(B, W, F)` that [`SidTrie.children`] returns for
-        nodes of depth `level`; undefined at padding.
+        Whether each child `(B, W, F)` of nodes of depth `level` leads to no permitted item of its prompt; undefined at
+        padding.
         """
         # 1. The children of a parent are consecutive nodes: F runs of positions with F + 1 edges.
         edges = child[..., :1] + torch.arange(child.shape[-1] + 1, device=child.device)
@@ -347,7 +287,7 @@ class ItemFilter:
         return torch.where(self.is_allow[:, None, None], num_listed == 0, num_listed == first.diff(dim=-1))
 
     def excludes_items(self, items: torch.Tensor) -> torch.Tensor:
-        """Whether a prompt may not get each of the items `(B, n)`; undefined at padding."""
+        """Whether each of the items `(B, n)` is not permitted for its prompt; undefined at padding."""
         position = self._trie.item_positions[items]
         padded = nn.functional.pad(self.listed, (0, 1), value=len(self._trie.item_indices))
         nearest = padded.gather(1, torch.searchsorted(self.listed, position))

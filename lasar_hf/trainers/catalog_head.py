@@ -75,7 +75,7 @@ def score_labels(
         for level in range(config.num_sid_levels):
             index = (level_of == level).nonzero(as_tuple=True)  # 2 × (n,)
             first = config.sid_token_id(level, 0)
-            head = weight[first : first + config.codebook_size], None  # (K, H), no bias
+            head = weight[first : first + config.codebook_size]  # (K, H)
             nodes = _prefix_nodes(input_ids, index, level, trie, config)  # (n,)
             codes = sid[index] - level * config.codebook_size  # (n,)
             indices.append(index)

@@ -289,7 +289,7 @@ def measure_catalog(num_items: int, users: int, width: int, device) -> dict:
     index, trie = seconds_of(lambda: SidTrie(codes.to(device)), device)
     steps = []
     hidden = torch.zeros(users, width, 1, device=device)
-    head = torch.zeros(CODES, 1, device=device), None  # one column, so that the product costs nothing
+    head = torch.zeros(CODES, 1, device=device)  # one column, so that the product costs nothing
     for level in range(1, LEVELS):
         nodes = torch.randint(0, trie.num_nodes[level], (users, width), device=device)
         times = [
