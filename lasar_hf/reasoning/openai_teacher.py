@@ -47,7 +47,7 @@ MAX_REPLY_BYTES, MAX_TOKEN_COUNT = 4 * 2**20, 10**9  # larger replies and token 
 TEMPORARY_STATUS = {408, 409, 425, 429}  # and 500 or above
 REJECTED_REQUEST_STATUS = {400, 413, 422}  # too long or filtered: another request may pass
 MIN_KEY_LENGTH = 8  # shorter ones are placeholders such as "EMPTY", which an answer may contain
-MAX_REJECTED_REQUESTS = 20  # given up before any answer was accepted: wrong endpoint or model
+MAX_REJECTED_REQUESTS = 20  # without a single accepted answer: wrong endpoint or model
 MAX_CONSECUTIVE_FAILURES = 8  # requests in a row without an answer: with more, the endpoint is down
 _THINKING = re.compile(r"^\s*<think>.*?</think>", re.DOTALL)
 
@@ -280,13 +280,13 @@ class _Run:
 
 
 def prompt_fields(item: dict[str, str]) -> dict[str, str]:
-    """An item's text as a prompt shows it: short fields without Semantic-ID and control tokens."""
+    """An item's text in a prompt: short fields without Semantic-ID and control tokens."""
     fields = {name: item[name][:MAX_FIELD_LENGTH] for name in TEXT_FIELDS if name in item}
     return {name: " ".join(SPECIAL_TOKENS.sub(" ", text).split()) for name, text in fields.items()}
 
 
 def identifying_names(item: dict[str, str]) -> tuple[str, ...]:
-    """What gives an item away: its title, in full and as shown, or the first words of its description without one."""
+    """Texts that identify an item: its title, in full and as shown, or the first words of its description."""
     shown = prompt_fields(item)
     title = shown.get("title", "")
     if len(normalize_words(title)) > 1:
