@@ -321,12 +321,11 @@ def test_rejections_of_an_earlier_run_do_not_stop_the_next(endpoint, tmp_path):
 @pytest.mark.parametrize("bad", [2, 3])
 def test_request_that_is_never_answered_is_left_to_the_template(endpoint, tmp_path, failure, bad):
     server = endpoint(lambda prompt, n: failure if next_title(prompt).endswith(str(bad)) else answer(GOOD))
-    for tries in (2, 4, 4):  # the next run tries again, the one after has seen `max_answers` failures
+    for tries in (2, 4):  # the next run tries again
         one = teacher(server, tmp_path, concurrency=1, max_retries=1, max_answers=2)
         with pytest.warns(UserWarning, match="1 of 3"):
             chains = one.chains_of_thought(TRAIN)
         assert [chain == GOOD for chain in chains] == [target != bad for target in (1, 2, 3, 1)]
-        assert one.counts["refused_endpoint"] == tries // 2
         assert server.asked.total() == 2 + tries
 
 

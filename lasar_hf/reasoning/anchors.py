@@ -83,13 +83,7 @@ class AnchorStore:
     @classmethod
     def load(cls, folder: str | Path, checkpoint_hash: str) -> "AnchorStore":
         """
-        Open a saved store; the vectors stay on disk, memory-mapped.
-
-        Args:
-            folder (`str` or `Path`):
-                Folder that [`~AnchorStore.save`] or [`encode_anchors`] wrote.
-            checkpoint_hash (`str`):
-                [`checkpoint_hash`] of the current stage-1 model.
+        Open the store in a folder, made by the model with this [`checkpoint_hash`]; the vectors are memory-mapped.
 
         Raises:
             `FileNotFoundError`: if the folder has no store, or an incomplete one.
@@ -120,16 +114,7 @@ def _array_hashes(folder: Path) -> dict[str, str | None]:
 
 
 def checkpoint_hash(model: nn.Module) -> str:
-    """
-    SHA-256 over names, types, shapes and bytes of a model's weights: equal for equal weights of one precision.
-
-    Args:
-        model (`torch.nn.Module`):
-            The stage-1 model.
-
-    Returns:
-        `str`: 64 hexadecimal digits.
-    """
+    """SHA-256 of a model's weights as 64 hexadecimal digits: equal for equal names, types, shapes and bytes."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -238,7 +223,7 @@ class _EncodingPlan:
         else:
             keys = [(tuple(ids), tuple(sample)) for ids, sample in zip(prompts, segments, strict=True)]
 
-        # 2. Sort by length in characters (a prompt token counts as four), which needs no tokenisation.
+        # 2. Sort by length in characters (a prompt token counts as four): this needs no tokenisation.
         self.sequences = sorted(dict.fromkeys(keys), key=lambda key: 4 * len(key[0]) + sum(map(len, key[1])))
         sizes = np.array([len(texts) for _, texts in self.sequences])
         self.num_vectors = int(sizes.sum())

@@ -28,17 +28,10 @@ _NOT_CHARACTERS = {"Cs", "Co", "Cn"}  # half of a surrogate pair (which no text 
 
 def rejection_reason(text: str, *names: str) -> str | None:
     """
-    Why a text cannot be used as a chain of thought.
+    The reason (a key of `REJECTIONS`) why a text cannot be a chain of thought, or `None` if it can.
 
-    Args:
-        text (`str`):
-            The text.
-        names (`str`):
-            What would give the target away, such as its title. Each is searched as whole words after
-            [`normalize_words`]; names of fewer than two letters or digits are ignored.
-
-    Returns:
-        `str`, *optional*: a key of `REJECTIONS`; `None` if the text can be used.
+    The text must not contain any of the `names` that give the target away, such as its title. Both are compared as
+    whole words after [`normalize_words`]; names of fewer than two letters or digits are ignored.
     """
     categories = Counter(map(unicodedata.category, text))
     letters, marks = (sum(categories[name] for name in categories if name[0] == group) for group in "LM")

@@ -13,7 +13,6 @@ import re
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
@@ -48,7 +47,7 @@ MAX_REPLY_BYTES, MAX_TOKEN_COUNT = 4 * 2**20, 10**9  # larger replies and token 
 TEMPORARY_STATUS = {408, 409, 425, 429}  # and 500 or above
 REJECTED_REQUEST_STATUS = {400, 413, 422}  # too long or filtered: another request may pass
 MIN_KEY_LENGTH = 8  # shorter ones are placeholders such as "EMPTY", which an answer may contain
-MAX_REJECTED_REQUESTS = 20  # given up before any answer was accepted: wrong endpoint or model
+MAX_REJECTED_REQUESTS = 20  # without a single accepted answer: wrong endpoint or model
 MAX_CONSECUTIVE_FAILURES = 8  # requests in a row without an answer: with more, the endpoint is down
 _THINKING = re.compile(r"^\s*<think>.*?</think>", re.DOTALL)
 
@@ -92,10 +91,9 @@ class OpenAITeacher:
         max_answers (`int`, *optional*, defaults to `3`):
             Number of answers to a request before it is given up.
         max_retries (`int`, *optional*, defaults to `10`):
-            Number of retries over a busy or broken connection; 10 take about a minute. A request without an answer is
-            left to the fallback, and asked again by a later run. The run stops if the endpoint is down: it cannot be
-            reached, has never given a good answer, or leaves more than `max(concurrency, 8)` requests in a row
-            without one.
+            Number of retries if the connection is busy or broken; 10 take about a minute. After them the fallback
+            writes the chain, and a later run asks again. The run stops if the endpoint is down: it cannot be reached,
+            has never given a good answer, or does not answer more than `max(concurrency, 8)` requests in a row.
         timeout (`float`, *optional*, defaults to `120.0`):
             Seconds that the endpoint may be silent.
         max_tokens (`int`, *optional*, defaults to `1024`):
@@ -104,8 +102,6 @@ class OpenAITeacher:
             Sampling temperature.
         max_history (`int`, *optional*, defaults to `20`):
             Maximum number of history items in a prompt; the most recent ones are kept.
-        prices (`tuple[float, float]`, *optional*):
-            Prices of a million prompt tokens and a million completion tokens, to show the cost.
 
     Attributes:
         counts (`dict[str, int]`):
@@ -138,7 +134,6 @@ class OpenAITeacher:
         max_tokens: int = 1024,
         temperature: float = 0.7,
         max_history: int = 20,
-        prices: tuple[float, float] | None = None,
     ):
         for name, value in {"concurrency": concurrency, "max_answers": max_answers}.items():
             if value < 1:
@@ -151,7 +146,7 @@ class OpenAITeacher:
             raise ValueError(f"base_url is {base_url!r}; expected an address such as http://localhost:8000/v1.")
         self.model, self.base_url, self.log_path, self.fallback = model, base_url, Path(log_path), fallback
         self.concurrency, self.max_answers, self.max_retries = concurrency, max_answers, max_retries
-        self.timeout, self.max_history, self.prices = timeout, max_history, prices or (0.0, 0.0)
+        self.timeout, self.max_history = timeout, max_history
         self.sampling = {"max_tokens": max_tokens, "temperature": temperature}
         self.counts: dict[str, int] = {}
         self._items = [prompt_fields(item) for item in interactions.items]
@@ -168,7 +163,8 @@ class OpenAITeacher:
             `PermissionError`: if the endpoint refuses the key, or does not know the model or address.
         """
         keys: list[str] = []
-        with closing(AnswerLog(self.log_path)) as log, tqdm(total=len(samples), desc="teacher", disable=None) as bar:
+        log = AnswerLog(self.log_path)
+        with log.file, tqdm(total=len(samples), desc="teacher", disable=None) as bar:
             try:
                 asyncio.run(_Run(self, log, bar).work(self._requests(samples, keys)))
             except BaseExceptionGroup as group:
@@ -203,8 +199,7 @@ class _Run:
         self.teacher, self.log, self.bar = teacher, log, bar
         self.started: set[str] = set()
         self.num_rejected = 0  # requests of this run whose answers were all rejected
-        self.unanswered: list[str] = []  # keys of requests that failed after the last answer to any request
-        self.cost = 0.0
+        self.num_unanswered = 0  # requests in a row without an answer
         self.api_key = os.environ.get(API_KEY, "")
         if not (self.api_key.isascii() and self.api_key.isprintable()):
             raise ValueError(f"The environment variable {API_KEY} contains characters that a key cannot have.")
@@ -218,18 +213,13 @@ class _Run:
         async with self.client, asyncio.TaskGroup() as group:
             for _ in range(self.teacher.concurrency):
                 group.create_task(self._worker(requests))
-        self._log_unanswered()
 
     async def _worker(self, requests: Iterator[tuple[str, str, tuple[str, ...]]]) -> None:
         for key, prompt, names in requests:  # all workers share the iterator: each request goes to one of them
             if key not in self.started:
                 self.started.add(key)
                 await self._settle(key, prompt, names)
-                tokens = self.log.prompt_tokens[key], self.log.completion_tokens[key]
-                self.cost += sum(count * price / 1e6 for count, price in zip(tokens, self.teacher.prices, strict=True))
             self.bar.update()
-            if self.cost:
-                self.bar.set_postfix(cost=f"{self.cost:.2f}", refresh=False)
 
     async def _settle(self, key: str, prompt: str, names: tuple[str, ...]) -> None:
         """Ask until an answer is accepted, `max_answers` were rejected, or none comes."""
@@ -244,24 +234,18 @@ class _Run:
             try:
                 answer = await self._ask(text)
             except _NoAnswer:
-                self.unanswered.append(key)
-                if not log.chains or len(self.unanswered) > max(self.teacher.concurrency, MAX_CONSECUTIVE_FAILURES):
+                self.num_unanswered += 1
+                if not log.chains or self.num_unanswered > max(self.teacher.concurrency, MAX_CONSECUTIVE_FAILURES):
                     raise  # the endpoint is down
                 return
+            self.num_unanswered = 0
             log.add(key, answer._replace(rejected=answer.rejected or rejection_reason(answer.text, *names)))
-            self._log_unanswered()
         self.num_rejected += was_asked and key not in log.chains
         if self.num_rejected >= MAX_REJECTED_REQUESTS and not log.chains:
             raise ConnectionError(
                 f"{self.teacher.base_url} gave no usable answer to {self.num_rejected} requests "
                 f"({REJECTIONS[log.rejections[key][-1]]}). Check the endpoint and the model, and delete {log.path}."
             )
-
-    def _log_unanswered(self) -> None:
-        """Log requests without an answer as rejected. Called once the endpoint has answered another request."""
-        for key in self.unanswered:
-            self.log.add(key, _Answer("", rejected="endpoint"))
-        self.unanswered.clear()
 
     async def _ask(self, prompt: str) -> _Answer:
         """Send one prompt; raises if there is no answer after all retries."""
@@ -296,13 +280,13 @@ class _Run:
 
 
 def prompt_fields(item: dict[str, str]) -> dict[str, str]:
-    """An item's text as a prompt shows it: short fields without Semantic-ID and control tokens."""
+    """An item's text in a prompt: short fields without Semantic-ID and control tokens."""
     fields = {name: item[name][:MAX_FIELD_LENGTH] for name in TEXT_FIELDS if name in item}
     return {name: " ".join(SPECIAL_TOKENS.sub(" ", text).split()) for name, text in fields.items()}
 
 
 def identifying_names(item: dict[str, str]) -> tuple[str, ...]:
-    """What gives an item away: its title, in full and as shown, or the first words of its description without one."""
+    """Texts that identify an item: its title, in full and as shown, or the first words of its description."""
     shown = prompt_fields(item)
     title = shown.get("title", "")
     if len(normalize_words(title)) > 1:
@@ -332,15 +316,8 @@ class AnswerLog:
     """
     The answers of an endpoint, one JSON line each. A line is on the disk before its answer is used.
 
-    Opening reads the file back. A last line without a line end, which a killed run may leave, is dropped. A rejection
-    cancels an earlier acceptance.
-
-    Args:
-        path (`str` or `Path`):
-            The JSON-lines file; created with its folder if missing.
-
-    Raises:
-        `ValueError`: if a line is not an answer; the message names the file and the line.
+    Opening reads the file, or creates it with its folder. A last line without a line end, which a killed run may
+    leave, is dropped. A rejection cancels an earlier acceptance. A line that is not an answer raises a `ValueError`.
     """
 
     def __init__(self, path: str | Path):
@@ -349,26 +326,22 @@ class AnswerLog:
         self.rejections: dict[str, list[str]] = defaultdict(list)  # reasons by key, in order
         self.prompt_tokens, self.completion_tokens = Counter(), Counter()  # of all answers by key
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("a+b")
-        self._file.seek(0)
-        for number, line in enumerate(self._file, start=1):
+        self.file = self.path.open("a+b")
+        self.file.seek(0)
+        for number, line in enumerate(self.file, start=1):
             if line.endswith(b"\n"):
                 self._read(line, number)
             else:
-                self._file.truncate(self._file.tell() - len(line))
-
-    def close(self) -> None:
-        """Close the file; the answers can still be read."""
-        self._file.close()
+                self.file.truncate(self.file.tell() - len(line))
 
     def add(self, key: str, answer: _Answer) -> None:
         """Write one answer to a request; the text of a rejected one is left out."""
         entry = {"key": key, "prompt_tokens": answer.prompt_tokens, "completion_tokens": answer.completion_tokens}
         entry |= {"chain": answer.text} if answer.rejected is None else {"refused": answer.rejected}
         line = json.dumps(entry).encode() + b"\n"
-        self._file.write(line)
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        self.file.write(line)
+        self.file.flush()
+        os.fsync(self.file.fileno())
         self._read(line, 0)
 
     def _read(self, line: bytes, number: int) -> None:

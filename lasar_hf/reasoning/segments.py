@@ -81,11 +81,7 @@ class Segmenter:
 
     def fit(self, batches: Iterable[Sequence[str]]) -> "Segmenter":
         """
-        Learn below which similarity a gap is a candidate; returns itself.
-
-        Args:
-            batches (`Iterable[Sequence[str]]`):
-                All texts, in batches of any size.
+        Learn from all texts, in batches of any size, below which similarity a gap is a candidate; returns itself.
 
         Raises:
             `ValueError`: if a text has no words.

@@ -98,16 +98,7 @@ class TemplateTeacher:
 
     def chain_of_thought(self, history: Sequence[int], target: int) -> str:
         """
-        Write the chain of one sample.
-
-        Args:
-            history (`list[int]`):
-                Item indices, oldest first.
-            target (`int`):
-                Item index of the next item.
-
-        Returns:
-            `str`: sentences; the same for the same arguments.
+        The chain from a history of item indices, oldest first, to the target's item index.
 
         Raises:
             `ValueError`: if the history is empty.

@@ -11,7 +11,7 @@ Semantic IDs below it, its children together have room for all of them, so every
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from .quantizer import Quantizer
+from .quantizer import Quantizer, check_codes
 
 
 def resolve_collisions(codes: np.ndarray, quantizer: Quantizer, x: np.ndarray) -> np.ndarray:
@@ -35,23 +35,10 @@ def resolve_collisions(codes: np.ndarray, quantizer: Quantizer, x: np.ndarray) -
     Raises:
         `ValueError`: wrong shapes, a code outside `[0, K)`, or more items than the `K^M` Semantic IDs.
     """
-    codes = check_codes(codes, "codes", quantizer)
+    codes = check_codes(codes, "codes", quantizer, min_length=quantizer.num_sid_levels)
     if len(codes) != len(x):
         raise ValueError(f"codes has {len(codes)} rows and x has {len(x)}; expected one row per item in both.")
     return separate(codes, np.empty((0, codes.shape[1]), dtype=np.int64), quantizer, np.asarray(x))
-
-
-def check_codes(codes: np.ndarray, name: str, quantizer: Quantizer) -> np.ndarray:
-    """The codes as int64, or an error that calls them `name`."""
-    codes = np.asarray(codes, dtype=np.int64)
-    if codes.ndim != 2 or codes.shape[1] != quantizer.num_sid_levels:
-        raise ValueError(f"{name} has shape {codes.shape}; expected (items, {quantizer.num_sid_levels}).")
-    wrong = np.flatnonzero(((codes < 0) | (codes >= quantizer.codebook_size)).any(axis=1))
-    if wrong.size:
-        raise ValueError(
-            f"{name} row {wrong[0]} is {codes[wrong[0]].tolist()}; expected codes in [0, {quantizer.codebook_size})."
-        )
-    return codes
 
 
 def separate(codes: np.ndarray, fixed: np.ndarray, quantizer: Quantizer, x: np.ndarray) -> np.ndarray:
@@ -78,9 +65,8 @@ def _crowded_prefixes(
     codes: np.ndarray, fixed: np.ndarray, length: int, capacity: int
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """
-    The prefixes of `length` codes under which a next code has more than `capacity` items.
-
-    Returns per prefix the indices of its items in `codes` and in `fixed`.
+    Indices in `codes` and in `fixed` of the items of each prefix of `length` codes under which a next code has more
+    than `capacity` items.
     """
     both = np.concatenate([codes, fixed])  # (N + F, M)
     # 1. Number the prefixes. Renumbering at each level keeps the numbers below items * K; K^M may overflow.
@@ -103,10 +89,8 @@ def _crowded_prefixes(
 
 def _move_surplus(codes: np.ndarray, fixed: np.ndarray, level: int, quantizer: Quantizer, x: np.ndarray) -> None:
     """
-    Change codes in place until no prefix of length `level + 1` holds more items than Semantic IDs below it.
-
-    From an overfull prefix, the items with the largest distance at `level` move to the nearest code with room. Their
-    later codes are encoded again.
+    Change codes in place until no prefix of length `level + 1` holds more items than Semantic IDs below it. The items
+    that fit worst at `level` move to the nearest code with room, and their later codes are encoded again.
     """
     num_codes = quantizer.codebook_size
     capacity = num_codes ** (quantizer.num_sid_levels - level - 1)  # a Python integer, which cannot overflow

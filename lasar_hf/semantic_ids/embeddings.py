@@ -22,22 +22,15 @@ FALLBACK_FIELDS = (*ID_FIELDS, "item_id", "id")  # used if an item has no text
 CACHE_BATCH = 256  # texts embedded between two writes of the cache; a killed run loses at most one batch
 
 WINDOW = 5  # pairs of items up to this distance count; farther pairs carry little and cost memory
-SHIFT = 1.0  # of the PMI (negative samples of word2vec); 1 keeps every positive association
 SMOOTHING = 0.75  # exponent on the context counts, so that rare contexts do not dominate
 
 
 def item_text(item: dict) -> str:
     """
-    Text of an item for embedding.
+    Text of an item for embedding: its `title`, `brand`, `categories` and `description`, joined by `". "`.
 
-    Args:
-        item (`dict`):
-            Item with any of the keys `title`, `brand`, `categories`, `description`. Values are strings or (nested)
-            lists of strings, as in Amazon's metadata.
-
-    Returns:
-        `str`: the non-empty fields in that order, joined by `". "`. For an item without text, its ids (`asin`,
-        `parent_asin`, `item_id`, `id`); empty if it has none either.
+    Empty fields are left out. Values are strings or (nested) lists of strings, as in Amazon's metadata. For an item
+    without text, the result is its ids (`asin`, `parent_asin`, `item_id`, `id`), or empty if it has none either.
     """
     for fields in (ITEM_TEXT_FIELDS, FALLBACK_FIELDS):
         parts = [text for text in (_flatten(item.get(field)) for field in fields) if text]
@@ -121,11 +114,7 @@ def _load_encoder(model: str):
 def _cached_vectors(
     texts: Sequence[str], model: str, embed: Callable[[list[str]], np.ndarray], folder: Path
 ) -> np.ndarray:
-    """
-    Embed only the texts that are not in the cache, each once.
-
-    The cache is a folder of `.npy` files of records `(key, vector)`; the key is the SHA-256 of model and text.
-    """
+    """Embed the texts that are missing from the cache: `.npy` files of (SHA-256 of model and text, vector)."""
     keys = [hashlib.sha256(f"{model}\0{text}".encode("utf-8", "surrogatepass")).digest() for text in texts]
     missing = dict(zip(keys, texts, strict=True))
     vectors: dict[bytes, np.ndarray] = {}
@@ -152,11 +141,11 @@ def collaborative_embeddings(
     sequences: Sequence[Sequence[int]], num_items: int, dim: int = 128, seed: int = 0
 ) -> np.ndarray:
     """
-    One vector per item from co-occurrence in user histories: windowed counts, shifted PPMI, truncated SVD.
+    One vector per item from co-occurrence in user histories: windowed counts, PPMI, truncated SVD.
 
     A pair of items at distance `δ ≤ 5` in a sequence counts `1/δ` in both directions. With these counts `n_ij`,
 
-        PPMI_ij = max(0, log(n_ij / n_i) − log(n_j^0.75 / Σ_k n_k^0.75) − log(shift)),    n_i = Σ_j n_ij
+        PPMI_ij = max(0, log(n_ij / n_i) − log(n_j^0.75 / Σ_k n_k^0.75)),    n_i = Σ_j n_ij
 
     (Levy and Goldberg, 2014, with the context smoothing of Levy, Goldberg and Dagan, 2015).
 
@@ -182,12 +171,12 @@ def collaborative_embeddings(
     vectors = np.zeros((num_items, dim), dtype=np.float32)
     if counts.nnz == 0:
         return vectors
-    # 2. Turn counts into shifted positive PMI.
+    # 2. Turn counts into positive PMI.
     total = np.asarray(counts.sum(axis=1)).ravel()  # (I,)
     context = total**SMOOTHING
     context /= context.sum()
     pairs = counts.tocoo()
-    pmi = np.log(pairs.data / (total[pairs.row] * context[pairs.col])) - np.log(SHIFT)
+    pmi = np.log(pairs.data / (total[pairs.row] * context[pairs.col]))
     positive = pmi > 0
     ppmi = sparse.csr_matrix((pmi[positive], (pairs.row[positive], pairs.col[positive])), shape=(num_items, num_items))
     # 3. Reduce. Rows of items without a pair are set to exactly zero.

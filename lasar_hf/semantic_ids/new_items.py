@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from ..files import read_json, write_json
-from .collisions import check_codes, separate
+from .collisions import separate
 from .embeddings import combine_views, item_text, text_embeddings
-from .quantizer import Quantizer
+from .quantizer import Quantizer, check_codes
 from .text_embedder import TfidfEmbedder
 
 
@@ -41,9 +41,7 @@ class ItemEncoder:
         self.text_view = text_view
 
     def encode(self, items: Sequence[dict]) -> np.ndarray:
-        """
-        Embed `N` items, see [`item_text`]: vectors `(N, D)`, float32, of length 1, or zero without a known word.
-        """
+        """Embed `N` items, see [`item_text`]: `(N, D)`, float32, of length 1, or zero without a known word."""
         texts = [item_text(item) for item in items]
         if isinstance(self.text_view, TfidfEmbedder):
             return combine_views([self.text_view.transform(texts)])
@@ -74,7 +72,7 @@ def assign_new_items(existing_codes: np.ndarray, quantizer: Quantizer, x_new: np
         existing_codes (`np.ndarray` of shape `(I, M)`):
             Codes of the existing items, without duplicate rows.
         quantizer ([`Quantizer`]):
-            The quantizer of these codes.
+            Their quantizer.
         x_new (`np.ndarray` of shape `(N, D)`):
             Vectors of the new items from the same embedding model; `N` may be 0.
 
@@ -84,7 +82,7 @@ def assign_new_items(existing_codes: np.ndarray, quantizer: Quantizer, x_new: np
     Raises:
         `ValueError`: wrong shapes, two existing items with the same codes, or more items than the `K^M` Semantic IDs.
     """
-    existing = check_codes(existing_codes, "existing_codes", quantizer)
+    existing = check_codes(existing_codes, "existing_codes", quantizer, min_length=quantizer.num_sid_levels)
     order = np.lexsort(existing.T)
     duplicates = np.flatnonzero((existing[order[1:]] == existing[order[:-1]]).all(axis=1))
     if duplicates.size:

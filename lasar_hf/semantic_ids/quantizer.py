@@ -78,9 +78,7 @@ class ResidualKMeans:
         for name, value in (("num_sid_levels", num_sid_levels), ("codebook_size", codebook_size)):
             if value < 1:
                 raise ValueError(f"{name} is {value}; expected at least 1.")
-        self.num_sid_levels = num_sid_levels
-        self.codebook_size = codebook_size
-        self.seed = seed
+        self.num_sid_levels, self.codebook_size, self.seed = num_sid_levels, codebook_size, seed
         self.centres: np.ndarray | None = None  # (M, K, D) float32, zero for unused codes
         self.codes_used: np.ndarray | None = None  # (M,): codes from this number on are unused
 
@@ -113,19 +111,10 @@ class ResidualKMeans:
 
     def encode(self, x: np.ndarray, prefix: np.ndarray | None = None) -> np.ndarray:
         """
-        Encode vectors: per level the nearest centre to the residual of the levels before it.
+        Codes `(N, M)`, int64, of vectors `x` `(N, D)`: per level the nearest centre to the residual so far.
 
-        Args:
-            x (`np.ndarray` of shape `(N, D)`):
-                Vectors.
-            prefix (`np.ndarray` of shape `(N, l)`, *optional*):
-                Codes of the first `l` levels, if already decided. Only the other levels are chosen.
-
-        Returns:
-            `np.ndarray` of shape `(N, M)`, int64.
-
-        Raises:
-            `ValueError`: a wrong shape, or a row that is not finite.
+        With `prefix`, codes `(N, l)` of the first `l` levels, only the other levels are chosen. Raises a `ValueError`
+        for a wrong shape or a row that is not finite.
         """
         prefix = np.empty((len(x), 0), dtype=np.int64) if prefix is None else np.asarray(prefix)
         residuals = self._residuals(x, prefix)  # (N, D)
@@ -141,7 +130,7 @@ class ResidualKMeans:
         Reconstruct vectors `(N, D)`, float32, from the codes `(N, l)` of the first `l ≤ M` levels: the sum of the
         centres. Raises a `ValueError` for a wrong shape or a code outside `[0, K)`.
         """
-        codes = self._check_codes(codes)
+        codes = check_codes(codes, "codes", self)
         vectors = np.zeros((len(codes), self._fitted().shape[2]), dtype=np.float32)
         for level in range(codes.shape[1]):
             vectors += self.centres[level, codes[:, level]]
@@ -161,10 +150,9 @@ class ResidualKMeans:
 
     def first_columns(self, width: int) -> "ResidualKMeans":
         """
-        A quantizer with the same codes for vectors of which only the first columns are known.
+        A quantizer with the same codes for vectors of which only the first `width` columns are known.
 
-        The other columns count in no distance. Filling them with zeros instead would favour the codes whose centres
-        are near zero there.
+        Distances ignore the other columns. Zeros there would favour the codes whose centres are near zero.
         """
         centres = self._fitted()
         if not 1 <= width <= centres.shape[2]:
@@ -225,15 +213,19 @@ class ResidualKMeans:
             raise ValueError(f"x row {finite.argmin()} is not finite in float32; repair that vector.")
         return x
 
-    def _check_codes(self, codes: np.ndarray) -> np.ndarray:
-        codes = np.asarray(codes, dtype=np.int64)
-        if codes.ndim != 2 or codes.shape[1] > self.num_sid_levels:
-            raise ValueError(f"codes has shape {codes.shape}; expected (N, l) with l at most {self.num_sid_levels}.")
-        wrong = ((codes < 0) | (codes >= self.codebook_size)).any(axis=1)
-        if wrong.any():
-            row = wrong.argmax()
-            raise ValueError(f"codes row {row} is {codes[row].tolist()}; expected codes in [0, {self.codebook_size}).")
-        return codes
+
+def check_codes(codes: np.ndarray, name: str, quantizer: Quantizer, min_length: int = 0) -> np.ndarray:
+    """Codes `(N, l)` as int64; raises an error that calls them `name` if `l` or a code is out of range."""
+    codes = np.asarray(codes, dtype=np.int64)
+    if codes.ndim != 2 or not min_length <= codes.shape[1] <= quantizer.num_sid_levels:
+        lengths = f"{min_length} to {quantizer.num_sid_levels}"
+        raise ValueError(f"{name} has shape {codes.shape}; expected (N, l) with l from {lengths}.")
+    wrong = ((codes < 0) | (codes >= quantizer.codebook_size)).any(axis=1)
+    if wrong.any():
+        row = wrong.argmax()
+        limit = quantizer.codebook_size
+        raise ValueError(f"{name} row {row} is {codes[row].tolist()}; expected codes in [0, {limit}).")
+    return codes
 
 
 def _fit_centres(points: np.ndarray, num_codes: int, seed: int) -> np.ndarray:

@@ -46,8 +46,7 @@ class TfidfEmbedder:
     """
 
     def __init__(self, dim: int = 256, seed: int = 0):
-        self.dim = dim
-        self.seed = seed
+        self.dim, self.seed = dim, seed
         self.vectorizer: TfidfVectorizer | None = None  # None if no fitted text has a word
         self.components: np.ndarray | None = None  # (width, V) float32, width <= dim
 
@@ -75,11 +74,7 @@ class TfidfEmbedder:
         return self
 
     def transform(self, texts: Sequence[str]) -> np.ndarray:
-        """
-        Embed texts without fitting again: vectors `(N, dim)`, float32.
-
-        Words outside the vocabulary are ignored. A text without a known word gets a zero row.
-        """
+        """Vectors `(N, dim)`, float32. Unknown words are ignored; a text without a known word gets a zero row."""
         self._check_fitted()
         vectors = np.zeros((len(texts), self.dim), dtype=np.float32)
         if self.vectorizer is not None and len(texts):
