@@ -92,7 +92,7 @@ def test_history_examples_under_a_short_limit(processor, split):
 
 
 def test_alignment_examples(processor, split):
-    of = {task: list(alignment_examples(DATA, split, processor, [task], max_text_tokens=12)) for task in ALIGNMENT_TASKS}
+    of = {task: alignment_examples(DATA, split, processor, [task], max_text_tokens=12) for task in ALIGNMENT_TASKS}
     assert {task: len(rows) for task, rows in of.items()} == {
         "title_to_sid": 5, "description_to_sid": 2, "sid_to_title": 5, "titles_to_sid": 1
     }  # fmt: skip

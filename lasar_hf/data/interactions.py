@@ -75,17 +75,15 @@ class Interactions:
         ):
             if values is not None and len(values) != len(ids):
                 raise ValueError(f"{name} has {len(values)} entries; expected {len(ids)}, one per entry of {owner}.")
-        for name, ids in (("item_ids", self.item_ids), ("user_ids", self.user_ids)):
-            if len(set(ids)) < len(ids):
-                repeated = Counter(ids).most_common(1)[0][0]
-                raise ValueError(f"{name} contains {repeated!r} twice; ids must be distinct.")
+        _check_distinct("item_ids", self.item_ids)
+        _check_distinct("user_ids", self.user_ids)
         num_items = len(self.item_ids)
         for user, history in zip(self.user_ids, self.histories, strict=True):
             if not len(history):
                 raise ValueError(f"User {user!r} has an empty history; add items or remove the user.")
-            if min(history) < 0 or max(history) >= num_items:
-                wrong = min(history) if min(history) < 0 else max(history)
-                raise ValueError(f"User {user!r} has item index {wrong}; expected 0 to {num_items - 1}.")
+            for index in (min(history), max(history)):
+                if not 0 <= index < num_items:
+                    raise ValueError(f"User {user!r} has item index {index}; expected 0 to {num_items - 1}.")
         for user, history, times in zip(self.user_ids, self.histories, self.timestamps or (), strict=False):
             if len(times) != len(history):
                 raise ValueError(f"User {user!r} has {len(times)} timestamps for {len(history)} items.")
@@ -96,6 +94,11 @@ class Interactions:
     def num_interactions(self) -> int:
         """Number of interactions of all users."""
         return sum(len(history) for history in self.histories)
+
+
+def _check_distinct(name: str, ids: list[str]) -> None:
+    if len(set(ids)) < len(ids):
+        raise ValueError(f"{name} contains {Counter(ids).most_common(1)[0][0]!r} twice; ids must be distinct.")
 
 
 def read_lcrec(folder: str | Path) -> Interactions:

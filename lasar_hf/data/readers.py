@@ -92,7 +92,7 @@ def _raw_batches(table: Table, columns: Sequence[str], names: Sequence[str]) -> 
     if isinstance(table, Dataset | IterableDataset):
         # A stream may not know its columns before the first row.
         existing = table.column_names or list(next(iter(table), {}))
-        present = _existing_columns(table, existing, columns, names)
+        present = _present(table, existing, columns, names)
         yield from table.select_columns(present).with_format(None).iter(BATCH_SIZE)
         return
     path = Path(table)
@@ -108,7 +108,7 @@ def _raw_batches(table: Table, columns: Sequence[str], names: Sequence[str]) -> 
         raise ValueError(f"{path}: not readable as {suffix[1:]} ({str(error).splitlines()[0]}).") from error
 
 
-def _existing_columns(table: Table, existing: Sequence[str], columns: Sequence[str], names: Sequence[str]) -> list[str]:
+def _present(table: Table, existing: Sequence[str], columns: Sequence[str], names: Sequence[str]) -> list[str]:
     for column in columns:
         if column not in existing:
             raise ValueError(f"{table_name(table)} has no column {column!r}; its columns are {', '.join(existing)}.")
@@ -120,7 +120,7 @@ def _existing_columns(table: Table, existing: Sequence[str], columns: Sequence[s
 
 def _csv_batches(path: Path, columns: Sequence[str], names: Sequence[str]) -> Iterator[dict[str, list]]:
     with csv.open_csv(path) as reader:
-        present = _existing_columns(path, reader.schema.names, columns, names)
+        present = _present(path, reader.schema.names, columns, names)
     # As text: the id 007 keeps its zeros, and a column of numbers may contain a word further down.
     convert = csv.ConvertOptions(
         include_columns=present, column_types=dict.fromkeys(present, pa.string()), strings_can_be_null=False
@@ -132,7 +132,7 @@ def _csv_batches(path: Path, columns: Sequence[str], names: Sequence[str]) -> It
 
 def _parquet_batches(path: Path, columns: Sequence[str], names: Sequence[str]) -> Iterator[dict[str, list]]:
     with parquet.ParquetFile(path) as file:
-        present = _existing_columns(path, file.schema_arrow.names, columns, names)
+        present = _present(path, file.schema_arrow.names, columns, names)
         yield from (batch.to_pydict() for batch in file.iter_batches(BATCH_SIZE, columns=present))
 
 
@@ -370,7 +370,7 @@ def _add_text(
 
 
 def _read_interactions(
-    tables: Tables, user_column: str, item_column: str, time_column: str | None, k_core: int, keep_repeats: bool = False
+    tables: Tables, user_column: str, item_column: str, time_column: str | None, k_core: int, keep_repeats=False
 ) -> Interactions:
     # 1. Read all rows: three numbers per row, and each name once.
     users, items, times = array("i"), array("i"), array("d")
