@@ -132,7 +132,7 @@ def main() -> None:
         str(OUTPUT / "stage1"), num_train_epochs=30, learning_rate=4e-3, weight_decay=0.1, warmup_steps=0.05,
         per_device_train_batch_size=32, train_sampling_strategy="group_by_length", **COMMON,
     )
-    examples = datasets.concatenate_datasets(examples).remove_columns("task")
+    examples = datasets.concatenate_datasets(examples)
     LasarSFTTrainer(model, args, train_dataset=examples, processing_class=processor).train()
     say("Stage 1: the model generates Semantic IDs.")
 

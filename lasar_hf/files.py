@@ -45,46 +45,20 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 
 
 def remove_temporary_files(folder: str | Path) -> None:
-    """
-    Delete the temporary files of [`atomic_file`] in a folder that killed processes left.
-
-    Args:
-        folder (`str` or `Path`):
-            The folder. No other process may write to it.
-    """
+    """Delete the temporary files that killed processes left in a folder to which no other process writes."""
     for path in Path(folder).glob(".*.tmp*"):
         path.unlink()
 
 
 def write_json(path: str | Path, content: object) -> None:
-    """
-    Write JSON atomically.
-
-    Args:
-        path (`str` or `Path`):
-            File to write.
-        content (`object`):
-            Content. NumPy numbers are written as floats.
-    """
+    """Write JSON atomically. NumPy numbers are written as floats."""
     text = json.dumps(content, indent=2, default=float) + "\n"
     with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def read_json(path: str | Path) -> object:
-    """
-    Read a JSON file.
-
-    Args:
-        path (`str` or `Path`):
-            File to read.
-
-    Returns:
-        `object`: the content.
-
-    Raises:
-        `ValueError`: if the file is not valid JSON; the message names the file.
-    """
+    """Read a JSON file. Raises `ValueError` with the name of the file if it is not valid JSON."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -92,32 +66,15 @@ def read_json(path: str | Path) -> object:
 
 
 def file_hash(path: str | Path) -> str:
-    """
-    SHA-256 of a file's content.
-
-    Args:
-        path (`str` or `Path`):
-            File to read.
-
-    Returns:
-        `str`: 64 hexadecimal digits.
-    """
+    """SHA-256 of the content of a file, as 64 hexadecimal digits."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def folder_hashes(folder: str | Path | None, pattern: str) -> dict[str, str]:
     """
-    SHA-256 of each file of a folder that matches a pattern.
-
-    Args:
-        folder (`str` or `Path`, *optional*):
-            The folder. `None`, or the name of a model on the Hub, has no files.
-        pattern (`str`):
-            Glob pattern: `"**/data-*.arrow"` matches the tables of saved `Dataset`s without their caches.
-
-    Returns:
-        `dict[str, str]`: hash of each file by its path relative to the folder.
+    SHA-256 of each file of a folder that matches a glob pattern, by its path relative to the folder. `None`, or the
+    name of a model on the Hub, has no files. `"**/data-*.arrow"` matches the tables of saved `Dataset`s.
     """
-    files = sorted(Path(folder).glob(pattern)) if folder is not None else []
+    files = sorted(path for path in Path(folder).glob(pattern) if path.is_file()) if folder is not None else []
     return {str(path.relative_to(folder)): file_hash(path) for path in files}

@@ -156,7 +156,7 @@ def main(script: SFTScriptArguments, training_args: LasarSFTConfig, model_args: 
     if script.eval_users:
         validation = data.samples["validation"].shuffle(seed=0)
         validation = validation.select(range(min(script.eval_users, len(validation))))
-        eval_examples = sft_examples(validation, processor).remove_columns("task")
+        eval_examples = sft_examples(validation, processor)
         evaluator = RankingEvaluator(validation, processor, latent_steps=0 if script.stage == 1 else None)
     trainer = LasarSFTTrainer(
         model, training_args, anchors=anchors, ranking_evaluator=evaluator, train_dataset=examples,

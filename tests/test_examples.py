@@ -66,7 +66,7 @@ def learned(processor, row):
 
 def test_sft_examples(processor, split):
     rows = sft_examples(samples(split, "train"), processor)
-    assert rows.column_names == ["input_ids", "labels", "task"] and set(rows["task"]) == {"next_item"}
+    assert rows.column_names == ["input_ids", "labels"]
     assert [text(processor, ids) for ids in rows["input_ids"]] == [
         "Next:<a_0><b_1><|latent_start|><|latent_end|><a_2><b_2>",
         "Next:<a_0><b_1><a_2><b_2><|latent_start|><|latent_end|><a_1><b_0>",
@@ -92,9 +92,8 @@ def test_history_examples_under_a_short_limit(processor, split):
 
 
 def test_alignment_examples(processor, split):
-    rows = alignment_examples(DATA, split, processor, max_text_tokens=12)
-    of = {task: [row for row in rows if row["task"] == task] for task in set(rows["task"])}
-    assert {task: len(found) for task, found in of.items()} == {
+    of = {task: alignment_examples(DATA, split, processor, [task], max_text_tokens=12) for task in ALIGNMENT_TASKS}
+    assert {task: len(rows) for task, rows in of.items()} == {
         "title_to_sid": 5, "description_to_sid": 2, "sid_to_title": 5, "titles_to_sid": 1
     }  # fmt: skip
     row = next(row for row in of["title_to_sid"] if "red chair" in text(processor, row["input_ids"]))
@@ -121,7 +120,7 @@ def test_alignment_examples_order_is_seeded_and_no_text_gives_no_rows(processor,
     assert one == same != other and sorted(one) == sorted(other)
     bare = Interactions(DATA.item_ids, [{}] * 6, DATA.user_ids, DATA.histories)
     rows = alignment_examples(bare, split, processor)
-    assert len(rows) == 0 and rows.column_names == ["input_ids", "labels", "task"]
+    assert len(rows) == 0 and rows.column_names == ["input_ids", "labels"]
 
 
 def test_an_unknown_alignment_task_is_named(processor, split):
@@ -222,7 +221,7 @@ def test_mix_keeps_the_columns_that_all_have():
 def test_mix_of_real_examples(processor, split):
     main, alignment = sft_examples(samples(split, "train"), processor), alignment_examples(DATA, split, processor)
     rows = mix_examples({"next_item": main, "alignment": alignment}, {"alignment": 2})
-    assert len(rows) == 3 + 2 * 13 and rows.column_names == ["input_ids", "labels", "task"]
+    assert len(rows) == 3 + 2 * 13 and rows.column_names == ["input_ids", "labels"]
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ INSTRUCTIONS = {
 }
 ALIGNMENT_TASKS = tuple(INSTRUCTIONS)
 MAX_TITLES = 8  # newest titles of a title history, since a title is far longer than a Semantic ID
-FEATURES = Features({"input_ids": List(Value("int64")), "labels": List(Value("int64")), "task": Value("string")})
+FEATURES = Features({"input_ids": List(Value("int64")), "labels": List(Value("int64"))})
 
 
 def sft_examples(samples: Dataset, processor: LasarProcessor) -> Dataset:
@@ -41,8 +41,8 @@ def sft_examples(samples: Dataset, processor: LasarProcessor) -> Dataset:
             Prompt format and token ids.
 
     Returns:
-        `Dataset`: `input_ids`, `labels` (-100 except for the `M` tokens of the Semantic ID) and `task`
-        (`"next_item"`); one example per sample, in order.
+        `Dataset`: `input_ids` and `labels` (-100 except for the `M` tokens of the Semantic ID); one example per
+        sample, in order.
 
     Raises:
         `ValueError`: if there are no samples.
@@ -50,7 +50,7 @@ def sft_examples(samples: Dataset, processor: LasarProcessor) -> Dataset:
 
     def build(batch: dict[str, list]) -> dict[str, list]:
         prompts = [[*processor.prompt_ids(history), processor.latent_end_token_id] for history in batch["history"]]
-        return _labelled(prompts, processor.answer_ids(batch["target"]), "next_item")
+        return _labelled(prompts, processor.answer_ids(batch["target"]))
 
     return _map(samples, build, FEATURES)
 
@@ -67,20 +67,18 @@ def history_examples(split: Split, processor: LasarProcessor) -> Dataset:
             Prompt format and token ids.
 
     Returns:
-        `Dataset`: `input_ids` as for [`sft_examples`] with the last training item as target, `labels` (-100 on the
-        instruction and the control tokens) and `task` (`"history"`).
+        `Dataset`: the examples of [`sft_examples`] for each user's last training item, with `labels` on all tokens
+        except the instruction and the control tokens.
     """
     start = len(processor.prefix_ids)
     end = -2 - processor.sid_token_ids.shape[1]  # two control tokens and the answer follow the history
 
-    def build(batch: dict[str, list]) -> dict[str, list]:
-        prompts = [[*processor.prompt_ids(history), processor.latent_end_token_id] for history in batch["history"]]
-        examples = _labelled(prompts, processor.answer_ids(batch["target"]), "history")
-        for input_ids, labels in zip(examples["input_ids"], examples["labels"], strict=True):
+    def label_history(batch: dict[str, list]) -> dict[str, list]:
+        for input_ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
             labels[start:end] = input_ids[start:end]
-        return examples
+        return batch
 
-    return _map(samples(split, "train", targets="last"), build, FEATURES)
+    return sft_examples(samples(split, "train", targets="last"), processor).map(label_history, batched=True)
 
 
 def alignment_examples(
@@ -111,7 +109,7 @@ def alignment_examples(
             Seed of the order.
 
     Returns:
-        `Dataset`: `input_ids`, `labels`, `task`; shuffled. Items without the text have no example, so it may be empty.
+        `Dataset`: `input_ids` and `labels`, shuffled. Items without the text have no example, so it may be empty.
 
     Raises:
         `ValueError`: if a task is unknown, or the tokenizer has no end-of-text token.
@@ -137,7 +135,7 @@ def alignment_examples(
         else:
             prompts = [prefix + text + region for text in texts.values()]
             answers = processor.answer_ids(list(texts))
-        for name, values in _labelled(prompts, answers, task).items():
+        for name, values in _labelled(prompts, answers).items():
             columns[name] += values
     return Dataset.from_dict(columns, features=FEATURES).shuffle(seed)
 
@@ -163,20 +161,14 @@ def reasoning_examples(samples: Dataset, processor: LasarProcessor, depths: Sequ
         raise ValueError(f"depths has {len(depths)} entries; expected {len(samples)}, one per sample.")
     if len(depths) and depths.min() < 1:
         raise ValueError(f"depths[{depths.argmin()}] is {depths.min()}; expected at least 1.")
-    features = Features(
-        input_ids=FEATURES["input_ids"],
-        labels=FEATURES["labels"],
-        depth=Value("int64"),
-        sample_index=Value("int64"),
-    )
+    features = Features(FEATURES | {"depth": Value("int64"), "sample_index": Value("int64")})
 
     def build(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
         prompts = [
             [*processor.prompt_ids(history), *[processor.latent_token_id] * depth, processor.latent_end_token_id]
             for history, depth in zip(batch["history"], depths[indices].tolist(), strict=True)
         ]
-        examples = _labelled(prompts, processor.answer_ids(batch["target"]), "")
-        del examples["task"]
+        examples = _labelled(prompts, processor.answer_ids(batch["target"]))
         return examples | {"depth": depths[indices], "sample_index": indices}
 
     return _map(samples, build, features, with_indices=True)
@@ -257,7 +249,7 @@ def stage1_examples(data: PreparedData, processor: LasarProcessor, tasks: Sequen
 
     Args:
         data ([`PreparedData`]):
-            What `recipes/prepare.py` wrote.
+            Prepared data set.
         processor ([`LasarProcessor`]):
             Prompt format and token ids.
         tasks (`Sequence[str]`):
@@ -292,7 +284,7 @@ def stage1_examples(data: PreparedData, processor: LasarProcessor, tasks: Sequen
             weights[name] = float(weight) if has_weight else 1.0
         except ValueError:
             raise ValueError(f"tasks contains {entry!r}; expected name or name=number.") from None
-    return mix_examples({name: makers[name]() for name in weights}, weights).select_columns(["input_ids", "labels"])
+    return mix_examples({name: makers[name]() for name in weights}, weights)
 
 
 def _map(samples: Dataset, build: Callable, features: Features, with_indices: bool = False) -> Dataset:
@@ -303,23 +295,22 @@ def _map(samples: Dataset, build: Callable, features: Features, with_indices: bo
     )
 
 
-def _labelled(prompts: list[list[int]], answers: list[list[int]], task: str) -> dict[str, list]:
+def _labelled(prompts: list[list[int]], answers: list[list[int]]) -> dict[str, list]:
     """Examples with the loss on the answer."""
     pairs = list(zip(prompts, answers, strict=True))
     return {
         "input_ids": [prompt + answer for prompt, answer in pairs],
         "labels": [[IGNORE_INDEX] * len(prompt) + answer for prompt, answer in pairs],
-        "task": [task] * len(pairs),
     }
 
 
 def _item_texts(
-    interactions: Interactions, field: str, processor: LasarProcessor, max_text_tokens: int
+    interactions: Interactions, field: str, processor: LasarProcessor, max_tokens: int
 ) -> dict[int, list[int]]:
-    """Token ids of a text field by the index of each item that has it; one call of the tokenizer."""
+    """Token ids of a text field, by the index of each item that has it."""
     indices = [index for index, item in enumerate(interactions.items) if item.get(field)]
     texts = processor.text_ids([interactions.items[index][field] for index in indices])
-    return {index: text[:max_text_tokens] for index, text in zip(indices, texts, strict=True)}
+    return {index: text[:max_tokens] for index, text in zip(indices, texts, strict=True)}
 
 
 def _title_histories(

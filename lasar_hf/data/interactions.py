@@ -77,15 +77,13 @@ class Interactions:
                 raise ValueError(f"{name} has {len(values)} entries; expected {len(ids)}, one per entry of {owner}.")
         _check_distinct("item_ids", self.item_ids)
         _check_distinct("user_ids", self.user_ids)
-
         num_items = len(self.item_ids)
         for user, history in zip(self.user_ids, self.histories, strict=True):
             if not len(history):
                 raise ValueError(f"User {user!r} has an empty history; add items or remove the user.")
-            if min(history) < 0 or max(history) >= num_items:
-                index = next(index for index in history if not 0 <= index < num_items)
-                raise ValueError(f"User {user!r} has item index {index}; expected 0 to {num_items - 1}.")
-
+            for index in (min(history), max(history)):
+                if not 0 <= index < num_items:
+                    raise ValueError(f"User {user!r} has item index {index}; expected 0 to {num_items - 1}.")
         for user, history, times in zip(self.user_ids, self.histories, self.timestamps or (), strict=False):
             if len(times) != len(history):
                 raise ValueError(f"User {user!r} has {len(times)} timestamps for {len(history)} items.")
@@ -100,8 +98,7 @@ class Interactions:
 
 def _check_distinct(name: str, ids: list[str]) -> None:
     if len(set(ids)) < len(ids):
-        repeated = Counter(ids).most_common(1)[0][0]
-        raise ValueError(f"{name} contains {repeated!r} twice; ids must be distinct.")
+        raise ValueError(f"{name} contains {Counter(ids).most_common(1)[0][0]!r} twice; ids must be distinct.")
 
 
 def read_lcrec(folder: str | Path) -> Interactions:
@@ -128,8 +125,7 @@ def read_lcrec(folder: str | Path) -> Interactions:
         names = ", ".join(path.name for path in paths)
         raise ValueError(f"{folder} contains several data sets ({names}); expected one.")
     path = paths[0]
-    histories = _read_object(path)
-    histories = {user: _history(path, user, items) for user, items in histories.items()}
+    histories = {user: _history(path, user, items) for user, items in _read_object(path).items()}
     text_path = path.with_name(path.name.removesuffix(".inter.json") + ".item.json")
     texts = _read_object(text_path) if text_path.exists() else {}
     for item, text in texts.items():
@@ -181,9 +177,7 @@ def read_index(
     codes = np.empty((len(item_ids), num_sid_levels), dtype=np.int64)
     owner: dict[tuple[str, ...], str] = {}
     for position, item in enumerate(item_ids):
-        if item not in index:
-            raise ValueError(f"{path}: item {item!r} is missing; expected a Semantic ID for every item.")
-        tokens = index[item]
+        tokens = index.get(item)
         if not isinstance(tokens, list) or len(tokens) != num_sid_levels:
             raise ValueError(f"{path}: item {item!r} has {tokens!r}; expected a list of {num_sid_levels} tokens.")
         for level, token in enumerate(tokens):
@@ -259,11 +253,8 @@ def clean_text(value: object) -> str:
 
 def id_text(value: object) -> str | None:
     """
-    A user or item id as text. Whole numbers lose their decimal point, so that `7`, `7.0` and `"7"` are the same id.
-
-    Returns:
-        `str`, *optional*: `None` if the value cannot be an id: blank, a fraction, a float too large to be exact, a
-        boolean, a list, an object, or text with an unpaired surrogate.
+    A user or item id as text, in which `7`, `7.0` and `"7"` are equal. `None` if the value cannot be an id: blank, a
+    fraction, a float too large to be exact, a boolean, a list, an object, or text with an unpaired surrogate.
     """
     is_whole = isinstance(value, float) and value.is_integer() and abs(value) < 2**53
     if is_whole or (isinstance(value, Decimal) and value.is_finite() and value == value.to_integral_value()):

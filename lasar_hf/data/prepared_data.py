@@ -94,7 +94,7 @@ class PreparedData:
     @cached_property
     def split(self) -> Split:
         """Training, validation and test items of each user."""
-        return Split(**_to_split_columns(self.users), **self.split_fields)
+        return _to_split(self.users, self.split_fields)
 
     @cached_property
     def interactions(self) -> Interactions:
@@ -103,16 +103,8 @@ class PreparedData:
 
     def processor(self, tokenizer: PreTrainedTokenizerBase, instruction: str, max_history: int) -> LasarProcessor:
         """
-        Processor for the samples.
-
-        Args:
-            tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-                Tokenizer with the Semantic-ID and control tokens.
-            instruction, max_history:
-                As for [`LasarProcessor`]. Warns if `max_history` is larger than the one of the samples.
-
-        Returns:
-            [`LasarProcessor`].
+        The [`LasarProcessor`] of the samples, whose arguments these are. Warns if `max_history` is larger than the one
+        of the samples.
         """
         if self.max_history is not None and max_history > self.max_history:
             warnings.warn(
@@ -123,18 +115,7 @@ class PreparedData:
         return LasarProcessor(tokenizer, self.catalog, instruction, max_history)
 
     def check_catalog(self, catalog: SidCatalog, where: str) -> None:
-        """
-        Check that the catalogue of a checkpoint has the items and Semantic IDs of this data.
-
-        Args:
-            catalog ([`SidCatalog`]):
-                Catalogue of the checkpoint.
-            where (`str`):
-                Name of the checkpoint for the message.
-
-        Raises:
-            `ValueError`: if they differ.
-        """
+        """Raise `ValueError` if the checkpoint `where` has a catalogue with other items or Semantic IDs."""
         if catalog.item_ids != self.catalog.item_ids or not catalog.codes.equal(self.catalog.codes):
             raise ValueError(
                 f"The catalogue of {where} has other items or Semantic IDs than the prepared data; train again, or "
@@ -143,41 +124,30 @@ class PreparedData:
 
 
 def save_interactions(interactions: Interactions, split: Split, folder: str | Path) -> None:
-    """
-    Write `items/`, `users/` and `interactions.json` (fields of the split, and [`describe`]).
-
-    Args:
-        interactions (`Interactions`):
-            The items.
-        split (`Split`):
-            The users.
-        folder (`str` or `Path`):
-            Existing folder.
-    """
+    """Write `items/`, `users/` and `interactions.json` (fields of the split, and [`describe`]) to a folder."""
     folder = Path(folder)
     items = {"item_id": interactions.item_ids}
     items |= {name: [item.get(name, "") for item in interactions.items] for name in ITEM_FIELDS}
     Dataset.from_dict(items, features=Features(dict.fromkeys(items, Value("string")))).save_to_disk(folder / "items")
-    users = {"user_id": split.user_ids} | {part: getattr(split, part) for part in PARTS}
+    fields = dict(vars(split))
+    users = {"user_id": fields.pop("user_ids")} | {part: fields.pop(part) for part in PARTS}
     features = {"user_id": Value("string")} | dict.fromkeys(PARTS, List(Value("int64")))
     Dataset.from_dict(users, features=Features(features)).save_to_disk(folder / "users")
-    fields = {name: getattr(split, name) for name in ("num_skipped", "validation_from", "test_from")}
-    write_json(
-        folder / "interactions.json", {"split_fields": fields, "description": describe(interactions, split)}
-    )
+    description = describe(interactions, split)
+    write_json(folder / "interactions.json", {"split_fields": fields, "description": description})
 
 
 def load_interactions(folder: str | Path) -> tuple[Interactions, Split]:
     """Read what [`save_interactions`] wrote: the items with the histories of the users in the split, and the split."""
     folder = Path(folder)
     fields = read_json(folder / "interactions.json")["split_fields"]
-    split = Split(**_to_split_columns(Dataset.load_from_disk(folder / "users")), **fields)
+    split = _to_split(Dataset.load_from_disk(folder / "users"), fields)
     return _to_interactions(Dataset.load_from_disk(folder / "items"), split), split
 
 
-def _to_split_columns(users: Dataset) -> dict[str, list]:
+def _to_split(users: Dataset, fields: dict[str, object]) -> Split:
     columns = users.data.to_pydict()
-    return {"user_ids": columns.pop("user_id"), **columns}
+    return Split(columns.pop("user_id"), **columns, **fields)
 
 
 def _to_interactions(items: Dataset, split: Split) -> Interactions:
@@ -197,28 +167,22 @@ def describe(interactions: Interactions, split: Split | None = None) -> dict[str
             Adds the sizes of its parts.
 
     Returns:
-        `dict`: ready for JSON. `users`, `items`, `interactions`, `density`; `history_length` (`min`, `median`, `mean`,
-        `max`); `order` (how histories are sorted); `items_without_interactions`; `items_with` (each text field);
-        `items_without_text`; with timestamps `time` (`first`, `last`) and `tied_neighbours` (share of neighbours in a
-        history with equal times, whose order is that of the file); `reader` (counts of the reader); `split`.
+        `dict`: ready for JSON, with the sizes, the lengths of histories, the order of histories, the items without
+        interactions or text; with timestamps the times of the first and last interaction and `tied_neighbours` (share
+        of neighbours in a history with equal times, whose order is that of the file); `reader` (counts of the reader).
     """
     lengths = np.array([len(history) for history in interactions.histories])
-    num_users, num_items, num_interactions = len(lengths), len(interactions.items), int(lengths.sum())
-    fields = Counter(chain.from_iterable(interactions.items))
+    num_users, num_items = len(lengths), len(interactions.items)
+    num_values = Counter(chain.from_iterable(interactions.items))
     card: dict[str, object] = {
         "users": num_users,
         "items": num_items,
-        "interactions": num_interactions,
-        "density": num_interactions / (num_users * num_items),
-        "history_length": {
-            "min": int(lengths.min()),
-            "median": float(np.median(lengths)),
-            "mean": float(lengths.mean()),
-            "max": int(lengths.max()),
-        },
+        "interactions": interactions.num_interactions,
+        "density": interactions.num_interactions / (num_users * num_items),
+        "history_length": {name: getattr(np, name)(lengths).item() for name in ("min", "median", "mean", "max")},
         "order": "as in the file, which has no times",
         "items_without_interactions": num_items - len(set(chain.from_iterable(interactions.histories))),
-        "items_with": {name: fields[name] for name in TEXT_FIELDS},
+        "items_with": {name: num_values[name] for name in TEXT_FIELDS},
         "items_without_text": sum(not any(name in item for name in TEXT_FIELDS) for item in interactions.items),
     }
     if interactions.timestamps is not None:
@@ -234,8 +198,7 @@ def describe(interactions: Interactions, split: Split | None = None) -> dict[str
     if split is not None:
         card["split"] = {"kind": "leave-one-out", "users": len(split.user_ids), "users_skipped": split.num_skipped}
         if split.validation_from is not None:
-            card["split"] |= {
-                "kind": "global time", "validation_from": split.validation_from, "test_from": split.test_from
-            }  # fmt: skip
+            times = {"validation_from": split.validation_from, "test_from": split.test_from}
+            card["split"] |= {"kind": "global time"} | times
         card["split"] |= {part: sum(map(len, getattr(split, part))) for part in PARTS}
     return card

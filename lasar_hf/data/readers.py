@@ -15,7 +15,6 @@ import zlib
 from array import array
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from datetime import UTC, date, datetime
-from datetime import time as time_of_day
 from math import isfinite, nan
 from pathlib import Path
 
@@ -25,7 +24,7 @@ import pyarrow as pa
 from datasets import Dataset, IterableDataset
 from pyarrow import csv, parquet
 
-from ..files import file_hash
+from ..files import file_hash, folder_hashes
 from .interactions import (
     TEXT_FIELDS,
     Interactions,
@@ -51,21 +50,15 @@ AMAZON_2023 = "McAuley-Lab/Amazon-Reviews-2023"
 
 def as_time(value: object, where: str) -> float:
     """A time as a number: numbers stay, dates become seconds since 1970 (UTC if they have no time zone)."""
-    time = nan
     try:
-        if isinstance(value, str):
-            try:
-                time = float(value)
-            except ValueError:
-                value = datetime.fromisoformat(value.strip())
-        elif isinstance(value, date) and not isinstance(value, datetime):
-            value = datetime.combine(value, time_of_day())
-        if isinstance(value, datetime):
-            time = (value if value.tzinfo else value.replace(tzinfo=UTC)).timestamp()
-        elif not isinstance(value, str | bool):
-            time = float(value)
+        text = value.isoformat() if isinstance(value, date) else value
+        try:
+            time = nan if isinstance(value, bool) else float(text)
+        except ValueError:
+            moment = datetime.fromisoformat(str(text).strip())
+            time = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
     except (TypeError, ValueError, OverflowError):
-        pass
+        time = nan
     if not isfinite(time):
         raise ValueError(f"{where} is {value!r}; expected a finite number or a date like 2024-01-31.")
     return time
@@ -75,15 +68,8 @@ def read_batches(
     table: Table, columns: Sequence[str], optional: Sequence[str] = ()
 ) -> Iterator[tuple[int, dict[str, list]]]:
     """
-    Read columns of a file or data set in batches of at most `BATCH_SIZE` rows. CSV columns are read as text, and
-    `optional` columns that the table does not have are `None`.
-
-    Yields:
-        `tuple[int, dict[str, list]]`: number of the batch's first row, counted from 1, and the values of each column.
-
-    Raises:
-        `FileNotFoundError`: if the file does not exist.
-        `ValueError`: if the format is unknown, a column is missing or ambiguous, or a row cannot be read.
+    Yield batches of rows: the number of the first row, counted from 1, and the values of each column. CSV columns are
+    read as text. `optional` columns that the table does not have are `None`.
     """
     names = list(dict.fromkeys([*columns, *optional]))
     start = 1
@@ -102,8 +88,12 @@ def table_name(table: Table) -> str:
 
 
 def _raw_batches(table: Table, columns: Sequence[str], names: Sequence[str]) -> Iterator[dict[str, list]]:
+    """Batches with those of the columns `names` that the table has; it must have `columns`."""
     if isinstance(table, Dataset | IterableDataset):
-        yield from _dataset_batches(table, columns, names)
+        # A stream may not know its columns before the first row.
+        existing = table.column_names or list(next(iter(table), {}))
+        present = _present(table, existing, columns, names)
+        yield from table.select_columns(present).with_format(None).iter(BATCH_SIZE)
         return
     path = Path(table)
     suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
@@ -111,52 +101,39 @@ def _raw_batches(table: Table, columns: Sequence[str], names: Sequence[str]) -> 
         raise ValueError(f"{path}: unknown format; expected .parquet, .csv, .jsonl, .ndjson or .json (or .gz).")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file.")
-    if suffix not in (".csv", ".parquet"):
-        yield from _json_batches(path, columns, names)
-        return
+    read = {".csv": _csv_batches, ".parquet": _parquet_batches}.get(suffix, _json_batches)
     try:
-        for batch in (_csv_batches if suffix == ".csv" else _parquet_batches)(path, columns, names):
-            yield batch.to_pydict()
-    except (pa.ArrowInvalid, UnicodeDecodeError, EOFError, OSError) as error:
+        yield from read(path, columns, names)
+    except (pa.ArrowInvalid, UnicodeDecodeError, EOFError, OSError, zlib.error) as error:
         raise ValueError(f"{path}: not readable as {suffix[1:]} ({str(error).splitlines()[0]}).") from error
 
 
-def _readable_columns(name: str, existing: Sequence[str], columns: Sequence[str], names: Sequence[str]) -> list[str]:
-    """The columns of a table to read, after a check that it has those it must have."""
+def _present(table: Table, existing: Sequence[str], columns: Sequence[str], names: Sequence[str]) -> list[str]:
     for column in columns:
         if column not in existing:
-            raise ValueError(f"{name} has no column {column!r}; its columns are {', '.join(existing)}.")
+            raise ValueError(f"{table_name(table)} has no column {column!r}; its columns are {', '.join(existing)}.")
     for column in names:
         if list(existing).count(column) > 1:
-            raise ValueError(f"{name} has several columns named {column!r}; rename them.")
+            raise ValueError(f"{table_name(table)} has several columns named {column!r}; rename them.")
     return [column for column in names if column in existing]
 
 
-def _dataset_batches(table: Dataset | IterableDataset, columns: Sequence[str], names: Sequence[str]):
-    existing = table.column_names
-    if existing is None:  # a stream whose features are not known
-        existing = list(next(iter(table), {}))
-    present = _readable_columns(table_name(table), existing, columns, names)
-    for batch in table.select_columns(present).with_format(None).iter(BATCH_SIZE):
-        yield {column: list(batch[column]) for column in present}
-
-
-def _csv_batches(path: Path, columns: Sequence[str], names: Sequence[str]) -> Iterator[pa.RecordBatch]:
+def _csv_batches(path: Path, columns: Sequence[str], names: Sequence[str]) -> Iterator[dict[str, list]]:
     with csv.open_csv(path) as reader:
-        present = _readable_columns(str(path), reader.schema.names, columns, names)
+        present = _present(path, reader.schema.names, columns, names)
     # As text: the id 007 keeps its zeros, and a column of numbers may contain a word further down.
     convert = csv.ConvertOptions(
         include_columns=present, column_types=dict.fromkeys(present, pa.string()), strings_can_be_null=False
     )
     parse = csv.ParseOptions(newlines_in_values=True)
     with csv.open_csv(path, parse_options=parse, convert_options=convert) as reader:
-        yield from reader
+        yield from (batch.to_pydict() for batch in reader)
 
 
-def _parquet_batches(path: Path, columns: Sequence[str], names: Sequence[str]) -> Iterator[pa.RecordBatch]:
+def _parquet_batches(path: Path, columns: Sequence[str], names: Sequence[str]) -> Iterator[dict[str, list]]:
     with parquet.ParquetFile(path) as file:
-        present = _readable_columns(str(path), file.schema_arrow.names, columns, names)
-        yield from file.iter_batches(BATCH_SIZE, columns=present)
+        present = _present(path, file.schema_arrow.names, columns, names)
+        yield from (batch.to_pydict() for batch in file.iter_batches(BATCH_SIZE, columns=present))
 
 
 def _json_batches(path: Path, columns: Sequence[str], names: Sequence[str]) -> Iterator[dict[str, list]]:
@@ -165,23 +142,19 @@ def _json_batches(path: Path, columns: Sequence[str], names: Sequence[str]) -> I
     columns of mixed types and does not name the line of an error.
     """
     batch: dict[str, list] = {name: [] for name in names}
-    number = 0
     with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-        try:
-            for number, line in enumerate(file, start=1):
-                row = parse_json(line, path, number)
-                if not isinstance(row, dict):
-                    raise ValueError(f"{path}: line {number} is {type(row).__name__}; expected an object.")
-                for name in columns:
-                    if name not in row:
-                        raise ValueError(f"{path}: line {number} has no {name!r}.")
-                for name in names:
-                    batch[name].append(row.get(name))
-                if number % BATCH_SIZE == 0:
-                    yield batch
-                    batch = {name: [] for name in names}
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise ValueError(f"{path}: broken gzip file after line {number} ({error}).") from error
+        for number, line in enumerate(file, start=1):
+            row = parse_json(line, path, number)
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}: line {number} is {type(row).__name__}; expected an object.")
+            for name in columns:
+                if name not in row:
+                    raise ValueError(f"{path}: line {number} has no {name!r}.")
+            for name in names:
+                batch[name].append(row.get(name))
+            if number % BATCH_SIZE == 0:
+                yield batch
+                batch = {name: [] for name in names}
     yield batch
 
 
@@ -217,19 +190,18 @@ def read_items(
         `ValueError`: if a column is missing, a row is broken or has no item id, or `text_columns` is empty or names an
             unknown field.
     """
-    fields, required = _text_fields(text_columns)
-    return _read_items(tables, item_column, fields, required, strip_markup)
+    return _read_items(tables, item_column, _text_fields(text_columns), text_columns is not None, strip_markup)
 
 
 def _read_items(
     tables: Tables,
     item_column: str,
     fields: Mapping[str, str],
-    required: bool,
-    strip_markup: bool,
+    required: bool = False,
+    strip_markup: bool = False,
     item_ids: Collection[str] | None = None,
 ) -> dict[str, dict[str, str]]:
-    """As [`read_items`], for some items only if `item_ids` is given; `fields` maps text fields to their columns."""
+    """[`read_items`], restricted to `item_ids` if given; `fields` maps each text field to its column."""
     columns, optional = (fields.values(), ()) if required else ((), fields.values())
     items: dict[str, dict[str, str]] = {}
     num_repeated = 0
@@ -251,15 +223,12 @@ def _read_items(
     return items
 
 
-def _text_fields(text_columns: Mapping[str, str] | None) -> tuple[Mapping[str, str], bool]:
-    """Column of each text field, and whether a table must have these columns."""
+def _text_fields(text_columns: Mapping[str, str] | None) -> Mapping[str, str]:
     if text_columns is None:
-        return {name: name for name in TEXT_FIELDS}, False
-    unknown = set(text_columns) - set(TEXT_FIELDS)
-    if unknown or not text_columns:
-        problem = f"contains {min(unknown)!r}" if unknown else "is empty"
-        raise ValueError(f"text_columns {problem}; expected some of {', '.join(TEXT_FIELDS)}.")
-    return text_columns, True
+        return {name: name for name in TEXT_FIELDS}
+    if not text_columns or not set(text_columns) <= set(TEXT_FIELDS):
+        raise ValueError(f"text_columns has the fields {list(text_columns)}; expected some of {list(TEXT_FIELDS)}.")
+    return text_columns
 
 
 def _without_markup(value: object) -> object:
@@ -336,11 +305,9 @@ def read_table(
     >>> shop = read_table("ratings.csv", "products.parquet", user_column="user", item_column="product")
     ```
     """
-    fields, required = _text_fields(text_columns)
-    data = _read_interactions(interactions, user_column, item_column, time_column or None, k_core, keep_repeats)
-    if items is not None:
-        _add_text(data, _read_items(items, item_column, fields, required, False, set(data.item_ids)))
-    return data
+    fields = _text_fields(text_columns)
+    data = _read_interactions(interactions, user_column, item_column, time_column, k_core, keep_repeats)
+    return _add_text(data, items, item_column, fields, required=text_columns is not None)
 
 
 def read_amazon2018(interactions: Tables, items: Tables | None = None, k_core: int = 5) -> Interactions:
@@ -350,8 +317,8 @@ def read_amazon2018(interactions: Tables, items: Tables | None = None, k_core: i
     Of several reviews of an item by a user the earliest counts, and HTML is removed from the text. Arguments, result
     and errors as for [`read_table`].
     """
-    text_columns = {"brand": "brand", "categories": "category"}
-    return _read_amazon(interactions, items, ("reviewerID", "asin", "unixReviewTime"), text_columns, k_core)
+    data = _read_interactions(interactions, "reviewerID", "asin", "unixReviewTime", k_core)
+    return _add_text(data, items, "asin", _text_fields(None) | {"categories": "category"}, strip_markup=True)
 
 
 def read_amazon2023(
@@ -383,30 +350,27 @@ def read_amazon2023(
         interactions, items = (
             hf_hub_download(AMAZON_2023, name, repo_type="dataset", revision=revision) for name in files
         )
-    text_columns = {"brand": "store", "categories": "categories"}
-    return _read_amazon(interactions, items, ("user_id", "parent_asin", "timestamp"), text_columns, k_core)
+    data = _read_interactions(interactions, "user_id", "parent_asin", "timestamp", k_core)
+    return _add_text(data, items, "parent_asin", _text_fields(None) | {"brand": "store"}, strip_markup=True)
 
 
-def _read_amazon(
-    interactions: Tables, items: Tables | None, columns: tuple[str, str, str], text_columns: dict, k_core: int
+def _add_text(
+    data: Interactions, tables: Tables | None, item_column: str, fields: Mapping[str, str], **options: bool
 ) -> Interactions:
-    data = _read_interactions(interactions, *columns, k_core, keep_repeats=False)
-    if items is not None:
-        fields = {"title": "title", "description": "description"} | text_columns
-        _add_text(data, _read_items(items, columns[1], fields, False, True, set(data.item_ids)))
-    return data
-
-
-def _add_text(data: Interactions, texts: dict[str, dict[str, str]]) -> None:
+    """Add the text of the items to `data`, if there are tables of items; `fields` and options as for `_read_items`."""
+    if tables is None:
+        return data
+    texts = _read_items(tables, item_column, fields, item_ids=set(data.item_ids), **options)
     for item_id, item in zip(data.item_ids, data.items, strict=True):
         item.update(texts.get(item_id, {}))
     num_empty = sum(not item for item in data.items)
     if num_empty:
         warnings.warn(f"{num_empty} of {len(data.items)} items have no text; they are kept.", stacklevel=3)
+    return data
 
 
 def _read_interactions(
-    tables: Tables, user_column: str, item_column: str, time_column: str | None, k_core: int, keep_repeats: bool
+    tables: Tables, user_column: str, item_column: str, time_column: str | None, k_core: int, keep_repeats=False
 ) -> Interactions:
     # 1. Read all rows: three numbers per row, and each name once.
     users, items, times = array("i"), array("i"), array("d")
@@ -442,19 +406,16 @@ def _read_interactions(
 
     # 4. Number the remaining users and items in natural order of their names.
     user_names, item_names = list(user_numbers), list(item_numbers)
+    user_order = sorted(kept["user"].unique().tolist(), key=lambda user: natural_order(user_names[user]))
     item_order = sorted(kept["item"].unique().tolist(), key=lambda item: natural_order(item_names[item]))
-    item_index = np.empty(len(item_names), dtype=np.int64)
-    item_index[item_order] = np.arange(len(item_order))
-    numbers, starts = np.unique(kept["user"], return_index=True)
-    user_order = sorted(range(len(numbers)), key=lambda position: natural_order(user_names[numbers[position]]))
-    histories = np.split(item_index[kept["item"].to_numpy()], starts[1:])
-    timestamps = np.split(kept["time"].to_numpy(), starts[1:])
+    index_of = {item: index for index, item in enumerate(item_order)}
+    by_user = kept.assign(item=kept["item"].map(index_of)).groupby("user").agg(list).loc[user_order]
     return Interactions(
         item_ids=[item_names[item] for item in item_order],
         items=[{} for _ in item_order],
-        user_ids=[user_names[numbers[position]] for position in user_order],
-        histories=[histories[position].tolist() for position in user_order],
-        timestamps=[timestamps[position].tolist() for position in user_order] if times else None,
+        user_ids=[user_names[user] for user in user_order],
+        histories=by_user["item"].tolist(),
+        timestamps=by_user["time"].tolist() if times else None,
         counts={
             "rows_read": len(log),
             "repeats_dropped": len(log) - len(unique),
@@ -493,8 +454,7 @@ def read_source(source: str, source_args: Mapping[str, object] | None = None) ->
 
     Raises:
         `FileNotFoundError`: if the source is unknown, or a file does not exist.
-        `ValueError`: if the function does not accept the arguments or does not return `Interactions`, and as the
-            function.
+        `ValueError`: if the function does not accept the arguments or does not return `Interactions`.
 
     Example:
 
@@ -513,11 +473,8 @@ def read_source(source: str, source_args: Mapping[str, object] | None = None) ->
 
 def source_settings(source: str, source_args: Mapping[str, object] | None = None) -> dict[str, object]:
     """
-    What decides the result of [`read_source`], ready for JSON. Arguments as for [`read_source`].
-
-    Returns:
-        `dict`: name and arguments of the function, with the SHA-256 of its content in place of each file or folder.
-        The code of your own function and the content of data sets on the Hub are not looked at.
+    Name and arguments of the function of [`read_source`], ready for JSON, with the SHA-256 of its content in place of
+    each file or folder. The code of your own function and the content of data sets on the Hub are not included.
     """
     function, arguments = _bind_source(source, source_args)
     return {"source": function.__name__, "source_args": {name: _hashed(value) for name, value in arguments.items()}}
@@ -563,6 +520,4 @@ def _hashed(value: object) -> object:
     path = Path(value) if isinstance(value, str | Path) and value else None
     if path is None or not path.exists():
         return value
-    if path.is_file():
-        return file_hash(path)
-    return {child.name: file_hash(child) for child in sorted(path.iterdir()) if child.is_file()}
+    return file_hash(path) if path.is_file() else folder_hashes(path, "*")

@@ -12,9 +12,7 @@ from .interactions import Interactions
 
 
 PARTS = ("train", "validation", "test")
-# The histories of one user overlap, so a table of samples is longer than the data. It is built in chunks of about this
-# many history entries.
-CHUNK_SIZE = 2**22
+CHUNK_SIZE = 2**22  # history entries per chunk of a table, which is longer than the data since histories overlap
 
 
 @dataclass(frozen=True)
@@ -56,17 +54,11 @@ def leave_one_out(interactions: Interactions) -> Split:
         interactions (`Interactions`):
             The data set.
 
-    Returns:
-        `Split`: the three parts.
-
     Raises:
         `ValueError`: if no user has three items.
     """
-    histories = {
-        user: list(history)
-        for user, history in zip(interactions.user_ids, interactions.histories, strict=True)
-        if len(history) >= 3
-    }
+    pairs = zip(interactions.user_ids, interactions.histories, strict=True)
+    histories = {user: list(history) for user, history in pairs if len(history) >= 3}
     num_users = len(interactions.user_ids)
     if not histories:
         raise ValueError(f"None of the {num_users} users has three items; leave-one-out needs at least three.")
@@ -94,9 +86,6 @@ def global_time(interactions: Interactions, validation_share: float = 0.1, test_
         test_share (`float`, *optional*, defaults to `0.1`):
             Share of the interactions after the second point. Interactions with equal times stay in one part.
 
-    Returns:
-        `Split`: the three parts.
-
     Raises:
         `ValueError`: if there are no timestamps, or a part would be empty.
     """
@@ -108,13 +97,10 @@ def global_time(interactions: Interactions, validation_share: float = 0.1, test_
             "sum below 1."
         )
     times = np.sort(np.concatenate([np.asarray(user_times) for user_times in interactions.timestamps]))
-    validation_from, test_from = (
-        float(times[int(len(times) * share)]) for share in (1 - validation_share - test_share, 1 - test_share)
-    )
+    shares = (1 - validation_share - test_share, 1 - test_share)
+    validation_from, test_from = (float(times[int(len(times) * share)]) for share in shares)
     if not times[0] < validation_from < test_from:
-        raise ValueError(
-            "There are too few distinct timestamps for validation_share and test_share: a part would be empty."
-        )
+        raise ValueError("Too few distinct timestamps for validation_share and test_share: a part would be empty.")
     parts: dict[str, list[list[int]]] = {part: [] for part in PARTS}
     for history, user_times in zip(interactions.histories, interactions.timestamps, strict=True):
         first, second = np.searchsorted(user_times, [validation_from, test_from]).tolist()
