@@ -7,7 +7,7 @@ import numpy as np
 from .collisions import resolve_collisions
 from .embeddings import collaborative_embeddings, combine_views, item_text, text_embeddings
 from .new_items import ItemEncoder, assign_new_items
-from .quantizer import Quantizer, ResidualKMeans
+from .quantizer import Quantizer, ResidualKMeans, load_quantizer
 from .report import format_report, quality_report
 from .text_embedder import TfidfEmbedder
 
@@ -73,6 +73,7 @@ __all__ = [
     "combine_views",
     "format_report",
     "item_text",
+    "load_quantizer",
     "quality_report",
     "resolve_collisions",
     "text_embeddings",

@@ -18,7 +18,8 @@ from sklearn.cluster import KMeans, kmeans_plusplus
 from sklearn.exceptions import ConvergenceWarning
 from threadpoolctl import threadpool_limits
 
-from ..files import atomic_file
+from ..arguments import import_dotted
+from ..files import atomic_file, read_json
 
 
 QUANTIZER_NAME = "quantizer.safetensors"
@@ -226,6 +227,12 @@ def check_codes(codes: np.ndarray, name: str, quantizer: Quantizer, min_length: 
         limit = quantizer.codebook_size
         raise ValueError(f"{name} row {row} is {codes[row].tolist()}; expected codes in [0, {limit}).")
     return codes
+
+
+def load_quantizer(data_dir: str | Path):
+    """The quantizer that `recipes/prepare.py` fitted; the class is named in `semantic_ids.json`."""
+    path = read_json(Path(data_dir, "semantic_ids.json"))["quantizer"]
+    return import_dotted(path).from_pretrained(Path(data_dir, "quantizer"))
 
 
 def _fit_centres(points: np.ndarray, num_codes: int, seed: int) -> np.ndarray:
