@@ -173,13 +173,14 @@ def encode_anchors(
     ```
     """
     plan = _EncodingPlan(processor, segments, prompts, max_tokens)
+    backbone = model.model.backbone.to(device)
     model_hash = checkpoint_hash(model)
     inputs_hash = plan.hash(model_hash, batch_size)
     shape = (plan.num_vectors, model.config.hidden_size)
     arrays = {"index": plan.index, "offsets": plan.offsets, "checkpoint_hash": model_hash, "inputs_hash": inputs_hash}
     if folder is None:
         vectors = np.empty(shape, dtype=np.float32)
-        _encode(model.model.backbone, plan, vectors, range(len(plan.sequences)), batch_size, device)
+        _encode(backbone, plan, vectors, range(len(plan.sequences)), batch_size)
         return AnchorStore(vectors, **arrays)
 
     folder = Path(folder)
@@ -190,7 +191,7 @@ def encode_anchors(
         step = batch_size * -(-SHARD_SIZE // batch_size)  # whole batches, so that padding does not depend on resuming
         for start in range(done, len(plan.sequences), step):
             shard = range(start, min(start + step, len(plan.sequences)))
-            _encode(model.model.backbone, plan, vectors, shard, batch_size, device)
+            _encode(backbone, plan, vectors, shard, batch_size)
             vectors.flush()
             write_json(progress, {"inputs_hash": inputs_hash, "done": shard.stop})
         AnchorStore(vectors, **arrays).save(folder, vectors=False)
@@ -275,18 +276,10 @@ def _open_vectors(folder: Path, inputs_hash: str, shape: tuple[int, int]) -> tup
 
 
 @torch.inference_mode()
-def _encode(
-    backbone: nn.Module,
-    plan: _EncodingPlan,
-    vectors: np.ndarray,
-    sequences: range,
-    batch_size: int,
-    device: str | torch.device | None,
-) -> None:
+def _encode(backbone: nn.Module, plan: _EncodingPlan, vectors: np.ndarray, sequences: range, batch_size: int) -> None:
     """Write the anchors of some sequences of the plan to `vectors`."""
-    device = device or next(backbone.parameters()).device
-    was_training = backbone.training
-    backbone.to(device).eval()
+    device, was_training = backbone.device, backbone.training
+    backbone.eval()
     with onednn_linear(backbone):
         for start in tqdm(range(sequences.start, sequences.stop, batch_size), desc="anchors", disable=None):
             ids, anchors = plan.batch(start, min(start + batch_size, sequences.stop))
