@@ -26,6 +26,7 @@ INSTRUCTIONS = {
     "titles_to_sid": "Recommend the next item after these titles. ",
 }
 ALIGNMENT_TASKS = tuple(INSTRUCTIONS)
+MAX_TEXT_TOKENS = 64  # of a title or description
 MAX_TITLES = 8  # newest titles of a title history, since a title is far longer than a Semantic ID
 FEATURES = Features({"input_ids": List(Value("int64")), "labels": List(Value("int64"))})
 
@@ -86,7 +87,6 @@ def alignment_examples(
     split: Split,
     processor: LasarProcessor,
     tasks: Sequence[str] = ALIGNMENT_TASKS,
-    max_text_tokens: int = 64,
     seed: int = 0,
 ) -> Dataset:
     """
@@ -103,8 +103,6 @@ def alignment_examples(
             `"title_to_sid"` and `"description_to_sid"` (one example per item: text, empty latent region, Semantic ID;
             loss on the Semantic ID), `"sid_to_title"` (one per item: Semantic ID, title, end of text; loss on title
             and end), `"titles_to_sid"` (one per user: titles of the training sequence, Semantic ID of its last item).
-        max_text_tokens (`int`, *optional*, defaults to `64`):
-            Maximum number of tokens of a title or description.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the order.
 
@@ -116,28 +114,28 @@ def alignment_examples(
     """
     region = [processor.latent_start_token_id, processor.latent_end_token_id]
     bos_ids = [processor.tokenizer.bos_token_id] if processor.add_bos else []
-    columns: dict[str, list] = {name: [] for name in FEATURES}
+    prompts: list[list[int]] = []
+    answers: list[list[int]] = []
     for task in tasks:
         if task not in INSTRUCTIONS:
             raise ValueError(f"tasks contains {task!r}; expected some of {', '.join(ALIGNMENT_TASKS)}.")
         field = "description" if task == "description_to_sid" else "title"
-        texts = _item_texts(interactions, field, processor, max_text_tokens)
+        texts = _item_texts(interactions, field, processor)
         prefix = bos_ids + processor.tokenizer(INSTRUCTIONS[task], add_special_tokens=False).input_ids
         if task == "titles_to_sid":
-            prompts, targets = _title_histories(split, texts, processor.text_ids(["; "])[0])
-            prompts, answers = [prefix + prompt + region for prompt in prompts], processor.answer_ids(targets)
+            histories, targets = _title_histories(split, texts, processor.text_ids(["; "])[0])
+            prompts += [prefix + history + region for history in histories]
+            answers += processor.answer_ids(targets)
         elif task == "sid_to_title":
             end = processor.tokenizer.eos_token_id
             if end is None:
                 raise ValueError(f"Task {task!r} needs an end-of-text token; set tokenizer.eos_token.")
-            prompts = [prefix + sid for sid in processor.answer_ids(list(texts))]
-            answers = [[*text, end] for text in texts.values()]
+            prompts += [prefix + sid for sid in processor.answer_ids(list(texts))]
+            answers += [[*text, end] for text in texts.values()]
         else:
-            prompts = [prefix + text + region for text in texts.values()]
-            answers = processor.answer_ids(list(texts))
-        for name, values in _labelled(prompts, answers).items():
-            columns[name] += values
-    return Dataset.from_dict(columns, features=FEATURES).shuffle(seed)
+            prompts += [prefix + text + region for text in texts.values()]
+            answers += processor.answer_ids(list(texts))
+    return Dataset.from_dict(_labelled(prompts, answers), features=FEATURES).shuffle(seed)
 
 
 def reasoning_examples(samples: Dataset, processor: LasarProcessor, depths: Sequence[int]) -> Dataset:
@@ -304,13 +302,11 @@ def _labelled(prompts: list[list[int]], answers: list[list[int]]) -> dict[str, l
     }
 
 
-def _item_texts(
-    interactions: Interactions, field: str, processor: LasarProcessor, max_tokens: int
-) -> dict[int, list[int]]:
+def _item_texts(interactions: Interactions, field: str, processor: LasarProcessor) -> dict[int, list[int]]:
     """Token ids of a text field, by the index of each item that has it."""
     indices = [index for index, item in enumerate(interactions.items) if item.get(field)]
     texts = processor.text_ids([interactions.items[index][field] for index in indices])
-    return {index: text[:max_tokens] for index, text in zip(indices, texts, strict=True)}
+    return {index: text[:MAX_TEXT_TOKENS] for index, text in zip(indices, texts, strict=True)}
 
 
 def _title_histories(

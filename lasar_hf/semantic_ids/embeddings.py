@@ -1,6 +1,5 @@
 """Item vectors: text embeddings, co-occurrence in training sequences, and the combination of both."""
 
-import functools
 import hashlib
 import os
 from collections.abc import Callable, Sequence
@@ -19,6 +18,7 @@ from .text_embedder import TfidfEmbedder
 ITEM_TEXT_FIELDS = ("title", "brand", "categories", "description")
 FALLBACK_FIELDS = (*ID_FIELDS, "item_id", "id")  # used if an item has no text
 
+BATCH_SIZE = 64  # texts per batch of a sentence-transformers model
 CACHE_BATCH = 256  # texts embedded between two writes of the cache; a killed run loses at most one batch
 
 WINDOW = 5  # pairs of items up to this distance count; farther pairs carry little and cost memory
@@ -53,7 +53,6 @@ def text_embeddings(
     dim: int = 256,
     seed: int = 0,
     model: str | None = None,
-    batch_size: int = 64,
     cache_dir: str | os.PathLike | None = None,
 ) -> np.ndarray:
     """
@@ -69,8 +68,6 @@ def text_embeddings(
         model (`str`, *optional*):
             Name or path of a sentence-transformers model. If not given, a [`TfidfEmbedder`] is fitted to the texts,
             without any download.
-        batch_size (`int`, *optional*, defaults to `64`):
-            Batch size of the sentence-transformers model.
         cache_dir (`str` or `os.PathLike`, *optional*):
             Folder that stores the vectors of the sentence-transformers model by text. A killed run resumes from it,
             and if the catalogue grows, only new texts are embedded. One run at a time may write to it. The cache does
@@ -90,17 +87,11 @@ def text_embeddings(
             raise ValueError(f"texts row {row} is {type(text).__name__}; expected str (see item_text).")
     if model is None:
         return TfidfEmbedder(dim, seed).fit_transform(texts)
-
-    encoder = functools.cache(lambda: _load_encoder(model))  # not loaded if the cache has every text
-
-    def embed(batch: Sequence[str]) -> np.ndarray:
-        vectors = encoder().encode(list(batch), batch_size=batch_size, convert_to_numpy=True)
-        return np.asarray(vectors, dtype=np.float32)
-
-    return embed(texts) if cache_dir is None else _cached_vectors(texts, model, embed, Path(cache_dir))
+    return _load_encoder(model)(texts) if cache_dir is None else _cached_vectors(texts, model, Path(cache_dir))
 
 
-def _load_encoder(model: str):
+def _load_encoder(model: str) -> Callable[[Sequence[str]], np.ndarray]:
+    """A function from texts to vectors `(I, D)`, float32."""
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError as error:
@@ -108,12 +99,11 @@ def _load_encoder(model: str):
             f"Embedding with {model!r} needs sentence-transformers; run `pip install 'lasar_hf[embed]'`, or leave "
             "model unset for TF-IDF vectors."
         ) from error
-    return SentenceTransformer(model)
+    encode = SentenceTransformer(model).encode
+    return lambda texts: np.asarray(encode(list(texts), batch_size=BATCH_SIZE), dtype=np.float32)
 
 
-def _cached_vectors(
-    texts: Sequence[str], model: str, embed: Callable[[list[str]], np.ndarray], folder: Path
-) -> np.ndarray:
+def _cached_vectors(texts: Sequence[str], model: str, folder: Path) -> np.ndarray:
     """Embed the texts that are missing from the cache: `.npy` files of (SHA-256 of model and text, vector)."""
     keys = [hashlib.sha256(f"{model}\0{text}".encode("utf-8", "surrogatepass")).digest() for text in texts]
     missing = dict(zip(keys, texts, strict=True))
@@ -126,9 +116,10 @@ def _cached_vectors(
                 vectors[key] = vector
     # 2. Embed the rest in batches and store each batch.
     pending = list(missing)
+    encode = _load_encoder(model) if pending else None
     for start in range(0, len(pending), CACHE_BATCH):
         batch = pending[start : start + CACHE_BATCH]
-        new_vectors = embed([missing[key] for key in batch])  # (B, D)
+        new_vectors = encode([missing[key] for key in batch])  # (B, D)
         vectors.update(zip(batch, new_vectors, strict=True))
         records = np.empty(len(batch), dtype=[("key", "V32"), ("vector", "<f4", new_vectors.shape[1:])])
         records["key"], records["vector"] = np.array(batch, dtype="V32"), new_vectors

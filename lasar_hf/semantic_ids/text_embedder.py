@@ -98,10 +98,7 @@ class TfidfEmbedder:
     @classmethod
     def from_pretrained(cls, save_directory: str | os.PathLike) -> "TfidfEmbedder":
         """Load an embedder that [`~TfidfEmbedder.save_pretrained`] wrote; its vectors are exactly the same."""
-        path = Path(save_directory) / EMBEDDER_NAME
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} not found; expected the folder of a saved TfidfEmbedder.")
-        with safe_open(path, "np") as file:
+        with safe_open(Path(save_directory) / EMBEDDER_NAME, "np") as file:
             config = json.loads(file.metadata()["config"])
             components, idf = file.get_tensor("components"), file.get_tensor("idf")
         embedder = cls(config["dim"], config["seed"])
