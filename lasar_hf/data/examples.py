@@ -64,8 +64,8 @@ def history_examples(split: Split, processor: LasarProcessor) -> Dataset:
     Args:
         split (`Split`):
             Only its training part is read. Users with a single training item are left out.
-        processor ([`LasarProcessor`]):
-            Prompt format and token ids.
+        processor:
+            As for [`sft_examples`].
 
     Returns:
         `Dataset`: the examples of [`sft_examples`] for each user's last training item, with `labels` on all tokens
@@ -246,10 +246,8 @@ def stage1_examples(data: PreparedData, processor: LasarProcessor, tasks: Sequen
     Examples of stage 1, mixed from several tasks.
 
     Args:
-        data ([`PreparedData`]):
-            Prepared data set.
-        processor ([`LasarProcessor`]):
-            Prompt format and token ids.
+        data ([`PreparedData`]), processor ([`LasarProcessor`]):
+            Prepared data set, and its processor.
         tasks (`Sequence[str]`):
             Tasks, each `name` or `name=weight` (see [`mix_examples`]): `next_item` ([`sft_examples`]), `history`
             ([`history_examples`]), `alignment` ([`alignment_examples`]) or single tasks of `ALIGNMENT_TASKS`.

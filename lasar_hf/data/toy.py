@@ -53,10 +53,8 @@ def toy_shop(num_users: int = 600, num_items: int = 192, seed: int = 0) -> Inter
     One position in twenty is a random item instead.
 
     Args:
-        num_users (`int`, *optional*, defaults to `600`):
-            Number of users. Each has 6 to 12 items.
-        num_items (`int`, *optional*, defaults to `192`):
-            Number of items, rounded down to whole series.
+        num_users, num_items (`int`, *optional*, default to `600` and `192`):
+            Number of users, each with 6 to 12 items, and of items, rounded down to whole series.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the random numbers.
 

@@ -44,8 +44,6 @@ TASK = (
 MAX_HISTORY = 20  # most recent items of the history in a prompt
 MAX_FIELD_LENGTH = 300  # characters of a title, description, … in a prompt
 IDENTIFYING_WORDS = 6  # first words of a description that identify an item without a title
-TEMPORARY_STATUS = {408, 409, 425, 429}  # and 500 or above
-REJECTED_REQUEST_STATUS = {400, 413, 422}  # too long or filtered: another request may pass
 MIN_KEY_LENGTH = 8  # shorter ones are placeholders such as "EMPTY", which an answer may contain
 MAX_REJECTED_REQUESTS = 20  # without a single accepted answer: wrong endpoint or model
 MAX_CONSECUTIVE_FAILURES = 8  # requests in a row without an answer: with more, the endpoint is down
@@ -78,10 +76,8 @@ class OpenAITeacher:
     Args:
         interactions ([`Interactions`]):
             The items' text.
-        model (`str`):
-            Name of the model at the endpoint.
-        base_url (`str`):
-            Address of the endpoint, such as `http://localhost:8000/v1`.
+        model, base_url (`str`):
+            Name of the model, and address of the endpoint, such as `http://localhost:8000/v1`.
         log_path (`str` or `Path`):
             JSON-lines file of the answers, see [`AnswerLog`].
         fallback ([`TemplateTeacher`]):
@@ -96,18 +92,13 @@ class OpenAITeacher:
             has never given a good answer, or does not answer more than `max(concurrency, 8)` requests in a row.
         timeout (`float`, *optional*, defaults to `120.0`):
             Seconds that the endpoint may be silent.
-        max_tokens (`int`, *optional*, defaults to `1024`):
-            Maximum number of tokens of an answer.
-        temperature (`float`, *optional*, defaults to `0.7`):
-            Sampling temperature.
+        max_tokens, temperature (`int` and `float`, *optional*, default to `1024` and `0.7`):
+            Maximum number of tokens of an answer, and sampling temperature.
 
     Attributes:
         counts (`dict[str, int]`):
             Of the last call: `requests`, `accepted`, `replaced` (by the fallback), `refused_…` (answers, by reason),
             `prompt_tokens` and `completion_tokens` (of all logged answers to these requests).
-
-    Raises:
-        `ValueError`: if an argument is out of range.
 
     Example:
 
@@ -262,9 +253,9 @@ class _Run:
             failure = ConnectionError if reason == "ConnectError" else _NoAnswer
         except openai.APIStatusError as error:
             failure, reason = _NoAnswer, f"status {error.status_code}"
-            if error.status_code in REJECTED_REQUEST_STATUS:
+            if error.status_code in (400, 413, 422):  # too long or filtered: another request may pass
                 return _Answer("", rejected="endpoint")
-            if error.status_code < 500 and error.status_code not in TEMPORARY_STATUS:
+            if error.status_code < 500 and error.status_code not in (408, 409, 425, 429):
                 text = error.response.text
                 text = (text.replace(self.api_key, f"[{API_KEY}]") if self.api_key else text)[:300]
                 # Without the client's error, which holds the reply with the key.

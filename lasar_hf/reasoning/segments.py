@@ -31,9 +31,6 @@ def segment(
 
     Returns:
         `list[list[str]]`: 1 to `max_segments` segments of each text, in order. Joined by spaces they are the text.
-
-    Raises:
-        `ValueError`: if a text has no words, or `max_segments` is less than 1.
     """
     return Segmenter(embed, max_segments, min_words, threshold).fit([texts]).cut(texts)
 
@@ -59,7 +56,7 @@ class Segmenter:
             Standard deviations below the mean similarity; higher values give fewer cuts.
 
     Raises:
-        `ValueError`: if `max_segments` is less than 1.
+        `ValueError`: if `max_segments` is less than 1, or a text has no words.
 
     Example:
 
@@ -80,12 +77,7 @@ class Segmenter:
         self._limit = 0.0
 
     def fit(self, batches: Iterable[Sequence[str]]) -> "Segmenter":
-        """
-        Learn from all texts, in batches of any size, below which similarity a gap is a candidate; returns itself.
-
-        Raises:
-            `ValueError`: if a text has no words.
-        """
+        """Learn from all texts, in batches of any size, below which similarity a gap is a candidate; return `self`."""
         # 1. Number the distinct sentences, and note which two meet at each gap.
         left, right = array("i"), array("i")
         for number, text in enumerate(chain.from_iterable(batches)):

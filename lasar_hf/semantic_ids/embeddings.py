@@ -61,10 +61,8 @@ def text_embeddings(
     Args:
         texts (`Sequence[str]`):
             `I` texts, see [`item_text`].
-        dim (`int`, *optional*, defaults to `256`):
-            Width of the TF-IDF vectors. A sentence-transformers model has its own width.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the randomised SVD.
+        dim, seed:
+            As for [`TfidfEmbedder`]. A sentence-transformers model has its own width.
         model (`str`, *optional*):
             Name or path of a sentence-transformers model. If not given, a [`TfidfEmbedder`] is fitted to the texts,
             without any download.
@@ -146,10 +144,8 @@ def collaborative_embeddings(
             the targets into the Semantic IDs.
         num_items (`int`):
             Number of items `I` of the catalogue.
-        dim (`int`, *optional*, defaults to `128`):
-            Width of the vectors.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the randomised SVD.
+        dim, seed (`int`, *optional*, default to `128` and `0`):
+            Width of the vectors, and seed of the randomised SVD.
 
     Returns:
         `np.ndarray` of shape `(I, dim)`, float32. An item that never occurs together with another has a zero row.
@@ -168,8 +164,7 @@ def collaborative_embeddings(
     context /= context.sum()
     pairs = counts.tocoo()
     pmi = np.log(pairs.data / (total[pairs.row] * context[pairs.col]))
-    positive = pmi > 0
-    ppmi = sparse.csr_matrix((pmi[positive], (pairs.row[positive], pairs.col[positive])), shape=(num_items, num_items))
+    ppmi = sparse.csr_matrix((np.maximum(pmi, 0), (pairs.row, pairs.col)), shape=counts.shape)
     # 3. Reduce. Rows of items without a pair are set to exactly zero.
     width = min(dim, num_items)
     vectors[:, :width] = TruncatedSVD(width, random_state=seed).fit_transform(ppmi)
