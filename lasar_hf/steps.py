@@ -48,19 +48,9 @@ def run_steps(folder: str | Path, steps: Sequence[Step], only: Sequence[str] | N
     """
     Run the steps whose inputs changed: their settings, or the fingerprints of the steps that they read.
 
-    Args:
-        folder (`str` or `Path`):
-            Folder of the files, created if missing. No other process may write to it.
-        steps (`Sequence[Step]`):
-            Steps in an order in which each follows the steps that it reads.
-        only (`Sequence[str]`, *optional*):
-            Names of the steps to run. The steps that they read must be up to date. All by default.
-
-    Returns:
-        `list[str]`: names of the steps that ran.
-
-    Raises:
-        `ValueError`: if `only` contains an unknown step, or one that reads a step that is not up to date.
+    Each step must follow the steps that it reads. `only` names the steps to run, all by default; the steps that these
+    read must then be up to date. The folder is created if missing. No other process may write to it. Returns the names
+    of the steps that ran.
 
     Example:
 

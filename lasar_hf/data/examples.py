@@ -37,16 +37,13 @@ def sft_examples(samples: Dataset, processor: LasarProcessor) -> Dataset:
 
     Args:
         samples (`Dataset`):
-            From [`samples`]: columns `history` and `target`.
+            From [`samples`], at least one: columns `history` and `target`.
         processor ([`LasarProcessor`]):
             Prompt format and token ids.
 
     Returns:
         `Dataset`: `input_ids` and `labels` (-100 except for the `M` tokens of the Semantic ID); one example per
         sample, in order.
-
-    Raises:
-        `ValueError`: if there are no samples.
     """
 
     def build(batch: dict[str, list]) -> dict[str, list]:
@@ -120,7 +117,9 @@ def alignment_examples(
         if task not in INSTRUCTIONS:
             raise ValueError(f"tasks contains {task!r}; expected some of {', '.join(ALIGNMENT_TASKS)}.")
         field = "description" if task == "description_to_sid" else "title"
-        texts = _item_texts(interactions, field, processor)
+        indices = [index for index, item in enumerate(interactions.items) if item.get(field)]
+        token_ids = processor.text_ids([interactions.items[index][field] for index in indices])
+        texts = {index: ids[:MAX_TEXT_TOKENS] for index, ids in zip(indices, token_ids, strict=True)}
         prefix = bos_ids + processor.tokenizer(INSTRUCTIONS[task], add_special_tokens=False).input_ids
         if task == "titles_to_sid":
             histories, targets = _title_histories(split, texts, processor.text_ids(["; "])[0])
@@ -182,14 +181,11 @@ def grpo_examples(
         samples, processor:
             As for [`sft_examples`].
         terminal_anchors (`np.ndarray` of shape `(S, H)`, *optional*):
-            Anchor of each sample's last segment, for the terminal alignment: `AnchorStore.terminal()`.
+            Last anchor of each of the `S` samples, for the terminal alignment: `AnchorStore.terminal()`.
 
     Returns:
         `Dataset`: `prompt` (`str`, ends in `<|latent_start|>`), `target` (`int`, item index) and, with anchors,
         `terminal_anchor` (`H` floats).
-
-    Raises:
-        `ValueError`: if the number of anchors is not that of the samples.
     """
     features = Features(prompt=Value("string"), target=Value("int64"))
     if terminal_anchors is not None:
@@ -298,13 +294,6 @@ def _labelled(prompts: list[list[int]], answers: list[list[int]]) -> dict[str, l
         "input_ids": [prompt + answer for prompt, answer in pairs],
         "labels": [[IGNORE_INDEX] * len(prompt) + answer for prompt, answer in pairs],
     }
-
-
-def _item_texts(interactions: Interactions, field: str, processor: LasarProcessor) -> dict[int, list[int]]:
-    """Token ids of a text field, by the index of each item that has it."""
-    indices = [index for index, item in enumerate(interactions.items) if item.get(field)]
-    texts = processor.text_ids([interactions.items[index][field] for index in indices])
-    return {index: text[:MAX_TEXT_TOKENS] for index, text in zip(indices, texts, strict=True)}
 
 
 def _title_histories(

@@ -66,12 +66,7 @@ class PreparedData:
 
     @classmethod
     def load(cls, folder: str | Path) -> "PreparedData":
-        """
-        Open a folder that `recipes/prepare.py` wrote, memory-mapped.
-
-        Raises:
-            `FileNotFoundError`: if the folder does not contain complete prepared data.
-        """
+        """Open a folder that `recipes/prepare.py` wrote, memory-mapped; `FileNotFoundError` if it is not complete."""
         folder = Path(folder)
         if not (folder / "prepared.json").exists():
             raise FileNotFoundError(
@@ -102,10 +97,7 @@ class PreparedData:
         return _to_interactions(self.items, self.split)
 
     def processor(self, tokenizer: PreTrainedTokenizerBase, instruction: str, max_history: int) -> LasarProcessor:
-        """
-        The [`LasarProcessor`] of the samples, whose arguments these are. Warns if `max_history` is larger than the one
-        of the samples.
-        """
+        """The [`LasarProcessor`] with these arguments; warns if `max_history` is larger than that of the samples."""
         if self.max_history is not None and max_history > self.max_history:
             warnings.warn(
                 f"max_history is {max_history}, but the samples keep {self.max_history} history items; prepare the "

@@ -128,9 +128,6 @@ def samples(split: Split, part: str, targets: str = "all", max_history: int | No
         `Dataset`: columns `user_id` (`str`), `history` (`list[int]`, item indices, oldest first, never empty) and
         `target` (`int`, item index), sorted by user, then time.
 
-    Raises:
-        `ValueError`: if an argument is out of range.
-
     Example:
 
     ```python

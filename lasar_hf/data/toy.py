@@ -54,15 +54,12 @@ def toy_shop(num_users: int = 600, num_items: int = 192, seed: int = 0) -> Inter
 
     Args:
         num_users, num_items (`int`, *optional*, default to `600` and `192`):
-            Number of users, each with 6 to 12 items, and of items, rounded down to whole series.
+            Number of users, each with 6 to 12 items, and of items (48 to 25,600), rounded down to whole series.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the random numbers.
 
     Returns:
         `Interactions`: items have title, description, brand and categories.
-
-    Raises:
-        `ValueError`: if there are too few items for two brands, more than there are names, or no users.
 
     Example:
 

@@ -38,9 +38,6 @@ class AnchorStore:
             [`checkpoint_hash`] of the model that made the vectors.
         inputs_hash (`str`, *optional*, defaults to `""`):
             Hash of everything that determines the vectors.
-
-    Raises:
-        `ValueError`: if `index` or `offsets` are out of range.
     """
 
     def __init__(
@@ -140,10 +137,8 @@ def encode_anchors(
     an interrupted call continues after the last complete one, and a call with equal inputs opens the finished store.
 
     Args:
-        model ([`LasarForGenerativeRec`]):
-            The stage-1 model.
-        processor ([`LasarProcessor`]):
-            Its processor. A segment that is encoded alone starts with the BOS token if prompts do.
+        model, processor ([`LasarForGenerativeRec`] and [`LasarProcessor`]):
+            The stage-1 model and its processor. A segment that is encoded alone starts with BOS if prompts do.
         segments (`list[list[str]]`):
             Segments of each sample, from [`segment`].
         folder (`str` or `Path`, *optional*):
@@ -265,10 +260,9 @@ class _EncodingPlan:
 def _open_vectors(folder: Path, inputs_hash: str, shape: tuple[int, int]) -> tuple[np.memmap, int]:
     """The file of vectors and how many sequences it holds; a new file if there is none for these inputs."""
     path, progress = folder / "vectors.npy", folder / "progress.json"
-    if path.exists() and progress.exists():
-        state = read_json(progress)
-        if state["inputs_hash"] == inputs_hash:
-            return np.lib.format.open_memmap(path, mode="r+"), state["done"]
+    state = read_json(progress) if progress.exists() and path.exists() else {}
+    if state.get("inputs_hash") == inputs_hash:
+        return np.lib.format.open_memmap(path, mode="r+"), state["done"]
     folder.mkdir(parents=True, exist_ok=True)
     progress.unlink(missing_ok=True)
     path.unlink(missing_ok=True)  # not overwritten: open readers keep the old file

@@ -170,10 +170,7 @@ class OpenAITeacher:
         ]
 
     def _requests(self, samples: Dataset, keys: list[str]) -> Iterator[tuple[str, str, tuple[str, ...]]]:
-        """
-        Key, prompt, and names that the answer must not contain, of each distinct request. Appends the key of each
-        sample to `keys`.
-        """
+        """Key, prompt and forbidden names of each distinct request; appends the key of each sample to `keys`."""
         seen = set()
         pairs = zip(samples["history"], samples["target"], strict=True)
         for history, target in tqdm(pairs, total=len(samples), desc="teacher", disable=None):
@@ -303,10 +300,8 @@ def parse_reply(content: bytes) -> _Answer:
 
 class AnswerLog:
     """
-    The answers of an endpoint, one JSON line each. A line is on the disk before its answer is used.
-
-    Opening reads the file, or creates it with its folder. A last line without a line end, which a killed run may
-    leave, is dropped. A rejection cancels an earlier acceptance. A line that is not an answer raises a `ValueError`.
+    The answers of an endpoint, one JSON line each. A line is on the disk before its answer is used. A last line that
+    has no end, which a killed run may leave, is dropped. A rejection cancels an earlier acceptance.
     """
 
     def __init__(self, path: str | Path):

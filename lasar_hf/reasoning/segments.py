@@ -20,11 +20,7 @@ _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
 
 
 def segment(
-    texts: Sequence[str],
-    embed: Embed | None = None,
-    max_segments: int = 8,
-    min_words: int = 6,
-    threshold: float = 0.0,
+    texts: Sequence[str], embed: Embed | None = None, max_segments: int = 8, min_words: int = 6, threshold: float = 0.0
 ) -> list[list[str]]:
     """
     Cut texts that fit into memory; arguments as for [`Segmenter`].
@@ -66,9 +62,7 @@ class Segmenter:
     ```
     """
 
-    def __init__(
-        self, embed: Embed | None = None, max_segments: int = 8, min_words: int = 6, threshold: float = 0.0
-    ):
+    def __init__(self, embed: Embed | None = None, max_segments: int = 8, min_words: int = 6, threshold: float = 0.0):
         if max_segments < 1:
             raise ValueError(f"max_segments is {max_segments}; expected at least 1.")
         self.embed, self.max_segments, self.min_words, self.threshold = embed, max_segments, min_words, threshold

@@ -98,12 +98,7 @@ class TemplateTeacher:
         self._common_steps = {step for step, count in steps.items() if count >= MIN_STEP_COUNT}
 
     def chain_of_thought(self, history: Sequence[int], target: int) -> str:
-        """
-        The chain from a history of item indices, oldest first, to the target's item index.
-
-        Raises:
-            `ValueError`: if the history is empty.
-        """
+        """The chain from a history of item indices, oldest first and not empty, to the target's item index."""
         if not len(history):
             raise ValueError(f"history is empty for target {target}; expected at least one item.")
         # 1. Items whose name contains the target's title (such as an earlier purchase of it) must not be quoted.

@@ -60,7 +60,7 @@ def text_embeddings(
 
     Args:
         texts (`Sequence[str]`):
-            `I` texts, see [`item_text`].
+            `I` texts, at least one; see [`item_text`].
         dim, seed:
             As for [`TfidfEmbedder`]. A sentence-transformers model has its own width.
         model (`str`, *optional*):
@@ -75,7 +75,6 @@ def text_embeddings(
         `np.ndarray` of shape `(I, D)`, float32. With TF-IDF, `D` is `dim`.
 
     Raises:
-        `ValueError`: `texts` is empty or contains something other than strings.
         `ImportError`: `model` is given and sentence-transformers is not installed.
     """
     if not len(texts):
@@ -149,9 +148,6 @@ def collaborative_embeddings(
 
     Returns:
         `np.ndarray` of shape `(I, dim)`, float32. An item that never occurs together with another has a zero row.
-
-    Raises:
-        `ValueError`: a sequence contains an item outside `[0, num_items)`.
     """
     # 1. Count pairs.
     counts = _cooccurrence(sequences, num_items)  # (I, I) sparse
@@ -196,15 +192,12 @@ def combine_views(views: Sequence[np.ndarray], weights: Sequence[float] | None =
 
     Args:
         views (`Sequence[np.ndarray]`):
-            Arrays of shape `(I, D_v)`. Zero rows (items unknown to a view) stay zero.
+            Arrays of shape `(I, D_v)`, at least one. Zero rows (items unknown to a view) stay zero.
         weights (`Sequence[float]`, *optional*):
             One weight per view, 1 if not given. Squared distances weight the views by the squares.
 
     Returns:
         `np.ndarray` of shape `(I, Σ D_v)`, float32.
-
-    Raises:
-        `ValueError`: no view, views with different numbers of rows, or a different number of weights.
     """
     if not len(views):
         raise ValueError("views is empty; expected at least one embedding.")

@@ -33,9 +33,6 @@ def quality_report(codes: np.ndarray, embeddings: np.ndarray, quantizer: Quantiz
               `encode`, and the number of items with other codes than these.
             - **reconstruction_error** (`float`) -- with a quantizer: mean squared distance of the vectors to their
               reconstructions, divided by the variance.
-
-    Raises:
-        `ValueError`: `codes` and `embeddings` have different numbers of rows.
     """
     codes, embeddings = np.asarray(codes), np.asarray(embeddings, dtype=np.float32)
     if codes.ndim != 2 or embeddings.ndim != 2 or len(codes) != len(embeddings) or not len(codes):
