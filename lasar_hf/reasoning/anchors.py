@@ -168,11 +168,11 @@ def encode_anchors(
     ```
     """
     plan = _EncodingPlan(processor, segments, prompts, max_tokens)
-    backbone = model.model.backbone.to(device)
     model_hash = checkpoint_hash(model)
     inputs_hash = plan.hash(model_hash, batch_size)
     shape = (plan.num_vectors, model.config.hidden_size)
     arrays = {"index": plan.index, "offsets": plan.offsets, "checkpoint_hash": model_hash, "inputs_hash": inputs_hash}
+    backbone = model.model.backbone.to(device)
     if folder is None:
         vectors = np.empty(shape, dtype=np.float32)
         _encode(backbone, plan, vectors, range(len(plan.sequences)), batch_size)

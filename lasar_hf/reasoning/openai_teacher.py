@@ -294,7 +294,7 @@ def parse_reply(content: bytes) -> _Answer:
         return _Answer("", rejected="garbage")
     usage = reply.get("usage")
     counts = [usage.get(name) if isinstance(usage, dict) else 0 for name in ("prompt_tokens", "completion_tokens")]
-    counts = [max(0, count) if type(count) is int else 0 for count in counts]
+    counts = [count if type(count) is int and 0 <= count <= 10**9 else 0 for count in counts]
     return _Answer(_THINKING.sub("", text).strip() if isinstance(text, str) else "", *counts)
 
 
