@@ -105,9 +105,6 @@ def alignment_examples(
 
     Returns:
         `Dataset`: `input_ids` and `labels`, shuffled. Items without the text have no example, so it may be empty.
-
-    Raises:
-        `ValueError`: if a task is unknown, or the tokenizer has no end-of-text token.
     """
     region = [processor.latent_start_token_id, processor.latent_end_token_id]
     bos_ids = [processor.tokenizer.bos_token_id] if processor.add_bos else []
@@ -149,9 +146,6 @@ def reasoning_examples(samples: Dataset, processor: LasarProcessor, depths: Sequ
 
     Returns:
         `Dataset`: `input_ids`, `labels`, `depth` (`int`) and `sample_index` (`int`, position in `samples`).
-
-    Raises:
-        `ValueError`: if the number of depths is not that of the samples, or a depth is below 1.
     """
     depths = np.asarray(depths, dtype=np.int64)
     if len(depths) != len(samples):
@@ -217,9 +211,6 @@ def mix_examples(tables: Mapping[str, Dataset], weights: Mapping[str, float] | N
 
     Returns:
         `Dataset`: the tables one after another; trainers shuffle them.
-
-    Raises:
-        `ValueError`: if a weight has no table, is negative or not finite, or no example remains.
     """
     weights = dict.fromkeys(tables, 1.0) | dict(weights or {})
     parts = []
@@ -245,14 +236,11 @@ def stage1_examples(data: PreparedData, processor: LasarProcessor, tasks: Sequen
         data ([`PreparedData`]), processor ([`LasarProcessor`]):
             Prepared data set, and its processor.
         tasks (`Sequence[str]`):
-            Tasks, each `name` or `name=weight` (see [`mix_examples`]): `next_item` ([`sft_examples`]), `history`
+            Each `name` or `name=weight` (see [`mix_examples`]), all distinct: `next_item` ([`sft_examples`]), `history`
             ([`history_examples`]), `alignment` ([`alignment_examples`]) or single tasks of `ALIGNMENT_TASKS`.
 
     Returns:
         `Dataset`: `input_ids`, `labels`.
-
-    Raises:
-        `ValueError`: if a task is unknown or repeated, a weight is not a number of at least 0, or no example remains.
 
     Example:
 

@@ -45,14 +45,11 @@ class Segmenter:
             Function from a list of `n` sentences to an array `(n, d)`. Defaults to a [`TfidfEmbedder`] fitted to the
             sentences. For the paper's: `functools.partial(text_embeddings, model="BAAI/bge-small-en-v1.5")`.
         max_segments (`int`, *optional*, defaults to `8`):
-            Maximum number of segments of a text, the model's `max_latent_steps`.
+            Maximum number of segments of a text, at least 1: the model's `max_latent_steps`.
         min_words (`int`, *optional*, defaults to `6`):
             Minimum number of words of a segment, unless the text is not cut.
         threshold (`float`, *optional*, defaults to `0.0`):
             Standard deviations below the mean similarity; higher values give fewer cuts.
-
-    Raises:
-        `ValueError`: if `max_segments` is less than 1, or a text has no words.
 
     Example:
 

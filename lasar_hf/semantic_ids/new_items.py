@@ -74,13 +74,10 @@ def assign_new_items(existing_codes: np.ndarray, quantizer: Quantizer, x_new: np
         quantizer ([`Quantizer`]):
             Their quantizer.
         x_new (`np.ndarray` of shape `(N, D)`):
-            Vectors of the new items from the same embedding model; `N` may be 0.
+            Vectors of the new items from the same embedding model; `N` may be 0, and `I + N` at most `K^M`.
 
     Returns:
         `np.ndarray` of shape `(N, M)`, int64.
-
-    Raises:
-        `ValueError`: wrong shapes, two existing items with the same codes, or more items than the `K^M` Semantic IDs.
     """
     existing = check_codes(existing_codes, "existing_codes", quantizer, min_length=quantizer.num_sid_levels)
     if len(np.unique(existing, axis=0)) < len(existing):
