@@ -236,7 +236,7 @@ def stage1_examples(data: PreparedData, processor: LasarProcessor, tasks: Sequen
         data ([`PreparedData`]), processor ([`LasarProcessor`]):
             Prepared data set, and its processor.
         tasks (`Sequence[str]`):
-            Each `name` or `name=weight` (see [`mix_examples`]), all distinct: `next_item` ([`sft_examples`]), `history`
+            Each `name` or `name=weight` ([`mix_examples`]), all distinct: `next_item` ([`sft_examples`]), `history`
             ([`history_examples`]), `alignment` ([`alignment_examples`]) or single tasks of `ALIGNMENT_TASKS`.
 
     Returns:
