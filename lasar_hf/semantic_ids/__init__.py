@@ -25,14 +25,10 @@ def build_semantic_ids(
     Args:
         vectors (`np.ndarray` of shape `(I, D)`):
             Item vectors.
-        num_sid_levels (`int`, *optional*, defaults to `4`):
-            Number of levels `M`.
-        codebook_size (`int`, *optional*, defaults to `256`):
-            Codes per level, `K`.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the quantizer.
+        num_sid_levels, codebook_size, seed:
+            As for [`ResidualKMeans`]; ignored with `quantizer`.
         quantizer ([`Quantizer`], *optional*):
-            Quantizer to fit instead of a new [`ResidualKMeans`]. The three arguments above are then ignored.
+            Quantizer to fit instead of a new [`ResidualKMeans`].
 
     Returns:
         `tuple`: codes of shape `(I, M)`, int64, without duplicate rows, and the fitted quantizer, which also encodes
