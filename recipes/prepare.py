@@ -209,11 +209,10 @@ def write_chains(args: PrepareArguments, out: Path) -> None:
         )
         batch_size = len(train)  # one call, so that its counts are those of all samples
 
-    def write(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
-        return {"chain_of_thought": teacher.chains_of_thought(train.select(indices))}
+    def write(batch: dict[str, list]) -> dict[str, list]:
+        return {"chain_of_thought": teacher.chains_of_thought(batch)}
 
-    features = Features(chain_of_thought=Value("string"))
-    map_to_file(train, write, out / "chains.arrow", features, batch_size, with_indices=True)
+    map_to_file(train, write, out / "chains.arrow", Features(chain_of_thought=Value("string")), batch_size)
     if args.teacher == "openai":
         counts = {"teacher": "openai", "model": args.teacher_model} | teacher.counts
     write_json(out / "chains.json", counts)
@@ -284,11 +283,11 @@ def card_settings(args: PrepareArguments) -> dict[str, object]:
     return {"arguments": arguments, "lasar_hf": __version__}
 
 
-def map_to_file(table: Dataset, function, path: Path, features: Features, batch_size: int, **options) -> None:
+def map_to_file(table: Dataset, function, path: Path, features: Features, batch_size: int) -> None:
     """Write the result of a function of batches to an Arrow file, so that memory holds one batch."""
     table.map(
         function, batched=True, batch_size=batch_size, remove_columns=table.column_names, features=features,
-        cache_file_name=str(path), load_from_cache_file=False, new_fingerprint=path.stem, **options,
+        cache_file_name=str(path), load_from_cache_file=False, new_fingerprint=path.stem,
     )
 
 

@@ -139,7 +139,7 @@ class OpenAITeacher:
         self._items = [prompt_fields(item) for item in interactions.items]
         self._names = [identifying_names(item) for item in interactions.items]
 
-    def chains_of_thought(self, samples: Dataset) -> list[str]:
+    def chains_of_thought(self, samples: Dataset | dict[str, list]) -> list[str]:
         """
         The chain of each sample of a table with the columns `history` and `target`, from [`samples`]. Cannot be called
         inside a running event loop.
@@ -169,11 +169,11 @@ class OpenAITeacher:
             for key, history, target in zip(keys, samples["history"], samples["target"], strict=True)
         ]
 
-    def _requests(self, samples: Dataset, keys: list[str]) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+    def _requests(self, samples: Dataset | dict[str, list], keys: list[str]) -> Iterator[tuple[str, str, tuple[str, ...]]]:
         """Key, prompt and forbidden names of each distinct request; appends the key of each sample to `keys`."""
         seen = set()
         pairs = zip(samples["history"], samples["target"], strict=True)
-        for history, target in tqdm(pairs, total=len(samples), desc="teacher", disable=None):
+        for history, target in tqdm(pairs, total=len(samples["target"]), desc="teacher", disable=None):
             shown = [self._items[item] for item in history[-MAX_HISTORY:]]
             prompt = f"{TASK}\n\n{json.dumps({'taken': shown, 'next': self._items[target]}, ensure_ascii=False)}"
             content = json.dumps([self.model, self.sampling, prompt], sort_keys=True)

@@ -132,7 +132,7 @@ class TemplateTeacher:
             sentences.append("Other people took this very step too.")
         return remove_name(" ".join(sentences), title)
 
-    def chains_of_thought(self, samples: Dataset) -> list[str]:
+    def chains_of_thought(self, samples: Dataset | dict[str, list]) -> list[str]:
         """The chain of each sample of a table with the columns `history` and `target`, from [`samples`]."""
         pairs = zip(samples["history"], samples["target"], strict=True)
         return [self.chain_of_thought(history, target) for history, target in pairs]
