@@ -196,7 +196,7 @@ def test_small_batches_write_the_same_files(toy, tmp_path, monkeypatch):
     sizes = []
     write = TemplateTeacher.chains_of_thought
     monkeypatch.setattr(
-        TemplateTeacher, "chains_of_thought", lambda self, part: sizes.append(len(part)) or write(self, part)
+        TemplateTeacher, "chains_of_thought", lambda self, part: sizes.append(len(part["target"])) or write(self, part)
     )
     run(tmp_path)
     assert max(sizes) == 5

@@ -169,7 +169,7 @@ class OpenAITeacher:
             for key, history, target in zip(keys, samples["history"], samples["target"], strict=True)
         ]
 
-    def _requests(self, samples: Dataset | dict[str, list], keys: list[str]) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+    def _requests(self, samples, keys: list[str]) -> Iterator[tuple[str, str, tuple[str, ...]]]:
         """Key, prompt and forbidden names of each distinct request; appends the key of each sample to `keys`."""
         seen = set()
         pairs = zip(samples["history"], samples["target"], strict=True)
