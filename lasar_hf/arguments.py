@@ -32,13 +32,15 @@ def import_dotted(path: str) -> Any:
     Raises:
         `ValueError`: if there is no such module or name.
     """
-    if os.getcwd() not in sys.path:  # as TRL's scripts do: a script's own folder is on the path, not this one
-        sys.path.insert(0, os.getcwd())
     module, _, name = path.rpartition(".")
+    if not (module and all(part.isidentifier() for part in path.split("."))):
+        raise ValueError(f"{path!r} is not a dotted path; expected one such as my_module.name.")
+    if os.getcwd() not in sys.path:  # last, so that no file here hides an installed package
+        sys.path.append(os.getcwd())
     try:
         return getattr(importlib.import_module(module), name)
-    except (ModuleNotFoundError, AttributeError, ValueError) as error:  # ValueError: a path without a module
-        raise ValueError(f"{path!r} cannot be imported ({error}); expected a path such as my_module.name.") from error
+    except (ModuleNotFoundError, AttributeError) as error:
+        raise ValueError(f"{path!r} cannot be imported: {error}.") from error
 
 
 def read_json_object(arguments: Any, name: str) -> None:

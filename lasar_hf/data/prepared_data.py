@@ -68,7 +68,8 @@ class PreparedData:
     def load(cls, folder: str | Path) -> "PreparedData":
         """Open a folder that `recipes/prepare.py` wrote, memory-mapped; `FileNotFoundError` if it is not complete."""
         folder = Path(folder)
-        if not (folder / "prepared.json").exists():
+        # Folders of older versions have no `users/`.
+        if not ((folder / "prepared.json").exists() and (folder / "users").exists()):
             raise FileNotFoundError(
                 f"{folder} contains no complete prepared data; run recipes/prepare.py with output_dir={folder}."
             )

@@ -1,7 +1,7 @@
 """Teacher behind an OpenAI-compatible endpoint (vLLM, TGI, a hosted service): a language model writes the chains.
 
 The `openai` client does the HTTP: time-outs, retries, back-off and `Retry-After`. This file writes the prompts, checks
-the answers, and logs each answer so that none is paid for twice.
+the answers, and logs each answer so that no request is sent twice.
 """
 
 import asyncio
@@ -91,7 +91,7 @@ class OpenAITeacher:
             writes the chain, and a later run asks again. The run stops if the endpoint is down: it cannot be reached,
             has never given a good answer, or does not answer more than `max(concurrency, 8)` requests in a row.
         timeout (`float`, *optional*, defaults to `120.0`):
-            Seconds that the endpoint may be silent.
+            Maximum number of seconds without data from the endpoint.
         max_tokens, temperature (`int` and `float`, *optional*, default to `1024` and `0.7`):
             Maximum number of tokens of an answer, and sampling temperature.
 
@@ -239,12 +239,15 @@ class _Run:
         """Send one prompt; raises if there is no answer after all retries."""
         teacher = self.teacher
         try:
-            reply = await self.client.chat.completions.with_raw_response.create(
-                model=teacher.model,
-                messages=[{"role": "user", "content": prompt}],
-                extra_headers=None if self.api_key else {"Authorization": openai.Omit()},
-                **teacher.sampling,
-            )
+            async with asyncio.timeout(teacher.timeout * (teacher.max_retries + 1)):  # also ends a trickle of bytes
+                reply = await self.client.chat.completions.with_raw_response.create(
+                    model=teacher.model,
+                    messages=[{"role": "user", "content": prompt}],
+                    extra_headers=None if self.api_key else {"Authorization": openai.Omit()},
+                    **teacher.sampling,
+                )
+        except TimeoutError:
+            failure, reason = _NoAnswer, "time-out"
         except openai.APIConnectionError as error:
             reason = type(error.__cause__).__name__  # by name: the class depends on the client's version
             failure = ConnectionError if reason == "ConnectError" else _NoAnswer

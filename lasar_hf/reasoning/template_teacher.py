@@ -217,7 +217,7 @@ def _relation(one: _Item, other: _Item) -> _Relation:
         return _Relation.CATEGORY
     if one.words and other.words:
         return _Relation(len(set(one.words) & set(other.words)) > 1)
-    # The widest category is the shop's department, which all items may share: sisters need more in common.
+    # All items may share the shop's department, the widest category: related items must share more levels.
     return _Relation(min(len(one.path), len(other.path)) > 2 and one.path[:-1] == other.path[:-1])
 
 
