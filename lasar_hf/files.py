@@ -15,8 +15,8 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     file, never a part.
 
     The temporary file is in the same folder and keeps the suffix, because some writers choose the format by it. If the
-    block raises, the old file stays and the temporary file is removed. A process that is killed leaves its temporary file, see
-    [`remove_temporary_files`]. The folder is created if missing.
+    block raises, the old file stays and the temporary file is removed. A process that is killed leaves its temporary
+    file, see [`remove_temporary_files`]. The folder is created if missing.
 
     Example:
 
