@@ -38,6 +38,7 @@ class LasarGRPOConfig(GRPOConfig):
     > - `max_completion_length`: Defaults to `4` instead of `512`. The trainer sets it to the number of SID levels.
     > - `disable_dropout`: Defaults to `True` instead of `False`. Candidates are drawn without dropout, so they are
     >   scored without it.
+    > - `ddp_find_unused_parameters`: Defaults to `False` instead of `None`. The search fails on the policy head.
     """
 
     beta: float = field(default=0.04, metadata={"help": "Weight of the KL penalty to the stage-2 model."})
@@ -59,4 +60,6 @@ class LasarGRPOConfig(GRPOConfig):
 
     def __post_init__(self):
         check_choices(self)
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False
         super().__post_init__()

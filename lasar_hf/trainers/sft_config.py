@@ -28,6 +28,7 @@ class LasarSFTConfig(SFTConfig):
     > These parameters have default values different from [`~trl.SFTConfig`]:
     > - `max_length`: Defaults to `None` instead of `1024`. Truncation would remove the answer at the end of an
     >   example; `max_history` of the processor limits the prompt instead.
+    > - `ddp_find_unused_parameters`: Defaults to `False` instead of `None`. The search fails on the policy head.
     """
 
     max_length: int | None = field(default=None, metadata={"help": "Maximum length of an example."})
@@ -42,4 +43,6 @@ class LasarSFTConfig(SFTConfig):
 
     def __post_init__(self):
         check_choices(self)
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False
         super().__post_init__()
