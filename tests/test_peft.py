@@ -37,12 +37,12 @@ def sft_trainer(folder, tied=False, depths=DEPTHS, peft_config=None, **kwargs):
     )
 
 
-def grpo_trainer(folder, wrap, **kwargs):
+def grpo_trainer(folder, wrap, config=None, **kwargs):
     model, tokenizer, catalog, rows = grpo_setup()
     args = LasarGRPOConfig(
         str(folder), **{**COMMON, "max_steps": 3, "per_device_train_batch_size": 8, "num_generations": 4, **kwargs}
     )
-    config = lasar_lora_config(model, r=4, lora_dropout=0.0)
+    config = config or lasar_lora_config(model, r=4, lora_dropout=0.0)
     model, peft_config = (get_peft_model(model, config), None) if wrap else (model, config)
     return LasarGRPOTrainer(
         model, args, catalog, [first_code], train_dataset=rows, processing_class=tokenizer, peft_config=peft_config
@@ -241,16 +241,65 @@ def test_checkpointing_changes_no_gradient_of_the_adapter():
         torch.testing.assert_close(results[1][name], expected, atol=1e-6, rtol=1e-6)
 
 
+def trained_tables(model, **kwargs):
+    """An adapter that trains the token rows of the backbone and head only."""
+    return LoraConfig(
+        task_type="CAUSAL_LM", r=4, target_modules=["q_proj"],
+        trainable_token_indices=lasar_lora_config(model).trainable_token_indices, **kwargs,
+    )
+
+
 def test_an_adapter_without_policy_head_is_refused(tmp_path):
-    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"])
     with pytest.raises(ValueError, match="modules_to_save"):
-        sft_trainer(tmp_path, policy_weight=0.1, peft_config=config)
+        sft_trainer(tmp_path, policy_weight=0.1, peft_config=trained_tables(tiny_model()[0]))
 
 
 def test_stage_1_accepts_an_adapter_without_policy_head(tmp_path):
-    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"])
-    trainer = sft_trainer(tmp_path, depths=[0] * 6, peft_config=config)
+    trainer = sft_trainer(tmp_path, depths=[0] * 6, peft_config=trained_tables(tiny_model()[0]))
     assert trainer.args.policy_weight == 0
+
+
+def test_stage_1_accepts_an_adapter_with_whole_tables(tmp_path):
+    config = LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
+    trainer = sft_trainer(tmp_path, depths=[0] * 6, peft_config=config)
+    before = parameters(trainer.model)
+    trainer.train()
+    assert any("embed_tokens" in name for name in moved(before, trainer.model))
+
+
+FROZEN = {
+    "plain": LoraConfig(target_modules=["q_proj"], modules_to_save=["policy_head"]),
+    "no head": LoraConfig(
+        target_modules=["q_proj"], modules_to_save=["policy_head"],
+        trainable_token_indices={"embed_tokens": list(range(12, 27))},
+    ),
+    "some rows": LoraConfig(
+        target_modules=["q_proj"], modules_to_save=["policy_head"],
+        trainable_token_indices={name: list(range(12, 20)) for name in ("embed_tokens", "lm_head")},
+    ),
+}
+
+
+@pytest.mark.parametrize("config", FROZEN.values(), ids=FROZEN)
+def test_sft_refuses_frozen_rows_of_new_tokens(tmp_path, config):
+    with pytest.raises(ValueError, match="lasar_lora_config"):
+        sft_trainer(tmp_path, peft_config=config)
+
+
+@pytest.mark.parametrize("wrap", [True, False])
+def test_grpo_refuses_frozen_rows_of_new_tokens(tmp_path, wrap):
+    with pytest.raises(ValueError, match="lasar_lora_config"):
+        grpo_trainer(tmp_path, wrap, config=FROZEN["plain"])
+
+
+def test_an_adapter_loaded_for_inference_is_refused(tmp_path):
+    model, tokenizer, catalog, rows, _ = sft_setup()
+    get_peft_model(model, lasar_lora_config(model, r=4)).save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(sft_setup()[0], tmp_path / "adapter")
+    with pytest.raises(ValueError, match="is_trainable"):
+        LasarSFTTrainer(
+            loaded, LasarSFTConfig(str(tmp_path), **OPTIONS), catalog, train_dataset=rows, processing_class=tokenizer
+        )
 
 
 def test_zero3_is_refused():

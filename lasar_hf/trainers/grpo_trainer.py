@@ -20,7 +20,7 @@ from ..model.catalog_lasar import SidCatalog
 from ..model.decoding_lasar import sample_items
 from .catalog_head import add_catalog_head
 from .grpo_config import LasarGRPOConfig
-from .lora import complete_reference, train_policy_head
+from .lora import check_token_rows, complete_reference, train_policy_head
 from .losses import DISTANCES, reinforce_loss
 from .rewards import load_rewards
 from .sharding import refuse_zero3, uses_zero3
@@ -126,6 +126,7 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
                 add_catalog_head(self.accelerator.unwrap_model(policy), self.catalog, args.temperature)
                 if args.disable_dropout:
                     disable_functional_dropout(policy)
+        check_token_rows(lasar)
         train_policy_head(lasar, args.depth_weight > 0)
         self.record_latent_states(lasar)
         self._group_rewards: torch.Tensor | None = None

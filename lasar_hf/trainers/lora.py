@@ -4,7 +4,7 @@ import os
 
 import torch
 from peft import LoraConfig, PeftModel
-from peft.utils.other import ModulesToSaveWrapper
+from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import nn
 from transformers import Trainer
 
@@ -47,10 +47,7 @@ def lasar_lora_config(
             f"{sorted(linear)}."
         )
     # 2. Token rows to train, and the modules that contain them.
-    config = model.config
-    control = {config.latent_start_token_id, config.latent_token_id, config.latent_end_token_id}
-    sid = range(config.sid_token_offset, config.sid_token_offset + config.num_sid_tokens)
-    token_ids = sorted(control | set(sid))
+    token_ids = _new_token_ids(model)
     embeddings = model.get_input_embeddings()
     token_modules = [name for name, module in model.named_modules() if module is embeddings]
     if model.lm_head.weight is not embeddings.weight:
@@ -62,6 +59,28 @@ def lasar_lora_config(
         trainable_token_indices={name: list(token_ids) for name in token_modules}, modules_to_save=["policy_head"],
         **kwargs,
     )
+
+
+def _new_token_ids(model: LasarForGenerativeRec) -> list[int]:
+    """Ids of the Semantic-ID and control tokens, whose rows `from_backbone` draws at random."""
+    config = model.config
+    control = {config.latent_start_token_id, config.latent_token_id, config.latent_end_token_id}
+    return sorted(control | set(range(config.sid_token_offset, config.sid_token_offset + config.num_sid_tokens)))
+
+
+def check_token_rows(lasar: LasarForGenerativeRec) -> None:
+    """Refuse, with a `ValueError`, a model inside any wrappers whose rows of new tokens would stay as drawn."""
+    for name, module in (("embeddings", lasar.get_input_embeddings()), ("head", lasar.lm_head)):
+        is_covered = True
+        if isinstance(module, TrainableTokensWrapper):
+            adapter = module.token_adapter
+            is_covered = set(_new_token_ids(lasar)) <= set(adapter.token_indices[adapter.active_adapters[0]])
+        if not is_covered or not any(parameter.requires_grad for parameter in module.parameters()):
+            raise ValueError(
+                f"Rows of Semantic-ID or control tokens in the {name} are frozen, but from_backbone draws them at "
+                "random. Use peft_config=lasar_lora_config(model), also if they are trained already: it starts from "
+                "them. Load an adapter with PeftModel.from_pretrained(..., is_trainable=True)."
+            )
 
 
 def lora_from_arguments(model: LasarForGenerativeRec, arguments: LasarModelConfig) -> LoraConfig | None:

@@ -22,7 +22,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from ..model.catalog_lasar import SidCatalog
 from ..reasoning.anchors import AnchorStore
 from .catalog_head import add_catalog_head
-from .lora import train_policy_head
+from .lora import check_token_rows, train_policy_head
 from .losses import alignment_loss
 from .sft_config import LasarSFTConfig
 from .sharding import refuse_zero3
@@ -140,6 +140,7 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
             add_catalog_head(lasar, self.catalog)
         elif isinstance(lasar.lm_head, TrainableTokensWrapper):
             lasar.lm_head.bias = None  # TRL's head reads `bias`, which PEFT's wrapper does not have
+        check_token_rows(lasar)
         train_policy_head(lasar, args.policy_weight > 0)
         self.record_latent_states(lasar)
 
