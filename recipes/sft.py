@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from accelerate import PartialState
+from peft import PeftModel
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import TrlParser
 
@@ -24,6 +25,7 @@ from lasar_hf.semantic_ids import ResidualKMeans
 from lasar_hf.trainers import (
     LasarModelConfig,
     checkpoint_to_resume,
+    load_model,
     lora_from_arguments,
     save_trained,
     unsharded_weights,
@@ -121,7 +123,7 @@ def stage2_model(script: SFTScriptArguments, model_args: LasarModelConfig, data:
     processor.check_format(instruction=script.instruction, max_history=script.max_history)
     data.check_catalog(processor.catalog, model_args.model_name_or_path)
     data.processor(processor.tokenizer, processor.instruction, processor.max_history)  # warns if samples keep less
-    return LasarForGenerativeRec.from_pretrained(model_args.model_name_or_path, **model_args.init_kwargs), processor
+    return load_model(model_args.model_name_or_path, **model_args.init_kwargs), processor
 
 
 def stage2_anchors(script: SFTScriptArguments, model, data: PreparedData, processor, folder: Path) -> AnchorStore:
@@ -129,6 +131,8 @@ def stage2_anchors(script: SFTScriptArguments, model, data: PreparedData, proces
     samples, prompts = data.samples["train"], None
     if script.anchor_context == "chain":
         prompts = [processor.prompt_ids(history) for history in samples["history"]]
+    if isinstance(model, PeftModel):
+        model = model.get_base_model()  # with the layers of the adapter
     state = PartialState()
     if state.is_main_process:  # opens the folder if it already holds these anchors
         encode_anchors(model, processor, samples["segments"], folder=folder, prompts=prompts, device=state.device)

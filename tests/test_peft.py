@@ -15,7 +15,7 @@ from lasar_hf import (
     LasarSFTConfig,
     LasarSFTTrainer,
 )
-from lasar_hf.trainers import LasarModelConfig, lasar_lora_config, lora_from_arguments, save_trained
+from lasar_hf.trainers import LasarModelConfig, lasar_lora_config, load_model, lora_from_arguments, save_trained
 from lasar_hf.trainers.sharding import refuse_zero3
 from tests.references import DEPTHS as MIXED_DEPTHS
 from tests.references import SIDES, functional, gradients, mixed_rows
@@ -307,3 +307,59 @@ def test_zero3_is_refused():
     with pytest.raises(ValueError, match="zero2.yaml"):
         refuse_zero3("path", args, LoraConfig())
     refuse_zero3("path", args, None)  # full training is supported
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# An adapter as the start
+
+
+@pytest.fixture
+def saved_adapter(tmp_path):
+    """Folder of an adapter with random weights, and the scores of its model."""
+    sft_setup()[0].save_pretrained(tmp_path / "base")
+    model = LasarForGenerativeRec.from_pretrained(tmp_path / "base")
+    adapted = get_peft_model(model, lasar_lora_config(model, r=4, lora_dropout=0.0))
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    adapted.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter", scores(adapted)
+
+
+def scores(model):
+    return model.eval().recommend(**batch([row(model, 5, 0)]), catalog=tiny_catalog()).scores
+
+
+@pytest.mark.parametrize("kind", ["sft", "grpo"])
+def test_training_goes_on_from_the_folder_of_an_adapter(tmp_path, saved_adapter, kind):
+    folder, expected = saved_adapter
+    options = {**OPTIONS, "per_device_train_batch_size": 4}
+    if kind == "sft":
+        _, tokenizer, catalog, rows, anchors = sft_setup()
+        args = LasarSFTConfig(str(tmp_path / "out"), **options)
+        trainer = LasarSFTTrainer(str(folder), args, catalog, train_dataset=rows, processing_class=tokenizer)
+    else:
+        _, tokenizer, catalog, rows = grpo_setup()
+        args = LasarGRPOConfig(str(tmp_path / "out"), **options, num_generations=4)
+        trainer = LasarGRPOTrainer(
+            str(folder), args, catalog, [first_code], train_dataset=rows, processing_class=tokenizer
+        )
+    torch.testing.assert_close(scores(trainer.model), expected)
+    before = parameters(trainer.model)
+    trainer.train()
+    changed = moved(before, trainer.model)
+    assert any("lora_B" in name for name in changed)
+    assert any("trainable_tokens_delta" in name for name in changed)
+
+
+def test_an_adapter_without_its_base_model_names_the_merged_folder(tmp_path):
+    """The base of an adapter from a first stage was never saved."""
+    save_trained(sft_trainer(tmp_path, depths=[0] * 6))
+    with pytest.raises(ValueError, match=str(tmp_path)):
+        load_model(str(tmp_path / "adapter"))
+
+
+def test_lora_arguments_do_not_change_an_adapter(saved_adapter):
+    model = load_model(str(saved_adapter[0]))
+    with pytest.raises(ValueError, match="use_peft"):
+        lora_from_arguments(model, LasarModelConfig(use_peft=True))

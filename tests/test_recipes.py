@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from trl import TrlParser
 
@@ -235,6 +236,47 @@ def test_grpo_continues_stage2(folder, stage1, stage2, tmp_path, use_peft):
     output = model.recommend(**processor([["item-1"]]), catalog=processor.catalog, top_k=2)
     assert prompt_format(tmp_path) == ("the item", 3)
     assert output.items.min() >= 0
+
+
+@pytest.fixture(scope="module")
+def stage2_adapter(folder, stage1, tmp_path_factory):
+    """Folder of recipes/sft.py, stage 2 with LoRA; its adapter is in `adapter`."""
+    recipe, output_dir = load_recipe("sft"), tmp_path_factory.mktemp("stage2_adapter")
+    script = recipe.SFTScriptArguments(data_dir=str(folder), stage=2)
+    model_args = LasarModelConfig(model_name_or_path=str(stage1), use_peft=True)
+    recipe.main(script, LasarSFTConfig(**settings(output_dir)), model_args)
+    return output_dir
+
+
+def weights(path: Path) -> list:
+    return [parameter for _, parameter in sorted(LasarForGenerativeRec.from_pretrained(path).named_parameters())]
+
+
+def test_grpo_continues_an_adapter(folder, stage1, stage2_adapter, tmp_path):
+    recipe = load_recipe("grpo")
+    script = recipe.GRPOScriptArguments(
+        data_dir=str(folder), anchors_dir=str(stage2_adapter / "anchors"), stage1_model=str(stage1),
+    )
+    model_args = LasarModelConfig(model_name_or_path=str(stage2_adapter / "adapter"))
+    args = LasarGRPOConfig(**settings(tmp_path, num_generations=4), learning_rate=0.0)
+    recipe.main(script, args, model_args)
+    for ours, theirs in zip(weights(tmp_path), weights(stage2_adapter), strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-6)
+
+
+def test_stage2_continues_an_adapter(folder, stage2_adapter, tmp_path):
+    """Also its anchors are encoded with the adapter, and recipes/grpo.py accepts them."""
+    adapter = str(stage2_adapter / "adapter")
+    recipe, script = load_recipe("sft"), dict(data_dir=str(folder), stage=2)
+    args = LasarSFTConfig(**settings(tmp_path), learning_rate=0.0)
+    recipe.main(recipe.SFTScriptArguments(**script), args, LasarModelConfig(model_name_or_path=adapter))
+    for ours, theirs in zip(weights(tmp_path), weights(stage2_adapter), strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-6)
+    grpo = load_recipe("grpo")
+    script = grpo.GRPOScriptArguments(
+        data_dir=str(folder), anchors_dir=str(tmp_path / "anchors"), stage1_model=adapter
+    )
+    assert len(grpo.terminal_anchors(script, "float32")) == 12
 
 
 def test_grpo_refuses_anchors_without_their_checkpoint(folder, stage2, tmp_path):

@@ -20,7 +20,7 @@ from ..model.catalog_lasar import SidCatalog
 from ..model.decoding_lasar import sample_items
 from .catalog_head import add_catalog_head
 from .grpo_config import LasarGRPOConfig
-from .lora import check_token_rows, complete_reference, train_policy_head
+from .lora import check_token_rows, complete_reference, is_adapter, load_model, train_policy_head
 from .losses import DISTANCES, reinforce_loss
 from .rewards import load_rewards
 from .sharding import refuse_zero3, uses_zero3
@@ -98,6 +98,8 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
         if self.catalog is None:
             raise ValueError("catalog is missing. Pass it, or a LasarProcessor as processing_class.")
         _check_arguments(args, has_eval=eval_dataset is not None, num_items=self.catalog.num_items)
+        if is_adapter(model):
+            model = load_model(model, **(args.model_init_kwargs or {}))
         refuse_zero3(model, args, kwargs.get("peft_config"))
         config = AutoConfig.from_pretrained(model) if isinstance(model, str) else unwrap_lasar(model).config
         self.catalog.check_matches(config.num_sid_levels, config.codebook_size)

@@ -3,7 +3,7 @@
 import os
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import nn
 from transformers import Trainer
@@ -83,10 +83,36 @@ def check_token_rows(lasar: LasarForGenerativeRec) -> None:
             )
 
 
-def lora_from_arguments(model: LasarForGenerativeRec, arguments: LasarModelConfig) -> LoraConfig | None:
+def is_adapter(model: object) -> bool:
+    """Whether the model is given as the folder of an adapter."""
+    return isinstance(model, str) and os.path.exists(os.path.join(model, "adapter_config.json"))
+
+
+def load_model(path: str, **kwargs) -> LasarForGenerativeRec | PeftModel:
+    """
+    The model of a checkpoint, for training. An adapter's folder gives a [`~peft.PeftModel`] whose training goes on.
+
+    `kwargs` are those of `from_pretrained`; `dtype` defaults to `"float32"`, as in TRL. Raises a `ValueError` if the
+    base model of the adapter was never saved, as after stage 1.
+    """
+    kwargs = {"dtype": "float32"} | kwargs
+    if not is_adapter(path):
+        return LasarForGenerativeRec.from_pretrained(path, **kwargs)
+    base = PeftConfig.from_pretrained(path).base_model_name_or_path
+    if not base:
+        folder = os.path.dirname(os.path.abspath(path))
+        raise ValueError(f"The base model of the adapter in {path} was not saved. Start from the merged {folder}.")
+    return PeftModel.from_pretrained(LasarForGenerativeRec.from_pretrained(base, **kwargs), path, is_trainable=True)
+
+
+def lora_from_arguments(
+    model: LasarForGenerativeRec | PeftModel, arguments: LasarModelConfig
+) -> LoraConfig | None:
     """[`lasar_lora_config`] with the arguments of a recipe; `None` without `use_peft`."""
     if not arguments.use_peft:
         return None
+    if isinstance(model, PeftModel):
+        raise ValueError("use_peft is True, but the model is an adapter, whose training goes on. Leave it out.")
     return lasar_lora_config(
         model, arguments.lora_r, arguments.lora_alpha, arguments.lora_dropout,
         arguments.lora_target_modules or "all-linear", use_rslora=arguments.use_rslora, use_dora=arguments.use_dora,

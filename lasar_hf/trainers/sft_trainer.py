@@ -22,7 +22,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from ..model.catalog_lasar import SidCatalog
 from ..reasoning.anchors import AnchorStore
 from .catalog_head import add_catalog_head
-from .lora import check_token_rows, train_policy_head
+from .lora import check_token_rows, is_adapter, load_model, train_policy_head
 from .losses import alignment_loss
 from .sft_config import LasarSFTConfig
 from .sharding import refuse_zero3
@@ -123,6 +123,8 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
             raise ValueError("packing and padding_free are not supported: the latent loop needs one example per row.")
         if args.label_smoothing_factor > 0 or kwargs.get("compute_loss_func") is not None:
             raise ValueError("label_smoothing_factor and compute_loss_func must be unset: they drop the latent terms.")
+        if is_adapter(model):
+            model = load_model(model, **(args.model_init_kwargs or {}))
         refuse_zero3(model, args, kwargs.get("peft_config"))
         super().__init__(
             model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, processing_class=tokenizer, **kwargs
