@@ -10,6 +10,7 @@ Resumes from the last checkpoint in `output_dir`. The result contains model, tok
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+import numpy as np
 from accelerate import PartialState
 from peft import PeftModel
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
@@ -67,7 +68,13 @@ class SFTScriptArguments:
             "choices": ["segment", "chain"],
         },
     )
-    eval_users: int = field(default=0, metadata={"help": "Validation users to rank at each evaluation; 0 for none."})
+    eval_users: int = field(
+        default=0,
+        metadata={
+            "help": "Validation users to rank at each evaluation; 0 for none. Ranking uses the depth policy; in stage "
+            "2, eval_loss is that of the most common depth of training."
+        },
+    )
 
     def __post_init__(self):
         check_choices(self)
@@ -160,7 +167,11 @@ def main(script: SFTScriptArguments, training_args: LasarSFTConfig, model_args: 
     if script.eval_users:
         validation = data.samples["validation"].shuffle(seed=0)
         validation = validation.select(range(min(script.eval_users, len(validation))))
-        eval_examples = sft_examples(validation, processor)
+        if script.stage == 1:
+            eval_examples = sft_examples(validation, processor)
+        else:  # held-out samples have no segments: all have the most common depth of training
+            depths = np.full(len(validation), np.bincount(anchors.depths).argmax())
+            eval_examples = reasoning_examples(validation, processor, depths).remove_columns("sample_index")
         evaluator = RankingEvaluator(validation, processor, latent_steps=0 if script.stage == 1 else None)
     trainer = LasarSFTTrainer(
         model, training_args, anchors=anchors, ranking_evaluator=evaluator, train_dataset=examples,

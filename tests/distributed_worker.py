@@ -154,7 +154,7 @@ def run(task: str, way: str, folder: Path) -> list[dict]:
     trainer = trainers[name](folder, *options)
     logs = {"trainer": by_trainer, "fsdp2": by_fsdp2}[way](trainer)
     if name == "sft":
-        logs.append(trainer.on_gathered_weights(trainer.ranking_evaluator))  # as at an evaluation
+        logs.append(trainer.on_gathered_weights(trainer.evaluators[""]))  # as at an evaluation
     if way == "trainer" and "lora" not in options:
         trainer.save_model(str(folder / "saved"))
         trainer.accelerator.wait_for_everyone()

@@ -223,6 +223,19 @@ def test_stage2_refuses_another_prompt_format(folder, stage1, tmp_path, setting)
         recipe.main(script, LasarSFTConfig(**settings(tmp_path)), LasarModelConfig(model_name_or_path=str(stage1)))
 
 
+def test_stage2_evaluates_with_latent_slots(folder, stage1, tmp_path, monkeypatch):
+    recipe, trainers = load_recipe("sft"), []
+    make = recipe.LasarSFTTrainer
+    monkeypatch.setattr(recipe, "LasarSFTTrainer", lambda *a, **k: (trainers.append(make(*a, **k)), trainers[0])[1])
+    script = recipe.SFTScriptArguments(data_dir=str(folder), stage=2, eval_users=4)
+    args = LasarSFTConfig(**settings(tmp_path, eval_strategy="steps", eval_steps=2, policy_weight=0.1))
+    recipe.main(script, args, LasarModelConfig(model_name_or_path=str(stage1)))
+    (trainer,) = trainers
+    slots = [ids.count(trainer.processor.latent_token_id) for ids in trainer.eval_dataset["input_ids"]]
+    assert slots == [2] * 4  # most training samples have two segments
+    assert any("eval_loss" in log for log in trainer.state.log_history)
+
+
 @pytest.mark.parametrize("use_peft", [False, True])
 def test_grpo_continues_stage2(folder, stage1, stage2, tmp_path, use_peft):
     recipe = load_recipe("grpo")

@@ -5,6 +5,8 @@ import inspect
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
+from transformers import EarlyStoppingCallback
 from trl import GRPOTrainer, SFTConfig, SFTTrainer
 
 from lasar_hf import (
@@ -16,6 +18,7 @@ from lasar_hf import (
     LasarSFTTrainer,
     SidCatalog,
 )
+from lasar_hf.evaluation import RankingEvaluator
 from lasar_hf.trainers import (
     DISTANCES,
     add_catalog_head,
@@ -584,3 +587,79 @@ def test_ranking_metrics_join_the_evaluation(tmp_path):
     assert trainer.state.best_metric == 0.5
     assert trainer.state.best_model_checkpoint.endswith("checkpoint-1")
     assert [entry["eval_NDCG@10"] for entry in trainer.state.log_history if "eval_NDCG@10" in entry] == [0.5, 0.25]
+
+
+def evaluated_trainer(folder, ranking_evaluator, sets=None, **options):
+    """An SFT trainer that evaluates every step; `sets` are names of evaluation sets, none for no set at all."""
+    model, tokenizer, catalog, rows, anchors = sft_setup()
+    options = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "policy_weight": 0.1, **options}
+    held_out = rows.remove_columns("sample_index").select(range(4))
+    return LasarSFTTrainer(
+        model, LasarSFTConfig(str(folder), **{**COMMON, **options}), catalog, anchors, train_dataset=rows,
+        ranking_evaluator=ranking_evaluator, processing_class=LasarProcessor(tokenizer, catalog),
+        eval_dataset=held_out if sets is None else dict.fromkeys(sets, held_out) or None,
+    )
+
+
+def test_one_evaluator_ranks_once_for_all_named_sets(tmp_path):
+    calls = []
+    trainer = evaluated_trainer(tmp_path, lambda model: calls.append(1) or {"HR@5": 0.5}, sets=["a", "b"])
+    metrics = trainer.evaluate()
+    assert len(calls) == 1
+    assert metrics["eval_HR@5"] == 0.5
+    assert {"eval_a_loss", "eval_b_loss"} <= set(metrics)
+
+
+def test_named_sets_are_ranked_by_their_own_evaluators(tmp_path):
+    evaluators = {"a": lambda model: {"HR@5": 0.5}, "b": lambda model: {"HR@5": 0.25}}
+    metrics = evaluated_trainer(tmp_path, evaluators, sets=["a", "b"]).evaluate()
+    ranking = {name: value for name, value in metrics.items() if "HR" in name}
+    assert ranking == {"eval_a_HR@5": 0.5, "eval_b_HR@5": 0.25}
+
+
+def test_ranking_needs_no_evaluation_set(tmp_path):
+    scores = iter([0.5, 0.25, 0.125])
+    options = dict(load_best_model_at_end=True, metric_for_best_model="HR@5", save_strategy="steps", max_steps=3)
+    trainer = evaluated_trainer(tmp_path, lambda model: {"HR@5": next(scores)}, sets=[], **options)
+    trainer.add_callback(EarlyStoppingCallback(early_stopping_patience=1))
+    trainer.train()
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-1")
+    assert trainer.state.global_step == 2  # stopped early
+
+
+def test_held_out_examples_have_no_policy_loss(tmp_path):
+    """Their depth is that of the layout, not a label."""
+    trainer = evaluated_trainer(tmp_path, None)
+    metrics = trainer.evaluate()
+    assert metrics["eval_mean_depth"] == np.mean([1, 3, 2, 4])
+    assert "eval_policy_loss" not in metrics
+    inputs = next(iter(trainer.get_eval_dataloader()))
+    loss = trainer.compute_loss(trainer.model, dict(inputs))
+    scored = trainer.model(**inputs, fused_lm_head=True)
+    torch.testing.assert_close(loss, scored.loss, atol=1e-5, rtol=1e-5)
+
+
+RANKED = RankingEvaluator(
+    Dataset.from_dict({"history": [[0]], "target": [1]}), LasarProcessor(tiny_model()[1], tiny_catalog()), ks=(5,)
+)
+
+
+@pytest.mark.parametrize(
+    ("metric", "evaluator", "sets"),
+    [("eval_HR@10", RANKED, None), ("ndcg@5", RANKED, None), ("loss", RANKED, []), ("loss", RANKED, ["a"]),
+     ("HR@5", {"a": RANKED}, ["a"]), ("HR@5", None, None)],
+)
+def test_an_unknown_best_metric_fails_before_training(tmp_path, metric, evaluator, sets):
+    with pytest.raises(ValueError, match="metric_for_best_model"):
+        evaluated_trainer(tmp_path, evaluator, sets, metric_for_best_model=metric)
+
+
+@pytest.mark.parametrize(
+    ("metric", "evaluator", "sets"),
+    [("eval_HR@5", RANKED, None), ("NDCG@5", RANKED, []), ("eval_mean_depth", RANKED, []), ("loss", RANKED, None),
+     ("a_loss", RANKED, ["a"]), ("a_HR@5", {"a": RANKED}, ["a"]), ("mean_token_accuracy", None, None)],
+)
+def test_a_best_metric_that_is_evaluated_is_accepted(tmp_path, metric, evaluator, sets):
+    trainer = evaluated_trainer(tmp_path, evaluator, sets, metric_for_best_model=metric)
+    name = f"eval_{metric.removeprefix('eval_')}"
+    assert name in trainer.evaluate()

@@ -84,15 +84,8 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
     _description = "Reinforcement learning of LASAR with GRPO."
 
     def __init__(
-        self,
-        model,
-        args: LasarGRPOConfig,
-        catalog: SidCatalog | None = None,
-        reward_funcs=None,
-        train_dataset=None,
-        eval_dataset=None,
-        processing_class=None,
-        **kwargs,
+        self, model, args: LasarGRPOConfig, catalog: SidCatalog | None = None, reward_funcs=None,
+        train_dataset=None, eval_dataset=None, processing_class=None, **kwargs,
     ):
         self.processor, tokenizer, self.catalog = split_processor(processing_class, catalog)
         if self.catalog is None:

@@ -13,12 +13,8 @@ from .model_config import LasarModelConfig
 
 
 def lasar_lora_config(
-    model: LasarForGenerativeRec,
-    r: int = 16,
-    lora_alpha: int = 32,
-    lora_dropout: float = 0.05,
-    target_modules: str | list[str] = "all-linear",
-    **kwargs,
+    model: LasarForGenerativeRec, r: int = 16, lora_alpha: int = 32, lora_dropout: float = 0.05,
+    target_modules: str | list[str] = "all-linear", **kwargs,
 ) -> LoraConfig:
     """
     LoRA configuration for `peft_config` of the trainers or for `peft.get_peft_model`.
@@ -71,11 +67,11 @@ def _new_token_ids(model: LasarForGenerativeRec) -> list[int]:
 def check_token_rows(lasar: LasarForGenerativeRec) -> None:
     """Refuse, with a `ValueError`, a model inside any wrappers whose rows of new tokens would stay as drawn."""
     for name, module in (("embeddings", lasar.get_input_embeddings()), ("head", lasar.lm_head)):
-        is_covered = True
+        is_trained = any(parameter.requires_grad for parameter in module.parameters())
         if isinstance(module, TrainableTokensWrapper):
             adapter = module.token_adapter
-            is_covered = set(_new_token_ids(lasar)) <= set(adapter.token_indices[adapter.active_adapters[0]])
-        if not is_covered or not any(parameter.requires_grad for parameter in module.parameters()):
+            is_trained &= set(_new_token_ids(lasar)) <= set(adapter.token_indices[adapter.active_adapters[0]])
+        if not is_trained:
             raise ValueError(
                 f"Rows of Semantic-ID or control tokens in the {name} are frozen, but from_backbone draws them at "
                 "random. Use peft_config=lasar_lora_config(model), also if they are trained already: it starts from "
@@ -105,9 +101,7 @@ def load_model(path: str, **kwargs) -> LasarForGenerativeRec | PeftModel:
     return PeftModel.from_pretrained(LasarForGenerativeRec.from_pretrained(base, **kwargs), path, is_trainable=True)
 
 
-def lora_from_arguments(
-    model: LasarForGenerativeRec | PeftModel, arguments: LasarModelConfig
-) -> LoraConfig | None:
+def lora_from_arguments(model: LasarForGenerativeRec | PeftModel, arguments: LasarModelConfig) -> LoraConfig | None:
     """[`lasar_lora_config`] with the arguments of a recipe; `None` without `use_peft`."""
     if not arguments.use_peft:
         return None
