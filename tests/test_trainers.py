@@ -1,6 +1,7 @@
 """Both trainers on TRL: what they add is called, exact, logged, and moves every trainable parameter."""
 
 import inspect
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -663,3 +664,89 @@ def test_a_best_metric_that_is_evaluated_is_accepted(tmp_path, metric, evaluator
     trainer = evaluated_trainer(tmp_path, evaluator, sets, metric_for_best_model=metric)
     name = f"eval_{metric.removeprefix('eval_')}"
     assert name in trainer.evaluate()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Lengths
+
+
+@pytest.mark.parametrize("depth", [4, 5])
+def test_examples_deeper_than_the_model_fail_before_training(tmp_path, depth):
+    depths = [1, 3, depth, 1, 1, 2]
+    if depth <= 4:  # the tiny model's max_latent_steps
+        sft_trainer(tmp_path, depths=depths)
+        return
+    with pytest.raises(ValueError, match="2 .* 5 .*max_latent_steps"):
+        sft_trainer(tmp_path, depths=depths)
+
+
+@pytest.mark.parametrize("kind", ["sft", "grpo"])
+@pytest.mark.parametrize(("missing", "name"), [(0, None), (1, "max_position_embeddings .*max_history")])
+def test_examples_beyond_the_positions_fail_before_training(tmp_path, monkeypatch, kind, missing, name):
+    model, tokenizer, catalog, rows = sft_setup()[:4] if kind == "sft" else grpo_setup()
+    if kind == "sft":
+        limit = max(map(len, rows["input_ids"]))
+        options, config, trainer = {}, LasarSFTConfig, LasarSFTTrainer
+    else:  # prompt, four latent steps, <|latent_end|> and three codes
+        limit = max(len(tokenizer(text, add_special_tokens=False).input_ids) for text in rows["prompt"]) + 8
+        options, config, trainer = {"num_generations": 4, "beta": 0.0}, LasarGRPOConfig, LasarGRPOTrainer
+    model.config.backbone_config.max_position_embeddings = limit - missing
+    args = config(str(tmp_path), **{**COMMON, "per_device_train_batch_size": 4, **options})
+    with nullcontext() if name is None else pytest.raises(ValueError, match=name):
+        trainer(model, args, catalog, train_dataset=rows, processing_class=tokenizer)
+
+
+@pytest.mark.parametrize("part", ["train_dataset", "eval_dataset"])
+def test_examples_that_max_length_would_cut_are_refused(tmp_path, part):
+    model, tokenizer, catalog, rows, _ = sft_setup()
+    lengths = list(map(len, rows["input_ids"]))
+    short = rows.select([np.argmin(lengths)])
+    args = LasarSFTConfig(str(tmp_path), **COMMON, max_length=max(lengths) - 1)
+    datasets = {"train_dataset": short, "eval_dataset": {"a": short}, part: rows}
+    with pytest.raises(ValueError, match=f"xample {np.argmax(lengths)} .*max_length .*max_history"):
+        LasarSFTTrainer(model, args, catalog, processing_class=tokenizer, **datasets)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Examples as other trainers take them
+
+
+@pytest.fixture
+def grpo_with(tmp_path):
+    """Makes a GRPO trainer on changed examples; its model is a path that does not exist."""
+    _, tokenizer, catalog, rows = grpo_setup()
+
+    def make(change, model="nowhere"):
+        args = LasarGRPOConfig(str(tmp_path), **COMMON, per_device_train_batch_size=8, num_generations=4, beta=0.0)
+        return LasarGRPOTrainer(model, args, catalog, train_dataset=change(rows), processing_class=tokenizer)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("prompt", lambda rows: rows.map(lambda row: {"prompt": [{"role": "user", "content": row["prompt"]}]})),
+        ("prompt", lambda rows: rows.remove_columns("prompt")),
+        ("target", lambda rows: rows.remove_columns("target")),
+        ("target .*gone", lambda rows: rows.map(lambda row: {"target": "gone"})),
+        ("target .*20", lambda rows: rows.map(lambda row: {"target": 20})),
+    ],
+    ids=["chat", "no prompt", "no target", "unknown item", "unknown index"],
+)
+def test_examples_are_checked_before_the_model_loads(grpo_with, name, change):
+    with pytest.raises(ValueError, match=name):
+        grpo_with(change)
+
+
+def test_targets_may_be_item_ids(grpo_with):
+    trainer = grpo_with(lambda rows: rows.map(lambda row: {"target": f"item-{row['target']}"}), grpo_setup()[0])
+    assert list(trainer.train_dataset["target"]) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("kind", ["sft", "grpo"])
+def test_a_model_in_memory_needs_a_processing_class(tmp_path, kind):
+    model, _, catalog, rows = sft_setup()[:4] if kind == "sft" else grpo_setup()
+    config, trainer = (LasarSFTConfig, LasarSFTTrainer) if kind == "sft" else (LasarGRPOConfig, LasarGRPOTrainer)
+    with pytest.raises(ValueError, match="processing_class"):
+        trainer(model, config(str(tmp_path), **COMMON), catalog, train_dataset=rows)

@@ -57,7 +57,7 @@ class LasarGRPOConfig(GRPOConfig):
     step_cost: float = field(default=0.005, metadata={"help": "Cost of one latent step in units of reward, lambda."})
     depth_entropy_weight: float = field(default=0.01, metadata={"help": "Entropy bonus of the depth policy, eta."})
     baseline_decay: float = field(default=0.95, metadata={"help": "Decay of the running mean of the group rewards."})
-    ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Must be False: the search fails on the policy head."})
+    ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Keep it at False."})
 
     def __post_init__(self):
         check_choices(self)

@@ -40,7 +40,7 @@ class LasarSFTConfig(SFTConfig):
     )
     alignment_weight: float = field(default=0.1, metadata={"help": "Weight of the alignment loss, alpha."})
     policy_weight: float = field(default=0.0, metadata={"help": "Policy loss weight, beta; 0 freezes the head."})
-    ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Must be False: the search fails on the policy head."})
+    ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Keep it at False."})
 
     def __post_init__(self):
         check_choices(self)

@@ -26,7 +26,7 @@ from .lora import check_token_rows, is_adapter, load_model, train_policy_head
 from .losses import alignment_loss
 from .sft_config import LasarSFTConfig
 from .sharding import refuse_zero3
-from .trainer_mixin import LasarTrainerMixin, latent_metrics, split_processor, unwrap_lasar
+from .trainer_mixin import LasarTrainerMixin, check_lengths, latent_metrics, split_processor, unwrap_lasar
 
 
 @dataclass
@@ -111,15 +111,14 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
         ranking_evaluator: Callable[[nn.Module], dict[str, float]] | dict[str, Callable] | None = None,
         train_dataset=None, eval_dataset=None, processing_class=None, **kwargs,
     ):
-        self.processor, tokenizer, self.catalog = split_processor(processing_class, catalog)
+        self.processor, tokenizer, self.catalog = split_processor(model, processing_class, catalog)
         if args.sid_loss == "catalog" and self.catalog is None:
             raise ValueError('sid_loss="catalog" needs the items. Pass catalog, or a LasarProcessor.')
         if args.packing or args.padding_free:
             raise ValueError("packing and padding_free are not supported: the latent loop needs one example per row.")
         if args.label_smoothing_factor > 0 or kwargs.get("compute_loss_func") is not None:
             raise ValueError("label_smoothing_factor and compute_loss_func must be unset: they drop the latent terms.")
-        if is_adapter(model):
-            model = load_model(model, **(args.model_init_kwargs or {}))
+        model = load_model(model, **(args.model_init_kwargs or {})) if is_adapter(model) else model
         named = ranking_evaluator if isinstance(ranking_evaluator, dict) else {"": ranking_evaluator}
         # Ranking evaluators by the prefix of their metrics.
         self.evaluators = {f"{name}_" if name else "": part for name, part in named.items() if part is not None}
@@ -131,6 +130,8 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
             model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, processing_class=tokenizer, **kwargs
         )
         lasar = unwrap_lasar(self.model)
+        for dataset in (train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])):
+            check_lengths(dataset, lasar.config, args.max_length)
         if isinstance(self.data_collator, DataCollatorForLanguageModeling):
             self.data_collator = LasarDataCollator(
                 self.data_collator.pad_token_id,
