@@ -404,6 +404,26 @@ def test_a_run_with_other_settings_does_not_resume(run_arguments):
         checkpoint_to_resume(run_arguments, data={"a": "2"})
 
 
+@pytest.mark.parametrize(
+    "change",
+    [dict(use_bias_correction_kl=False), dict(importance_sampling_level="sequence"), dict(top_entropy_quantile=0.5),
+     dict(entropy_coef=0.1), dict(delta=2.0), dict(off_policy_mask_threshold=0.1), dict(reward_weights=[1.0, 2.0])],
+    ids=lambda change: next(iter(change)),
+)
+def test_inherited_options_of_the_objective_decide_the_run(tmp_path, change):
+    options = dict(output_dir=str(tmp_path), use_cpu=True, bf16=False, num_generations=4)
+    assert checkpoint_to_resume(LasarGRPOConfig(**options)) is None
+    (tmp_path / "checkpoint-2").mkdir()
+    (tmp_path / "checkpoint-2" / "trainer_state.json").touch()
+    with pytest.raises(ValueError, match=rf"\({next(iter(change))}\)"):
+        checkpoint_to_resume(LasarGRPOConfig(**options, **change))
+
+
+def test_the_kl_penalty_is_pinned_to_its_unbiased_gradient():
+    assert "use_bias_correction_kl" in LasarGRPOConfig.__annotations__
+    assert LasarGRPOConfig.use_bias_correction_kl is True
+
+
 def test_a_damaged_record_of_the_run_is_named(tmp_path, run_arguments):
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(ValueError, match="run.json"):
