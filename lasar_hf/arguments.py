@@ -1,6 +1,9 @@
 """Checks of arguments that a parser does not make."""
 
+import importlib
 import json
+import os
+import sys
 from dataclasses import fields
 from typing import Any
 
@@ -20,6 +23,22 @@ def check_choices(arguments: Any) -> None:
         choices, value = field.metadata.get("choices"), getattr(arguments, field.name)
         if choices is not None and value is not None and value not in choices:
             raise ValueError(f"{field.name} is {value!r}; expected {', '.join(map(str, choices))}.")
+
+
+def import_dotted(path: str) -> Any:
+    """
+    Import an object by its dotted path, such as `"mine.read_shop"`. The current directory is searched too.
+
+    Raises:
+        `ValueError`: if there is no such module or name.
+    """
+    if os.getcwd() not in sys.path:  # as TRL's scripts do: a script's own folder is on the path, not this one
+        sys.path.insert(0, os.getcwd())
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ModuleNotFoundError, AttributeError, ValueError) as error:  # ValueError: a path without a module
+        raise ValueError(f"{path!r} cannot be imported ({error}); expected a path such as my_module.name.") from error
 
 
 def read_json_object(arguments: Any, name: str) -> None:

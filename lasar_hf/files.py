@@ -16,14 +16,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 
     The temporary file is in the same folder and keeps the suffix, which some writers look at. If the block raises, the
     old file stays and the temporary file is removed. A process that is killed leaves its temporary file, see
-    [`remove_temporary_files`].
-
-    Args:
-        path (`str` or `Path`):
-            File to write. Its folder is created if missing.
-
-    Yields:
-        `Path`: temporary file to write to.
+    [`remove_temporary_files`]. The folder is created if missing.
 
     Example:
 
