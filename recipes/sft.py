@@ -95,6 +95,12 @@ def new_backbone(script: SFTScriptArguments, model_args: LasarModelConfig, token
         **script.backbone_config, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
     )
+    heads, key_value_heads = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
+    if key_value_heads and heads % key_value_heads:
+        raise ValueError(
+            f"backbone_config has {heads} num_attention_heads and {key_value_heads} num_key_value_heads (perhaps the "
+            "default); expected a divisor. Set num_key_value_heads."
+        )
     return AutoModelForCausalLM.from_config(
         config, dtype=model_args.dtype, attn_implementation=model_args.attn_implementation
     )

@@ -113,6 +113,16 @@ def test_other_backbone_configs_are_refused(value):
         load_recipe("sft").SFTScriptArguments(data_dir="x", backbone_config=value)
 
 
+@pytest.mark.parametrize("heads", [{"num_attention_heads": 2}, {"num_attention_heads": 6, "num_key_value_heads": 4}])
+def test_key_value_heads_that_do_not_divide_are_named(heads):
+    """Llama and Qwen3 have a default of their own for the number of key-value heads."""
+    recipe = load_recipe("sft")
+    backbone = {"model_type": "qwen3", "hidden_size": 24, "num_hidden_layers": 1, "head_dim": 4, **heads}
+    script = recipe.SFTScriptArguments(data_dir="x", backbone_config=backbone)
+    with pytest.raises(ValueError, match="num_key_value_heads"):
+        recipe.new_backbone(script, LasarModelConfig(), tiny_tokenizer())
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Tasks of stage 1
 

@@ -1,6 +1,7 @@
 """Both trainers on TRL: what they add is called, exact, logged, and moves every trainable parameter."""
 
 import inspect
+import warnings
 from contextlib import nullcontext
 
 import numpy as np
@@ -20,6 +21,7 @@ from lasar_hf import (
     SidCatalog,
 )
 from lasar_hf.evaluation import RankingEvaluator
+from lasar_hf.files import write_json
 from lasar_hf.trainers import (
     DISTANCES,
     add_catalog_head,
@@ -389,13 +391,31 @@ def run_arguments(tmp_path):
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "model.safetensors").touch()
         if step < 12:
-            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").touch()
+            state = {"global_step": step, "max_steps": 20, "num_train_epochs": 1}
+            write_json(tmp_path / f"checkpoint-{step}" / "trainer_state.json", state)
     return args
 
 
 def test_a_longer_run_resumes_the_newest_complete_checkpoint(tmp_path, run_arguments):
     run_arguments.max_steps = 50
     assert checkpoint_to_resume(run_arguments, data={"a": "1"}) == str(tmp_path / "checkpoint-10")
+
+
+@pytest.mark.parametrize(
+    ("options", "warns"),
+    [(dict(max_steps=50), True), (dict(max_steps=10), False), (dict(num_train_epochs=3), True),
+     (dict(max_steps=50, lr_scheduler_type="constant"), False)],
+)
+def test_continuing_a_finished_run_warns_of_its_schedule(tmp_path, run_arguments, options, warns):
+    state = {"global_step": 10, "max_steps": 10, "num_train_epochs": 1}
+    write_json(tmp_path / "checkpoint-10" / "trainer_state.json", state)
+    args = run_arguments
+    args.max_steps, args.num_train_epochs = options.get("max_steps", -1), options.get("num_train_epochs", 1)
+    args.lr_scheduler_type = options.get("lr_scheduler_type", "linear")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        checkpoint_to_resume(args, data={"a": "1"})
+    assert any("learning rate" in str(warning.message) for warning in caught) == warns
 
 
 def test_a_run_with_other_settings_does_not_resume(run_arguments):
@@ -414,7 +434,7 @@ def test_inherited_options_of_the_objective_decide_the_run(tmp_path, change):
     options = dict(output_dir=str(tmp_path), use_cpu=True, bf16=False, num_generations=4)
     assert checkpoint_to_resume(LasarGRPOConfig(**options)) is None
     (tmp_path / "checkpoint-2").mkdir()
-    (tmp_path / "checkpoint-2" / "trainer_state.json").touch()
+    write_json(tmp_path / "checkpoint-2" / "trainer_state.json", {})  # complete
     with pytest.raises(ValueError, match=rf"\({next(iter(change))}\)"):
         checkpoint_to_resume(LasarGRPOConfig(**options, **change))
 
@@ -723,7 +743,7 @@ def test_examples_that_max_length_would_cut_are_refused(tmp_path, part):
     short = rows.select([np.argmin(lengths)])
     args = LasarSFTConfig(str(tmp_path), **COMMON, max_length=max(lengths) - 1)
     datasets = {"train_dataset": short, "eval_dataset": {"a": short}, part: rows}
-    with pytest.raises(ValueError, match=f"xample {np.argmax(lengths)} .*max_length .*max_history"):
+    with pytest.raises(ValueError, match=f"longest with {max(lengths)} .*max_length .*max_history"):
         LasarSFTTrainer(model, args, catalog, processing_class=tokenizer, **datasets)
 
 

@@ -15,9 +15,8 @@ class LasarGRPOConfig(GRPOConfig):
 
     Args:
         sampling (`str`, *optional*, defaults to `"sample"`):
-            How the candidates of a group are drawn: independently (`"sample"`), which makes the policy gradient
-            unbiased, or without replacement by stochastic beams (`"stochastic_beams"`), which never repeat an item.
-            Beams are biased, as candidates are not weighted: likely items get too much of the gradient.
+            How the candidates of a group are drawn: independently (`"sample"`), or without replacement by stochastic
+            beams (`"stochastic_beams"`). Only `"sample"` gives an unbiased gradient: beams are not weighted.
         alignment (`str`, *optional*, defaults to `"kl"`):
             Distance of the terminal anchor loss: `"kl"`, `"cosine"`, `"mse"` or `"none"`.
         terminal_weight (`float`, *optional*, defaults to `0.1`):
@@ -39,8 +38,7 @@ class LasarGRPOConfig(GRPOConfig):
     > - `max_completion_length`: Defaults to `4` instead of `512`. The trainer sets it to the number of SID levels.
     > - `disable_dropout`: Defaults to `True` instead of `False`. Candidates are drawn without dropout, so they are
     >   scored without it.
-    > - `use_bias_correction_kl`: Pinned to `True`, which makes the gradient of the KL penalty unbiased. The GRPO paper
-    >   has `False`.
+    > - `use_bias_correction_kl`: Pinned to `True`, the unbiased gradient of the KL penalty; GRPO's paper has `False`.
     > - `ddp_find_unused_parameters`: Defaults to `False` instead of `None`. The search fails on the policy head.
     """
 

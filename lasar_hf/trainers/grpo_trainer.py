@@ -264,17 +264,14 @@ def _checked_examples(dataset: object, catalog: SidCatalog) -> object:
     """The examples, with item indices instead of item ids as `target`; a stream of them is not read."""
     if not isinstance(dataset, Dataset):
         return dataset
-    is_complete = {"prompt", "target"} <= set(dataset.column_names)
-    if not is_complete or not all(isinstance(text, str) for text in dataset["prompt"]):
-        raise ValueError(
-            f"train_dataset has the columns {dataset.column_names}; expected prompt with text as of "
-            "LasarProcessor.prompt_text, not messages, and target."
-        )
+    columns = set(dataset.column_names)
+    if not {"prompt", "target"} <= columns or not all(isinstance(text, str) for text in dataset["prompt"]):
+        raise ValueError(f"train_dataset has {columns}; expected prompt with text (not messages) and target.")
     targets = list(dataset["target"])
     indices = [catalog.index_of.get(item) if isinstance(item, str) else item for item in targets]
-    for item, index in zip(targets, indices, strict=True):
-        if index not in range(len(catalog)):
-            raise ValueError(f"target is {item!r}; expected an item id of the catalogue or an index < {len(catalog)}.")
+    wrong = [item for item, index in zip(targets, indices, strict=True) if index not in range(len(catalog))]
+    if wrong:
+        raise ValueError(f"target is {wrong[0]!r}; expected an item id of the catalogue or an index < {len(catalog)}.")
     return dataset.remove_columns("target").add_column("target", indices)
 
 

@@ -66,16 +66,15 @@ def _new_token_ids(model: LasarForGenerativeRec) -> list[int]:
 
 def check_token_rows(lasar: LasarForGenerativeRec) -> None:
     """Refuse, with a `ValueError`, a model inside any wrappers whose rows of new tokens would stay as drawn."""
-    for name, module in (("embeddings", lasar.get_input_embeddings()), ("head", lasar.lm_head)):
+    for name, module in (("embeddings", lasar.get_input_embeddings()), ("head weights", lasar.lm_head)):
         is_trained = any(parameter.requires_grad for parameter in module.parameters())
         if isinstance(module, TrainableTokensWrapper):
             adapter = module.token_adapter
             is_trained &= set(_new_token_ids(lasar)) <= set(adapter.token_indices[adapter.active_adapters[0]])
         if not is_trained:
             raise ValueError(
-                f"Rows of Semantic-ID or control tokens in the {name} are frozen, but from_backbone draws them at "
-                "random. Use peft_config=lasar_lora_config(model), also if they are trained already: it starts from "
-                "them. Load an adapter with PeftModel.from_pretrained(..., is_trainable=True)."
+                f"The {name} of Semantic-ID or control tokens, drawn at random by from_backbone, are frozen. Use "
+                "peft_config=lasar_lora_config(model), which keeps trained rows too; load with is_trainable=True."
             )
 
 
@@ -85,17 +84,12 @@ def is_adapter(model: object) -> bool:
 
 
 def load_model(path: str, **kwargs) -> LasarForGenerativeRec | PeftModel:
-    """
-    The model of a checkpoint, for training. An adapter's folder gives a [`~peft.PeftModel`] whose training goes on.
-
-    `kwargs` are those of `from_pretrained`; `dtype` defaults to `"float32"`, as in TRL. Raises a `ValueError` if the
-    base model of the adapter was never saved, as after stage 1.
-    """
-    kwargs = {"dtype": "float32"} | kwargs
+    """The model of a checkpoint, for training; an adapter's folder gives a [`~peft.PeftModel`] that trains on."""
+    kwargs = {"dtype": "float32"} | kwargs  # as in TRL
     if not is_adapter(path):
         return LasarForGenerativeRec.from_pretrained(path, **kwargs)
     base = PeftConfig.from_pretrained(path).base_model_name_or_path
-    if not base:
+    if not base:  # as after stage 1
         folder = os.path.dirname(os.path.abspath(path))
         raise ValueError(f"The base model of the adapter in {path} was not saved. Start from the merged {folder}.")
     return PeftModel.from_pretrained(LasarForGenerativeRec.from_pretrained(base, **kwargs), path, is_trainable=True)

@@ -1,6 +1,7 @@
 """Resuming a recipe's run: only with the same settings, and from its newest complete checkpoint."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -53,4 +54,9 @@ def checkpoint_to_resume(args: TrainingArguments, **origin: Any) -> str | None:
             f"{folder} contains checkpoints of a run with different settings ({', '.join(changed)}). Use another "
             "output_dir, or delete this one to start from scratch."
         )
-    return str(max(checkpoints, key=lambda path: int(path.name.rpartition("-")[2])))
+    newest = max(checkpoints, key=lambda path: int(path.name.rpartition("-")[2]))
+    state = read_json(newest / TRAINER_STATE_NAME)
+    is_complete = state["global_step"] >= state["max_steps"] != args.max_steps
+    if is_complete and "constant" not in args.lr_scheduler_type:
+        warnings.warn(f"{newest} ends a run: a longer one starts at learning rate 0, then jumps up.", stacklevel=2)
+    return str(newest)

@@ -134,10 +134,8 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
             check_lengths(dataset, lasar.config, args.max_length)
         if isinstance(self.data_collator, DataCollatorForLanguageModeling):
             self.data_collator = LasarDataCollator(
-                self.data_collator.pad_token_id,
-                pad_to_multiple_of=self.data_collator.pad_to_multiple_of,
-                anchors=anchors if args.alignment != "none" else None,
-                latent_token_id=lasar.config.latent_token_id,
+                self.data_collator.pad_token_id, pad_to_multiple_of=self.data_collator.pad_to_multiple_of,
+                anchors=anchors if args.alignment != "none" else None, latent_token_id=lasar.config.latent_token_id,
             )
         if args.sid_loss == "catalog":
             add_catalog_head(lasar, self.catalog)
