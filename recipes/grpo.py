@@ -19,6 +19,8 @@ from lasar_hf.reasoning import AnchorStore, checkpoint_hash
 from lasar_hf.trainers import (
     LasarModelConfig,
     checkpoint_to_resume,
+    is_adapter,
+    load_model,
     load_rewards,
     lora_from_arguments,
     save_trained,
@@ -66,13 +68,14 @@ def main(script: GRPOScriptArguments, training_args: LasarGRPOConfig, model_args
     processor = LasarProcessor.from_pretrained(model)
     data.check_catalog(processor.catalog, model)
     data.processor(processor.tokenizer, processor.instruction, processor.max_history)  # warns if samples keep less
-    config = LasarConfig.from_pretrained(model)
-    rewards = load_rewards(script.reward_funcs, processor.catalog, config, training_args.num_generations)
-    if model_args.use_peft:  # adapters are named after the layers of the loaded model
+    if model_args.use_peft or is_adapter(model):  # adapters are named after the layers of the loaded model
         with unsharded_weights():
-            model = LasarForGenerativeRec.from_pretrained(model, **model_args.init_kwargs)
+            model = load_model(model, **model_args.init_kwargs)
+        config = model.config
     else:  # by name, so that TRL can load the reference model too
         training_args.model_init_kwargs = model_args.init_kwargs | (training_args.model_init_kwargs or {})
+        config = LasarConfig.from_pretrained(model)
+    rewards = load_rewards(script.reward_funcs, processor.catalog, config, training_args.num_generations)
     trainer = LasarGRPOTrainer(
         model, training_args, reward_funcs=rewards, processing_class=processor,
         train_dataset=grpo_examples(data.samples["train"], processor, terminal_anchors(script, model_args.dtype)),

@@ -10,7 +10,9 @@ Resumes from the last checkpoint in `output_dir`. The result contains model, tok
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+import numpy as np
 from accelerate import PartialState
+from peft import PeftModel
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import TrlParser
 
@@ -24,6 +26,7 @@ from lasar_hf.semantic_ids import load_quantizer
 from lasar_hf.trainers import (
     LasarModelConfig,
     checkpoint_to_resume,
+    load_model,
     lora_from_arguments,
     save_trained,
     unsharded_weights,
@@ -65,7 +68,13 @@ class SFTScriptArguments:
             "choices": ["segment", "chain"],
         },
     )
-    eval_users: int = field(default=0, metadata={"help": "Validation users to rank at each evaluation; 0 for none."})
+    eval_users: int = field(
+        default=0,
+        metadata={
+            "help": "Validation users to rank at each evaluation; 0 for none. Ranking uses the depth policy; in stage "
+            "2, eval_loss is that of the most common depth of training."
+        },
+    )
 
     def __post_init__(self):
         check_choices(self)
@@ -86,6 +95,12 @@ def new_backbone(script: SFTScriptArguments, model_args: LasarModelConfig, token
         **script.backbone_config, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
     )
+    heads, key_value_heads = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
+    if key_value_heads and heads % key_value_heads:
+        raise ValueError(
+            f"backbone_config has {heads} num_attention_heads and {key_value_heads} num_key_value_heads (perhaps the "
+            "default); expected a divisor. Set num_key_value_heads."
+        )
     return AutoModelForCausalLM.from_config(
         config, dtype=model_args.dtype, attn_implementation=model_args.attn_implementation
     )
@@ -121,7 +136,7 @@ def stage2_model(script: SFTScriptArguments, model_args: LasarModelConfig, data:
     processor.check_format(instruction=script.instruction, max_history=script.max_history)
     data.check_catalog(processor.catalog, model_args.model_name_or_path)
     data.processor(processor.tokenizer, processor.instruction, processor.max_history)  # warns if samples keep less
-    return LasarForGenerativeRec.from_pretrained(model_args.model_name_or_path, **model_args.init_kwargs), processor
+    return load_model(model_args.model_name_or_path, **model_args.init_kwargs), processor
 
 
 def stage2_anchors(script: SFTScriptArguments, model, data: PreparedData, processor, folder: Path) -> AnchorStore:
@@ -129,6 +144,8 @@ def stage2_anchors(script: SFTScriptArguments, model, data: PreparedData, proces
     samples, prompts = data.samples["train"], None
     if script.anchor_context == "chain":
         prompts = [processor.prompt_ids(history) for history in samples["history"]]
+    if isinstance(model, PeftModel):
+        model = model.get_base_model()  # with the layers of the adapter
     state = PartialState()
     if state.is_main_process:  # opens the folder if it already holds these anchors
         encode_anchors(model, processor, samples["segments"], folder=folder, prompts=prompts, device=state.device)
@@ -156,7 +173,11 @@ def main(script: SFTScriptArguments, training_args: LasarSFTConfig, model_args: 
     if script.eval_users:
         validation = data.samples["validation"].shuffle(seed=0)
         validation = validation.select(range(min(script.eval_users, len(validation))))
-        eval_examples = sft_examples(validation, processor)
+        if script.stage == 1:
+            eval_examples = sft_examples(validation, processor)
+        else:  # held-out samples have no segments: all have the most common depth of training
+            depths = np.full(len(validation), np.bincount(anchors.depths).argmax())
+            eval_examples = reasoning_examples(validation, processor, depths).remove_columns("sample_index")
         evaluator = RankingEvaluator(validation, processor, latent_steps=0 if script.stage == 1 else None)
     trainer = LasarSFTTrainer(
         model, training_args, anchors=anchors, ranking_evaluator=evaluator, train_dataset=examples,

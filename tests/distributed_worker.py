@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from peft import LoraConfig
 from torch.distributed.fsdp import fully_shard
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
@@ -28,7 +29,7 @@ from lasar_hf import (
     LasarSFTTrainer,
     SidCatalog,
 )
-from lasar_hf.trainers import unsharded_weights
+from lasar_hf.trainers import lasar_lora_config, unsharded_weights
 from tests.tiny import batch, row
 from tests.training import COMMON, first_code, grpo_setup, sft_setup
 
@@ -36,6 +37,8 @@ from tests.training import COMMON, first_code, grpo_setup, sft_setup
 STEPS = 4
 GLOBAL_BATCH = 8
 TASKS = ("sft", "grpo")
+# The same without gradient checkpointing; also stage 1, and LoRA.
+PLAIN_TASKS = ("stage1-plain", "sft-plain", "grpo-plain", "sft-plain-lora", "grpo-plain-lora")
 DEPTHS = [1, 1, 1, 1, 4, 3, 4, 2, 2, 2, 2, 2, 1, 1, 1, 1]  # each rank gets four at a time: their depths differ
 UNEVEN_DEPTHS = [0, 0, 0, 0, 4, 3, 4, 2]  # the first rank has no latent slot
 
@@ -52,13 +55,13 @@ class FixedDraws(LasarGRPOTrainer):
         return {**{name: sum((part[name] for part in parts), []) for name in names}, "logprobs": None}
 
 
-def arguments(folder: Path) -> dict:
+def arguments(folder: Path, options: tuple[str, ...]) -> dict:
     """SGD, since Adam's first steps follow the sign even of gradients that are rounding errors."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     return {
         **COMMON, "output_dir": str(folder), "max_steps": STEPS, "per_device_train_batch_size": GLOBAL_BATCH // world,
-        "ddp_backend": "gloo" if world > 1 else None, "gradient_checkpointing": True, "optim": "sgd",
-        "learning_rate": 0.05, "ddp_timeout": 60,
+        "ddp_backend": "gloo" if world > 1 else None, "optim": "sgd",
+        "learning_rate": 0.05, "ddp_timeout": 60, "gradient_checkpointing": "plain" not in options,
     }
 
 
@@ -74,28 +77,42 @@ def prompt_scores(lasar: LasarForGenerativeRec, catalog: SidCatalog) -> list[lis
     return lasar.recommend(**batch([row(lasar, 5, 0), row(lasar, 8, 0, seed=1)]), catalog=catalog).scores.tolist()
 
 
-def sft_trainer(folder: Path, depths: list[int] = DEPTHS) -> LasarSFTTrainer:
-    """Stage 2, from a model that is created unsharded."""
-    args = LasarSFTConfig(**arguments(folder), policy_weight=0.1, train_sampling_strategy="sequential")
+def adapter(model: LasarForGenerativeRec, options: tuple[str, ...]) -> LoraConfig | None:
+    """LoRA if the task asks for it; its random weights are the same in every process."""
+    torch.manual_seed(0)
+    return lasar_lora_config(model, r=4, lora_dropout=0.0) if "lora" in options else None
+
+
+def sft_trainer(folder: Path, *options: str, depths: list[int] = DEPTHS) -> LasarSFTTrainer:
+    """Stage 2 (stage 1 without latent slots), from a model that is created unsharded."""
+    policy_weight = 0.1 if max(depths) else 0.0
+    args = LasarSFTConfig(
+        **arguments(folder, options), policy_weight=policy_weight, train_sampling_strategy="sequential"
+    )
     shard_everything(args)
     with unsharded_weights():
         model, tokenizer, catalog, rows, anchors = sft_setup(depths)
     return LasarSFTTrainer(
         model, args, catalog, anchors, train_dataset=rows, processing_class=tokenizer,
         ranking_evaluator=lambda lasar: {"scores": prompt_scores(lasar, catalog)},
+        peft_config=adapter(model, options),
     )
 
 
-def grpo_trainer(folder: Path) -> LasarGRPOTrainer:
+def grpo_trainer(folder: Path, *options: str) -> LasarGRPOTrainer:
     """RL with a reference model; both are loaded from a path, which ZeRO-3 shards while it loads."""
-    args = LasarGRPOConfig(**arguments(folder), num_generations=4, shuffle_dataset=False, beta=0.1)
+    args = LasarGRPOConfig(**arguments(folder, options), num_generations=4, shuffle_dataset=False, beta=0.1)
     shard_everything(args)
     with unsharded_weights():
         model, tokenizer, catalog, rows = grpo_setup()
         path = str(folder / "model")
         model.save_pretrained(path)  # by the main process
     PartialState().wait_for_everyone()
-    return FixedDraws(path, args, catalog, [first_code], train_dataset=rows, processing_class=tokenizer)
+    peft_config = adapter(model, options)
+    return FixedDraws(
+        model if peft_config else path, args, catalog, [first_code], train_dataset=rows, processing_class=tokenizer,
+        peft_config=peft_config,
+    )
 
 
 def by_trainer(trainer) -> list[dict]:
@@ -129,12 +146,16 @@ def by_fsdp2(trainer) -> list[dict]:
 
 def run(task: str, way: str, folder: Path) -> list[dict]:
     """The losses of one training."""
-    uneven = partial(sft_trainer, depths=UNEVEN_DEPTHS)
-    trainer = {"sft": sft_trainer, "grpo": grpo_trainer, "uneven": uneven}[task](folder)
+    name, *options = task.split("-")
+    trainers = {
+        "sft": sft_trainer, "grpo": grpo_trainer, "uneven": partial(sft_trainer, depths=UNEVEN_DEPTHS),
+        "stage1": partial(sft_trainer, depths=[0] * 16),
+    }
+    trainer = trainers[name](folder, *options)
     logs = {"trainer": by_trainer, "fsdp2": by_fsdp2}[way](trainer)
-    if task == "sft":
-        logs.append(trainer.on_gathered_weights(trainer.ranking_evaluator))  # as at an evaluation
-    if way == "trainer":
+    if name == "sft":
+        logs.append(trainer.on_gathered_weights(trainer.evaluators[""]))  # as at an evaluation
+    if way == "trainer" and "lora" not in options:
         trainer.save_model(str(folder / "saved"))
         trainer.accelerator.wait_for_everyone()
         with unsharded_weights():

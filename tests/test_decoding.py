@@ -278,3 +278,50 @@ def test_more_samples_without_replacement_than_items():
         state = model.encode_prompts(torch.tensor([row(model, 5, 0)]))
         leaves, scores = sample_items(model, state, catalog.trie("cpu"), 5, replacement=False)
     assert sorted(leaves[0].tolist()) == [0, 1, 2] and scores.isfinite().all()
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    """A model and two left-padded prompts."""
+    model, _ = tiny_model()
+    return model, batch([row(model, 5, 0), row(model, 8, 0, seed=1)])
+
+
+def changed(tensor, *place, value):
+    tensor = tensor.clone()
+    tensor[place] = value
+    return tensor
+
+
+@pytest.mark.parametrize(
+    ("message", "change"),
+    [
+        ("Prompt 1 .*attention_mask", lambda c, ids, mask: dict(attention_mask=changed(mask, 1, 3, value=0))),
+        ("Prompt 1 .*latent_start", lambda c, ids, mask: dict(
+            input_ids=changed(ids, 1, 3, value=c.latent_start_token_id))),
+        ("Prompt 1 .*latent_end", lambda c, ids, mask: dict(
+            input_ids=changed(ids, 1, 3, value=c.latent_end_token_id))),
+        ("Prompt 1 .*26", lambda c, ids, mask: dict(input_ids=changed(ids, 1, 3, value=27))),
+        ("Prompt 1 .*26", lambda c, ids, mask: dict(input_ids=changed(ids, 1, 3, value=-1))),
+        ("input_ids", lambda c, ids, mask: dict(input_ids=ids.float())),
+        ("input_ids", lambda c, ids, mask: dict(input_ids=ids.numpy())),
+        ("input_ids", lambda c, ids, mask: dict(input_ids=ids.tolist())),
+        ("top_k", lambda c, ids, mask: dict(top_k=2.5)),
+        ("num_beams", lambda c, ids, mask: dict(num_beams=20.0)),
+    ],
+    ids=["hole", "two starts", "stray end", "beyond", "negative", "floats", "numpy", "lists", "top_k", "num_beams"],
+)
+def test_prompts_that_would_be_misread_are_refused(prompts, message, change):
+    model, inputs = prompts
+    inputs = inputs | change(model.config, inputs["input_ids"], inputs["attention_mask"])
+    with pytest.raises(ValueError, match=message):
+        model.recommend(**inputs, catalog=tiny_catalog())
+
+
+def test_padding_on_both_sides_is_read_as_none(prompts):
+    model, _ = prompts
+    prompt = batch([row(model, 5, 0)])
+    padded = {name: torch.nn.functional.pad(tensor, (2, 3)) for name, tensor in prompt.items()}
+    padded["input_ids"][0, :2] = -100  # padding may have any id
+    expected = model.recommend(**prompt, catalog=tiny_catalog())
+    torch.testing.assert_close(model.recommend(**padded, catalog=tiny_catalog()).scores, expected.scores)

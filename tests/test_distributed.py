@@ -14,7 +14,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
 from tests import distributed_worker
-from tests.distributed_worker import TASKS
+from tests.distributed_worker import PLAIN_TASKS, TASKS
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -58,6 +58,13 @@ def test_ddp_and_fsdp2_train_as_one_process_does(one_process, tmp_path):
     logs = two_processes(TORCHRUN, tmp_path, "trainer", "fsdp2")
     for (task, _), series in logs.items():
         assert_same_series(series, one_process[task])
+
+
+@pytest.mark.distributed
+def test_ddp_without_checkpointing_trains_as_one_process_does(tmp_path):
+    logs = two_processes(TORCHRUN, tmp_path, "trainer", tasks=PLAIN_TASKS)
+    for (task, _), series in logs.items():
+        assert_same_series(series, distributed_worker.run(task, "trainer", tmp_path / f"one-{task}"))
 
 
 @pytest.mark.distributed

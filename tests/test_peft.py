@@ -15,7 +15,7 @@ from lasar_hf import (
     LasarSFTConfig,
     LasarSFTTrainer,
 )
-from lasar_hf.trainers import LasarModelConfig, lasar_lora_config, lora_from_arguments, save_trained
+from lasar_hf.trainers import LasarModelConfig, lasar_lora_config, load_model, lora_from_arguments, save_trained
 from lasar_hf.trainers.sharding import refuse_zero3
 from tests.references import DEPTHS as MIXED_DEPTHS
 from tests.references import SIDES, functional, gradients, mixed_rows
@@ -37,12 +37,12 @@ def sft_trainer(folder, tied=False, depths=DEPTHS, peft_config=None, **kwargs):
     )
 
 
-def grpo_trainer(folder, wrap, **kwargs):
+def grpo_trainer(folder, wrap, config=None, **kwargs):
     model, tokenizer, catalog, rows = grpo_setup()
     args = LasarGRPOConfig(
         str(folder), **{**COMMON, "max_steps": 3, "per_device_train_batch_size": 8, "num_generations": 4, **kwargs}
     )
-    config = lasar_lora_config(model, r=4, lora_dropout=0.0)
+    config = config or lasar_lora_config(model, r=4, lora_dropout=0.0)
     model, peft_config = (get_peft_model(model, config), None) if wrap else (model, config)
     return LasarGRPOTrainer(
         model, args, catalog, [first_code], train_dataset=rows, processing_class=tokenizer, peft_config=peft_config
@@ -241,16 +241,65 @@ def test_checkpointing_changes_no_gradient_of_the_adapter():
         torch.testing.assert_close(results[1][name], expected, atol=1e-6, rtol=1e-6)
 
 
+def trained_tables(model, **kwargs):
+    """An adapter that trains the token rows of the backbone and head only."""
+    return LoraConfig(
+        task_type="CAUSAL_LM", r=4, target_modules=["q_proj"],
+        trainable_token_indices=lasar_lora_config(model).trainable_token_indices, **kwargs,
+    )
+
+
 def test_an_adapter_without_policy_head_is_refused(tmp_path):
-    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"])
     with pytest.raises(ValueError, match="modules_to_save"):
-        sft_trainer(tmp_path, policy_weight=0.1, peft_config=config)
+        sft_trainer(tmp_path, policy_weight=0.1, peft_config=trained_tables(tiny_model()[0]))
 
 
 def test_stage_1_accepts_an_adapter_without_policy_head(tmp_path):
-    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"])
-    trainer = sft_trainer(tmp_path, depths=[0] * 6, peft_config=config)
+    trainer = sft_trainer(tmp_path, depths=[0] * 6, peft_config=trained_tables(tiny_model()[0]))
     assert trainer.args.policy_weight == 0
+
+
+def test_stage_1_accepts_an_adapter_with_whole_tables(tmp_path):
+    config = LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
+    trainer = sft_trainer(tmp_path, depths=[0] * 6, peft_config=config)
+    before = parameters(trainer.model)
+    trainer.train()
+    assert any("embed_tokens" in name for name in moved(before, trainer.model))
+
+
+FROZEN = {
+    "plain": LoraConfig(target_modules=["q_proj"], modules_to_save=["policy_head"]),
+    "no head": LoraConfig(
+        target_modules=["q_proj"], modules_to_save=["policy_head"],
+        trainable_token_indices={"embed_tokens": list(range(12, 27))},
+    ),
+    "some rows": LoraConfig(
+        target_modules=["q_proj"], modules_to_save=["policy_head"],
+        trainable_token_indices={name: list(range(12, 20)) for name in ("embed_tokens", "lm_head")},
+    ),
+}
+
+
+@pytest.mark.parametrize("config", FROZEN.values(), ids=FROZEN)
+def test_sft_refuses_frozen_rows_of_new_tokens(tmp_path, config):
+    with pytest.raises(ValueError, match="lasar_lora_config"):
+        sft_trainer(tmp_path, peft_config=config)
+
+
+@pytest.mark.parametrize("wrap", [True, False])
+def test_grpo_refuses_frozen_rows_of_new_tokens(tmp_path, wrap):
+    with pytest.raises(ValueError, match="lasar_lora_config"):
+        grpo_trainer(tmp_path, wrap, config=FROZEN["plain"])
+
+
+def test_an_adapter_loaded_for_inference_is_refused(tmp_path):
+    model, tokenizer, catalog, rows, _ = sft_setup()
+    get_peft_model(model, lasar_lora_config(model, r=4)).save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(sft_setup()[0], tmp_path / "adapter")
+    with pytest.raises(ValueError, match="is_trainable"):
+        LasarSFTTrainer(
+            loaded, LasarSFTConfig(str(tmp_path), **OPTIONS), catalog, train_dataset=rows, processing_class=tokenizer
+        )
 
 
 def test_zero3_is_refused():
@@ -258,3 +307,59 @@ def test_zero3_is_refused():
     with pytest.raises(ValueError, match="zero2.yaml"):
         refuse_zero3("path", args, LoraConfig())
     refuse_zero3("path", args, None)  # full training is supported
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# An adapter as the start
+
+
+@pytest.fixture
+def saved_adapter(tmp_path):
+    """Folder of an adapter with random weights, and the scores of its model."""
+    sft_setup()[0].save_pretrained(tmp_path / "base")
+    model = LasarForGenerativeRec.from_pretrained(tmp_path / "base")
+    adapted = get_peft_model(model, lasar_lora_config(model, r=4, lora_dropout=0.0))
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    adapted.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter", scores(adapted)
+
+
+def scores(model):
+    return model.eval().recommend(**batch([row(model, 5, 0)]), catalog=tiny_catalog()).scores
+
+
+@pytest.mark.parametrize("kind", ["sft", "grpo"])
+def test_training_goes_on_from_the_folder_of_an_adapter(tmp_path, saved_adapter, kind):
+    folder, expected = saved_adapter
+    options = {**OPTIONS, "per_device_train_batch_size": 4}
+    if kind == "sft":
+        _, tokenizer, catalog, rows, anchors = sft_setup()
+        args = LasarSFTConfig(str(tmp_path / "out"), **options)
+        trainer = LasarSFTTrainer(str(folder), args, catalog, train_dataset=rows, processing_class=tokenizer)
+    else:
+        _, tokenizer, catalog, rows = grpo_setup()
+        args = LasarGRPOConfig(str(tmp_path / "out"), **options, num_generations=4)
+        trainer = LasarGRPOTrainer(
+            str(folder), args, catalog, [first_code], train_dataset=rows, processing_class=tokenizer
+        )
+    torch.testing.assert_close(scores(trainer.model), expected)
+    before = parameters(trainer.model)
+    trainer.train()
+    changed = moved(before, trainer.model)
+    assert any("lora_B" in name for name in changed)
+    assert any("trainable_tokens_delta" in name for name in changed)
+
+
+def test_an_adapter_without_its_base_model_names_the_merged_folder(tmp_path):
+    """The base of an adapter from a first stage was never saved."""
+    save_trained(sft_trainer(tmp_path, depths=[0] * 6))
+    with pytest.raises(ValueError, match=str(tmp_path)):
+        load_model(str(tmp_path / "adapter"))
+
+
+def test_lora_arguments_do_not_change_an_adapter(saved_adapter):
+    model = load_model(str(saved_adapter[0]))
+    with pytest.raises(ValueError, match="use_peft"):
+        lora_from_arguments(model, LasarModelConfig(use_peft=True))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from trl import TrlParser
 
@@ -110,6 +111,16 @@ def test_backbone_config_may_be_json(value):
 def test_other_backbone_configs_are_refused(value):
     with pytest.raises(ValueError, match="backbone_config"):
         load_recipe("sft").SFTScriptArguments(data_dir="x", backbone_config=value)
+
+
+@pytest.mark.parametrize("heads", [{"num_attention_heads": 2}, {"num_attention_heads": 6, "num_key_value_heads": 4}])
+def test_key_value_heads_that_do_not_divide_are_named(heads):
+    """Llama and Qwen3 have a default of their own for the number of key-value heads."""
+    recipe = load_recipe("sft")
+    backbone = {"model_type": "qwen3", "hidden_size": 24, "num_hidden_layers": 1, "head_dim": 4, **heads}
+    script = recipe.SFTScriptArguments(data_dir="x", backbone_config=backbone)
+    with pytest.raises(ValueError, match="num_key_value_heads"):
+        recipe.new_backbone(script, LasarModelConfig(), tiny_tokenizer())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -222,6 +233,19 @@ def test_stage2_refuses_another_prompt_format(folder, stage1, tmp_path, setting)
         recipe.main(script, LasarSFTConfig(**settings(tmp_path)), LasarModelConfig(model_name_or_path=str(stage1)))
 
 
+def test_stage2_evaluates_with_latent_slots(folder, stage1, tmp_path, monkeypatch):
+    recipe, trainers = load_recipe("sft"), []
+    make = recipe.LasarSFTTrainer
+    monkeypatch.setattr(recipe, "LasarSFTTrainer", lambda *a, **k: (trainers.append(make(*a, **k)), trainers[0])[1])
+    script = recipe.SFTScriptArguments(data_dir=str(folder), stage=2, eval_users=4)
+    args = LasarSFTConfig(**settings(tmp_path, eval_strategy="steps", eval_steps=2, policy_weight=0.1))
+    recipe.main(script, args, LasarModelConfig(model_name_or_path=str(stage1)))
+    (trainer,) = trainers
+    slots = [ids.count(trainer.processor.latent_token_id) for ids in trainer.eval_dataset["input_ids"]]
+    assert slots == [2] * 4  # most training samples have two segments
+    assert any("eval_loss" in log for log in trainer.state.log_history)
+
+
 @pytest.mark.parametrize("use_peft", [False, True])
 def test_grpo_continues_stage2(folder, stage1, stage2, tmp_path, use_peft):
     recipe = load_recipe("grpo")
@@ -235,6 +259,47 @@ def test_grpo_continues_stage2(folder, stage1, stage2, tmp_path, use_peft):
     output = model.recommend(**processor([["item-1"]]), catalog=processor.catalog, top_k=2)
     assert prompt_format(tmp_path) == ("the item", 3)
     assert output.items.min() >= 0
+
+
+@pytest.fixture(scope="module")
+def stage2_adapter(folder, stage1, tmp_path_factory):
+    """Folder of recipes/sft.py, stage 2 with LoRA; its adapter is in `adapter`."""
+    recipe, output_dir = load_recipe("sft"), tmp_path_factory.mktemp("stage2_adapter")
+    script = recipe.SFTScriptArguments(data_dir=str(folder), stage=2)
+    model_args = LasarModelConfig(model_name_or_path=str(stage1), use_peft=True)
+    recipe.main(script, LasarSFTConfig(**settings(output_dir)), model_args)
+    return output_dir
+
+
+def weights(path: Path) -> list:
+    return [parameter for _, parameter in sorted(LasarForGenerativeRec.from_pretrained(path).named_parameters())]
+
+
+def test_grpo_continues_an_adapter(folder, stage1, stage2_adapter, tmp_path):
+    recipe = load_recipe("grpo")
+    script = recipe.GRPOScriptArguments(
+        data_dir=str(folder), anchors_dir=str(stage2_adapter / "anchors"), stage1_model=str(stage1),
+    )
+    model_args = LasarModelConfig(model_name_or_path=str(stage2_adapter / "adapter"))
+    args = LasarGRPOConfig(**settings(tmp_path, num_generations=4), learning_rate=0.0)
+    recipe.main(script, args, model_args)
+    for ours, theirs in zip(weights(tmp_path), weights(stage2_adapter), strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-6)
+
+
+def test_stage2_continues_an_adapter(folder, stage2_adapter, tmp_path):
+    """Also its anchors are encoded with the adapter, and recipes/grpo.py accepts them."""
+    adapter = str(stage2_adapter / "adapter")
+    recipe, script = load_recipe("sft"), dict(data_dir=str(folder), stage=2)
+    args = LasarSFTConfig(**settings(tmp_path), learning_rate=0.0)
+    recipe.main(recipe.SFTScriptArguments(**script), args, LasarModelConfig(model_name_or_path=adapter))
+    for ours, theirs in zip(weights(tmp_path), weights(stage2_adapter), strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-6)
+    grpo = load_recipe("grpo")
+    script = grpo.GRPOScriptArguments(
+        data_dir=str(folder), anchors_dir=str(tmp_path / "anchors"), stage1_model=adapter
+    )
+    assert len(grpo.terminal_anchors(script, "float32")) == 12
 
 
 def test_grpo_refuses_anchors_without_their_checkpoint(folder, stage2, tmp_path):

@@ -1,10 +1,14 @@
 """Both trainers on TRL: what they add is called, exact, logged, and moves every trainable parameter."""
 
 import inspect
+import warnings
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
+from transformers import EarlyStoppingCallback
 from trl import GRPOTrainer, SFTConfig, SFTTrainer
 
 from lasar_hf import (
@@ -16,6 +20,8 @@ from lasar_hf import (
     LasarSFTTrainer,
     SidCatalog,
 )
+from lasar_hf.evaluation import RankingEvaluator
+from lasar_hf.files import write_json
 from lasar_hf.trainers import (
     DISTANCES,
     add_catalog_head,
@@ -385,7 +391,8 @@ def run_arguments(tmp_path):
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "model.safetensors").touch()
         if step < 12:
-            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").touch()
+            state = {"global_step": step, "max_steps": 20, "num_train_epochs": 1}
+            write_json(tmp_path / f"checkpoint-{step}" / "trainer_state.json", state)
     return args
 
 
@@ -394,10 +401,47 @@ def test_a_longer_run_resumes_the_newest_complete_checkpoint(tmp_path, run_argum
     assert checkpoint_to_resume(run_arguments, data={"a": "1"}) == str(tmp_path / "checkpoint-10")
 
 
+@pytest.mark.parametrize(
+    ("options", "warns"),
+    [(dict(max_steps=50), True), (dict(max_steps=10), False), (dict(num_train_epochs=3), True),
+     (dict(max_steps=50, lr_scheduler_type="constant"), False)],
+)
+def test_continuing_a_finished_run_warns_of_its_schedule(tmp_path, run_arguments, options, warns):
+    state = {"global_step": 10, "max_steps": 10, "num_train_epochs": 1}
+    write_json(tmp_path / "checkpoint-10" / "trainer_state.json", state)
+    args = run_arguments
+    args.max_steps, args.num_train_epochs = options.get("max_steps", -1), options.get("num_train_epochs", 1)
+    args.lr_scheduler_type = options.get("lr_scheduler_type", "linear")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        checkpoint_to_resume(args, data={"a": "1"})
+    assert any("learning rate" in str(warning.message) for warning in caught) == warns
+
+
 def test_a_run_with_other_settings_does_not_resume(run_arguments):
     run_arguments.learning_rate = 1e-4
     with pytest.raises(ValueError, match=r"\(data, learning_rate\).*output_dir"):
         checkpoint_to_resume(run_arguments, data={"a": "2"})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [dict(use_bias_correction_kl=False), dict(importance_sampling_level="sequence"), dict(top_entropy_quantile=0.5),
+     dict(entropy_coef=0.1), dict(delta=2.0), dict(off_policy_mask_threshold=0.1), dict(reward_weights=[1.0, 2.0])],
+    ids=lambda change: next(iter(change)),
+)
+def test_inherited_options_of_the_objective_decide_the_run(tmp_path, change):
+    options = dict(output_dir=str(tmp_path), use_cpu=True, bf16=False, num_generations=4)
+    assert checkpoint_to_resume(LasarGRPOConfig(**options)) is None
+    (tmp_path / "checkpoint-2").mkdir()
+    write_json(tmp_path / "checkpoint-2" / "trainer_state.json", {})  # complete
+    with pytest.raises(ValueError, match=rf"\({next(iter(change))}\)"):
+        checkpoint_to_resume(LasarGRPOConfig(**options, **change))
+
+
+def test_the_kl_penalty_is_pinned_to_its_unbiased_gradient():
+    assert "use_bias_correction_kl" in LasarGRPOConfig.__annotations__
+    assert LasarGRPOConfig.use_bias_correction_kl is True
 
 
 def test_a_damaged_record_of_the_run_is_named(tmp_path, run_arguments):
@@ -584,3 +628,165 @@ def test_ranking_metrics_join_the_evaluation(tmp_path):
     assert trainer.state.best_metric == 0.5
     assert trainer.state.best_model_checkpoint.endswith("checkpoint-1")
     assert [entry["eval_NDCG@10"] for entry in trainer.state.log_history if "eval_NDCG@10" in entry] == [0.5, 0.25]
+
+
+def evaluated_trainer(folder, ranking_evaluator, sets=None, **options):
+    """An SFT trainer that evaluates every step; `sets` are names of evaluation sets, none for no set at all."""
+    model, tokenizer, catalog, rows, anchors = sft_setup()
+    options = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "policy_weight": 0.1, **options}
+    held_out = rows.remove_columns("sample_index").select(range(4))
+    return LasarSFTTrainer(
+        model, LasarSFTConfig(str(folder), **{**COMMON, **options}), catalog, anchors, train_dataset=rows,
+        ranking_evaluator=ranking_evaluator, processing_class=LasarProcessor(tokenizer, catalog),
+        eval_dataset=held_out if sets is None else dict.fromkeys(sets, held_out) or None,
+    )
+
+
+def test_one_evaluator_ranks_once_for_all_named_sets(tmp_path):
+    calls = []
+    trainer = evaluated_trainer(tmp_path, lambda model: calls.append(1) or {"HR@5": 0.5}, sets=["a", "b"])
+    metrics = trainer.evaluate()
+    assert len(calls) == 1
+    assert metrics["eval_HR@5"] == 0.5
+    assert {"eval_a_loss", "eval_b_loss"} <= set(metrics)
+
+
+def test_named_sets_are_ranked_by_their_own_evaluators(tmp_path):
+    evaluators = {"a": lambda model: {"HR@5": 0.5}, "b": lambda model: {"HR@5": 0.25}}
+    metrics = evaluated_trainer(tmp_path, evaluators, sets=["a", "b"]).evaluate()
+    ranking = {name: value for name, value in metrics.items() if "HR" in name}
+    assert ranking == {"eval_a_HR@5": 0.5, "eval_b_HR@5": 0.25}
+
+
+def test_ranking_needs_no_evaluation_set(tmp_path):
+    scores = iter([0.5, 0.25, 0.125])
+    options = dict(load_best_model_at_end=True, metric_for_best_model="HR@5", save_strategy="steps", max_steps=3)
+    trainer = evaluated_trainer(tmp_path, lambda model: {"HR@5": next(scores)}, sets=[], **options)
+    trainer.add_callback(EarlyStoppingCallback(early_stopping_patience=1))
+    trainer.train()
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-1")
+    assert trainer.state.global_step == 2  # stopped early
+
+
+def test_held_out_examples_have_no_policy_loss(tmp_path):
+    """Their depth is that of the layout, not a label."""
+    trainer = evaluated_trainer(tmp_path, None)
+    metrics = trainer.evaluate()
+    assert metrics["eval_mean_depth"] == np.mean([1, 3, 2, 4])
+    assert "eval_policy_loss" not in metrics
+    inputs = next(iter(trainer.get_eval_dataloader()))
+    loss = trainer.compute_loss(trainer.model, dict(inputs))
+    scored = trainer.model(**inputs, fused_lm_head=True)
+    torch.testing.assert_close(loss, scored.loss, atol=1e-5, rtol=1e-5)
+
+
+RANKED = RankingEvaluator(
+    Dataset.from_dict({"history": [[0]], "target": [1]}), LasarProcessor(tiny_model()[1], tiny_catalog()), ks=(5,)
+)
+
+
+@pytest.mark.parametrize(
+    ("metric", "evaluator", "sets"),
+    [("eval_HR@10", RANKED, None), ("ndcg@5", RANKED, None), ("loss", RANKED, []), ("loss", RANKED, ["a"]),
+     ("HR@5", {"a": RANKED}, ["a"]), ("HR@5", None, None)],
+)
+def test_an_unknown_best_metric_fails_before_training(tmp_path, metric, evaluator, sets):
+    with pytest.raises(ValueError, match="metric_for_best_model"):
+        evaluated_trainer(tmp_path, evaluator, sets, metric_for_best_model=metric)
+
+
+@pytest.mark.parametrize(
+    ("metric", "evaluator", "sets"),
+    [("eval_HR@5", RANKED, None), ("NDCG@5", RANKED, []), ("eval_mean_depth", RANKED, []), ("loss", RANKED, None),
+     ("a_loss", RANKED, ["a"]), ("a_HR@5", {"a": RANKED}, ["a"]), ("mean_token_accuracy", None, None)],
+)
+def test_a_best_metric_that_is_evaluated_is_accepted(tmp_path, metric, evaluator, sets):
+    trainer = evaluated_trainer(tmp_path, evaluator, sets, metric_for_best_model=metric)
+    name = f"eval_{metric.removeprefix('eval_')}"
+    assert name in trainer.evaluate()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Lengths
+
+
+@pytest.mark.parametrize("depth", [4, 5])
+def test_examples_deeper_than_the_model_fail_before_training(tmp_path, depth):
+    depths = [1, 3, depth, 1, 1, 2]
+    if depth <= 4:  # the tiny model's max_latent_steps
+        sft_trainer(tmp_path, depths=depths)
+        return
+    with pytest.raises(ValueError, match="2 .* 5 .*max_latent_steps"):
+        sft_trainer(tmp_path, depths=depths)
+
+
+@pytest.mark.parametrize("kind", ["sft", "grpo"])
+@pytest.mark.parametrize(("missing", "name"), [(0, None), (1, "max_position_embeddings .*max_history")])
+def test_examples_beyond_the_positions_fail_before_training(tmp_path, monkeypatch, kind, missing, name):
+    model, tokenizer, catalog, rows = sft_setup()[:4] if kind == "sft" else grpo_setup()
+    if kind == "sft":
+        limit = max(map(len, rows["input_ids"]))
+        options, config, trainer = {}, LasarSFTConfig, LasarSFTTrainer
+    else:  # prompt, four latent steps, <|latent_end|> and three codes
+        limit = max(len(tokenizer(text, add_special_tokens=False).input_ids) for text in rows["prompt"]) + 8
+        options, config, trainer = {"num_generations": 4, "beta": 0.0}, LasarGRPOConfig, LasarGRPOTrainer
+    model.config.backbone_config.max_position_embeddings = limit - missing
+    args = config(str(tmp_path), **{**COMMON, "per_device_train_batch_size": 4, **options})
+    with nullcontext() if name is None else pytest.raises(ValueError, match=name):
+        trainer(model, args, catalog, train_dataset=rows, processing_class=tokenizer)
+
+
+@pytest.mark.parametrize("part", ["train_dataset", "eval_dataset"])
+def test_examples_that_max_length_would_cut_are_refused(tmp_path, part):
+    model, tokenizer, catalog, rows, _ = sft_setup()
+    lengths = list(map(len, rows["input_ids"]))
+    short = rows.select([np.argmin(lengths)])
+    args = LasarSFTConfig(str(tmp_path), **COMMON, max_length=max(lengths) - 1)
+    datasets = {"train_dataset": short, "eval_dataset": {"a": short}, part: rows}
+    with pytest.raises(ValueError, match=f"longest with {max(lengths)} .*max_length .*max_history"):
+        LasarSFTTrainer(model, args, catalog, processing_class=tokenizer, **datasets)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Examples as other trainers take them
+
+
+@pytest.fixture
+def grpo_with(tmp_path):
+    """Makes a GRPO trainer on changed examples; its model is a path that does not exist."""
+    _, tokenizer, catalog, rows = grpo_setup()
+
+    def make(change, model="nowhere"):
+        args = LasarGRPOConfig(str(tmp_path), **COMMON, per_device_train_batch_size=8, num_generations=4, beta=0.0)
+        return LasarGRPOTrainer(model, args, catalog, train_dataset=change(rows), processing_class=tokenizer)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("prompt", lambda rows: rows.map(lambda row: {"prompt": [{"role": "user", "content": row["prompt"]}]})),
+        ("prompt", lambda rows: rows.remove_columns("prompt")),
+        ("target", lambda rows: rows.remove_columns("target")),
+        ("target .*gone", lambda rows: rows.map(lambda row: {"target": "gone"})),
+        ("target .*20", lambda rows: rows.map(lambda row: {"target": 20})),
+    ],
+    ids=["chat", "no prompt", "no target", "unknown item", "unknown index"],
+)
+def test_examples_are_checked_before_the_model_loads(grpo_with, name, change):
+    with pytest.raises(ValueError, match=name):
+        grpo_with(change)
+
+
+def test_targets_may_be_item_ids(grpo_with):
+    trainer = grpo_with(lambda rows: rows.map(lambda row: {"target": f"item-{row['target']}"}), grpo_setup()[0])
+    assert list(trainer.train_dataset["target"]) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("kind", ["sft", "grpo"])
+def test_a_model_in_memory_needs_a_processing_class(tmp_path, kind):
+    model, _, catalog, rows = sft_setup()[:4] if kind == "sft" else grpo_setup()
+    config, trainer = (LasarSFTConfig, LasarSFTTrainer) if kind == "sft" else (LasarGRPOConfig, LasarGRPOTrainer)
+    with pytest.raises(ValueError, match="processing_class"):
+        trainer(model, config(str(tmp_path), **COMMON), catalog, train_dataset=rows)

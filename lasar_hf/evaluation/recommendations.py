@@ -26,15 +26,8 @@ class Recommendations:
 
 
 def recommend_samples(
-    model: LasarForGenerativeRec,
-    samples: Dataset,
-    processor: LasarProcessor,
-    top_k: int = 20,
-    num_beams: int = 50,
-    latent_steps: int | None = None,
-    batch_size: int = 64,
-    progress: bool = False,
-    exclude_history: bool = False,
+    model: LasarForGenerativeRec, samples: Dataset, processor: LasarProcessor, top_k: int = 20, num_beams: int = 50,
+    latent_steps: int | None = None, batch_size: int = 64, progress: bool = False, exclude_history: bool = False,
 ) -> Recommendations:
     """
     Recommend for every sample. Samples are batched by length, which keeps padding small.
@@ -81,15 +74,12 @@ class RankingEvaluator:
     """
 
     def __init__(
-        self,
-        samples: Dataset,
-        processor: LasarProcessor,
-        num_beams: int = 20,
-        latent_steps: int | None = None,
+        self, samples: Dataset, processor: LasarProcessor, num_beams: int = 20, latent_steps: int | None = None,
         ks: Sequence[int] = DEFAULT_KS,
     ):
         self.samples, self.processor = samples, processor
         self.num_beams, self.latent_steps, self.ks = num_beams, latent_steps, ks
+        self.metric_names = [f"{name}@{k}" for name in ("HR", "NDCG") for k in ks] + ["mean_depth"]
 
     def __call__(self, model: LasarForGenerativeRec) -> dict[str, float]:
         """`HR@k`, `NDCG@k` and `mean_depth` of the model."""
@@ -98,4 +88,4 @@ class RankingEvaluator:
         )
         targets, num_items = self.samples["target"], len(self.processor.catalog)
         row = evaluate_recommendations(output.items, targets, num_items, output.latent_steps, ks=self.ks)
-        return {name: value for name, value in row.items() if name.startswith(("HR", "NDCG", "mean_depth"))}
+        return {name: row[name] for name in self.metric_names}

@@ -13,11 +13,7 @@ from .metrics import DEFAULT_KS, score_predictions
 
 
 def evaluate_recommendations(
-    predictions: Any,
-    targets: Any,
-    num_items: int,
-    latent_steps: Any = None,
-    seconds: float | None = None,
+    predictions: Any, targets: Any, num_items: int, latent_steps: Any = None, seconds: float | None = None,
     ks: Sequence[int] = DEFAULT_KS,
 ) -> dict[str, float | int]:
     """

@@ -18,9 +18,7 @@ class BootstrapResult:
 
 
 def paired_bootstrap(
-    values_a: Sequence[float] | np.ndarray,
-    values_b: Sequence[float] | np.ndarray,
-    num_resamples: int = 10_000,
+    values_a: Sequence[float] | np.ndarray, values_b: Sequence[float] | np.ndarray, num_resamples: int = 10_000,
     seed: int = 0,
 ) -> BootstrapResult:
     """

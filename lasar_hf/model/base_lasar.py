@@ -271,11 +271,8 @@ class LasarModel(LasarPreTrainedModel):
         start = layout.last_prompt_column()[..., None].expand(-1, -1, hidden_states.shape[-1])
         start_states = hidden_states.gather(1, start)  # (B, 1, H)
         return LasarModelOutput(
-            last_hidden_state=hidden_states,
-            past_key_values=past_key_values if use_cache else None,
-            latent_states=start_states,
-            latent_steps=layout.depth,
-            depth_logits=self.policy_head(start_states[:, 0]),
+            last_hidden_state=hidden_states, past_key_values=past_key_values if use_cache else None,
+            latent_states=start_states, latent_steps=layout.depth, depth_logits=self.policy_head(start_states[:, 0]),
         )
 
     def run_latent_steps(

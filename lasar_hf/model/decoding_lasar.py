@@ -150,11 +150,9 @@ def _search(
         if width_limit:
             index = index[:, : trie.num_nodes[level + 1]]
         beams = _Beams(
-            nodes=child.flatten(1).gather(1, index).clamp(min=0),
-            codes=codes.flatten(1).gather(1, index),
+            nodes=child.flatten(1).gather(1, index).clamp(min=0), codes=codes.flatten(1).gather(1, index),
             scores=(beams.scores[..., None] + log_probs).flatten(1).gather(1, index),
-            parent=index // log_probs.shape[-1],
-            key=keys.gather(1, index),
+            parent=index // log_probs.shape[-1], key=keys.gather(1, index),
         )
     if beams.scores.isnan().any():
         raise ValueError(NAN_MESSAGE)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import nn
@@ -256,14 +257,26 @@ class LasarForGenerativeRec(LasarPreTrainedModel, GenerationMixin):
         [`~decoding_lasar.sample_items`]. Arguments as for [`~LasarForGenerativeRec.recommend`]; `latent_steps` may
         also be a function from the policy head's logits `(B, N_max)` to the steps `(B,)`.
         """
-        # 1. Every prompt must end in <|latent_start|>.
-        layout = BatchLayout(input_ids, attention_mask, self.config)
+        # 1. Every prompt must be tokens of the vocabulary without a gap, and end in its only control token.
+        config = self.config
+        if not isinstance(input_ids, torch.Tensor) or input_ids.is_floating_point():
+            raise ValueError(f"input_ids is {type(input_ids)}; expected a tensor of whole numbers, (B, L).")
+        layout = BatchLayout(input_ids, attention_mask, config)
+        valid, size = layout.valid, config.vocab_size
         last_token = input_ids.gather(1, layout.last_prompt_column())[:, 0]  # (B,)
-        unfinished = (last_token != self.config.latent_start_token_id) | (layout.length != layout.prompt_length)
-        unfinished |= layout.length == 0
-        if unfinished.any():
-            index = int(unfinished.nonzero()[0])
-            raise ValueError(f"Prompt {index} does not end in {LATENT_START_TOKEN}. Append it to the prompt.")
+        unfinished = (last_token != config.latent_start_token_id) | (layout.length != layout.prompt_length)
+        control = valid & ((input_ids == config.latent_start_token_id) | (input_ids == config.latent_end_token_id))
+        parts = valid[:, 0] + (valid[:, 1:] & ~valid[:, :-1]).sum(dim=1)  # (B,), runs of tokens without padding
+        problems = {
+            f"does not end in {LATENT_START_TOKEN}. Append it to the prompt.": unfinished | (layout.length == 0),
+            f"has {LATENT_START_TOKEN} or <|latent_end|> before its end. Remove it.": control.sum(dim=1) > 1,
+            "has an attention_mask with a hole. Pad at the sides only.": parts > 1,
+            f"has token ids outside 0 … {size - 1}.": (valid & ((input_ids < 0) | (input_ids >= size))).any(dim=1),
+        }
+        is_wrong = torch.stack(list(problems.values()))  # (problems, B)
+        if is_wrong.any():
+            problem, index = is_wrong.nonzero()[0].tolist()
+            raise ValueError(f"Prompt {index} {list(problems)[problem]}")
         # 2. Prompt, latent steps, <|latent_end|> and Semantic ID must fit into the backbone's positions.
         if latent_steps is None:
             latent_steps = most_likely_depth
@@ -334,14 +347,15 @@ class LasarForGenerativeRec(LasarPreTrainedModel, GenerationMixin):
             [`RecommendOutput`] with `items` `(B, k)`, `scores` `(B, k)` and `latent_steps` `(B,)`.
 
         Raises:
-            `ValueError`: if a prompt does not end in `<|latent_start|>` or is too long for the backbone,
-            `latent_steps` is outside `0 … max_latent_steps`, `catalog` is missing or does not match the model, `top_k`
-            or `num_beams` is less than 1, a list is invalid, a prompt may get no item, or the logits contain NaN.
+            `ValueError`: if a prompt does not end in its only control token `<|latent_start|>`, has unknown token ids
+            or padding between tokens, or is too long for the backbone, `latent_steps` is not `0 … max_latent_steps`,
+            `catalog` is missing or does not match the model, `top_k` or `num_beams` is not a whole number of at least
+            1, a list is invalid, a prompt may get no item, or the logits contain NaN.
         """
         if catalog is None:
             raise ValueError("catalog is missing. Pass catalog=SidCatalog(codes, item_ids).")
-        if top_k < 1 or num_beams < 1:
-            raise ValueError(f"top_k is {top_k} and num_beams is {num_beams}; expected at least 1.")
+        if not isinstance(top_k, Integral) or not isinstance(num_beams, Integral) or top_k < 1 or num_beams < 1:
+            raise ValueError(f"top_k is {top_k} and num_beams is {num_beams}; expected whole numbers of at least 1.")
         catalog.check_matches(self.config.num_sid_levels, self.config.codebook_size)
         item_filter = None
         if allow is not None or deny is not None:

@@ -3,7 +3,7 @@
 from .catalog_head import add_catalog_head
 from .grpo_config import LasarGRPOConfig
 from .grpo_trainer import LasarGRPOTrainer
-from .lora import lasar_lora_config, lora_from_arguments, save_trained
+from .lora import is_adapter, lasar_lora_config, load_model, lora_from_arguments, save_trained
 from .losses import DISTANCES, alignment_loss, bidirectional_kl, depth_entropy, exact_depth_loss, reinforce_loss
 from .model_config import LasarModelConfig
 from .resume import checkpoint_to_resume
@@ -29,7 +29,9 @@ __all__ = [
     "checkpoint_to_resume",
     "depth_entropy",
     "exact_depth_loss",
+    "is_adapter",
     "lasar_lora_config",
+    "load_model",
     "load_rewards",
     "lora_from_arguments",
     "reinforce_loss",

@@ -42,12 +42,8 @@ def add_catalog_head(model: LasarForGenerativeRec, catalog: SidCatalog, temperat
 
 
 def score_labels(
-    model: LasarForGenerativeRec,
-    hidden_states: torch.Tensor,
-    input_ids: torch.Tensor,
-    labels: torch.Tensor,
-    trie: SidTrie,
-    temperature: float = 1.0,
+    model: LasarForGenerativeRec, hidden_states: torch.Tensor, input_ids: torch.Tensor, labels: torch.Tensor,
+    trie: SidTrie, temperature: float = 1.0,
 ) -> FusedCausalLMOutput:
     """
     Score next-token labels: a SID code among the codes that continue an item, other tokens over the vocabulary.

@@ -16,7 +16,7 @@ class LasarGRPOConfig(GRPOConfig):
     Args:
         sampling (`str`, *optional*, defaults to `"sample"`):
             How the candidates of a group are drawn: independently (`"sample"`), or without replacement by stochastic
-            beams (`"stochastic_beams"`), which never repeat an item.
+            beams (`"stochastic_beams"`). Only `"sample"` gives an unbiased gradient: beams are not weighted.
         alignment (`str`, *optional*, defaults to `"kl"`):
             Distance of the terminal anchor loss: `"kl"`, `"cosine"`, `"mse"` or `"none"`.
         terminal_weight (`float`, *optional*, defaults to `0.1`):
@@ -38,6 +38,8 @@ class LasarGRPOConfig(GRPOConfig):
     > - `max_completion_length`: Defaults to `4` instead of `512`. The trainer sets it to the number of SID levels.
     > - `disable_dropout`: Defaults to `True` instead of `False`. Candidates are drawn without dropout, so they are
     >   scored without it.
+    > - `use_bias_correction_kl`: Pinned to `True`, the unbiased gradient of the KL penalty; GRPO's paper has `False`.
+    > - `ddp_find_unused_parameters`: Defaults to `False` instead of `None`. The search fails on the policy head.
     """
 
     beta: float = field(default=0.04, metadata={"help": "Weight of the KL penalty to the stage-2 model."})
@@ -56,6 +58,8 @@ class LasarGRPOConfig(GRPOConfig):
     step_cost: float = field(default=0.005, metadata={"help": "Cost of one latent step in units of reward, lambda."})
     depth_entropy_weight: float = field(default=0.01, metadata={"help": "Entropy bonus of the depth policy, eta."})
     baseline_decay: float = field(default=0.95, metadata={"help": "Decay of the running mean of the group rewards."})
+    use_bias_correction_kl: bool = field(default=True, metadata={"help": "Unbiased gradient of the KL penalty."})
+    ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Keep it at False."})
 
     def __post_init__(self):
         check_choices(self)

@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 from accelerate import PartialState
+from datasets import Dataset
 from peft import PeftModel
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
@@ -20,11 +21,11 @@ from ..model.catalog_lasar import SidCatalog
 from ..model.decoding_lasar import sample_items
 from .catalog_head import add_catalog_head
 from .grpo_config import LasarGRPOConfig
-from .lora import complete_reference, train_policy_head
+from .lora import check_token_rows, complete_reference, is_adapter, load_model, train_policy_head
 from .losses import DISTANCES, reinforce_loss
 from .rewards import load_rewards
 from .sharding import refuse_zero3, uses_zero3
-from .trainer_mixin import LasarTrainerMixin, latent_metrics, split_processor, unwrap_lasar
+from .trainer_mixin import LasarTrainerMixin, check_lengths, latent_metrics, split_processor, unwrap_lasar
 
 
 STATE_NAME = "lasar_state.json"
@@ -67,8 +68,8 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
         reward_funcs (`list[Callable]`, *optional*):
             Rewards, see [`~lasar_hf.trainers.load_rewards`]. Defaults to exact match and ranking.
         train_dataset ([`~datasets.Dataset`]):
-            Columns `prompt` (text that ends in `<|latent_start|>`), `target` (index in the catalogue) and, for the
-            terminal loss, `terminal_anchor` (`H` floats), see [`~lasar_hf.data.grpo_examples`].
+            Columns `prompt` (text that ends in `<|latent_start|>`), `target` (index in the catalogue, or item id) and,
+            for the terminal loss, `terminal_anchor` (`H` floats), see [`~lasar_hf.data.grpo_examples`].
         kwargs:
             Passed to [`~trl.GRPOTrainer`].
     """
@@ -84,20 +85,15 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
     _description = "Reinforcement learning of LASAR with GRPO."
 
     def __init__(
-        self,
-        model,
-        args: LasarGRPOConfig,
-        catalog: SidCatalog | None = None,
-        reward_funcs=None,
-        train_dataset=None,
-        eval_dataset=None,
-        processing_class=None,
-        **kwargs,
+        self, model, args: LasarGRPOConfig, catalog: SidCatalog | None = None, reward_funcs=None,
+        train_dataset=None, eval_dataset=None, processing_class=None, **kwargs,
     ):
-        self.processor, tokenizer, self.catalog = split_processor(processing_class, catalog)
+        self.processor, tokenizer, self.catalog = split_processor(model, processing_class, catalog)
         if self.catalog is None:
             raise ValueError("catalog is missing. Pass it, or a LasarProcessor as processing_class.")
         _check_arguments(args, has_eval=eval_dataset is not None, num_items=self.catalog.num_items)
+        model = load_model(model, **(args.model_init_kwargs or {})) if is_adapter(model) else model
+        train_dataset = _checked_examples(train_dataset, self.catalog)
         refuse_zero3(model, args, kwargs.get("peft_config"))
         config = AutoConfig.from_pretrained(model) if isinstance(model, str) else unwrap_lasar(model).config
         self.catalog.check_matches(config.num_sid_levels, config.codebook_size)
@@ -121,11 +117,13 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
         if isinstance(self.model, PeftModel):
             complete_reference(self.model)
         lasar = unwrap_lasar(self.model)
+        check_lengths(train_dataset, config, tokenizer=self.processing_class)
         for policy in (lasar, self.ref_model):
             if policy is not None:
                 add_catalog_head(self.accelerator.unwrap_model(policy), self.catalog, args.temperature)
                 if args.disable_dropout:
                     disable_functional_dropout(policy)
+        check_token_rows(lasar)
         train_policy_head(lasar, args.depth_weight > 0)
         self.record_latent_states(lasar)
         self._group_rewards: torch.Tensor | None = None
@@ -260,6 +258,21 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
                     "candidates are lost. Resume from an earlier checkpoint."
                 )
             self.reward_baseline = state["reward_baseline"]
+
+
+def _checked_examples(dataset: object, catalog: SidCatalog) -> object:
+    """The examples, with item indices instead of item ids as `target`; a stream of them is not read."""
+    if not isinstance(dataset, Dataset):
+        return dataset
+    columns = set(dataset.column_names)
+    if not {"prompt", "target"} <= columns or not all(isinstance(text, str) for text in dataset["prompt"]):
+        raise ValueError(f"train_dataset has {columns}; expected prompt with text (not messages) and target.")
+    targets = list(dataset["target"])
+    indices = [catalog.index_of.get(item) if isinstance(item, str) else item for item in targets]
+    wrong = [item for item, index in zip(targets, indices, strict=True) if index not in range(len(catalog))]
+    if wrong:
+        raise ValueError(f"target is {wrong[0]!r}; expected an item id of the catalogue or an index < {len(catalog)}.")
+    return dataset.remove_columns("target").add_column("target", indices)
 
 
 def _check_arguments(args: LasarGRPOConfig, has_eval: bool, num_items: int) -> None:

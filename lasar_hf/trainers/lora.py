@@ -3,8 +3,8 @@
 import os
 
 import torch
-from peft import LoraConfig, PeftModel
-from peft.utils.other import ModulesToSaveWrapper
+from peft import LoraConfig, PeftConfig, PeftModel
+from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import nn
 from transformers import Trainer
 
@@ -13,12 +13,8 @@ from .model_config import LasarModelConfig
 
 
 def lasar_lora_config(
-    model: LasarForGenerativeRec,
-    r: int = 16,
-    lora_alpha: int = 32,
-    lora_dropout: float = 0.05,
-    target_modules: str | list[str] = "all-linear",
-    **kwargs,
+    model: LasarForGenerativeRec, r: int = 16, lora_alpha: int = 32, lora_dropout: float = 0.05,
+    target_modules: str | list[str] = "all-linear", **kwargs,
 ) -> LoraConfig:
     """
     LoRA configuration for `peft_config` of the trainers or for `peft.get_peft_model`.
@@ -47,10 +43,7 @@ def lasar_lora_config(
             f"{sorted(linear)}."
         )
     # 2. Token rows to train, and the modules that contain them.
-    config = model.config
-    control = {config.latent_start_token_id, config.latent_token_id, config.latent_end_token_id}
-    sid = range(config.sid_token_offset, config.sid_token_offset + config.num_sid_tokens)
-    token_ids = sorted(control | set(sid))
+    token_ids = _new_token_ids(model)
     embeddings = model.get_input_embeddings()
     token_modules = [name for name, module in model.named_modules() if module is embeddings]
     if model.lm_head.weight is not embeddings.weight:
@@ -64,10 +57,50 @@ def lasar_lora_config(
     )
 
 
-def lora_from_arguments(model: LasarForGenerativeRec, arguments: LasarModelConfig) -> LoraConfig | None:
+def _new_token_ids(model: LasarForGenerativeRec) -> list[int]:
+    """Ids of the Semantic-ID and control tokens, whose rows `from_backbone` draws at random."""
+    config = model.config
+    control = {config.latent_start_token_id, config.latent_token_id, config.latent_end_token_id}
+    return sorted(control | set(range(config.sid_token_offset, config.sid_token_offset + config.num_sid_tokens)))
+
+
+def check_token_rows(lasar: LasarForGenerativeRec) -> None:
+    """Refuse, with a `ValueError`, a model inside any wrappers whose rows of new tokens would stay as drawn."""
+    for name, module in (("embeddings", lasar.get_input_embeddings()), ("head weights", lasar.lm_head)):
+        is_trained = any(parameter.requires_grad for parameter in module.parameters())
+        if isinstance(module, TrainableTokensWrapper):
+            adapter = module.token_adapter
+            is_trained &= set(_new_token_ids(lasar)) <= set(adapter.token_indices[adapter.active_adapters[0]])
+        if not is_trained:
+            raise ValueError(
+                f"The {name} of Semantic-ID or control tokens, drawn at random by from_backbone, are frozen. Use "
+                "peft_config=lasar_lora_config(model), which keeps trained rows too; load with is_trainable=True."
+            )
+
+
+def is_adapter(model: object) -> bool:
+    """Whether the model is given as the folder of an adapter."""
+    return isinstance(model, str) and os.path.exists(os.path.join(model, "adapter_config.json"))
+
+
+def load_model(path: str, **kwargs) -> LasarForGenerativeRec | PeftModel:
+    """The model of a checkpoint, for training; an adapter's folder gives a [`~peft.PeftModel`] that trains on."""
+    kwargs = {"dtype": "float32"} | kwargs  # as in TRL
+    if not is_adapter(path):
+        return LasarForGenerativeRec.from_pretrained(path, **kwargs)
+    base = PeftConfig.from_pretrained(path).base_model_name_or_path
+    if not base:  # as after stage 1
+        folder = os.path.dirname(os.path.abspath(path))
+        raise ValueError(f"The base model of the adapter in {path} was not saved. Start from the merged {folder}.")
+    return PeftModel.from_pretrained(LasarForGenerativeRec.from_pretrained(base, **kwargs), path, is_trainable=True)
+
+
+def lora_from_arguments(model: LasarForGenerativeRec | PeftModel, arguments: LasarModelConfig) -> LoraConfig | None:
     """[`lasar_lora_config`] with the arguments of a recipe; `None` without `use_peft`."""
     if not arguments.use_peft:
         return None
+    if isinstance(model, PeftModel):
+        raise ValueError("use_peft is True, but the model is an adapter, whose training goes on. Leave it out.")
     return lasar_lora_config(
         model, arguments.lora_r, arguments.lora_alpha, arguments.lora_dropout,
         arguments.lora_target_modules or "all-linear", use_rslora=arguments.use_rslora, use_dora=arguments.use_dora,

@@ -85,13 +85,8 @@ def depth_entropy(depth_logits: torch.Tensor) -> torch.Tensor:
 
 
 def reinforce_loss(
-    depth_logits: torch.Tensor,
-    depths: torch.Tensor,
-    rewards: torch.Tensor,
-    baseline: float | torch.Tensor,
-    step_cost: float,
-    entropy_weight: float,
-    drawn_log_probs: torch.Tensor | None = None,
+    depth_logits: torch.Tensor, depths: torch.Tensor, rewards: torch.Tensor, baseline: float | torch.Tensor,
+    step_cost: float, entropy_weight: float, drawn_log_probs: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
     REINFORCE on the depth policy:

@@ -1,6 +1,7 @@
 """Resuming a recipe's run: only with the same settings, and from its newest complete checkpoint."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ RUN_NAME = "run.json"
 # Arguments that decide the weights. The length of a run is not one of them, so a run can be extended.
 TRAINING = (
     "adam_beta1", "adam_beta2", "adam_epsilon", "alignment", "alignment_weight", "baseline_decay", "beta", "data_seed",
-    "depth_entropy_weight", "depth_weight", "epsilon", "epsilon_high", "gradient_accumulation_steps", "learning_rate",
-    "loss_type", "max_grad_norm", "num_generations", "num_iterations", "optim", "per_device_train_batch_size",
-    "policy_weight", "sampling", "scale_rewards", "seed", "sid_loss", "step_cost", "steps_per_generation",
-    "temperature", "terminal_weight", "train_sampling_strategy", "weight_decay",
+    "delta", "depth_entropy_weight", "depth_weight", "entropy_coef", "epsilon", "epsilon_high",
+    "gradient_accumulation_steps", "importance_sampling_level", "learning_rate", "loss_type", "max_grad_norm",
+    "multi_objective_aggregation", "num_generations", "num_iterations", "off_policy_mask_threshold", "optim",
+    "per_device_train_batch_size", "policy_weight", "reward_weights", "sampling", "scale_rewards", "seed", "sid_loss",
+    "step_cost", "steps_per_generation", "sync_ref_model", "temperature", "terminal_weight", "top_entropy_quantile",
+    "train_sampling_strategy", "use_adaptive_entropy", "use_bias_correction_kl", "weight_decay",
 )  # fmt: skip
 
 
@@ -51,4 +54,9 @@ def checkpoint_to_resume(args: TrainingArguments, **origin: Any) -> str | None:
             f"{folder} contains checkpoints of a run with different settings ({', '.join(changed)}). Use another "
             "output_dir, or delete this one to start from scratch."
         )
-    return str(max(checkpoints, key=lambda path: int(path.name.rpartition("-")[2])))
+    newest = max(checkpoints, key=lambda path: int(path.name.rpartition("-")[2]))
+    state = read_json(newest / TRAINER_STATE_NAME)
+    is_complete = state["global_step"] >= state["max_steps"] != args.max_steps
+    if is_complete and "constant" not in args.lr_scheduler_type:
+        warnings.warn(f"{newest} ends a run: a longer one starts at learning rate 0, then jumps up.", stacklevel=2)
+    return str(newest)

@@ -28,6 +28,7 @@ class LasarSFTConfig(SFTConfig):
     > These parameters have default values different from [`~trl.SFTConfig`]:
     > - `max_length`: Defaults to `None` instead of `1024`. Truncation would remove the answer at the end of an
     >   example; `max_history` of the processor limits the prompt instead.
+    > - `ddp_find_unused_parameters`: Defaults to `False` instead of `None`. The search fails on the policy head.
     """
 
     max_length: int | None = field(default=None, metadata={"help": "Maximum length of an example."})
@@ -40,6 +41,7 @@ class LasarSFTConfig(SFTConfig):
     )
     alignment_weight: float = field(default=0.1, metadata={"help": "Weight of the alignment loss, alpha."})
     policy_weight: float = field(default=0.0, metadata={"help": "Policy loss weight, beta; 0 freezes the head."})
+    ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Keep it at False."})
 
     def __post_init__(self):
         check_choices(self)

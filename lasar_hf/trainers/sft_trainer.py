@@ -22,11 +22,11 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from ..model.catalog_lasar import SidCatalog
 from ..reasoning.anchors import AnchorStore
 from .catalog_head import add_catalog_head
-from .lora import train_policy_head
+from .lora import check_token_rows, is_adapter, load_model, train_policy_head
 from .losses import alignment_loss
 from .sft_config import LasarSFTConfig
 from .sharding import refuse_zero3
-from .trainer_mixin import LasarTrainerMixin, latent_metrics, split_processor, unwrap_lasar
+from .trainer_mixin import LasarTrainerMixin, check_lengths, latent_metrics, split_processor, unwrap_lasar
 
 
 @dataclass
@@ -80,12 +80,14 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
             The items, for `sid_loss="catalog"`. Defaults to the catalogue of `processing_class`.
         anchors ([`~lasar_hf.reasoning.AnchorStore`], *optional*):
             Semantic anchors of the training samples, which examples name in the column `sample_index`, for `L_align`.
-        ranking_evaluator (`Callable`, *optional*):
-            Called with the model at each evaluation, on every process, such as
-            [`~lasar_hf.evaluation.RankingEvaluator`]. Its metrics are logged and can be `metric_for_best_model`.
+        ranking_evaluator (`Callable` or `dict[str, Callable]`, *optional*):
+            Called with the model once per evaluation, on every process, such as
+            [`~lasar_hf.evaluation.RankingEvaluator`]; needs no `eval_dataset`. Its metrics are logged and can be
+            `metric_for_best_model`. Those of a `dict`, one per named evaluation set, are named `eval_{name}_…`.
         train_dataset ([`~datasets.Dataset`]):
             Examples with `input_ids` and `labels`, see [`~lasar_hf.data.sft_examples`] and
-            [`~lasar_hf.data.reasoning_examples`].
+            [`~lasar_hf.data.reasoning_examples`]. Evaluation examples without `sample_index` are held out: their
+            `eval_loss` is `L_CE` alone.
         processing_class ([`LasarProcessor`] or [`~transformers.PreTrainedTokenizerBase`], *optional*):
             Saved with each checkpoint; a tokenizer together with the catalogue.
         kwargs:
@@ -105,41 +107,41 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
     _description = "Supervised training of LASAR."
 
     def __init__(
-        self,
-        model,
-        args: LasarSFTConfig,
-        catalog: SidCatalog | None = None,
-        anchors: AnchorStore | None = None,
-        ranking_evaluator: Callable[[nn.Module], dict[str, float]] | None = None,
-        train_dataset=None,
-        eval_dataset=None,
-        processing_class=None,
-        **kwargs,
+        self, model, args: LasarSFTConfig, catalog: SidCatalog | None = None, anchors: AnchorStore | None = None,
+        ranking_evaluator: Callable[[nn.Module], dict[str, float]] | dict[str, Callable] | None = None,
+        train_dataset=None, eval_dataset=None, processing_class=None, **kwargs,
     ):
-        self.processor, tokenizer, self.catalog = split_processor(processing_class, catalog)
+        self.processor, tokenizer, self.catalog = split_processor(model, processing_class, catalog)
         if args.sid_loss == "catalog" and self.catalog is None:
             raise ValueError('sid_loss="catalog" needs the items. Pass catalog, or a LasarProcessor.')
         if args.packing or args.padding_free:
             raise ValueError("packing and padding_free are not supported: the latent loop needs one example per row.")
         if args.label_smoothing_factor > 0 or kwargs.get("compute_loss_func") is not None:
             raise ValueError("label_smoothing_factor and compute_loss_func must be unset: they drop the latent terms.")
+        model = load_model(model, **(args.model_init_kwargs or {})) if is_adapter(model) else model
+        named = ranking_evaluator if isinstance(ranking_evaluator, dict) else {"": ranking_evaluator}
+        # Ranking evaluators by the prefix of their metrics.
+        self.evaluators = {f"{name}_" if name else "": part for name, part in named.items() if part is not None}
+        if eval_dataset is None and self.evaluators:
+            eval_dataset = {}  # no sets; the Trainer would refuse None
+        _check_best_metric(args.metric_for_best_model, eval_dataset, self.evaluators)
         refuse_zero3(model, args, kwargs.get("peft_config"))
         super().__init__(
             model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, processing_class=tokenizer, **kwargs
         )
         lasar = unwrap_lasar(self.model)
-        self.ranking_evaluator = ranking_evaluator
+        for dataset in (train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])):
+            check_lengths(dataset, lasar.config, args.max_length)
         if isinstance(self.data_collator, DataCollatorForLanguageModeling):
             self.data_collator = LasarDataCollator(
-                self.data_collator.pad_token_id,
-                pad_to_multiple_of=self.data_collator.pad_to_multiple_of,
-                anchors=anchors if args.alignment != "none" else None,
-                latent_token_id=lasar.config.latent_token_id,
+                self.data_collator.pad_token_id, pad_to_multiple_of=self.data_collator.pad_to_multiple_of,
+                anchors=anchors if args.alignment != "none" else None, latent_token_id=lasar.config.latent_token_id,
             )
         if args.sid_loss == "catalog":
             add_catalog_head(lasar, self.catalog)
         elif isinstance(lasar.lm_head, TrainableTokensWrapper):
             lasar.lm_head.bias = None  # TRL's head reads `bias`, which PEFT's wrapper does not have
+        check_token_rows(lasar)
         train_policy_head(lasar, args.policy_weight > 0)
         self.record_latent_states(lasar)
 
@@ -168,8 +170,8 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
             extra = extra + self.args.alignment_weight * alignment
 
         # 3. Policy: class k means depth k + 1. Sequences without latent steps have no class; they are masked rather
-        # than left out, so that the head gets a gradient in every batch.
-        if self.args.policy_weight > 0:
+        # than left out, so that the head gets a gradient in every batch. Held-out examples have no labels.
+        if self.args.policy_weight > 0 and (self.model.training or anchors is not None):
             labels = torch.where(output.latent_steps > 0, output.latent_steps - 1, -100)  # (B,)
             count = (labels >= 0).sum()
             total = nn.functional.cross_entropy(output.depth_logits.float(), labels, reduction="sum")
@@ -186,10 +188,28 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """TRL's losses, plus the metrics of `ranking_evaluator`."""
-        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        if self.ranking_evaluator is not None:
-            values = self.on_gathered_weights(self.ranking_evaluator)
-            ranking = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
+        # The Trainer calls this method again for each named set, which must not rank.
+        evaluators, self.evaluators = self.evaluators, {}
+        try:
+            metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        finally:
+            self.evaluators = evaluators
+        for prefix, evaluator in evaluators.items():
+            values = self.on_gathered_weights(evaluator)
+            ranking = {f"{metric_key_prefix}_{prefix}{name}": value for name, value in values.items()}
             self.log(dict(ranking))
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, ranking)
             metrics |= ranking
         return metrics
+
+
+def _check_best_metric(metric: str | None, eval_dataset: Any, evaluators: dict[str, Callable]) -> None:
+    """Refuse a `metric_for_best_model` that no evaluation returns; callables of a user may return any metric."""
+    if metric is None or not all(hasattr(evaluator, "metric_names") for evaluator in evaluators.values()):
+        return
+    names = [f"{name}_loss" for name in eval_dataset] if isinstance(eval_dataset, dict) else ["loss"]
+    names += [f"{prefix}{name}" for prefix, evaluator in evaluators.items() for name in evaluator.metric_names]
+    if eval_dataset:  # TRL and `compute_loss`
+        names += ["mean_token_accuracy", "entropy", "align_loss", "policy_loss", "depth_accuracy", "depth_entropy"]
+    if metric.removeprefix("eval_") not in names:
+        raise ValueError(f"metric_for_best_model is {metric!r}; expected one of {', '.join(names)}.")

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from datasets import Dataset
 from huggingface_hub import ModelCard, ModelCardData
 from peft import PeftModel
 from torch import nn
@@ -17,7 +18,7 @@ from trl.models import unwrap_model_for_generation
 
 from ..files import atomic_file
 from ..model.base_lasar import LasarModelOutput
-from ..model.catalog_lasar import SidCatalog
+from ..model.configuration_lasar import LasarConfig
 from ..model.modeling_lasar import LasarForGenerativeRec
 from ..model.processing_lasar import LasarProcessor
 from .losses import depth_entropy
@@ -44,11 +45,13 @@ def unwrap_lasar(model: nn.Module) -> nn.Module:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def split_processor(processing_class: PreTrainedTokenizerBase | LasarProcessor | None, catalog: SidCatalog | None):
+def split_processor(model, processing_class: PreTrainedTokenizerBase | LasarProcessor | None, catalog):
     """
     The processor, the tokenizer for TRL and the catalogue from a trainer's arguments, each `None` if it was not given.
     TRL would treat any processor as that of a vision model. Refuses a catalogue that differs from the processor's.
     """
+    if processing_class is None and not isinstance(model, str) and not unwrap_lasar(model).config._name_or_path:
+        raise ValueError("processing_class is missing: the model has no folder. Pass a LasarProcessor or tokenizer.")
     if not isinstance(processing_class, LasarProcessor):
         return None, processing_class, catalog
     saved = processing_class.catalog
@@ -62,6 +65,26 @@ def split_processor(processing_class: PreTrainedTokenizerBase | LasarProcessor |
             "catalog out, or create the LasarProcessor with it."
         )
     return processing_class, processing_class.tokenizer, saved
+
+
+def check_lengths(dataset: object, config: LasarConfig, max_length: int | None = None, tokenizer=None) -> None:
+    """Refuse examples (with a tokenizer, prompts of GRPO) that are too long for training or the backbone to read."""
+    column, added = ("prompt", config.max_latent_steps + 1 + config.num_sid_levels) if tokenizer else ("input_ids", 0)
+    if not isinstance(dataset, Dataset) or column not in dataset.column_names:  # streamed, or without tokens
+        return
+    examples = dataset.with_format(None)[column]
+    if tokenizer:
+        examples = (tokenizer(text, add_special_tokens=False).input_ids for text in examples)
+    sizes = [(len(ids) + added, ids.count(config.latent_token_id)) for ids in examples]
+    positions = getattr(config.backbone_config, "max_position_embeddings", None)  # some backbones have no limit
+    limits = {"max_length": max_length, "max_position_embeddings": positions}
+    for name, limit in {**limits, "max_latent_steps": config.max_latent_steps}.items():
+        size, index = max((size[name == "max_latent_steps"], i) for i, size in enumerate(sizes or [(0, 0)]))
+        if limit is not None and size > limit:
+            raise ValueError(
+                f"Example {index} is the longest with {size} tokens or latent slots, but {name} is {limit}. Use a "
+                "smaller max_history in the LasarProcessor, or fewer segments per sample."
+            )
 
 
 @torch.no_grad()
