@@ -1,11 +1,13 @@
 """Users' interactions in order of time, checked once on construction, and the readers of the LC-Rec files."""
 
+import html
 import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
+from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 
@@ -41,7 +43,8 @@ class Interactions:
         histories (`list[list[int]]`):
             Item indices of each user, oldest first.
         timestamps (`list[list[float]]`, *optional*):
-            Time of each interaction in the unit of the raw files, never decreasing within a history.
+            Time of each interaction, never decreasing within a history: numbers in the unit of the raw files, dates in
+            seconds since 1970.
         counts (`dict[str, int]`, *optional*):
             Numbers of rows that a reader read and left out, for the data card.
 
@@ -216,10 +219,10 @@ def _read_object(path: Path) -> dict:
     for key in content:
         if id_text(key) is None:
             raise ValueError(f"{path}: {key!r} is not an id; expected text.")
-    return content
+    return {id_text(key): value for key, value in content.items()}
 
 
-def parse_json(content: bytes, path: str | Path, line: int | None = None) -> object:
+def parse_json(content: bytes | str, path: str | Path, line: int | None = None) -> object:
     """Parse a JSON file, or one line of it. Errors name the file and the line. A file must not repeat a key."""
     where = f"{path}: line {line}" if line else str(path)
 
@@ -243,17 +246,50 @@ def parse_json(content: bytes, path: str | Path, line: int | None = None) -> obj
 def clean_text(value: object) -> str:
     """
     Text of a table cell, stripped, without control characters, changes of writing direction and unpaired surrogates.
-    `None` and NaN give an empty text, lists are joined by spaces.
+    `None` and NaN give an empty text; lists are joined by spaces, objects give `name: value, name: value`.
     """
     if isinstance(value, list | tuple):
         return " ".join(filter(None, map(clean_text, value)))
+    if isinstance(value, Mapping):
+        value = ", ".join(f"{name}: {clean_text(part)}" for name, part in value.items())
     text = "" if value is None or value != value else str(value)
     return text.encode("utf-8", "replace").decode("utf-8").translate(_INVISIBLE).strip()
 
 
+class _PageText(HTMLParser):
+    """Collects the text of a web page in `parts`, without tags, comments, scripts and style sheets."""
+
+    def __init__(self):
+        super().__init__()
+        self.parts, self.is_hidden = [], False
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:
+        self.is_hidden = tag in ("script", "style")
+
+    def handle_endtag(self, tag: str) -> None:
+        self.is_hidden = False
+
+    def handle_data(self, data: str) -> None:
+        self.parts += [] if self.is_hidden else [data]
+
+
+def strip_html(value: object) -> object:
+    """Text without tags, entities and pieces of page code, or a list of such texts."""
+    if isinstance(value, list | tuple):
+        return [strip_html(part) for part in value]
+    text = html.unescape(clean_text(value))
+    if "<" in text:
+        page = _PageText()
+        page.feed(text)
+        page.close()
+        text = " ".join(page.parts)
+    # Amazon's titles contain the page's code without its tags, too: "var aPageStart = (new Date()).getTime();".
+    return "" if ".getTime()" in text else " ".join(text.split())
+
+
 def id_text(value: object) -> str | None:
     """
-    A user or item id as text, in which `7`, `7.0` and `"7"` are equal. `None` if the value cannot be an id: blank, a
+    A user or item id as stripped text, in which `7`, `7.0` and `"7"` are equal. `None` if the value cannot be an id: blank, a
     fraction, a float too large to be exact, a boolean, a list, an object, or text with an unpaired surrogate.
     """
     is_whole = isinstance(value, float) and value.is_integer() and abs(value) < 2**53
@@ -261,15 +297,16 @@ def id_text(value: object) -> str | None:
         value = int(value)
     if not isinstance(value, str | int) or isinstance(value, bool):
         return None
-    text = str(value)
+    text = str(value).strip()
     is_text = text.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in text)
-    return text if is_text and text.strip() else None
+    return text if is_text and text else None
 
 
 def item_fields(raw: Mapping[str, object]) -> dict[str, str]:
     """
     The text and id fields of a raw item that are not empty, cleaned. Category levels are a list, or text with `" > "`
-    or commas between levels; a comma before a space belongs to a name ("Tapes, Adhesives & Sealants").
+    or commas between levels; a comma before a space belongs to a name ("Tapes, Adhesives & Sealants"). Of several
+    lists of levels (Amazon 2014) the first counts.
     """
     fields = {}
     for name in TEXT_FIELDS + ID_FIELDS:
@@ -277,6 +314,7 @@ def item_fields(raw: Mapping[str, object]) -> dict[str, str]:
         if name == "categories" and isinstance(value, str):
             value = value.split(CATEGORY_SEPARATOR) if CATEGORY_SEPARATOR in value else re.split(r",(?! )", value)
         if name == "categories" and isinstance(value, list | tuple):
+            value = value[0] if value and isinstance(value[0], list | tuple) else value
             value = CATEGORY_SEPARATOR.join(filter(None, map(clean_text, value)))
         if text := clean_text(value):
             fields[name] = text

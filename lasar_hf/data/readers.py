@@ -1,27 +1,40 @@
 """
-Readers of tables: your own, and those of Amazon Reviews 2018 and 2023.
+Readers of tables: your own, and those of Amazon Reviews 2014, 2018 and 2023.
 
-Tables are CSV or JSON lines (`.gz` too), Parquet, or data sets of `datasets`. They are read in batches, and only the
-columns that are needed. A *source* is a function that returns `Interactions`; `SOURCES` names those of the library.
+Tables are delimited text (`.csv`, `.tsv`, `.txt`, `.dat`, `.data`, `.inter`, `.item`), JSON lines or arrays (`.json`,
+`.jsonl`, `.ndjson`), each also as `.gz`, `.bz2`, `.xz` or `.zip`, Parquet, or data sets of `datasets`. They are read
+in batches, and only the columns that are needed. A *source* is a function that returns `Interactions`; `SOURCES` names
+those of the library.
 """
 
+import ast
+import bz2
+import codecs
 import gzip
-import html
 import importlib
 import inspect
+import logging
+import lzma
 import re
 import warnings
+import zipfile
 import zlib
 from array import array
+from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from datetime import UTC, date, datetime
-from math import isfinite, nan
+from contextlib import suppress
+from csv import reader as csv_reader
+from datetime import date
+from io import TextIOWrapper
+from itertools import chain
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 from datasets import Dataset, IterableDataset
+from pandas.tseries.api import guess_datetime_format
 from pyarrow import csv, parquet
 
 from ..files import file_hash, folder_hashes
@@ -34,46 +47,51 @@ from .interactions import (
     natural_order,
     parse_json,
     read_lcrec,
+    strip_html,
 )
 from .toy import toy_shop
 
+
+logger = logging.getLogger(__name__)
 
 Table = str | Path | Dataset | IterableDataset
 Tables = Table | Sequence[Table]
 
 BATCH_SIZE = 65_536  # rows per batch
 AMAZON_2023 = "McAuley-Lab/Amazon-Reviews-2023"
+# Columns of each text field; the first that is not empty counts.
+TEXT_COLUMNS = {
+    "title": ["title"],
+    "description": ["description", "features", "feature", "details", "subtitle"],
+    "brand": ["brand", "store"],
+    "categories": ["categories", "category"],
+}
+DELIMITED = (".csv", ".tsv", ".txt", ".dat", ".data", ".inter", ".item")
+JSON = (".json", ".jsonl", ".ndjson")
+COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+BYTE_ORDER_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+UNITS = ("seconds", "milliseconds", "microseconds", "nanoseconds")  # of times up to 1e11, 1e14, 1e17 and above
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tables
 
 
-def as_time(value: object, where: str) -> float:
-    """A time as a number: numbers stay, dates become seconds since 1970 (UTC if they have no time zone)."""
-    try:
-        text = value.isoformat() if isinstance(value, date) else value
-        try:
-            time = nan if isinstance(value, bool) else float(text)
-        except ValueError:
-            moment = datetime.fromisoformat(str(text).strip())
-            time = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
-    except (TypeError, ValueError, OverflowError):
-        time = nan
-    if not isfinite(time):
-        raise ValueError(f"{where} is {value!r}; expected a finite number or a date like 2024-01-31.")
-    return time
-
-
 def read_batches(
-    table: Table, columns: Sequence[str], optional: Sequence[str] = ()
+    table: Table,
+    columns: Sequence[str],
+    optional: Sequence[str] = (),
+    layouts: Sequence[Sequence[str]] = (),
+    delimiter: str | None = None,
+    encoding: str | None = None,
 ) -> Iterator[tuple[int, dict[str, list]]]:
     """
-    Yield batches of rows: the number of the first row, counted from 1, and the values of each column. CSV columns are
-    read as text. `optional` columns that the table does not have are `None`.
+    Yield batches of rows: the number of the first row, counted from 1, and the values of each column. Delimited
+    columns are read as text. `optional` columns that the table does not have are `None`. Without a header, delimited
+    text has the columns of the layout with as many fields. `delimiter` and `encoding` are found by default.
     """
     names = list(dict.fromkeys([*columns, *optional]))
     start = 1
-    for batch in _raw_batches(table, columns, names):
+    for batch in _raw_batches(table, columns, names, layouts, delimiter, encoding):
         size = len(next(iter(batch.values())))
         if size:
             yield start, {name: batch[name] if name in batch else [None] * size for name in names}
@@ -87,7 +105,9 @@ def table_name(table: Table) -> str:
     return str(table)
 
 
-def _raw_batches(table: Table, columns: Sequence[str], names: Sequence[str]) -> Iterator[dict[str, list]]:
+def _raw_batches(
+    table: Table, columns: Sequence[str], names: Sequence[str], layouts: Sequence, delimiter: str | None, encoding: str | None
+) -> Iterator[dict[str, list]]:
     """Batches with those of the columns `names` that the table has; it must have `columns`."""
     if isinstance(table, Dataset | IterableDataset):
         # A stream may not know its columns before the first row.
@@ -96,16 +116,23 @@ def _raw_batches(table: Table, columns: Sequence[str], names: Sequence[str]) -> 
         yield from table.select_columns(present).with_format(None).iter(BATCH_SIZE)
         return
     path = Path(table)
-    suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
-    if suffix not in (".csv", ".parquet", ".jsonl", ".ndjson", ".json"):
-        raise ValueError(f"{path}: unknown format; expected .parquet, .csv, .jsonl, .ndjson or .json (or .gz).")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file.")
-    read = {".csv": _csv_batches, ".parquet": _parquet_batches}.get(suffix, _json_batches)
     try:
-        yield from read(path, columns, names)
-    except (pa.ArrowInvalid, UnicodeDecodeError, EOFError, OSError, zlib.error) as error:
-        raise ValueError(f"{path}: not readable as {suffix[1:]} ({str(error).splitlines()[0]}).") from error
+        name = Path(_only_file(path) if path.suffix.lower() == ".zip" else path.name)
+        suffix = (name.with_suffix("") if name.suffix.lower() in COMPRESSED else name).suffix.lower()
+        if path.suffix.lower() == ".parquet":
+            yield from _parquet_batches(path, columns, names)
+        elif suffix in JSON:
+            yield from _json_batches(path, columns, names, encoding or _encoding(path))
+        elif suffix in DELIMITED:
+            yield from _delimited_batches(path, columns, names, layouts, delimiter, encoding or _encoding(path))
+        else:
+            formats = ", ".join([".parquet", *DELIMITED, *JSON])
+            raise ValueError(f"{path}: unknown format; expected {formats}, or one of them as .gz, .bz2, .xz or .zip.")
+    except (pa.ArrowInvalid, UnicodeError, LookupError, EOFError, OSError, zlib.error, lzma.LZMAError,
+            zipfile.BadZipFile) as error:  # fmt: skip
+        raise ValueError(f"{path}: not readable ({str(error).splitlines()[0]}).") from error
 
 
 def _present(table: Table, existing: Sequence[str], columns: Sequence[str], names: Sequence[str]) -> list[str]:
@@ -118,16 +145,94 @@ def _present(table: Table, existing: Sequence[str], columns: Sequence[str], name
     return [column for column in names if column in existing]
 
 
-def _csv_batches(path: Path, columns: Sequence[str], names: Sequence[str]) -> Iterator[dict[str, list]]:
-    with csv.open_csv(path) as reader:
-        present = _present(path, reader.schema.names, columns, names)
-    # As text: the id 007 keeps its zeros, and a column of numbers may contain a word further down.
-    convert = csv.ConvertOptions(
-        include_columns=present, column_types=dict.fromkeys(present, pa.string()), strings_can_be_null=False
+def _only_file(path: Path) -> str:
+    with zipfile.ZipFile(path) as archive:
+        names = [name for name in archive.namelist() if not name.endswith("/") and not name.startswith("__MACOSX")]
+    if len(names) != 1:
+        raise ValueError(f"{path} contains {', '.join(names) or 'nothing'}; expected one file.")
+    return names[0]
+
+
+def _open(path: Path) -> BinaryIO:
+    """The content of a file, decompressed."""
+    if path.suffix.lower() == ".zip":
+        return zipfile.ZipFile(path).open(_only_file(path))
+    return COMPRESSED.get(path.suffix.lower(), open)(path, "rb")
+
+
+def _encoding(path: Path) -> str:
+    """Encoding of a text file: by its byte-order mark, else UTF-8 if all of it is, else Latin-1."""
+    with _open(path) as file:
+        block = file.read(2**20)
+        for mark, encoding in BYTE_ORDER_MARKS.items():
+            if block.startswith(mark):
+                return encoding
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        try:
+            while block:
+                decoder.decode(block)
+                block = file.read(2**20)
+            decoder.decode(b"", final=True)
+        except UnicodeDecodeError:
+            warnings.warn(f"{path} is not UTF-8 text; it is read as latin-1. Give its encoding otherwise.", stacklevel=2)
+            return "latin-1"
+    return "utf-8"
+
+
+def _delimited_batches(
+    path: Path, columns: Sequence[str], names: Sequence[str], layouts: Sequence, delimiter: str | None, encoding: str
+) -> Iterator[dict[str, list]]:
+    # 1. The first row: names of columns, which RecBole writes as `user_id:token`, or data.
+    with TextIOWrapper(_open(path), encoding, newline="") as file:
+        line = next((line for line in file if line.strip()), None)
+        if line is None:
+            raise ValueError(f"{path}: not readable as delimited text (it is empty).")
+        delimiter = delimiter or ("::" if "::" in line else max(",;\t|", key=line.count))
+        is_long = len(delimiter) > 1  # then without quotes
+        row = line.split(delimiter) if is_long else next(csv_reader(chain([line], file), delimiter=delimiter))
+    fields = [field.strip() for field in row]
+    fields = [field if field in names else re.sub(r":(token|float)(_seq)?$", "", field) for field in fields]
+    has_header = True
+    layout = next((layout for layout in layouts if len(layout) == len(fields)), None)
+    if layout and not set(fields) & set(names) and any(field[:1].isdigit() for field in fields):
+        logger.warning("%s has no header; its columns are read as %s.", path, ", ".join(layout))
+        fields, has_header = layout, False
+    present = _present(path, fields, columns, names)
+
+    # 2. All rows as text: the id 007 keeps its zeros, and a column of numbers may contain a word further down.
+    numbers = [str(number) for number in range(len(fields))]  # as names, since other columns may repeat
+    read = csv.ReadOptions(column_names=numbers, skip_rows_after_names=int(has_header))
+    parse = csv.ParseOptions(
+        delimiter="\x1f" if is_long else delimiter, quote_char=False if is_long else '"', newlines_in_values=True
     )
-    parse = csv.ParseOptions(newlines_in_values=True)
-    with csv.open_csv(path, parse_options=parse, convert_options=convert) as reader:
-        yield from (batch.to_pydict() for batch in reader)
+    convert = csv.ConvertOptions(
+        include_columns=[str(fields.index(name)) for name in present],
+        column_types=dict.fromkeys(numbers, pa.string()),
+        strings_can_be_null=False,
+    )
+    with _open(path) as file:
+        stream = pa.PythonFile(file, mode="r")
+        if encoding != "utf-8":
+            stream = pa.transcoding_input_stream(stream, encoding, "utf-8")
+        if is_long:
+            stream = pa.TransformInputStream(stream, _shorten(delimiter.encode()))
+        with csv.open_csv(stream, read_options=read, parse_options=parse, convert_options=convert) as reader:
+            for batch in reader:
+                yield dict(zip(present, batch.to_pydict().values(), strict=True))
+
+
+def _shorten(delimiter: bytes) -> Callable[[pa.Buffer], bytes]:
+    """A function that replaces the delimiter by one byte in successive blocks of a file."""
+    rest = b""
+
+    def step(block: pa.Buffer) -> bytes:
+        nonlocal rest
+        text = (rest + block.to_pybytes()).replace(delimiter, b"\x1f")
+        starts = (delimiter[:length] for length in range(len(delimiter) - 1, 0, -1))
+        rest = next((start for start in starts if text.endswith(start)), b"")
+        return text[: len(text) - len(rest)]
+
+    return step
 
 
 def _parquet_batches(path: Path, columns: Sequence[str], names: Sequence[str]) -> Iterator[dict[str, list]]:
@@ -136,26 +241,125 @@ def _parquet_batches(path: Path, columns: Sequence[str], names: Sequence[str]) -
         yield from (batch.to_pydict() for batch in file.iter_batches(BATCH_SIZE, columns=present))
 
 
-def _json_batches(path: Path, columns: Sequence[str], names: Sequence[str]) -> Iterator[dict[str, list]]:
+def _json_batches(
+    path: Path, columns: Sequence[str], names: Sequence[str], encoding: str
+) -> Iterator[dict[str, list]]:
     """
     Not pyarrow's JSON reader: it rounds integers above 2**64, turns ids such as "2024-01-02" into dates, refuses
     columns of mixed types and does not name the line of an error.
     """
     batch: dict[str, list] = {name: [] for name in names}
-    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            row = parse_json(line, path, number)
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}: line {number} is {type(row).__name__}; expected an object.")
-            for name in columns:
-                if name not in row:
-                    raise ValueError(f"{path}: line {number} has no {name!r}.")
-            for name in names:
-                batch[name].append(row.get(name))
-            if number % BATCH_SIZE == 0:
-                yield batch
-                batch = {name: [] for name in names}
+    for number, (where, row) in enumerate(_json_rows(path, encoding), start=1):
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}: {where} is {type(row).__name__}; expected an object.")
+        for name in columns:
+            if name not in row:
+                raise ValueError(f"{path}: {where} has no {name!r}.")
+        for name in names:
+            batch[name].append(row.get(name))
+        if number % BATCH_SIZE == 0:
+            yield batch
+            batch = {name: [] for name in names}
     yield batch
+
+
+def _json_rows(path: Path, encoding: str) -> Iterator[tuple[str, object]]:
+    """Rows of one array, or of lines that are not blank: JSON, or Python's `{'a': 1}` as in Amazon 2014."""
+    with TextIOWrapper(_open(path), encoding) as file:
+        lines = ((number, line) for number, line in enumerate(file, start=1) if line.strip())
+        number, line = next(lines, (1, "[]"))
+        if line.lstrip().startswith("["):
+            rows = parse_json(line + file.read(), path)
+            yield from ((f"row {position}", row) for position, row in enumerate(rows, start=1))
+            return
+        for number, line in chain([(number, line)], lines):
+            try:
+                row = parse_json(line, path, number)
+            except ValueError:
+                try:
+                    row = ast.literal_eval(line.strip())
+                except (ValueError, SyntaxError, MemoryError, RecursionError):
+                    row = None
+                if row is None:
+                    raise
+            yield f"line {number}", row
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Times
+
+
+def parse_times(values: Sequence[object], form: str | None = None) -> tuple[np.ndarray, str]:
+    """
+    Times as numbers, and their common form: a unit, or the format of a date. Numbers keep their unit; dates, as text,
+    objects or numbers like 20240131, become nanoseconds since 1970 (UTC if they have no time zone).
+
+    Raises:
+        `ValueError`: if a value is not a time, or has another form.
+    """
+    try:
+        numbers = pd.to_numeric(pd.Series(values, dtype=object)).to_numpy()
+        numbers = numbers.astype(float) if numbers.dtype == object else numbers
+    except (TypeError, ValueError, OverflowError):
+        return _parse_dates(values, form)
+    if not np.isfinite(numbers).all() or any(isinstance(value, bool) for value in values):
+        raise ValueError("not a finite number")
+    is_day = (numbers >= 19000101) & (numbers <= 21001231) & (numbers % 1 == 0)
+    days = pd.to_datetime(numbers[is_day].astype("int64").astype(str), format="%Y%m%d", errors="coerce")
+    is_day[is_day] = ~days.isna()
+    if form == "%Y%m%d" or (form is None and is_day.all()):
+        if not is_day.all():
+            raise ValueError("not a date")
+        return days.as_unit("ns").astype("int64").to_numpy(), "%Y%m%d"
+    units = np.searchsorted([1e11, 1e14, 1e17], np.abs(numbers), side="right")
+    form = form or UNITS[units[0]]
+    # Dates among numbers since 1970 are another form; among small numbers they are numbers by chance.
+    if any(UNITS[unit] != form for unit in np.unique(units)) or (
+        is_day.any() and numbers[~is_day].min(initial=2**62) >= 1e8
+    ):
+        raise ValueError("another unit")
+    return numbers, form
+
+
+def _parse_dates(values: Sequence[object], form: str | None) -> tuple[np.ndarray, str]:
+    """Dates as nanoseconds since 1970, and their format. The month comes first where both orders fit."""
+    column = pd.Series([value if isinstance(value, date) else str(value).strip() for value in values], dtype=object)
+    formats, parsed = [form], {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of pandas, about the order that `dayfirst` does not force
+        if form is None:
+            guesses = [guess_datetime_format(str(column[0]), dayfirst=day_first) or "" for day_first in (False, True)]
+            formats = ["ISO8601", *guesses, *(guess.replace("%B", "%b") for guess in guesses)]
+        for date_format in filter(None, dict.fromkeys(formats)):
+            with suppress(ValueError, TypeError, OverflowError):
+                times = pd.to_datetime(column, format=date_format, utc=True)
+                if not times.isna().any():
+                    parsed[date_format] = times.dt.as_unit("ns").astype("int64").to_numpy()
+            if "ISO8601" in parsed:
+                break
+    if not parsed:
+        raise ValueError("not dates of one form")
+    form, times = next(iter(parsed.items()))
+    if any((others != times).any() for others in parsed.values()):
+        warnings.warn(f"Dates like {values[0]!r} fit {' and '.join(parsed)}; read as {form}.", stacklevel=2)
+    return times, form
+
+
+def _wrong_time(values: Sequence[object], form: str | None, first: str, name: str, start: int, column: str) -> str:
+    """What is wrong with a batch of times that [`parse_times`] refuses; `first` is the first time of the column."""
+
+    def is_refused(times: Sequence[object], form: str | None = form) -> bool:
+        try:
+            return not parse_times(times, form)
+        except ValueError:
+            return True
+
+    position = bisect_left(range(1, len(values)), True, key=lambda length: is_refused(values[:length]))
+    value = values[position]
+    where = f"{name}: row {start + position}, {column} is {value!r}"
+    if is_refused([value], None):
+        return f"{where}; expected a finite number or a date like 2024-01-31."
+    return f"{where}, and {first}; expected one unit or form in a column."
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -165,8 +369,11 @@ def _json_batches(path: Path, columns: Sequence[str], names: Sequence[str]) -> I
 def read_items(
     tables: Tables,
     item_column: str = "item_id",
-    text_columns: Mapping[str, str] | None = None,
+    text_columns: Mapping[str, str | Sequence[str]] | None = None,
     strip_markup: bool = False,
+    columns: Sequence[str] | None = None,
+    delimiter: str | None = None,
+    encoding: str | None = None,
 ) -> dict[str, dict[str, str]]:
     """
     Read the text of items. If an item has several rows, the first one counts.
@@ -176,11 +383,16 @@ def read_items(
             One row per item, see [`read_table`].
         item_column (`str`, *optional*, defaults to `"item_id"`):
             Column of the item's id.
-        text_columns (`Mapping[str, str]`, *optional*):
-            Column of each text field, such as `{"title": "name"}`; the table must have them. By default those columns
-            of `title`, `description`, `brand` and `categories` that the table has.
+        text_columns (`Mapping[str, str | Sequence[str]]`, *optional*):
+            Column of each text field, such as `{"title": "name"}`, or several, of which the first that is not empty
+            counts; the table must have them. By default those of `TEXT_COLUMNS` that the table has.
         strip_markup (`bool`, *optional*, defaults to `False`):
-            Whether to remove HTML tags and entities from the text.
+            Whether to remove HTML tags, scripts, style sheets and entities from the text.
+        columns (`Sequence[str]`, *optional*):
+            Names of the columns of delimited text without a header. By default its columns are the item, the title
+            and, if there are three, the categories.
+        delimiter, encoding (`str`, *optional*):
+            As for [`read_table`].
 
     Returns:
         `dict[str, dict[str, str]]`: fields of each item by its id, as in `Interactions.items`.
@@ -190,23 +402,29 @@ def read_items(
         `ValueError`: if a column is missing, a row is broken or has no item id, or `text_columns` is empty or names an
             unknown field.
     """
-    return _read_items(tables, item_column, _text_fields(text_columns), text_columns is not None, strip_markup)
+    fields, options = _text_fields(text_columns), {"delimiter": delimiter, "encoding": encoding}
+    return _read_items(tables, item_column, fields, text_columns is not None, strip_markup, columns, **options)
 
 
 def _read_items(
     tables: Tables,
     item_column: str,
-    fields: Mapping[str, str],
+    fields: Mapping[str, Sequence[str]],
     required: bool = False,
     strip_markup: bool = False,
+    columns: Sequence[str] | None = None,
     item_ids: Collection[str] | None = None,
+    **options: str | None,
 ) -> dict[str, dict[str, str]]:
-    """[`read_items`], restricted to `item_ids` if given; `fields` maps each text field to its column."""
-    columns, optional = (fields.values(), ()) if required else ((), fields.values())
+    """[`read_items`], restricted to `item_ids` if given; `fields` maps each text field to its columns."""
+    text_columns = list(chain.from_iterable(fields.values()))
+    first_columns = [item_column, *(fields[name][0] for name in ("title", "categories") if name in fields)]
+    layouts = [columns] if columns else [first_columns[:2], first_columns]
+    needed, optional = ([item_column, *text_columns], []) if required else ([item_column], text_columns)
     items: dict[str, dict[str, str]] = {}
-    num_repeated = 0
+    num_repeated, item_id = 0, None
     for table in _as_list(tables):
-        for start, batch in read_batches(table, [item_column, *columns], [*optional]):
+        for start, batch in read_batches(table, needed, optional, layouts, **options):
             for position, value in enumerate(batch[item_column]):
                 item_id = _checked_id(value, table, start + position, item_column)
                 if item_ids is not None and item_id not in item_ids:
@@ -214,28 +432,27 @@ def _read_items(
                 if item_id in items:
                     num_repeated += 1
                     continue
-                raw = {field: batch[column][position] for field, column in fields.items()}
-                if strip_markup:
-                    raw = {field: _without_markup(value) for field, value in raw.items()}
+                raw = {}
+                for field, names in fields.items():
+                    texts = (strip_html(text) if strip_markup else text for text in (batch[name][position] for name in names))
+                    raw[field] = next(filter(clean_text, texts), None)
                 items[item_id] = item_fields(raw)
+    if item_ids and not items:
+        raise ValueError(
+            f"{', '.join(map(table_name, _as_list(tables)))}: {item_column} matches no item of the interactions; it has "
+            f"{item_id!r}, they have {min(item_ids)!r}."
+        )
     if num_repeated:
         warnings.warn(f"{num_repeated} rows repeat an item; the first row of an item counts.", stacklevel=3)
     return items
 
 
-def _text_fields(text_columns: Mapping[str, str] | None) -> Mapping[str, str]:
+def _text_fields(text_columns: Mapping[str, str | Sequence[str]] | None) -> Mapping[str, Sequence[str]]:
     if text_columns is None:
-        return {name: name for name in TEXT_FIELDS}
+        return TEXT_COLUMNS
     if not text_columns or not set(text_columns) <= set(TEXT_FIELDS):
         raise ValueError(f"text_columns has the fields {list(text_columns)}; expected some of {list(TEXT_FIELDS)}.")
-    return text_columns
-
-
-def _without_markup(value: object) -> object:
-    """Text without HTML tags and entities, or a list of such texts."""
-    if isinstance(value, list | tuple):
-        return [_without_markup(part) for part in value]
-    return " ".join(re.sub(r"<[^<>]*>", " ", html.unescape(clean_text(value))).split())
+    return {field: _as_list(columns) for field, columns in text_columns.items()}
 
 
 def _checked_id(value: object, table: Table, row: int, column: str) -> str:
@@ -260,19 +477,24 @@ def read_table(
     user_column: str = "user_id",
     item_column: str = "item_id",
     time_column: str | None = "timestamp",
-    text_columns: Mapping[str, str] | None = None,
+    text_columns: Mapping[str, str | Sequence[str]] | None = None,
     k_core: int = 5,
     keep_repeats: bool = False,
+    ties: str = "file",
+    columns: Sequence[str] | None = None,
+    items_columns: Sequence[str] | None = None,
+    delimiter: str | None = None,
+    encoding: str | None = None,
 ) -> Interactions:
     """
     Read interactions, and the text of items, from tables with named columns.
 
-    The rows of a user are sorted by time; rows with equal times stay in the order of the file. Then repeats are
-    dropped, and users and items with fewer than `k_core` interactions, until none is left.
+    The rows of a user are sorted by time. Then repeats are dropped, and users and items with fewer than `k_core`
+    interactions, until none is left. Ids are text without blanks around it.
 
     Args:
         interactions (`str`, `Path`, `Dataset`, `IterableDataset` or a sequence of these):
-            One row per interaction: CSV, Parquet or JSON lines (by the suffix, `.gz` too), or a data set.
+            One row per interaction: delimited text, JSON or Parquet (by the suffix, compressed too), or a data set.
         items (same, *optional*):
             One row per item. Items that are not in it have no text.
         user_column (`str`, *optional*, defaults to `"user_id"`):
@@ -280,14 +502,24 @@ def read_table(
         item_column (`str`, *optional*, defaults to `"item_id"`):
             Column of the item, in both tables.
         time_column (`str`, *optional*, defaults to `"timestamp"`):
-            Column of the time: numbers or ISO dates. `None` or empty: the rows are in order already.
-        text_columns (`Mapping[str, str]`, *optional*):
+            Column of the time: numbers or dates, all of one unit or form. `None` or empty: the rows are in order
+            already.
+        text_columns (`Mapping[str, str | Sequence[str]]`, *optional*):
             As for [`read_items`].
         k_core (`int`, *optional*, defaults to `5`):
             Minimum number of interactions of a user and of an item; `1` keeps all.
         keep_repeats (`bool`, *optional*, defaults to `False`):
             Whether a user may interact with an item several times. By default only the first time counts, as in the
             field's data sets. The same user, item and time is one interaction in any case.
+        ties (`str`, *optional*, defaults to `"file"`):
+            Order of a user's rows with equal times: as in the `"file"`, by `"item"` id, or `"random"` (always the
+            same). A warning says if they are more than a fifth of the neighbours in the histories.
+        columns, items_columns (`Sequence[str]`, *optional*):
+            Names of the columns of delimited text without a header. By default interactions have the columns user,
+            item and, with four columns, rating, then time; for items see [`read_items`]. This is logged.
+        delimiter, encoding (`str`, *optional*):
+            Of delimited and other text. By default `::` or the most frequent of comma, semicolon, tab and `|` in the
+            first line, and UTF-8, UTF-16 with a byte-order mark, or else Latin-1 with a warning.
 
     Returns:
         `Interactions`: users and items in natural order of their ids, with `timestamps` (if there is a time column)
@@ -295,7 +527,8 @@ def read_table(
 
     Raises:
         `FileNotFoundError`: if a file does not exist.
-        `ValueError`: if a column is missing, a row is broken or has no user, item or time, or nothing remains.
+        `ValueError`: if a column is missing, a row is broken or has no user, item or time, times have several units
+            or forms, no item has a row in `items`, or nothing remains.
 
     Example:
 
@@ -305,20 +538,37 @@ def read_table(
     >>> shop = read_table("ratings.csv", "products.parquet", user_column="user", item_column="product")
     ```
     """
-    fields = _text_fields(text_columns)
-    data = _read_interactions(interactions, user_column, item_column, time_column, k_core, keep_repeats)
-    return _add_text(data, items, item_column, fields, required=text_columns is not None)
+    fields, options = _text_fields(text_columns), {"delimiter": delimiter, "encoding": encoding}
+    time_columns = [time_column] if time_column else []
+    layouts = [[user_column, item_column, *time_columns], [user_column, item_column, "rating", *time_columns]]
+    data = _read_interactions(
+        interactions, user_column, item_column, time_column, k_core, keep_repeats, ties,
+        layouts=[columns] if columns else layouts, **options,
+    )  # fmt: skip
+    return _add_text(data, items, item_column, fields, required=text_columns is not None, columns=items_columns, **options)
+
+
+def read_amazon2014(interactions: Tables, items: Tables | None = None, k_core: int = 5) -> Interactions:
+    """
+    Read Amazon Reviews 2014, the source of the field's Beauty and Sports: `reviews_<Category>_5.json.gz` or
+    `ratings_<Category>.csv`, and `meta_<Category>.json.gz`. Otherwise as [`read_amazon2018`].
+    """
+    layout = ["reviewerID", "asin", "overall", "unixReviewTime"]
+    data = _read_interactions(interactions, "reviewerID", "asin", "unixReviewTime", k_core, layouts=[layout])
+    return _add_text(data, items, "asin", TEXT_COLUMNS, strip_markup=True)
 
 
 def read_amazon2018(interactions: Tables, items: Tables | None = None, k_core: int = 5) -> Interactions:
     """
-    Read Amazon Reviews 2018: the 5-core JSON lines (`Musical_Instruments_5.json.gz`) and `meta_<Category>.json.gz`.
+    Read Amazon Reviews 2018: the 5-core JSON lines (`Musical_Instruments_5.json.gz`) or the ratings
+    (`Musical_Instruments.csv`), and `meta_<Category>.json.gz`.
 
     Of several reviews of an item by a user the earliest counts, and HTML is removed from the text. Arguments, result
     and errors as for [`read_table`].
     """
-    data = _read_interactions(interactions, "reviewerID", "asin", "unixReviewTime", k_core)
-    return _add_text(data, items, "asin", _text_fields(None) | {"categories": "category"}, strip_markup=True)
+    layout = ["asin", "reviewerID", "overall", "unixReviewTime"]
+    data = _read_interactions(interactions, "reviewerID", "asin", "unixReviewTime", k_core, layouts=[layout])
+    return _add_text(data, items, "asin", TEXT_COLUMNS, strip_markup=True)
 
 
 def read_amazon2023(
@@ -351,11 +601,11 @@ def read_amazon2023(
             hf_hub_download(AMAZON_2023, name, repo_type="dataset", revision=revision) for name in files
         )
     data = _read_interactions(interactions, "user_id", "parent_asin", "timestamp", k_core)
-    return _add_text(data, items, "parent_asin", _text_fields(None) | {"brand": "store"}, strip_markup=True)
+    return _add_text(data, items, "parent_asin", TEXT_COLUMNS, strip_markup=True)
 
 
 def _add_text(
-    data: Interactions, tables: Tables | None, item_column: str, fields: Mapping[str, str], **options: bool
+    data: Interactions, tables: Tables | None, item_column: str, fields: Mapping[str, Sequence[str]], **options: object
 ) -> Interactions:
     """Add the text of the items to `data`, if there are tables of items; `fields` and options as for `_read_items`."""
     if tables is None:
@@ -370,29 +620,52 @@ def _add_text(
 
 
 def _read_interactions(
-    tables: Tables, user_column: str, item_column: str, time_column: str | None, k_core: int, keep_repeats=False
+    tables: Tables,
+    user_column: str,
+    item_column: str,
+    time_column: str | None,
+    k_core: int,
+    keep_repeats: bool = False,
+    ties: str = "file",
+    **options: object,
 ) -> Interactions:
+    if ties not in ("file", "item", "random"):
+        raise ValueError(f"ties is {ties!r}; expected file, item or random.")
     # 1. Read all rows: three numbers per row, and each name once.
-    users, items, times = array("i"), array("i"), array("d")
+    users, items, times = array("i"), array("i"), [np.empty(0, dtype=np.int64)]
     user_numbers: dict[str, int] = {}
     item_numbers: dict[str, int] = {}
+    form = first = None
     columns = [user_column, item_column, *([time_column] if time_column else [])]
     for table in _as_list(tables):
-        for start, batch in read_batches(table, columns):
-            for row, (user, item) in enumerate(zip(batch[user_column], batch[item_column], strict=True), start):
-                user = _checked_id(user, table, row, user_column)
-                item = _checked_id(item, table, row, item_column)
-                users.append(user_numbers.setdefault(user, len(user_numbers)))
-                items.append(item_numbers.setdefault(item, len(item_numbers)))
-            for row, time in enumerate(batch[time_column] if time_column else (), start):
-                times.append(as_time(time, f"{table_name(table)}: row {row}, {time_column}"))
+        for start, batch in read_batches(table, columns, **options):
+            users.extend(_numbers(batch[user_column], user_numbers, table, start, user_column))
+            items.extend(_numbers(batch[item_column], item_numbers, table, start, item_column))
+            if time_column:
+                values = batch[time_column]
+                first = first or f"{values[0]!r} in row {start} of {table_name(table)}"
+                try:
+                    numbers, form = parse_times(values, form)
+                except ValueError:
+                    message = _wrong_time(values, form, first, table_name(table), start, time_column)
+                    raise ValueError(message) from None
+                times.append(numbers)
     if not users:
         raise ValueError("The tables contain no interactions.")
+    user_names, item_names = list(user_numbers), list(item_numbers)
+    _warn_of_case(user_column, user_names)
+    _warn_of_case(item_column, item_names)
 
     # 2. Sort by user and time. The sort is stable, so rows with equal times keep the order of the file.
-    columns = {"user": users, "item": items, "time": times or range(len(users))}
-    log = pd.DataFrame({name: np.asarray(values) for name, values in columns.items()})
-    log = log.iloc[np.lexsort((log["time"], log["user"]))]
+    log = pd.DataFrame({"user": np.asarray(users), "item": np.asarray(items)})
+    log["time"] = np.concatenate(times) if time_column else np.arange(len(log))
+    keys = [log["time"], log["user"]]
+    if ties == "item":
+        rank = np.argsort(sorted(range(len(item_names)), key=lambda item: natural_order(item_names[item])))
+        keys.insert(0, rank[items])
+    elif ties == "random":
+        keys.insert(0, np.random.default_rng(0).permutation(len(log)))
+    log = log.iloc[np.lexsort(keys)]
 
     # 3. Drop repeats, then users and items with few rows, until none is left.
     unique = log.drop_duplicates(["user", "item", "time"] if keep_repeats else ["user", "item"])
@@ -404,8 +677,14 @@ def _read_interactions(
     if not len(kept):
         raise ValueError(f"No interaction remains: no users and items have {k_core} each; decrease k_core.")
 
+    same_user = kept["user"].eq(kept["user"].shift())
+    num_neighbors, num_tied = int(same_user.sum()), int((same_user & kept["time"].eq(kept["time"].shift())).sum())
+    if num_tied > num_neighbors / 5:
+        warnings.warn(f"{num_tied} of {num_neighbors} neighbours have equal times, ordered by {ties}.", stacklevel=3)
+
     # 4. Number the remaining users and items in natural order of their names.
-    user_names, item_names = list(user_numbers), list(item_numbers)
+    if form and form not in UNITS:
+        kept = kept.assign(time=kept["time"] / 1e9)
     user_order = sorted(kept["user"].unique().tolist(), key=lambda user: natural_order(user_names[user]))
     item_order = sorted(kept["item"].unique().tolist(), key=lambda item: natural_order(item_names[item]))
     index_of = {item: index for index, item in enumerate(item_order)}
@@ -415,7 +694,7 @@ def _read_interactions(
         items=[{} for _ in item_order],
         user_ids=[user_names[user] for user in user_order],
         histories=by_user["item"].tolist(),
-        timestamps=by_user["time"].tolist() if times else None,
+        timestamps=by_user["time"].tolist() if time_column else None,
         counts={
             "rows_read": len(log),
             "repeats_dropped": len(log) - len(unique),
@@ -426,12 +705,28 @@ def _read_interactions(
     )
 
 
+def _numbers(values: Sequence[object], numbers: dict[str, int], table: Table, start: int, column: str) -> Iterator[int]:
+    """The number of each id; new ids are added to `numbers`."""
+    for row, value in enumerate(values, start):
+        number = numbers.get(value) if isinstance(value, str) else None
+        if number is None:
+            number = numbers.setdefault(_checked_id(value, table, row, column), len(numbers))
+        yield number
+
+
+def _warn_of_case(column: str, names: Sequence[str]) -> None:
+    if num_variants := len(names) - len(spellings := {name.casefold(): name for name in names}):
+        example = next(name for name in names if spellings[name.casefold()] != name)
+        warnings.warn(f"{num_variants} ids of {column} differ only in case from others, like {example!r}.", stacklevel=4)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Sources
 
 SOURCES: dict[str, Callable[..., Interactions]] = {
     "toy": toy_shop,
     "table": read_table,
+    "amazon2014": read_amazon2014,
     "amazon2018": read_amazon2018,
     "amazon2023": read_amazon2023,
     "lcrec": read_lcrec,
