@@ -289,8 +289,8 @@ def strip_html(value: object) -> object:
 
 def id_text(value: object) -> str | None:
     """
-    A user or item id as stripped text, in which `7`, `7.0` and `"7"` are equal. `None` if the value cannot be an id: blank, a
-    fraction, a float too large to be exact, a boolean, a list, an object, or text with an unpaired surrogate.
+    A user or item id as stripped text, in which `7`, `7.0` and `"7"` are equal. `None` if the value cannot be an id:
+    blank, a fraction, a float too large to be exact, a boolean, a list, an object, or text with an unpaired surrogate.
     """
     is_whole = isinstance(value, float) and value.is_integer() and abs(value) < 2**53
     if is_whole or (isinstance(value, Decimal) and value.is_finite() and value == value.to_integral_value()):
@@ -302,15 +302,18 @@ def id_text(value: object) -> str | None:
     return text if is_text and text else None
 
 
-def item_fields(raw: Mapping[str, object]) -> dict[str, str]:
+def item_fields(raw: Mapping[str, object], strip_markup: bool = False, several: bool = False) -> dict[str, str]:
     """
     The text and id fields of a raw item that are not empty, cleaned. Category levels are a list, or text with `" > "`
     or commas between levels; a comma before a space belongs to a name ("Tapes, Adhesives & Sealants"). Of several
-    lists of levels (Amazon 2014) the first counts.
+    lists of levels (Amazon 2014) the first counts. With `several`, each raw field is a list of which the first value
+    that is not empty counts.
     """
     fields = {}
     for name in TEXT_FIELDS + ID_FIELDS:
-        value = raw.get(name)
+        values = raw.get(name, ()) if several else [raw.get(name)]
+        values = map(strip_html, values) if strip_markup else values
+        value = next(filter(clean_text, values), None)
         if name == "categories" and isinstance(value, str):
             value = value.split(CATEGORY_SEPARATOR) if CATEGORY_SEPARATOR in value else re.split(r",(?! )", value)
         if name == "categories" and isinstance(value, list | tuple):

@@ -1,16 +1,13 @@
 """
 Readers of tables: your own, and those of Amazon Reviews 2014, 2018 and 2023.
 
-Tables are delimited text (`.csv`, `.tsv`, `.txt`, `.dat`, `.data`, `.inter`, `.item`), JSON lines or arrays (`.json`,
-`.jsonl`, `.ndjson`), each also as `.gz`, `.bz2`, `.xz` or `.zip`, Parquet, or data sets of `datasets`. They are read
-in batches, and only the columns that are needed. A *source* is a function that returns `Interactions`; `SOURCES` names
-those of the library.
+Tables are delimited text or JSON (lines or an array), each also as `.gz`, `.bz2`, `.xz` or `.zip`, Parquet, or data
+sets of `datasets`. They are read in batches, and only the columns that are needed. A *source* is a function that
+returns `Interactions`; `SOURCES` names those of the library.
 """
 
 import ast
-import bz2
 import codecs
-import gzip
 import importlib
 import inspect
 import logging
@@ -30,6 +27,7 @@ from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
 
+import fsspec
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -38,17 +36,7 @@ from pandas.tseries.api import guess_datetime_format
 from pyarrow import csv, parquet
 
 from ..files import file_hash, folder_hashes
-from .interactions import (
-    TEXT_FIELDS,
-    Interactions,
-    clean_text,
-    id_text,
-    item_fields,
-    natural_order,
-    parse_json,
-    read_lcrec,
-    strip_html,
-)
+from .interactions import Interactions, id_text, item_fields, natural_order, parse_json, read_lcrec
 from .toy import toy_shop
 
 
@@ -66,10 +54,9 @@ TEXT_COLUMNS = {
     "brand": ["brand", "store"],
     "categories": ["categories", "category"],
 }
-DELIMITED = (".csv", ".tsv", ".txt", ".dat", ".data", ".inter", ".item")
-JSON = (".json", ".jsonl", ".ndjson")
-COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-BYTE_ORDER_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+DELIMITED, JSON = (".csv", ".tsv", ".txt", ".dat", ".data", ".inter", ".item"), (".json", ".jsonl", ".ndjson")
+UNREADABLE = (pa.ArrowInvalid, UnicodeError, LookupError, EOFError, OSError, zlib.error, lzma.LZMAError,
+              zipfile.BadZipFile)  # fmt: skip
 UNITS = ("seconds", "milliseconds", "microseconds", "nanoseconds")  # of times up to 1e11, 1e14, 1e17 and above
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -77,21 +64,16 @@ UNITS = ("seconds", "milliseconds", "microseconds", "nanoseconds")  # of times u
 
 
 def read_batches(
-    table: Table,
-    columns: Sequence[str],
-    optional: Sequence[str] = (),
-    layouts: Sequence[Sequence[str]] = (),
-    delimiter: str | None = None,
-    encoding: str | None = None,
+    table: Table, columns: Sequence[str], optional: Sequence[str] = (), encoding: str | None = None, **options: object
 ) -> Iterator[tuple[int, dict[str, list]]]:
     """
     Yield batches of rows: the number of the first row, counted from 1, and the values of each column. Delimited
-    columns are read as text. `optional` columns that the table does not have are `None`. Without a header, delimited
-    text has the columns of the layout with as many fields. `delimiter` and `encoding` are found by default.
+    columns are read as text. `optional` columns that the table does not have are `None`. Options of delimited text:
+    `delimiter`, and `layouts`, lists of columns of which a file without a header has the one of its width.
     """
     names = list(dict.fromkeys([*columns, *optional]))
     start = 1
-    for batch in _raw_batches(table, columns, names, layouts, delimiter, encoding):
+    for batch in _raw_batches(table, columns, names, encoding, **options):
         size = len(next(iter(batch.values())))
         if size:
             yield start, {name: batch[name] if name in batch else [None] * size for name in names}
@@ -106,7 +88,7 @@ def table_name(table: Table) -> str:
 
 
 def _raw_batches(
-    table: Table, columns: Sequence[str], names: Sequence[str], layouts: Sequence, delimiter: str | None, encoding: str | None
+    table: Table, columns: Sequence[str], names: Sequence[str], encoding: str | None, **options: object
 ) -> Iterator[dict[str, list]]:
     """Batches with those of the columns `names` that the table has; it must have `columns`."""
     if isinstance(table, Dataset | IterableDataset):
@@ -116,23 +98,20 @@ def _raw_batches(
         yield from table.select_columns(present).with_format(None).iter(BATCH_SIZE)
         return
     path = Path(table)
+    suffix = re.sub(r"\.(gz|bz2|xz|zip)$", "", path.name.lower()).rpartition(".")[2]
+    if f".{suffix}" not in (".parquet", *DELIMITED, *JSON):
+        formats = ", ".join([".parquet", *DELIMITED, *JSON])
+        raise ValueError(f"{path}: unknown format; expected {formats} (or .gz, .bz2, .xz or .zip of these).")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file.")
     try:
-        name = Path(_only_file(path) if path.suffix.lower() == ".zip" else path.name)
-        suffix = (name.with_suffix("") if name.suffix.lower() in COMPRESSED else name).suffix.lower()
-        if path.suffix.lower() == ".parquet":
+        if suffix == "parquet":
             yield from _parquet_batches(path, columns, names)
-        elif suffix in JSON:
-            yield from _json_batches(path, columns, names, encoding or _encoding(path))
-        elif suffix in DELIMITED:
-            yield from _delimited_batches(path, columns, names, layouts, delimiter, encoding or _encoding(path))
         else:
-            formats = ", ".join([".parquet", *DELIMITED, *JSON])
-            raise ValueError(f"{path}: unknown format; expected {formats}, or one of them as .gz, .bz2, .xz or .zip.")
-    except (pa.ArrowInvalid, UnicodeError, LookupError, EOFError, OSError, zlib.error, lzma.LZMAError,
-            zipfile.BadZipFile) as error:  # fmt: skip
-        raise ValueError(f"{path}: not readable ({str(error).splitlines()[0]}).") from error
+            read = _json_batches if f".{suffix}" in JSON else _delimited_batches
+            yield from read(path, columns, names, encoding or _encoding(path), **options)
+    except UNREADABLE as error:
+        raise ValueError(f"{path}: not readable as {suffix} ({str(error).splitlines()[0]}).") from error
 
 
 def _present(table: Table, existing: Sequence[str], columns: Sequence[str], names: Sequence[str]) -> list[str]:
@@ -145,80 +124,69 @@ def _present(table: Table, existing: Sequence[str], columns: Sequence[str], name
     return [column for column in names if column in existing]
 
 
-def _only_file(path: Path) -> str:
-    with zipfile.ZipFile(path) as archive:
-        names = [name for name in archive.namelist() if not name.endswith("/") and not name.startswith("__MACOSX")]
-    if len(names) != 1:
-        raise ValueError(f"{path} contains {', '.join(names) or 'nothing'}; expected one file.")
-    return names[0]
-
-
 def _open(path: Path) -> BinaryIO:
     """The content of a file, decompressed."""
-    if path.suffix.lower() == ".zip":
-        return zipfile.ZipFile(path).open(_only_file(path))
-    return COMPRESSED.get(path.suffix.lower(), open)(path, "rb")
+    if path.suffix.lower() == ".zip" and len(names := zipfile.ZipFile(path).namelist()) > 1:
+        raise ValueError(f"{path} contains {', '.join(names)}; expected one file.")
+    return fsspec.open(str(path), "rb", compression="infer").open()
 
 
 def _encoding(path: Path) -> str:
     """Encoding of a text file: by its byte-order mark, else UTF-8 if all of it is, else Latin-1."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
     with _open(path) as file:
         block = file.read(2**20)
-        for mark, encoding in BYTE_ORDER_MARKS.items():
-            if block.startswith(mark):
-                return encoding
-        decoder = codecs.getincrementaldecoder("utf-8")()
+        if block.startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            return "utf-8-sig" if block.startswith(codecs.BOM_UTF8) else "utf-16"
         try:
-            while block:
-                decoder.decode(block)
+            while decoder.decode(block, final=not block) or block:
                 block = file.read(2**20)
-            decoder.decode(b"", final=True)
         except UnicodeDecodeError:
-            warnings.warn(f"{path} is not UTF-8 text; it is read as latin-1. Give its encoding otherwise.", stacklevel=2)
+            warnings.warn(f"{path} is not UTF-8 text; it is read as latin-1. Otherwise give encoding.", stacklevel=2)
             return "latin-1"
     return "utf-8"
 
 
 def _delimited_batches(
-    path: Path, columns: Sequence[str], names: Sequence[str], layouts: Sequence, delimiter: str | None, encoding: str
+    path: Path,
+    columns: Sequence[str],
+    names: Sequence[str],
+    encoding: str,
+    layouts: Sequence[Sequence[str]] = (),
+    delimiter: str | None = None,
 ) -> Iterator[dict[str, list]]:
     # 1. The first row: names of columns, which RecBole writes as `user_id:token`, or data.
     with TextIOWrapper(_open(path), encoding, newline="") as file:
-        line = next((line for line in file if line.strip()), None)
-        if line is None:
-            raise ValueError(f"{path}: not readable as delimited text (it is empty).")
+        line = next((line for line in file if line.strip()), "")
         delimiter = delimiter or ("::" if "::" in line else max(",;\t|", key=line.count))
         is_long = len(delimiter) > 1  # then without quotes
-        row = line.split(delimiter) if is_long else next(csv_reader(chain([line], file), delimiter=delimiter))
+        row = line.split(delimiter) if is_long else next(csv_reader(chain([line], file), delimiter=delimiter), [])
     fields = [field.strip() for field in row]
     fields = [field if field in names else re.sub(r":(token|float)(_seq)?$", "", field) for field in fields]
-    has_header = True
     layout = next((layout for layout in layouts if len(layout) == len(fields)), None)
-    if layout and not set(fields) & set(names) and any(field[:1].isdigit() for field in fields):
+    has_header = not layout or set(fields) & set(names) or not any(field[:1].isdigit() for field in fields)
+    if not has_header:
         logger.warning("%s has no header; its columns are read as %s.", path, ", ".join(layout))
-        fields, has_header = layout, False
+        fields = layout
     present = _present(path, fields, columns, names)
 
     # 2. All rows as text: the id 007 keeps its zeros, and a column of numbers may contain a word further down.
     numbers = [str(number) for number in range(len(fields))]  # as names, since other columns may repeat
-    read = csv.ReadOptions(column_names=numbers, skip_rows_after_names=int(has_header))
+    read = csv.ReadOptions(column_names=numbers, skip_rows_after_names=1 if has_header else 0)
     parse = csv.ParseOptions(
         delimiter="\x1f" if is_long else delimiter, quote_char=False if is_long else '"', newlines_in_values=True
     )
     convert = csv.ConvertOptions(
-        include_columns=[str(fields.index(name)) for name in present],
+        include_columns=[numbers[fields.index(name)] for name in present],
         column_types=dict.fromkeys(numbers, pa.string()),
         strings_can_be_null=False,
     )
     with _open(path) as file:
-        stream = pa.PythonFile(file, mode="r")
-        if encoding != "utf-8":
-            stream = pa.transcoding_input_stream(stream, encoding, "utf-8")
+        stream = pa.transcoding_input_stream(pa.PythonFile(file, mode="r"), encoding, "utf-8")
         if is_long:
             stream = pa.TransformInputStream(stream, _shorten(delimiter.encode()))
         with csv.open_csv(stream, read_options=read, parse_options=parse, convert_options=convert) as reader:
-            for batch in reader:
-                yield dict(zip(present, batch.to_pydict().values(), strict=True))
+            yield from (dict(zip(present, batch.to_pydict().values(), strict=True)) for batch in reader)
 
 
 def _shorten(delimiter: bytes) -> Callable[[pa.Buffer], bytes]:
@@ -228,9 +196,8 @@ def _shorten(delimiter: bytes) -> Callable[[pa.Buffer], bytes]:
     def step(block: pa.Buffer) -> bytes:
         nonlocal rest
         text = (rest + block.to_pybytes()).replace(delimiter, b"\x1f")
-        starts = (delimiter[:length] for length in range(len(delimiter) - 1, 0, -1))
-        rest = next((start for start in starts if text.endswith(start)), b"")
-        return text[: len(text) - len(rest)]
+        rest = delimiter[:-1] if text.endswith(delimiter[:-1]) else b""  # may go on in the next block
+        return text.removesuffix(rest)
 
     return step
 
@@ -242,7 +209,7 @@ def _parquet_batches(path: Path, columns: Sequence[str], names: Sequence[str]) -
 
 
 def _json_batches(
-    path: Path, columns: Sequence[str], names: Sequence[str], encoding: str
+    path: Path, columns: Sequence[str], names: Sequence[str], encoding: str, **_: object
 ) -> Iterator[dict[str, list]]:
     """
     Not pyarrow's JSON reader: it rounds integers above 2**64, turns ids such as "2024-01-02" into dates, refuses
@@ -266,23 +233,21 @@ def _json_batches(
 def _json_rows(path: Path, encoding: str) -> Iterator[tuple[str, object]]:
     """Rows of one array, or of lines that are not blank: JSON, or Python's `{'a': 1}` as in Amazon 2014."""
     with TextIOWrapper(_open(path), encoding) as file:
-        lines = ((number, line) for number, line in enumerate(file, start=1) if line.strip())
-        number, line = next(lines, (1, "[]"))
-        if line.lstrip().startswith("["):
-            rows = parse_json(line + file.read(), path)
-            yield from ((f"row {position}", row) for position, row in enumerate(rows, start=1))
-            return
-        for number, line in chain([(number, line)], lines):
-            try:
-                row = parse_json(line, path, number)
-            except ValueError:
+        is_first = True
+        for number, line in enumerate(file, start=1):
+            if is_first and line.lstrip().startswith("["):
+                rows = parse_json(line + file.read(), path)
+                yield from ((f"row {position}", row) for position, row in enumerate(rows, start=1))
+            elif line.strip():
+                is_first = False
                 try:
-                    row = ast.literal_eval(line.strip())
-                except (ValueError, SyntaxError, MemoryError, RecursionError):
-                    row = None
-                if row is None:
-                    raise
-            yield f"line {number}", row
+                    row = parse_json(line, path, number)
+                except ValueError as error:
+                    try:
+                        row = ast.literal_eval(line.strip())
+                    except (ValueError, SyntaxError, MemoryError, RecursionError):
+                        raise error from None
+                yield f"line {number}", row
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -292,32 +257,26 @@ def _json_rows(path: Path, encoding: str) -> Iterator[tuple[str, object]]:
 def parse_times(values: Sequence[object], form: str | None = None) -> tuple[np.ndarray, str]:
     """
     Times as numbers, and their common form: a unit, or the format of a date. Numbers keep their unit; dates, as text,
-    objects or numbers like 20240131, become nanoseconds since 1970 (UTC if they have no time zone).
-
-    Raises:
-        `ValueError`: if a value is not a time, or has another form.
+    objects or numbers like 20240131, become nanoseconds since 1970 (UTC if they have no time zone). `ValueError` if a
+    value is not a time, or has another form.
     """
     try:
         numbers = pd.to_numeric(pd.Series(values, dtype=object)).to_numpy()
         numbers = numbers.astype(float) if numbers.dtype == object else numbers
     except (TypeError, ValueError, OverflowError):
         return _parse_dates(values, form)
-    if not np.isfinite(numbers).all() or any(isinstance(value, bool) for value in values):
-        raise ValueError("not a finite number")
     is_day = (numbers >= 19000101) & (numbers <= 21001231) & (numbers % 1 == 0)
     days = pd.to_datetime(numbers[is_day].astype("int64").astype(str), format="%Y%m%d", errors="coerce")
     is_day[is_day] = ~days.isna()
-    if form == "%Y%m%d" or (form is None and is_day.all()):
-        if not is_day.all():
-            raise ValueError("not a date")
+    if is_day.all() and form in (None, "%Y%m%d"):
         return days.as_unit("ns").astype("int64").to_numpy(), "%Y%m%d"
     units = np.searchsorted([1e11, 1e14, 1e17], np.abs(numbers), side="right")
     form = form or UNITS[units[0]]
     # Dates among numbers since 1970 are another form; among small numbers they are numbers by chance.
-    if any(UNITS[unit] != form for unit in np.unique(units)) or (
-        is_day.any() and numbers[~is_day].min(initial=2**62) >= 1e8
-    ):
-        raise ValueError("another unit")
+    is_mixed = is_day.any() and numbers[~is_day].min(initial=2**62) >= 1e8
+    is_number = np.isfinite(numbers).all() and not any(isinstance(value, bool) for value in values)
+    if is_mixed or not is_number or any(UNITS[unit] != form for unit in np.unique(units)):
+        raise ValueError("not finite numbers of one unit")
     return numbers, form
 
 
@@ -333,10 +292,8 @@ def _parse_dates(values: Sequence[object], form: str | None) -> tuple[np.ndarray
         for date_format in filter(None, dict.fromkeys(formats)):
             with suppress(ValueError, TypeError, OverflowError):
                 times = pd.to_datetime(column, format=date_format, utc=True)
-                if not times.isna().any():
+                if not times.isna().any() and "ISO8601" not in parsed:
                     parsed[date_format] = times.dt.as_unit("ns").astype("int64").to_numpy()
-            if "ISO8601" in parsed:
-                break
     if not parsed:
         raise ValueError("not dates of one form")
     form, times = next(iter(parsed.items()))
@@ -346,20 +303,18 @@ def _parse_dates(values: Sequence[object], form: str | None) -> tuple[np.ndarray
 
 
 def _wrong_time(values: Sequence[object], form: str | None, first: str, name: str, start: int, column: str) -> str:
-    """What is wrong with a batch of times that [`parse_times`] refuses; `first` is the first time of the column."""
+    """Message about a batch of times that [`parse_times`] refuses; `first` is the first time of the column."""
 
-    def is_refused(times: Sequence[object], form: str | None = form) -> bool:
-        try:
+    def is_refused(times: Sequence[object], form: str | None) -> bool:
+        with suppress(ValueError):
             return not parse_times(times, form)
-        except ValueError:
-            return True
+        return True
 
-    position = bisect_left(range(1, len(values)), True, key=lambda length: is_refused(values[:length]))
-    value = values[position]
-    where = f"{name}: row {start + position}, {column} is {value!r}"
-    if is_refused([value], None):
-        return f"{where}; expected a finite number or a date like 2024-01-31."
-    return f"{where}, and {first}; expected one unit or form in a column."
+    position = bisect_left(range(1, len(values)), True, key=lambda length: is_refused(values[:length], form))
+    expected = "a finite number or a date like 2024-01-31"
+    if not is_refused(values[position : position + 1], None):
+        expected = f"the unit or form of {first}"
+    return f"{name}: row {start + position}, {column} is {values[position]!r}; expected {expected}."
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -402,21 +357,21 @@ def read_items(
         `ValueError`: if a column is missing, a row is broken or has no item id, or `text_columns` is empty or names an
             unknown field.
     """
-    fields, options = _text_fields(text_columns), {"delimiter": delimiter, "encoding": encoding}
-    return _read_items(tables, item_column, fields, text_columns is not None, strip_markup, columns, **options)
+    options = {"columns": columns, "delimiter": delimiter, "encoding": encoding}
+    return _read_items(tables, item_column, text_columns, strip_markup, **options)
 
 
 def _read_items(
     tables: Tables,
     item_column: str,
-    fields: Mapping[str, Sequence[str]],
-    required: bool = False,
+    text_columns: Mapping[str, str | Sequence[str]] | None = None,
     strip_markup: bool = False,
-    columns: Sequence[str] | None = None,
     item_ids: Collection[str] | None = None,
+    columns: Sequence[str] | None = None,
     **options: str | None,
 ) -> dict[str, dict[str, str]]:
-    """[`read_items`], restricted to `item_ids` if given; `fields` maps each text field to its columns."""
+    """[`read_items`], restricted to `item_ids` if given."""
+    required, fields = text_columns is not None, _text_fields(text_columns)
     text_columns = list(chain.from_iterable(fields.values()))
     first_columns = [item_column, *(fields[name][0] for name in ("title", "categories") if name in fields)]
     layouts = [columns] if columns else [first_columns[:2], first_columns]
@@ -432,16 +387,11 @@ def _read_items(
                 if item_id in items:
                     num_repeated += 1
                     continue
-                raw = {}
-                for field, names in fields.items():
-                    texts = (strip_html(text) if strip_markup else text for text in (batch[name][position] for name in names))
-                    raw[field] = next(filter(clean_text, texts), None)
-                items[item_id] = item_fields(raw)
+                raw = {field: [batch[name][position] for name in names] for field, names in fields.items()}
+                items[item_id] = item_fields(raw, strip_markup, several=True)
     if item_ids and not items:
-        raise ValueError(
-            f"{', '.join(map(table_name, _as_list(tables)))}: {item_column} matches no item of the interactions; it has "
-            f"{item_id!r}, they have {min(item_ids)!r}."
-        )
+        names = ", ".join(map(table_name, _as_list(tables)))
+        raise ValueError(f"{names}: no {item_column} is an item of the interactions: {item_id!r}, {min(item_ids)!r}.")
     if num_repeated:
         warnings.warn(f"{num_repeated} rows repeat an item; the first row of an item counts.", stacklevel=3)
     return items
@@ -450,8 +400,8 @@ def _read_items(
 def _text_fields(text_columns: Mapping[str, str | Sequence[str]] | None) -> Mapping[str, Sequence[str]]:
     if text_columns is None:
         return TEXT_COLUMNS
-    if not text_columns or not set(text_columns) <= set(TEXT_FIELDS):
-        raise ValueError(f"text_columns has the fields {list(text_columns)}; expected some of {list(TEXT_FIELDS)}.")
+    if not text_columns or not set(text_columns) <= set(TEXT_COLUMNS):
+        raise ValueError(f"text_columns has the fields {list(text_columns)}; expected some of {list(TEXT_COLUMNS)}.")
     return {field: _as_list(columns) for field, columns in text_columns.items()}
 
 
@@ -538,14 +488,14 @@ def read_table(
     >>> shop = read_table("ratings.csv", "products.parquet", user_column="user", item_column="product")
     ```
     """
-    fields, options = _text_fields(text_columns), {"delimiter": delimiter, "encoding": encoding}
-    time_columns = [time_column] if time_column else []
+    _text_fields(text_columns)  # fails before the long reading
+    options, time_columns = {"delimiter": delimiter, "encoding": encoding}, [time_column] if time_column else []
     layouts = [[user_column, item_column, *time_columns], [user_column, item_column, "rating", *time_columns]]
+    layouts = [columns] if columns else layouts
     data = _read_interactions(
-        interactions, user_column, item_column, time_column, k_core, keep_repeats, ties,
-        layouts=[columns] if columns else layouts, **options,
-    )  # fmt: skip
-    return _add_text(data, items, item_column, fields, required=text_columns is not None, columns=items_columns, **options)
+        interactions, user_column, item_column, time_column, k_core, keep_repeats, ties, layouts=layouts, **options
+    )
+    return _add_text(data, items, item_column, text_columns=text_columns, columns=items_columns, **options)
 
 
 def read_amazon2014(interactions: Tables, items: Tables | None = None, k_core: int = 5) -> Interactions:
@@ -555,7 +505,7 @@ def read_amazon2014(interactions: Tables, items: Tables | None = None, k_core: i
     """
     layout = ["reviewerID", "asin", "overall", "unixReviewTime"]
     data = _read_interactions(interactions, "reviewerID", "asin", "unixReviewTime", k_core, layouts=[layout])
-    return _add_text(data, items, "asin", TEXT_COLUMNS, strip_markup=True)
+    return _add_text(data, items, "asin", strip_markup=True)
 
 
 def read_amazon2018(interactions: Tables, items: Tables | None = None, k_core: int = 5) -> Interactions:
@@ -568,7 +518,7 @@ def read_amazon2018(interactions: Tables, items: Tables | None = None, k_core: i
     """
     layout = ["asin", "reviewerID", "overall", "unixReviewTime"]
     data = _read_interactions(interactions, "reviewerID", "asin", "unixReviewTime", k_core, layouts=[layout])
-    return _add_text(data, items, "asin", TEXT_COLUMNS, strip_markup=True)
+    return _add_text(data, items, "asin", strip_markup=True)
 
 
 def read_amazon2023(
@@ -601,16 +551,14 @@ def read_amazon2023(
             hf_hub_download(AMAZON_2023, name, repo_type="dataset", revision=revision) for name in files
         )
     data = _read_interactions(interactions, "user_id", "parent_asin", "timestamp", k_core)
-    return _add_text(data, items, "parent_asin", TEXT_COLUMNS, strip_markup=True)
+    return _add_text(data, items, "parent_asin", strip_markup=True)
 
 
-def _add_text(
-    data: Interactions, tables: Tables | None, item_column: str, fields: Mapping[str, Sequence[str]], **options: object
-) -> Interactions:
-    """Add the text of the items to `data`, if there are tables of items; `fields` and options as for `_read_items`."""
+def _add_text(data: Interactions, tables: Tables | None, item_column: str, **options: object) -> Interactions:
+    """Add the text of the items to `data`, if there are tables of items; options as for `_read_items`."""
     if tables is None:
         return data
-    texts = _read_items(tables, item_column, fields, item_ids=set(data.item_ids), **options)
+    texts = _read_items(tables, item_column, item_ids=set(data.item_ids), **options)
     for item_id, item in zip(data.item_ids, data.items, strict=True):
         item.update(texts.get(item_id, {}))
     num_empty = sum(not item for item in data.items)
@@ -647,8 +595,8 @@ def _read_interactions(
                 try:
                     numbers, form = parse_times(values, form)
                 except ValueError:
-                    message = _wrong_time(values, form, first, table_name(table), start, time_column)
-                    raise ValueError(message) from None
+                    error = _wrong_time(values, form, first, table_name(table), start, time_column)
+                    raise ValueError(error) from None
                 times.append(numbers)
     if not users:
         raise ValueError("The tables contain no interactions.")
@@ -705,7 +653,7 @@ def _read_interactions(
     )
 
 
-def _numbers(values: Sequence[object], numbers: dict[str, int], table: Table, start: int, column: str) -> Iterator[int]:
+def _numbers(values: Sequence, numbers: dict[str, int], table: Table, start: int, column: str) -> Iterator[int]:
     """The number of each id; new ids are added to `numbers`."""
     for row, value in enumerate(values, start):
         number = numbers.get(value) if isinstance(value, str) else None
@@ -717,7 +665,7 @@ def _numbers(values: Sequence[object], numbers: dict[str, int], table: Table, st
 def _warn_of_case(column: str, names: Sequence[str]) -> None:
     if num_variants := len(names) - len(spellings := {name.casefold(): name for name in names}):
         example = next(name for name in names if spellings[name.casefold()] != name)
-        warnings.warn(f"{num_variants} ids of {column} differ only in case from others, like {example!r}.", stacklevel=4)
+        warnings.warn(f"{num_variants} ids of {column} differ from others only in case: {example!r}.", stacklevel=4)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
