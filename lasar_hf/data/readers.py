@@ -17,11 +17,8 @@ import warnings
 import zipfile
 import zlib
 from array import array
-from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import suppress
 from csv import reader as csv_reader
-from datetime import date
 from io import TextIOWrapper
 from itertools import chain
 from pathlib import Path
@@ -32,11 +29,20 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 from datasets import Dataset, IterableDataset
-from pandas.tseries.api import guess_datetime_format
 from pyarrow import csv, parquet
 
 from ..files import file_hash, folder_hashes
-from .interactions import Interactions, id_text, item_fields, natural_order, parse_json, read_lcrec
+from .interactions import (
+    UNITS,
+    Interactions,
+    id_text,
+    item_fields,
+    natural_order,
+    parse_json,
+    parse_times,
+    read_lcrec,
+    wrong_time,
+)
 from .toy import toy_shop
 
 
@@ -57,7 +63,6 @@ TEXT_COLUMNS = {
 DELIMITED, JSON = (".csv", ".tsv", ".txt", ".dat", ".data", ".inter", ".item"), (".json", ".jsonl", ".ndjson")
 UNREADABLE = (pa.ArrowInvalid, UnicodeError, LookupError, EOFError, OSError, zlib.error, lzma.LZMAError,
               zipfile.BadZipFile)  # fmt: skip
-UNITS = ("seconds", "milliseconds", "microseconds", "nanoseconds")  # of times up to 1e11, 1e14, 1e17 and above
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tables
@@ -251,74 +256,7 @@ def _json_rows(path: Path, encoding: str) -> Iterator[tuple[str, object]]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Times
-
-
-def parse_times(values: Sequence[object], form: str | None = None) -> tuple[np.ndarray, str]:
-    """
-    Times as numbers, and their common form: a unit, or the format of a date. Numbers keep their unit; dates, as text,
-    objects or numbers like 20240131, become nanoseconds since 1970 (UTC if they have no time zone). `ValueError` if a
-    value is not a time, or has another form.
-    """
-    try:
-        numbers = pd.to_numeric(pd.Series(values, dtype=object)).to_numpy()
-        numbers = numbers.astype(float) if numbers.dtype == object else numbers
-    except (TypeError, ValueError, OverflowError):
-        return _parse_dates(values, form)
-    is_day = (numbers >= 19000101) & (numbers <= 21001231) & (numbers % 1 == 0)
-    days = pd.to_datetime(numbers[is_day].astype("int64").astype(str), format="%Y%m%d", errors="coerce")
-    is_day[is_day] = ~days.isna()
-    if is_day.all() and form in (None, "%Y%m%d"):
-        return days.as_unit("ns").astype("int64").to_numpy(), "%Y%m%d"
-    units = np.searchsorted([1e11, 1e14, 1e17], np.abs(numbers), side="right")
-    form = form or UNITS[units[0]]
-    # Dates among numbers since 1970 are another form; among small numbers they are numbers by chance.
-    is_mixed = is_day.any() and numbers[~is_day].min(initial=2**62) >= 1e8
-    is_number = np.isfinite(numbers).all() and not any(isinstance(value, bool) for value in values)
-    if is_mixed or not is_number or any(UNITS[unit] != form for unit in np.unique(units)):
-        raise ValueError("not finite numbers of one unit")
-    return numbers, form
-
-
-def _parse_dates(values: Sequence[object], form: str | None) -> tuple[np.ndarray, str]:
-    """Dates as nanoseconds since 1970, and their format. The month comes first where both orders fit."""
-    column = pd.Series([value if isinstance(value, date) else str(value).strip() for value in values], dtype=object)
-    formats, parsed = [form], {}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of pandas, about the order that `dayfirst` does not force
-        if form is None:
-            guesses = [guess_datetime_format(str(column[0]), dayfirst=day_first) or "" for day_first in (False, True)]
-            formats = ["ISO8601", *guesses, *(guess.replace("%B", "%b") for guess in guesses)]
-        for date_format in filter(None, dict.fromkeys(formats)):
-            with suppress(ValueError, TypeError, OverflowError):
-                times = pd.to_datetime(column, format=date_format, utc=True)
-                if not times.isna().any() and "ISO8601" not in parsed:
-                    parsed[date_format] = times.dt.as_unit("ns").astype("int64").to_numpy()
-    if not parsed:
-        raise ValueError("not dates of one form")
-    form, times = next(iter(parsed.items()))
-    if any((others != times).any() for others in parsed.values()):
-        warnings.warn(f"Dates like {values[0]!r} fit {' and '.join(parsed)}; read as {form}.", stacklevel=2)
-    return times, form
-
-
-def _wrong_time(values: Sequence[object], form: str | None, first: str, name: str, start: int, column: str) -> str:
-    """Message about a batch of times that [`parse_times`] refuses; `first` is the first time of the column."""
-
-    def is_refused(times: Sequence[object], form: str | None) -> bool:
-        with suppress(ValueError):
-            return not parse_times(times, form)
-        return True
-
-    position = bisect_left(range(1, len(values)), True, key=lambda length: is_refused(values[:length], form))
-    expected = "a finite number or a date like 2024-01-31"
-    if not is_refused(values[position : position + 1], None):
-        expected = f"the unit or form of {first}"
-    return f"{name}: row {start + position}, {column} is {values[position]!r}; expected {expected}."
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Items
+# Items and interactions
 
 
 def read_items(
@@ -327,8 +265,8 @@ def read_items(
     text_columns: Mapping[str, str | Sequence[str]] | None = None,
     strip_markup: bool = False,
     columns: Sequence[str] | None = None,
-    delimiter: str | None = None,
-    encoding: str | None = None,
+    item_ids: Collection[str] | None = None,
+    **options: str | None,
 ) -> dict[str, dict[str, str]]:
     """
     Read the text of items. If an item has several rows, the first one counts.
@@ -344,8 +282,9 @@ def read_items(
         strip_markup (`bool`, *optional*, defaults to `False`):
             Whether to remove HTML tags, scripts, style sheets and entities from the text.
         columns (`Sequence[str]`, *optional*):
-            Names of the columns of delimited text without a header. By default its columns are the item, the title
-            and, if there are three, the categories.
+            Names of the columns of delimited text without a header; by default item, title, categories.
+        item_ids (`Collection[str]`, *optional*):
+            Items to read; the tables must have one of them.
         delimiter, encoding (`str`, *optional*):
             As for [`read_table`].
 
@@ -357,29 +296,15 @@ def read_items(
         `ValueError`: if a column is missing, a row is broken or has no item id, or `text_columns` is empty or names an
             unknown field.
     """
-    options = {"columns": columns, "delimiter": delimiter, "encoding": encoding}
-    return _read_items(tables, item_column, text_columns, strip_markup, **options)
-
-
-def _read_items(
-    tables: Tables,
-    item_column: str,
-    text_columns: Mapping[str, str | Sequence[str]] | None = None,
-    strip_markup: bool = False,
-    item_ids: Collection[str] | None = None,
-    columns: Sequence[str] | None = None,
-    **options: str | None,
-) -> dict[str, dict[str, str]]:
-    """[`read_items`], restricted to `item_ids` if given."""
-    required, fields = text_columns is not None, _text_fields(text_columns)
-    text_columns = list(chain.from_iterable(fields.values()))
-    first_columns = [item_column, *(fields[name][0] for name in ("title", "categories") if name in fields)]
-    layouts = [columns] if columns else [first_columns[:2], first_columns]
-    needed, optional = ([item_column, *text_columns], []) if required else ([item_column], text_columns)
+    fields = _text_fields(text_columns)
+    names = list(chain.from_iterable(fields.values()))
+    needed, optional = ([item_column], names) if text_columns is None else ([item_column, *names], [])
+    layout = [item_column, *(fields[name][0] for name in ("title", "categories") if name in fields)]
+    options |= {"layouts": [columns] if columns else [layout[:2], layout]}
     items: dict[str, dict[str, str]] = {}
     num_repeated, item_id = 0, None
     for table in _as_list(tables):
-        for start, batch in read_batches(table, needed, optional, layouts, **options):
+        for start, batch in read_batches(table, needed, optional, **options):
             for position, value in enumerate(batch[item_column]):
                 item_id = _checked_id(value, table, start + position, item_column)
                 if item_ids is not None and item_id not in item_ids:
@@ -390,8 +315,8 @@ def _read_items(
                 raw = {field: [batch[name][position] for name in names] for field, names in fields.items()}
                 items[item_id] = item_fields(raw, strip_markup, several=True)
     if item_ids and not items:
-        names = ", ".join(map(table_name, _as_list(tables)))
-        raise ValueError(f"{names}: no {item_column} is an item of the interactions: {item_id!r}, {min(item_ids)!r}.")
+        files = ", ".join(map(table_name, _as_list(tables)))
+        raise ValueError(f"{files}: no {item_column} is an item of the interactions: {item_id!r}, {min(item_ids)!r}.")
     if num_repeated:
         warnings.warn(f"{num_repeated} rows repeat an item; the first row of an item counts.", stacklevel=3)
     return items
@@ -416,10 +341,6 @@ def _as_list(tables: Tables) -> Sequence[Table]:
     return tables if isinstance(tables, list | tuple) else [tables]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Interactions
-
-
 def read_table(
     interactions: Tables,
     items: Tables | None = None,
@@ -431,6 +352,7 @@ def read_table(
     k_core: int = 5,
     keep_repeats: bool = False,
     ties: str = "file",
+    strip_markup: bool = False,
     columns: Sequence[str] | None = None,
     items_columns: Sequence[str] | None = None,
     delimiter: str | None = None,
@@ -452,9 +374,8 @@ def read_table(
         item_column (`str`, *optional*, defaults to `"item_id"`):
             Column of the item, in both tables.
         time_column (`str`, *optional*, defaults to `"timestamp"`):
-            Column of the time: numbers or dates, all of one unit or form. `None` or empty: the rows are in order
-            already.
-        text_columns (`Mapping[str, str | Sequence[str]]`, *optional*):
+            Column of the time: numbers or dates of one form. `None` or empty: the rows are in order already.
+        text_columns, strip_markup (*optional*):
             As for [`read_items`].
         k_core (`int`, *optional*, defaults to `5`):
             Minimum number of interactions of a user and of an item; `1` keeps all.
@@ -463,13 +384,13 @@ def read_table(
             field's data sets. The same user, item and time is one interaction in any case.
         ties (`str`, *optional*, defaults to `"file"`):
             Order of a user's rows with equal times: as in the `"file"`, by `"item"` id, or `"random"` (always the
-            same). A warning says if they are more than a fifth of the neighbours in the histories.
+            same). If more than a fifth of the neighbours in the histories have equal times, a warning says so.
         columns, items_columns (`Sequence[str]`, *optional*):
-            Names of the columns of delimited text without a header. By default interactions have the columns user,
-            item and, with four columns, rating, then time; for items see [`read_items`]. This is logged.
+            Names of the columns of delimited text without a header. By default they are user, item and time, or user,
+            item, rating and time, with a warning in the log; for items see [`read_items`].
         delimiter, encoding (`str`, *optional*):
-            Of delimited and other text. By default `::` or the most frequent of comma, semicolon, tab and `|` in the
-            first line, and UTF-8, UTF-16 with a byte-order mark, or else Latin-1 with a warning.
+            Of text. By default `::` or the most frequent of comma, semicolon, tab and `|` in the first line, and
+            UTF-8, UTF-16 with a byte-order mark, or else Latin-1 with a warning.
 
     Returns:
         `Interactions`: users and items in natural order of their ids, with `timestamps` (if there is a time column)
@@ -489,13 +410,21 @@ def read_table(
     ```
     """
     _text_fields(text_columns)  # fails before the long reading
-    options, time_columns = {"delimiter": delimiter, "encoding": encoding}, [time_column] if time_column else []
-    layouts = [[user_column, item_column, *time_columns], [user_column, item_column, "rating", *time_columns]]
-    layouts = [columns] if columns else layouts
-    data = _read_interactions(
-        interactions, user_column, item_column, time_column, k_core, keep_repeats, ties, layouts=layouts, **options
-    )
-    return _add_text(data, items, item_column, text_columns=text_columns, columns=items_columns, **options)
+    if ties not in ("file", "item", "random"):
+        raise ValueError(f"ties is {ties!r}; expected file, item or random.")
+    options = {"delimiter": delimiter, "encoding": encoding}
+    names = [user_column, item_column, *([time_column] if time_column else [])]
+    layouts = [columns] if columns else [names, [*names[:2], "rating", *names[2:]]]
+    log, user_names, item_names = _read_log(interactions, *names, layouts=layouts, **options)
+    data = _histories(log, user_names, item_names, k_core, keep_repeats, ties)
+    if items is not None:
+        options |= {"columns": items_columns, "item_ids": set(data.item_ids), "strip_markup": strip_markup}
+        texts = read_items(items, item_column, text_columns, **options)
+        for item_id, item in zip(data.item_ids, data.items, strict=True):
+            item.update(texts.get(item_id, {}))
+        if num_empty := sum(not item for item in data.items):
+            warnings.warn(f"{num_empty} of {len(data.items)} items have no text; they are kept.", stacklevel=2)
+    return data
 
 
 def read_amazon2014(interactions: Tables, items: Tables | None = None, k_core: int = 5) -> Interactions:
@@ -503,9 +432,8 @@ def read_amazon2014(interactions: Tables, items: Tables | None = None, k_core: i
     Read Amazon Reviews 2014, the source of the field's Beauty and Sports: `reviews_<Category>_5.json.gz` or
     `ratings_<Category>.csv`, and `meta_<Category>.json.gz`. Otherwise as [`read_amazon2018`].
     """
-    layout = ["reviewerID", "asin", "overall", "unixReviewTime"]
-    data = _read_interactions(interactions, "reviewerID", "asin", "unixReviewTime", k_core, layouts=[layout])
-    return _add_text(data, items, "asin", strip_markup=True)
+    columns = ["reviewerID", "asin", "overall", "unixReviewTime"]
+    return _read_amazon(interactions, items, k_core, "reviewerID", "asin", "unixReviewTime", columns=columns)
 
 
 def read_amazon2018(interactions: Tables, items: Tables | None = None, k_core: int = 5) -> Interactions:
@@ -516,9 +444,8 @@ def read_amazon2018(interactions: Tables, items: Tables | None = None, k_core: i
     Of several reviews of an item by a user the earliest counts, and HTML is removed from the text. Arguments, result
     and errors as for [`read_table`].
     """
-    layout = ["asin", "reviewerID", "overall", "unixReviewTime"]
-    data = _read_interactions(interactions, "reviewerID", "asin", "unixReviewTime", k_core, layouts=[layout])
-    return _add_text(data, items, "asin", strip_markup=True)
+    columns = ["asin", "reviewerID", "overall", "unixReviewTime"]
+    return _read_amazon(interactions, items, k_core, "reviewerID", "asin", "unixReviewTime", columns=columns)
 
 
 def read_amazon2023(
@@ -550,37 +477,21 @@ def read_amazon2023(
         interactions, items = (
             hf_hub_download(AMAZON_2023, name, repo_type="dataset", revision=revision) for name in files
         )
-    data = _read_interactions(interactions, "user_id", "parent_asin", "timestamp", k_core)
-    return _add_text(data, items, "parent_asin", strip_markup=True)
+    return _read_amazon(interactions, items, k_core, "user_id", "parent_asin", "timestamp")
 
 
-def _add_text(data: Interactions, tables: Tables | None, item_column: str, **options: object) -> Interactions:
-    """Add the text of the items to `data`, if there are tables of items; options as for `_read_items`."""
-    if tables is None:
-        return data
-    texts = _read_items(tables, item_column, item_ids=set(data.item_ids), **options)
-    for item_id, item in zip(data.item_ids, data.items, strict=True):
-        item.update(texts.get(item_id, {}))
-    num_empty = sum(not item for item in data.items)
-    if num_empty:
-        warnings.warn(f"{num_empty} of {len(data.items)} items have no text; they are kept.", stacklevel=3)
-    return data
-
-
-def _read_interactions(
-    tables: Tables,
-    user_column: str,
-    item_column: str,
-    time_column: str | None,
-    k_core: int,
-    keep_repeats: bool = False,
-    ties: str = "file",
-    **options: object,
+def _read_amazon(
+    interactions: Tables, items: Tables | None, k_core: int, user: str, item: str, time: str, columns=None
 ) -> Interactions:
-    if ties not in ("file", "item", "random"):
-        raise ValueError(f"ties is {ties!r}; expected file, item or random.")
-    # 1. Read all rows: three numbers per row, and each name once.
-    users, items, times = array("i"), array("i"), [np.empty(0, dtype=np.int64)]
+    names = {"user_column": user, "item_column": item, "time_column": time, "columns": columns}
+    return read_table(interactions, items, k_core=k_core, strip_markup=True, **names)
+
+
+def _read_log(
+    tables: Tables, user_column: str, item_column: str, time_column: str | None = None, **options: object
+) -> tuple[pd.DataFrame, list[str], list[str]]:
+    """All rows as numbers (user, item, time), and the name of each user and item."""
+    users, items, times = array("i"), array("i"), []
     user_numbers: dict[str, int] = {}
     item_numbers: dict[str, int] = {}
     form = first = None
@@ -595,27 +506,46 @@ def _read_interactions(
                 try:
                     numbers, form = parse_times(values, form)
                 except ValueError:
-                    error = _wrong_time(values, form, first, table_name(table), start, time_column)
-                    raise ValueError(error) from None
+                    where = f"{table_name(table)}: row"
+                    raise ValueError(wrong_time(values, form, first, where, start, time_column)) from None
                 times.append(numbers)
     if not users:
         raise ValueError("The tables contain no interactions.")
-    user_names, item_names = list(user_numbers), list(item_numbers)
-    _warn_of_case(user_column, user_names)
-    _warn_of_case(item_column, item_names)
-
-    # 2. Sort by user and time. The sort is stable, so rows with equal times keep the order of the file.
+    for column, names in ((user_column, user_numbers), (item_column, item_numbers)):
+        spellings = {name.casefold(): name for name in names}
+        if num_variants := len(names) - len(spellings):
+            example = next(name for name in names if spellings[name.casefold()] != name)
+            warnings.warn(f"{num_variants} ids of {column} differ only in case from others: {example!r}.", stacklevel=3)
     log = pd.DataFrame({"user": np.asarray(users), "item": np.asarray(items)})
-    log["time"] = np.concatenate(times) if time_column else np.arange(len(log))
-    keys = [log["time"], log["user"]]
-    if ties == "item":
-        rank = np.argsort(sorted(range(len(item_names)), key=lambda item: natural_order(item_names[item])))
-        keys.insert(0, rank[items])
-    elif ties == "random":
-        keys.insert(0, np.random.default_rng(0).permutation(len(log)))
-    log = log.iloc[np.lexsort(keys)]
+    if time_column:
+        log["time"] = np.concatenate(times)
+        log.attrs["is_date"] = form not in UNITS
+    return log, list(user_numbers), list(item_numbers)
 
-    # 3. Drop repeats, then users and items with few rows, until none is left.
+
+def _numbers(values: Sequence, numbers: dict[str, int], table: Table, start: int, column: str) -> Iterator[int]:
+    """The number of each id; new ids are added to `numbers`."""
+    for row, value in enumerate(values, start):
+        number = numbers.get(value) if isinstance(value, str) else None
+        if number is None:
+            number = numbers.setdefault(_checked_id(value, table, row, column), len(numbers))
+        yield number
+
+
+def _histories(
+    log: pd.DataFrame, user_names: list[str], item_names: list[str], k_core: int, keep_repeats: bool, ties: str
+) -> Interactions:
+    # 1. Sort by user and time. The sort is stable, so rows with equal times keep the order of the file.
+    has_times = "time" in log
+    log = log if has_times else log.assign(time=range(len(log)))
+    tied = np.zeros(len(log))
+    if ties == "item":
+        tied = np.argsort(sorted(range(len(item_names)), key=lambda item: natural_order(item_names[item])))[log["item"]]
+    elif ties == "random":
+        tied = np.random.default_rng(0).permutation(len(log))
+    log = log.iloc[np.lexsort((tied, log["time"], log["user"]))]
+
+    # 2. Drop repeats, then users and items with few rows, until none is left.
     unique = log.drop_duplicates(["user", "item", "time"] if keep_repeats else ["user", "item"])
     kept, enough = unique, np.zeros(1, dtype=bool)
     while not enough.all():
@@ -630,8 +560,8 @@ def _read_interactions(
     if num_tied > num_neighbors / 5:
         warnings.warn(f"{num_tied} of {num_neighbors} neighbours have equal times, ordered by {ties}.", stacklevel=3)
 
-    # 4. Number the remaining users and items in natural order of their names.
-    if form and form not in UNITS:
+    # 3. Number the remaining users and items in natural order of their names.
+    if log.attrs.get("is_date"):
         kept = kept.assign(time=kept["time"] / 1e9)
     user_order = sorted(kept["user"].unique().tolist(), key=lambda user: natural_order(user_names[user]))
     item_order = sorted(kept["item"].unique().tolist(), key=lambda item: natural_order(item_names[item]))
@@ -642,7 +572,7 @@ def _read_interactions(
         items=[{} for _ in item_order],
         user_ids=[user_names[user] for user in user_order],
         histories=by_user["item"].tolist(),
-        timestamps=by_user["time"].tolist() if time_column else None,
+        timestamps=by_user["time"].tolist() if has_times else None,
         counts={
             "rows_read": len(log),
             "repeats_dropped": len(log) - len(unique),
@@ -651,21 +581,6 @@ def _read_interactions(
             "items_dropped": len(item_names) - len(item_order),
         },
     )
-
-
-def _numbers(values: Sequence, numbers: dict[str, int], table: Table, start: int, column: str) -> Iterator[int]:
-    """The number of each id; new ids are added to `numbers`."""
-    for row, value in enumerate(values, start):
-        number = numbers.get(value) if isinstance(value, str) else None
-        if number is None:
-            number = numbers.setdefault(_checked_id(value, table, row, column), len(numbers))
-        yield number
-
-
-def _warn_of_case(column: str, names: Sequence[str]) -> None:
-    if num_variants := len(names) - len(spellings := {name.casefold(): name for name in names}):
-        example = next(name for name in names if spellings[name.casefold()] != name)
-        warnings.warn(f"{num_variants} ids of {column} differ from others only in case: {example!r}.", stacklevel=4)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
