@@ -32,17 +32,8 @@ from datasets import Dataset, IterableDataset
 from pyarrow import csv, parquet
 
 from ..files import file_hash, folder_hashes
-from .interactions import (
-    UNITS,
-    Interactions,
-    id_text,
-    item_fields,
-    natural_order,
-    parse_json,
-    parse_times,
-    read_lcrec,
-    wrong_time,
-)
+from . import interactions as raw
+from .interactions import Interactions, id_text, item_fields, natural_order, parse_json, read_lcrec
 from .toy import toy_shop
 
 
@@ -52,6 +43,7 @@ Table = str | Path | Dataset | IterableDataset
 Tables = Table | Sequence[Table]
 
 BATCH_SIZE = 65_536  # rows per batch
+AMAZON = {"user_column": "reviewerID", "item_column": "asin", "time_column": "unixReviewTime"}  # 2014 and 2018
 AMAZON_2023 = "McAuley-Lab/Amazon-Reviews-2023"
 # Columns of each text field; the first that is not empty counts.
 TEXT_COLUMNS = {
@@ -109,23 +101,23 @@ def _raw_batches(
         raise ValueError(f"{path}: unknown format; expected {formats} (or .gz, .bz2, .xz or .zip of these).")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file.")
+    read = _json_batches if f".{suffix}" in JSON else _delimited_batches
     try:
         if suffix == "parquet":
-            yield from _parquet_batches(path, columns, names)
+            with parquet.ParquetFile(path) as file:
+                present = _present(path, file.schema_arrow.names, columns, names)
+                yield from (batch.to_pydict() for batch in file.iter_batches(BATCH_SIZE, columns=present))
         else:
-            read = _json_batches if f".{suffix}" in JSON else _delimited_batches
             yield from read(path, columns, names, encoding or _encoding(path), **options)
     except UNREADABLE as error:
         raise ValueError(f"{path}: not readable as {suffix} ({str(error).splitlines()[0]}).") from error
 
 
 def _present(table: Table, existing: Sequence[str], columns: Sequence[str], names: Sequence[str]) -> list[str]:
-    for column in columns:
-        if column not in existing:
-            raise ValueError(f"{table_name(table)} has no column {column!r}; its columns are {', '.join(existing)}.")
-    for column in names:
-        if list(existing).count(column) > 1:
-            raise ValueError(f"{table_name(table)} has several columns named {column!r}; rename them.")
+    if missing := next((column for column in columns if column not in existing), None):
+        raise ValueError(f"{table_name(table)} has no column {missing!r}; its columns are {', '.join(existing)}.")
+    if repeated := next((column for column in names if list(existing).count(column) > 1), None):
+        raise ValueError(f"{table_name(table)} has several columns named {repeated!r}; rename them.")
     return [column for column in names if column in existing]
 
 
@@ -153,12 +145,7 @@ def _encoding(path: Path) -> str:
 
 
 def _delimited_batches(
-    path: Path,
-    columns: Sequence[str],
-    names: Sequence[str],
-    encoding: str,
-    layouts: Sequence[Sequence[str]] = (),
-    delimiter: str | None = None,
+    path: Path, columns: Sequence[str], names: Sequence[str], encoding: str, layouts=(), delimiter: str | None = None
 ) -> Iterator[dict[str, list]]:
     # 1. The first row: names of columns, which RecBole writes as `user_id:token`, or data.
     with TextIOWrapper(_open(path), encoding, newline="") as file:
@@ -166,8 +153,7 @@ def _delimited_batches(
         delimiter = delimiter or ("::" if "::" in line else max(",;\t|", key=line.count))
         is_long = len(delimiter) > 1  # then without quotes
         row = line.split(delimiter) if is_long else next(csv_reader(chain([line], file), delimiter=delimiter), [])
-    fields = [field.strip() for field in row]
-    fields = [field if field in names else re.sub(r":(token|float)(_seq)?$", "", field) for field in fields]
+    fields = [name if (name := field.strip()) in names else re.sub(r":(token|float)(_seq)?$", "", name) for field in row]
     layout = next((layout for layout in layouts if len(layout) == len(fields)), None)
     has_header = not layout or set(fields) & set(names) or not any(field[:1].isdigit() for field in fields)
     if not has_header:
@@ -178,14 +164,10 @@ def _delimited_batches(
     # 2. All rows as text: the id 007 keeps its zeros, and a column of numbers may contain a word further down.
     numbers = [str(number) for number in range(len(fields))]  # as names, since other columns may repeat
     read = csv.ReadOptions(column_names=numbers, skip_rows_after_names=1 if has_header else 0)
-    parse = csv.ParseOptions(
-        delimiter="\x1f" if is_long else delimiter, quote_char=False if is_long else '"', newlines_in_values=True
-    )
-    convert = csv.ConvertOptions(
-        include_columns=[numbers[fields.index(name)] for name in present],
-        column_types=dict.fromkeys(numbers, pa.string()),
-        strings_can_be_null=False,
-    )
+    dialect = {"delimiter": "\x1f", "quote_char": False} if is_long else {"delimiter": delimiter}
+    parse = csv.ParseOptions(newlines_in_values=True, **dialect)
+    chosen = [numbers[fields.index(name)] for name in present]
+    convert = csv.ConvertOptions(include_columns=chosen, column_types=dict.fromkeys(chosen, pa.string()))
     with _open(path) as file:
         stream = pa.transcoding_input_stream(pa.PythonFile(file, mode="r"), encoding, "utf-8")
         if is_long:
@@ -207,26 +189,17 @@ def _shorten(delimiter: bytes) -> Callable[[pa.Buffer], bytes]:
     return step
 
 
-def _parquet_batches(path: Path, columns: Sequence[str], names: Sequence[str]) -> Iterator[dict[str, list]]:
-    with parquet.ParquetFile(path) as file:
-        present = _present(path, file.schema_arrow.names, columns, names)
-        yield from (batch.to_pydict() for batch in file.iter_batches(BATCH_SIZE, columns=present))
-
-
 def _json_batches(
     path: Path, columns: Sequence[str], names: Sequence[str], encoding: str, **_: object
 ) -> Iterator[dict[str, list]]:
-    """
-    Not pyarrow's JSON reader: it rounds integers above 2**64, turns ids such as "2024-01-02" into dates, refuses
-    columns of mixed types and does not name the line of an error.
-    """
+    # Not pyarrow's JSON reader: it rounds integers above 2**64, turns ids such as "2024-01-02" into dates, refuses
+    # columns of mixed types and does not name the line of an error.
     batch: dict[str, list] = {name: [] for name in names}
     for number, (where, row) in enumerate(_json_rows(path, encoding), start=1):
         if not isinstance(row, dict):
             raise ValueError(f"{path}: {where} is {type(row).__name__}; expected an object.")
-        for name in columns:
-            if name not in row:
-                raise ValueError(f"{path}: {where} has no {name!r}.")
+        if missing := next((name for name in columns if name not in row), None):
+            raise ValueError(f"{path}: {where} has no {missing!r}.")
         for name in names:
             batch[name].append(row.get(name))
         if number % BATCH_SIZE == 0:
@@ -285,8 +258,7 @@ def read_items(
             Names of the columns of delimited text without a header; by default item, title, categories.
         item_ids (`Collection[str]`, *optional*):
             Items to read; the tables must have one of them.
-        delimiter, encoding (`str`, *optional*):
-            As for [`read_table`].
+        delimiter, encoding: as for [`read_table`].
 
     Returns:
         `dict[str, dict[str, str]]`: fields of each item by its id, as in `Interactions.items`.
@@ -312,8 +284,8 @@ def read_items(
                 if item_id in items:
                     num_repeated += 1
                     continue
-                raw = {field: [batch[name][position] for name in names] for field, names in fields.items()}
-                items[item_id] = item_fields(raw, strip_markup, several=True)
+                values = {field: [batch[name][position] for name in names] for field, names in fields.items()}
+                items[item_id] = item_fields(values, strip_markup, several=True)
     if item_ids and not items:
         files = ", ".join(map(table_name, _as_list(tables)))
         raise ValueError(f"{files}: no {item_column} is an item of the interactions: {item_id!r}, {min(item_ids)!r}.")
@@ -323,8 +295,7 @@ def read_items(
 
 
 def _text_fields(text_columns: Mapping[str, str | Sequence[str]] | None) -> Mapping[str, Sequence[str]]:
-    if text_columns is None:
-        return TEXT_COLUMNS
+    text_columns = TEXT_COLUMNS if text_columns is None else text_columns
     if not text_columns or not set(text_columns) <= set(TEXT_COLUMNS):
         raise ValueError(f"text_columns has the fields {list(text_columns)}; expected some of {list(TEXT_COLUMNS)}.")
     return {field: _as_list(columns) for field, columns in text_columns.items()}
@@ -375,8 +346,7 @@ def read_table(
             Column of the item, in both tables.
         time_column (`str`, *optional*, defaults to `"timestamp"`):
             Column of the time: numbers or dates of one form. `None` or empty: the rows are in order already.
-        text_columns, strip_markup (*optional*):
-            As for [`read_items`].
+        text_columns, strip_markup: as for [`read_items`].
         k_core (`int`, *optional*, defaults to `5`):
             Minimum number of interactions of a user and of an item; `1` keeps all.
         keep_repeats (`bool`, *optional*, defaults to `False`):
@@ -433,7 +403,7 @@ def read_amazon2014(interactions: Tables, items: Tables | None = None, k_core: i
     `ratings_<Category>.csv`, and `meta_<Category>.json.gz`. Otherwise as [`read_amazon2018`].
     """
     columns = ["reviewerID", "asin", "overall", "unixReviewTime"]
-    return _read_amazon(interactions, items, k_core, "reviewerID", "asin", "unixReviewTime", columns=columns)
+    return read_table(interactions, items, columns=columns, k_core=k_core, strip_markup=True, **AMAZON)
 
 
 def read_amazon2018(interactions: Tables, items: Tables | None = None, k_core: int = 5) -> Interactions:
@@ -445,7 +415,7 @@ def read_amazon2018(interactions: Tables, items: Tables | None = None, k_core: i
     and errors as for [`read_table`].
     """
     columns = ["asin", "reviewerID", "overall", "unixReviewTime"]
-    return _read_amazon(interactions, items, k_core, "reviewerID", "asin", "unixReviewTime", columns=columns)
+    return read_table(interactions, items, columns=columns, k_core=k_core, strip_markup=True, **AMAZON)
 
 
 def read_amazon2023(
@@ -477,14 +447,7 @@ def read_amazon2023(
         interactions, items = (
             hf_hub_download(AMAZON_2023, name, repo_type="dataset", revision=revision) for name in files
         )
-    return _read_amazon(interactions, items, k_core, "user_id", "parent_asin", "timestamp")
-
-
-def _read_amazon(
-    interactions: Tables, items: Tables | None, k_core: int, user: str, item: str, time: str, columns=None
-) -> Interactions:
-    names = {"user_column": user, "item_column": item, "time_column": time, "columns": columns}
-    return read_table(interactions, items, k_core=k_core, strip_markup=True, **names)
+    return read_table(interactions, items, item_column="parent_asin", k_core=k_core, strip_markup=True)
 
 
 def _read_log(
@@ -504,10 +467,10 @@ def _read_log(
                 values = batch[time_column]
                 first = first or f"{values[0]!r} in row {start} of {table_name(table)}"
                 try:
-                    numbers, form = parse_times(values, form)
+                    numbers, form = raw.parse_times(values, form)
                 except ValueError:
                     where = f"{table_name(table)}: row"
-                    raise ValueError(wrong_time(values, form, first, where, start, time_column)) from None
+                    raise ValueError(raw.wrong_time(values, form, first, where, start, time_column)) from None
                 times.append(numbers)
     if not users:
         raise ValueError("The tables contain no interactions.")
@@ -515,11 +478,11 @@ def _read_log(
         spellings = {name.casefold(): name for name in names}
         if num_variants := len(names) - len(spellings):
             example = next(name for name in names if spellings[name.casefold()] != name)
-            warnings.warn(f"{num_variants} ids of {column} differ only in case from others: {example!r}.", stacklevel=3)
+            warnings.warn(f"{num_variants} ids of {column} differ only in case: {example!r} and others.", stacklevel=3)
     log = pd.DataFrame({"user": np.asarray(users), "item": np.asarray(items)})
     if time_column:
         log["time"] = np.concatenate(times)
-        log.attrs["is_date"] = form not in UNITS
+        log.attrs["is_date"] = form not in raw.UNITS
     return log, list(user_numbers), list(item_numbers)
 
 
@@ -540,7 +503,8 @@ def _histories(
     log = log if has_times else log.assign(time=range(len(log)))
     tied = np.zeros(len(log))
     if ties == "item":
-        tied = np.argsort(sorted(range(len(item_names)), key=lambda item: natural_order(item_names[item])))[log["item"]]
+        items = sorted(range(len(item_names)), key=lambda item: natural_order(item_names[item]))
+        tied = np.argsort(items)[log["item"]]
     elif ties == "random":
         tied = np.random.default_rng(0).permutation(len(log))
     log = log.iloc[np.lexsort((tied, log["time"], log["user"]))]
