@@ -25,7 +25,8 @@ from ..model.configuration_lasar import sid_token
 TEXT_FIELDS = ("title", "description", "brand", "categories")
 ID_FIELDS = ("asin", "parent_asin")  # identify items that have no text
 CATEGORY_SEPARATOR = " > "
-UNITS = ("seconds", "milliseconds", "microseconds", "nanoseconds")  # of times up to 1e11, 1e14, 1e17 and above
+TIES = ("file", "item", "random")
+UNITS = ("seconds", "milliseconds", "microseconds", "nanoseconds")  # up to 1e11, 1e14, 1e17, more
 # Control characters except white space, and those that change the writing direction: a title must not hide or reorder
 # the text around it. Joiners stay because scripts and emoji need them.
 _INVISIBLE = dict.fromkeys(
@@ -109,6 +110,59 @@ class Interactions:
 def _check_distinct(name: str, ids: list[str]) -> None:
     if len(set(ids)) < len(ids):
         raise ValueError(f"{name} contains {Counter(ids).most_common(1)[0][0]!r} twice; ids must be distinct.")
+
+
+def build_interactions(
+    log: pd.DataFrame, user_names: list[str], item_names: list[str], k_core: int, keep_repeats: bool, ties: str
+) -> Interactions:
+    """Sorted and filtered histories of rows of numbers (user, item and optionally time), see `read_table`."""
+    # 1. Sort by user and time. The sort is stable, so rows with equal times keep the order of the file.
+    has_times = "time" in log
+    log = log if has_times else log.assign(time=range(len(log)))
+    tied = np.zeros(len(log))
+    if ties == "item":
+        items = sorted(range(len(item_names)), key=lambda item: natural_order(item_names[item]))
+        tied = np.argsort(items)[log["item"]]
+    elif ties == "random":
+        tied = np.random.default_rng(0).permutation(len(log))
+    log = log.iloc[np.lexsort((tied, log["time"], log["user"]))]
+
+    # 2. Drop repeats, then users and items with few rows, until none is left.
+    unique = log.drop_duplicates(["user", "item", "time"] if keep_repeats else ["user", "item"])
+    kept, enough = unique, np.zeros(1, dtype=bool)
+    while not enough.all():
+        sizes = [kept.groupby(name)[name].transform("size") for name in ("user", "item")]
+        enough = (sizes[0] >= k_core) & (sizes[1] >= k_core)
+        kept = kept[enough]
+    if not len(kept):
+        raise ValueError(f"No interaction remains: no users and items have {k_core} each; decrease k_core.")
+
+    same_user = kept["user"].eq(kept["user"].shift())
+    num_neighbors, num_tied = int(same_user.sum()), int((same_user & kept["time"].eq(kept["time"].shift())).sum())
+    if num_tied > num_neighbors / 5:
+        warnings.warn(f"{num_tied} of {num_neighbors} neighbours have equal times, ordered by {ties}.", stacklevel=3)
+
+    # 3. Number the remaining users and items in natural order of their names.
+    if log.attrs.get("is_date"):
+        kept = kept.assign(time=kept["time"] / 1e9)
+    user_order = sorted(kept["user"].unique().tolist(), key=lambda user: natural_order(user_names[user]))
+    item_order = sorted(kept["item"].unique().tolist(), key=lambda item: natural_order(item_names[item]))
+    index_of = {item: index for index, item in enumerate(item_order)}
+    by_user = kept.assign(item=kept["item"].map(index_of)).groupby("user").agg(list).loc[user_order]
+    return Interactions(
+        item_ids=[item_names[item] for item in item_order],
+        items=[{} for _ in item_order],
+        user_ids=[user_names[user] for user in user_order],
+        histories=by_user["item"].tolist(),
+        timestamps=by_user["time"].tolist() if has_times else None,
+        counts={
+            "rows_read": len(log),
+            "repeats_dropped": len(log) - len(unique),
+            "below_core_dropped": len(unique) - len(kept),
+            "users_dropped": len(user_names) - len(user_order),
+            "items_dropped": len(item_names) - len(item_order),
+        },
+    )
 
 
 def read_lcrec(folder: str | Path) -> Interactions:

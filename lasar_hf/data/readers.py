@@ -33,7 +33,7 @@ from pyarrow import csv, parquet
 
 from ..files import file_hash, folder_hashes
 from . import interactions as raw
-from .interactions import Interactions, id_text, item_fields, natural_order, parse_json, read_lcrec
+from .interactions import Interactions, build_interactions, id_text, item_fields, parse_json, read_lcrec
 from .toy import toy_shop
 
 
@@ -61,16 +61,16 @@ UNREADABLE = (pa.ArrowInvalid, UnicodeError, LookupError, EOFError, OSError, zli
 
 
 def read_batches(
-    table: Table, columns: Sequence[str], optional: Sequence[str] = (), encoding: str | None = None, **options: object
+    table: Table, columns: Sequence[str], optional: Sequence[str] = (), **options: object
 ) -> Iterator[tuple[int, dict[str, list]]]:
     """
     Yield batches of rows: the number of the first row, counted from 1, and the values of each column. Delimited
-    columns are read as text. `optional` columns that the table does not have are `None`. Options of delimited text:
-    `delimiter`, and `layouts`, lists of columns of which a file without a header has the one of its width.
+    columns are read as text. `optional` columns that the table does not have are `None`. Options: `encoding`; of
+    delimited text `delimiter`, and `layouts`, lists of columns of which a file without a header has the one that fits.
     """
     names = list(dict.fromkeys([*columns, *optional]))
     start = 1
-    for batch in _raw_batches(table, columns, names, encoding, **options):
+    for batch in _raw_batches(table, columns, names, **options):
         size = len(next(iter(batch.values())))
         if size:
             yield start, {name: batch[name] if name in batch else [None] * size for name in names}
@@ -85,7 +85,7 @@ def table_name(table: Table) -> str:
 
 
 def _raw_batches(
-    table: Table, columns: Sequence[str], names: Sequence[str], encoding: str | None, **options: object
+    table: Table, columns: Sequence[str], names: Sequence[str], encoding: str | None = None, **options: object
 ) -> Iterator[dict[str, list]]:
     """Batches with those of the columns `names` that the table has; it must have `columns`."""
     if isinstance(table, Dataset | IterableDataset):
@@ -153,9 +153,11 @@ def _delimited_batches(
         delimiter = delimiter or ("::" if "::" in line else max(",;\t|", key=line.count))
         is_long = len(delimiter) > 1  # then without quotes
         row = line.split(delimiter) if is_long else next(csv_reader(chain([line], file), delimiter=delimiter), [])
-    fields = [name if (name := field.strip()) in names else re.sub(r":(token|float)(_seq)?$", "", name) for field in row]
+    row = map(str.strip, row)
+    fields = [field if field in names else re.sub(r":(token|float)(_seq)?$", "", field) for field in row]
     layout = next((layout for layout in layouts if len(layout) == len(fields)), None)
-    has_header = not layout or set(fields) & set(names) or not any(field[:1].isdigit() for field in fields)
+    is_data = len(layouts) == 1 or any(field[:1].isdigit() for field in fields)  # one layout is given, not supposed
+    has_header = not layout or not is_data or set(fields) & set(names)
     if not has_header:
         logger.warning("%s has no header; its columns are read as %s.", path, ", ".join(layout))
         fields = layout
@@ -265,8 +267,7 @@ def read_items(
 
     Raises:
         `FileNotFoundError`: if a file does not exist.
-        `ValueError`: if a column is missing, a row is broken or has no item id, or `text_columns` is empty or names an
-            unknown field.
+        `ValueError`: if a column is missing, a row is broken or has no id, or `text_columns` has no known fields.
     """
     fields = _text_fields(text_columns)
     names = list(chain.from_iterable(fields.values()))
@@ -380,13 +381,13 @@ def read_table(
     ```
     """
     _text_fields(text_columns)  # fails before the long reading
-    if ties not in ("file", "item", "random"):
-        raise ValueError(f"ties is {ties!r}; expected file, item or random.")
+    if ties not in raw.TIES:
+        raise ValueError(f"ties is {ties!r}; expected one of {', '.join(raw.TIES)}.")
     options = {"delimiter": delimiter, "encoding": encoding}
     names = [user_column, item_column, *([time_column] if time_column else [])]
     layouts = [columns] if columns else [names, [*names[:2], "rating", *names[2:]]]
     log, user_names, item_names = _read_log(interactions, *names, layouts=layouts, **options)
-    data = _histories(log, user_names, item_names, k_core, keep_repeats, ties)
+    data = build_interactions(log, user_names, item_names, k_core, keep_repeats, ties)
     if items is not None:
         options |= {"columns": items_columns, "item_ids": set(data.item_ids), "strip_markup": strip_markup}
         texts = read_items(items, item_column, text_columns, **options)
@@ -399,7 +400,7 @@ def read_table(
 
 def read_amazon2014(interactions: Tables, items: Tables | None = None, k_core: int = 5) -> Interactions:
     """
-    Read Amazon Reviews 2014, the source of the field's Beauty and Sports: `reviews_<Category>_5.json.gz` or
+    Read Amazon Reviews 2014 (the field's Beauty and Sports): `reviews_<Category>_5.json.gz` or
     `ratings_<Category>.csv`, and `meta_<Category>.json.gz`. Otherwise as [`read_amazon2018`].
     """
     columns = ["reviewerID", "asin", "overall", "unixReviewTime"]
@@ -495,58 +496,6 @@ def _numbers(values: Sequence, numbers: dict[str, int], table: Table, start: int
         yield number
 
 
-def _histories(
-    log: pd.DataFrame, user_names: list[str], item_names: list[str], k_core: int, keep_repeats: bool, ties: str
-) -> Interactions:
-    # 1. Sort by user and time. The sort is stable, so rows with equal times keep the order of the file.
-    has_times = "time" in log
-    log = log if has_times else log.assign(time=range(len(log)))
-    tied = np.zeros(len(log))
-    if ties == "item":
-        items = sorted(range(len(item_names)), key=lambda item: natural_order(item_names[item]))
-        tied = np.argsort(items)[log["item"]]
-    elif ties == "random":
-        tied = np.random.default_rng(0).permutation(len(log))
-    log = log.iloc[np.lexsort((tied, log["time"], log["user"]))]
-
-    # 2. Drop repeats, then users and items with few rows, until none is left.
-    unique = log.drop_duplicates(["user", "item", "time"] if keep_repeats else ["user", "item"])
-    kept, enough = unique, np.zeros(1, dtype=bool)
-    while not enough.all():
-        sizes = [kept.groupby(name)[name].transform("size") for name in ("user", "item")]
-        enough = (sizes[0] >= k_core) & (sizes[1] >= k_core)
-        kept = kept[enough]
-    if not len(kept):
-        raise ValueError(f"No interaction remains: no users and items have {k_core} each; decrease k_core.")
-
-    same_user = kept["user"].eq(kept["user"].shift())
-    num_neighbors, num_tied = int(same_user.sum()), int((same_user & kept["time"].eq(kept["time"].shift())).sum())
-    if num_tied > num_neighbors / 5:
-        warnings.warn(f"{num_tied} of {num_neighbors} neighbours have equal times, ordered by {ties}.", stacklevel=3)
-
-    # 3. Number the remaining users and items in natural order of their names.
-    if log.attrs.get("is_date"):
-        kept = kept.assign(time=kept["time"] / 1e9)
-    user_order = sorted(kept["user"].unique().tolist(), key=lambda user: natural_order(user_names[user]))
-    item_order = sorted(kept["item"].unique().tolist(), key=lambda item: natural_order(item_names[item]))
-    index_of = {item: index for index, item in enumerate(item_order)}
-    by_user = kept.assign(item=kept["item"].map(index_of)).groupby("user").agg(list).loc[user_order]
-    return Interactions(
-        item_ids=[item_names[item] for item in item_order],
-        items=[{} for _ in item_order],
-        user_ids=[user_names[user] for user in user_order],
-        histories=by_user["item"].tolist(),
-        timestamps=by_user["time"].tolist() if has_times else None,
-        counts={
-            "rows_read": len(log),
-            "repeats_dropped": len(log) - len(unique),
-            "below_core_dropped": len(unique) - len(kept),
-            "users_dropped": len(user_names) - len(user_order),
-            "items_dropped": len(item_names) - len(item_order),
-        },
-    )
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Sources
 
@@ -571,9 +520,6 @@ def read_source(source: str, source_args: Mapping[str, object] | None = None) ->
         source_args (`Mapping[str, object]`, *optional*):
             Arguments of that function.
 
-    Returns:
-        `Interactions`: what the function returns.
-
     Raises:
         `FileNotFoundError`: if the source is unknown, or a file does not exist.
         `ValueError`: if the function does not accept the arguments or does not return `Interactions`.
@@ -587,8 +533,7 @@ def read_source(source: str, source_args: Mapping[str, object] | None = None) ->
     ```
     """
     function, arguments = _bind_source(source, source_args)
-    interactions = function(**arguments)
-    if not isinstance(interactions, Interactions):
+    if not isinstance(interactions := function(**arguments), Interactions):
         raise ValueError(f"source {source!r} returned {type(interactions).__name__}; expected Interactions.")
     return interactions
 
@@ -615,8 +560,8 @@ def _bind_source(source: str, source_args: Mapping[str, object] | None) -> tuple
     try:
         signature.bind(**arguments)
     except TypeError as error:
-        expected = ", ".join(signature.parameters)
-        raise ValueError(f"source_args of source {source!r}: {error}; its arguments are {expected}.") from error
+        names = ", ".join(signature.parameters)
+        raise ValueError(f"source_args of source {source!r}: {error}; its arguments are {names}.") from error
     return function, arguments
 
 
