@@ -160,6 +160,16 @@ def test_names_of_columns_without_header_are_given(tmp_path):
     assert histories(table(tmp_path, text, columns=["timestamp", "item_id", "user_id"])) == HISTORIES
 
 
+def test_dates_in_either_order_are_warned_of(tmp_path):
+    with pytest.warns(UserWarning, match="03/04/2014"):
+        table(tmp_path, "user_id,item_id,timestamp\na,x,03/04/2014\n")
+
+
+def test_a_later_row_decides_the_order_of_dates(tmp_path):
+    read = table(tmp_path, "user_id,item_id,timestamp\na,x,03/04/2014\na,y,13/04/2014\n")
+    assert read.timestamps == [[1396483200, 1397347200]]
+
+
 def test_a_delimiter_may_be_given(tmp_path):
     assert histories(table(tmp_path, delimited("~"), delimiter="~")) == HISTORIES
 

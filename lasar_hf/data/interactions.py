@@ -403,7 +403,7 @@ def parse_times(values: Sequence[object], form: str | None = None) -> tuple[np.n
         numbers = numbers.astype(float) if numbers.dtype == object else numbers
     except (TypeError, ValueError, OverflowError):
         return _parse_dates(values, form)
-    is_day = (numbers >= 19000101) & (numbers <= 21001231) & (numbers % 1 == 0)
+    is_day = (numbers >= 19000101) & (numbers <= 21001231) & (np.floor(numbers) == numbers)
     days = pd.to_datetime(numbers[is_day].astype("int64").astype(str), format="%Y%m%d", errors="coerce")
     is_day[is_day] = ~days.isna()
     if is_day.all() and form in (None, "%Y%m%d"):
@@ -421,6 +421,8 @@ def parse_times(values: Sequence[object], form: str | None = None) -> tuple[np.n
 def _parse_dates(values: Sequence[object], form: str | None) -> tuple[np.ndarray, str]:
     """Dates as nanoseconds since 1970, and their format. The month comes first where both orders fit."""
     column = pd.Series([value if isinstance(value, date) else str(value).strip() for value in values], dtype=object)
+    if column.astype(str).str.lower().isin(["now", "today"]).any():  # pandas reads these as the present
+        raise ValueError("not a date")
     formats, parsed = [form], {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of pandas, about the order that `dayfirst` does not force
