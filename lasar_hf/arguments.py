@@ -1,6 +1,9 @@
 """Checks of arguments that a parser does not make."""
 
+import importlib
 import json
+import os
+import sys
 from dataclasses import fields
 from typing import Any
 
@@ -20,6 +23,24 @@ def check_choices(arguments: Any) -> None:
         choices, value = field.metadata.get("choices"), getattr(arguments, field.name)
         if choices is not None and value is not None and value not in choices:
             raise ValueError(f"{field.name} is {value!r}; expected {', '.join(map(str, choices))}.")
+
+
+def import_dotted(path: str) -> Any:
+    """
+    Import an object by its dotted path, such as `"mine.read_shop"`. The current directory is searched too.
+
+    Raises:
+        `ValueError`: if there is no such module or name.
+    """
+    module, _, name = path.rpartition(".")
+    if not (module and all(part.isidentifier() for part in path.split("."))):
+        raise ValueError(f"{path!r} is not a dotted path; expected one such as my_module.name.")
+    if os.getcwd() not in sys.path:  # last, so that no file here hides an installed package
+        sys.path.append(os.getcwd())
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ModuleNotFoundError, AttributeError) as error:
+        raise ValueError(f"{path!r} cannot be imported: {error}.") from error
 
 
 def read_json_object(arguments: Any, name: str) -> None:

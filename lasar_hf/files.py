@@ -14,16 +14,9 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     Write a file under a temporary name, flush it to disk, then rename it: a reader sees the old or the complete new
     file, never a part.
 
-    The temporary file is in the same folder and keeps the suffix, which some writers look at. If the block raises, the
-    old file stays and the temporary file is removed. A process that is killed leaves its temporary file, see
-    [`remove_temporary_files`].
-
-    Args:
-        path (`str` or `Path`):
-            File to write. Its folder is created if missing.
-
-    Yields:
-        `Path`: temporary file to write to.
+    The temporary file is in the same folder and keeps the suffix, because some writers choose the format by it. If the
+    block raises, the old file stays and the temporary file is removed. A process that is killed leaves its temporary
+    file, see [`remove_temporary_files`]. The folder is created if missing.
 
     Example:
 

@@ -33,18 +33,9 @@ MARKS = "steps"  # folder of the marks
 @dataclass(frozen=True)
 class Step:
     """
-    One step.
-
-    Args:
-        name (`str`):
-            Name, unique among the steps.
-        run (`Callable[[Path], None]`):
-            Writes the step's files to the empty folder that is its argument. It may read the files of earlier steps
-            but nothing else in memory, so that a resumed run gives the same result.
-        settings (`dict`, *optional*):
-            Everything else that decides the result, ready for JSON: arguments, `file_hash` of input files.
-        after (`tuple[str, ...]`, *optional*):
-            Steps whose files this step reads.
+    One step. `run` writes the step's files to the empty folder that is its argument. It may read the files of the
+    steps in `after` but nothing else in memory, so that a resumed run gives the same result. `settings` is everything
+    else that decides the result, ready for JSON: arguments, `file_hash` of input files.
     """
 
     name: str
@@ -57,19 +48,9 @@ def run_steps(folder: str | Path, steps: Sequence[Step], only: Sequence[str] | N
     """
     Run the steps whose inputs changed: their settings, or the fingerprints of the steps that they read.
 
-    Args:
-        folder (`str` or `Path`):
-            Folder of the files, created if missing. No other process may write to it.
-        steps (`Sequence[Step]`):
-            Steps in an order in which each follows the steps that it reads.
-        only (`Sequence[str]`, *optional*):
-            Names of the steps to run. The steps that they read must be up to date. All by default.
-
-    Returns:
-        `list[str]`: names of the steps that ran.
-
-    Raises:
-        `ValueError`: if `only` contains an unknown step, or one that reads a step that is not up to date.
+    Each step must follow the steps that it reads. `only` names the steps to run, all by default; the steps that these
+    read must then be up to date. The folder is created if missing. No other process may write to it. Returns the names
+    of the steps that ran.
 
     Example:
 
@@ -94,7 +75,8 @@ def run_steps(folder: str | Path, steps: Sequence[Step], only: Sequence[str] | N
     ran = []
     for position, step in enumerate(steps):
         before = [fingerprints[name] for name in step.after]
-        fingerprints[step.name] = _fingerprint([FORMAT, step.name, step.settings, before])
+        inputs = json.dumps([FORMAT, step.name, step.settings, before], sort_keys=True)
+        fingerprints[step.name] = hashlib.sha256(inputs.encode()).hexdigest()
         if _is_current(folder, step.name, fingerprints[step.name]):
             logger.info("%s: up to date", step.name)
             continue
@@ -110,10 +92,6 @@ def run_steps(folder: str | Path, steps: Sequence[Step], only: Sequence[str] | N
         logger.info("%s: done in %.1f s", step.name, time.perf_counter() - begin)
         ran.append(step.name)
     return ran
-
-
-def _fingerprint(content: object) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _mark(folder: Path, name: str) -> dict:

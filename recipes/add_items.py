@@ -20,7 +20,7 @@ from lasar_hf import SidCatalog
 from lasar_hf.arguments import read_json_object
 from lasar_hf.data import read_items
 from lasar_hf.files import read_json
-from lasar_hf.semantic_ids import ItemEncoder, ResidualKMeans, assign_new_items
+from lasar_hf.semantic_ids import ItemEncoder, Quantizer, assign_new_items, load_quantizer
 
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ class AddItemsArguments:
         read_json_object(self, "text_columns")
 
 
-def load_encoder(data_dir: Path) -> tuple[ItemEncoder, ResidualKMeans]:
+def load_encoder(data_dir: Path) -> tuple[ItemEncoder, Quantizer]:
     """The item encoder and the quantizer of the prepared data."""
     if not (data_dir / "catalog").is_dir():
         raise FileNotFoundError(f"{data_dir / 'catalog'} not found; data_dir must be written by recipes/prepare.py.")
@@ -63,7 +63,7 @@ def load_encoder(data_dir: Path) -> tuple[ItemEncoder, ResidualKMeans]:
             f"The Semantic IDs in {data_dir} come from co-occurrence alone, which new items do not have; prepare the "
             "data from items with text."
         )
-    return encoder, ResidualKMeans.from_pretrained(data_dir / "quantizer")
+    return encoder, load_quantizer(data_dir)
 
 
 def load_catalog(checkpoint: Path) -> SidCatalog:
@@ -86,7 +86,7 @@ def write_catalog(catalog: SidCatalog, checkpoint: Path) -> None:
     shutil.rmtree(checkpoint / COPY)
 
 
-def extend(catalog: SidCatalog, items: dict[str, dict], encoder: ItemEncoder, quantizer: ResidualKMeans) -> SidCatalog:
+def extend(catalog: SidCatalog, items: dict[str, dict], encoder: ItemEncoder, quantizer: Quantizer) -> SidCatalog:
     """The catalogue with the new items."""
     # 1. Embed the items.
     vectors = encoder.encode([item | {"item_id": item_id} for item_id, item in items.items()])  # (N, D)

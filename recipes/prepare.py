@@ -26,7 +26,7 @@ from datasets import Dataset, DatasetDict, Features, List, Value, concatenate_da
 from trl import TrlParser
 
 from lasar_hf import SidCatalog, __version__
-from lasar_hf.arguments import check_choices, read_json_object
+from lasar_hf.arguments import check_choices, import_dotted, read_json_object
 from lasar_hf.data import (
     INSTRUCTIONS,
     PreparedData,
@@ -86,6 +86,9 @@ class PrepareArguments:
     allow_collisions: bool = field(default=False, metadata={"help": "index: items may share a Semantic ID."})
     num_sid_levels: int = field(default=4, metadata={"help": "Number of codes per Semantic ID."})
     codebook_size: int = field(default=256, metadata={"help": "Number of codes per level."})
+    quantizer: str = field(
+        default="lasar_hf.semantic_ids.ResidualKMeans", metadata={"help": "Dotted path of the quantizer's class."}
+    )
     embedding_model: str | None = field(
         default=None, metadata={"help": "sentence-transformers model for item text; TF-IDF and SVD by default."}
     )
@@ -179,14 +182,15 @@ def write_semantic_ids(args: PrepareArguments, out: Path) -> None:
     if args.index is not None:
         codes = read_index(args.index, data.item_ids, args.num_sid_levels, args.codebook_size, args.allow_collisions)
     else:
-        codes, quantizer = build_semantic_ids(vectors, args.num_sid_levels, args.codebook_size, args.seed)
+        quantizer = import_dotted(args.quantizer)(args.num_sid_levels, args.codebook_size, args.seed)
+        codes, quantizer = build_semantic_ids(vectors, quantizer=quantizer)
         quantizer.save_pretrained(out / "quantizer")
     titles = [item.get("title") for item in data.items]
     SidCatalog(codes, data.item_ids, args.allow_collisions, titles=titles).save_pretrained(out / "catalog")
     report = quality_report(codes, vectors, quantizer)
     logger.info("%s", format_report(report))
     view_sizes = {name: {"width": view.shape[1], "weight": weights[name]} for name, view in views.items()}
-    write_json(out / "semantic_ids.json", {"views": view_sizes} | report)
+    write_json(out / "semantic_ids.json", {"quantizer": args.quantizer, "views": view_sizes} | report)
 
 
 def write_chains(args: PrepareArguments, out: Path) -> None:
@@ -205,11 +209,10 @@ def write_chains(args: PrepareArguments, out: Path) -> None:
         )
         batch_size = len(train)  # one call, so that its counts are those of all samples
 
-    def write(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
-        return {"chain_of_thought": teacher.chains_of_thought(train.select(indices))}
+    def write(batch: dict[str, list]) -> dict[str, list]:
+        return {"chain_of_thought": teacher.chains_of_thought(batch)}
 
-    features = Features(chain_of_thought=Value("string"))
-    map_to_file(train, write, out / "chains.arrow", features, batch_size, with_indices=True)
+    map_to_file(train, write, out / "chains.arrow", Features(chain_of_thought=Value("string")), batch_size)
     if args.teacher == "openai":
         counts = {"teacher": "openai", "model": args.teacher_model} | teacher.counts
     write_json(out / "chains.json", counts)
@@ -280,11 +283,11 @@ def card_settings(args: PrepareArguments) -> dict[str, object]:
     return {"arguments": arguments, "lasar_hf": __version__}
 
 
-def map_to_file(table: Dataset, function, path: Path, features: Features, batch_size: int, **options) -> None:
+def map_to_file(table: Dataset, function, path: Path, features: Features, batch_size: int) -> None:
     """Write the result of a function of batches to an Arrow file, so that memory holds one batch."""
     table.map(
         function, batched=True, batch_size=batch_size, remove_columns=table.column_names, features=features,
-        cache_file_name=str(path), load_from_cache_file=False, new_fingerprint=path.stem, **options,
+        cache_file_name=str(path), load_from_cache_file=False, new_fingerprint=path.stem,
     )
 
 
@@ -317,7 +320,7 @@ def prepare_steps(args: PrepareArguments) -> list[Step]:
         split = values("split", "validation_share", "test_share")
     embeddings = values("embedding_model", "seed") | ({} if args.embedding_model else values("text_dim"))
     semantic_ids = values("num_sid_levels", "codebook_size", "collaborative_dim", "seed", "allow_collisions")
-    semantic_ids["index"] = file_hash(args.index) if args.index else None
+    semantic_ids |= {"index": file_hash(args.index)} if args.index else values("quantizer")
     if args.collaborative_dim:
         semantic_ids |= values("collaborative_weight")
     chains = values("targets", "max_history", "teacher")

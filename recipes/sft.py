@@ -20,7 +20,7 @@ from lasar_hf.data import PreparedData, reasoning_examples, sft_examples, stage1
 from lasar_hf.evaluation import RankingEvaluator
 from lasar_hf.files import folder_hashes
 from lasar_hf.reasoning import AnchorStore, checkpoint_hash, encode_anchors
-from lasar_hf.semantic_ids import ResidualKMeans
+from lasar_hf.semantic_ids import load_quantizer
 from lasar_hf.trainers import (
     LasarModelConfig,
     checkpoint_to_resume,
@@ -108,7 +108,7 @@ def stage1_model(script: SFTScriptArguments, model_args: LasarModelConfig, data:
         quantizer = Path(script.data_dir, "quantizer")
         if not quantizer.exists():
             raise ValueError(f"codebook_init needs a quantizer, but {script.data_dir} has none. Set it to false.")
-        model.set_sid_embeddings(ResidualKMeans.from_pretrained(quantizer).codebooks)
+        model.set_sid_embeddings(load_quantizer(script.data_dir).codebooks)
     instruction = "Recommend the next item." if script.instruction is None else script.instruction
     return model, data.processor(tokenizer, instruction, 50 if script.max_history is None else script.max_history)
 

@@ -12,6 +12,11 @@ DEPTHS = [0, 3, 1, 4, 3]
 SIDES = ["left", "right", "left", "right", "right"]
 
 
+def fold(text):
+    """Text in lower case with single spaces."""
+    return " ".join(text.split()).casefold()
+
+
 def mixed_rows(model):
     """Five sequences of different lengths, depths `DEPTHS`, and answers of one to three codes."""
     answers = [sid_ids(model, codes) for codes in ([0, 1, 2], [3, 3, 0], [1, 0, 0], [2, 2], [1])]

@@ -72,8 +72,7 @@ def encoder(monkeypatch):
             assert name in ("some/model", "other/model")
             Encoder.loaded += 1
 
-        def encode(self, texts, batch_size, convert_to_numpy):
-            assert batch_size == 7 and convert_to_numpy
+        def encode(self, texts, batch_size):
             if len(self.asked) == self.dies_at:
                 raise KeyboardInterrupt
             self.asked.append(texts)
@@ -84,7 +83,7 @@ def encoder(monkeypatch):
 
 
 def embed(texts, cache_dir=None, model="some/model"):
-    return text_embeddings(texts, model=model, batch_size=7, cache_dir=cache_dir)
+    return text_embeddings(texts, model=model, cache_dir=cache_dir)
 
 
 def test_sentence_transformers_model_is_used_or_its_extra_named(encoder, monkeypatch):

@@ -91,8 +91,9 @@ def test_history_examples_under_a_short_limit(processor, split):
     assert learned(short, row) == "<a_2><b_2><a_1><b_0>"
 
 
-def test_alignment_examples(processor, split):
-    of = {task: alignment_examples(DATA, split, processor, [task], max_text_tokens=12) for task in ALIGNMENT_TASKS}
+def test_alignment_examples(processor, split, monkeypatch):
+    monkeypatch.setattr("lasar_hf.data.examples.MAX_TEXT_TOKENS", 12)
+    of = {task: alignment_examples(DATA, split, processor, [task]) for task in ALIGNMENT_TASKS}
     assert {task: len(rows) for task, rows in of.items()} == {
         "title_to_sid": 5, "description_to_sid": 2, "sid_to_title": 5, "titles_to_sid": 1
     }  # fmt: skip

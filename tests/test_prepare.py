@@ -33,7 +33,7 @@ from lasar_hf.data.prepared_data import load_interactions, save_interactions
 from lasar_hf.model.configuration_lasar import sid_token
 from lasar_hf.reasoning import TemplateTeacher, segment
 from lasar_hf.reasoning.segments import split_sentences
-from lasar_hf.semantic_ids import ItemEncoder, format_report, item_text
+from lasar_hf.semantic_ids import ItemEncoder, format_report, item_text, load_quantizer
 from tests.preparing import ALL, RECIPE, SHOP, files, processor_of, recipe, run
 from tests.teacher_endpoint import GOOD, answer
 
@@ -196,7 +196,7 @@ def test_small_batches_write_the_same_files(toy, tmp_path, monkeypatch):
     sizes = []
     write = TemplateTeacher.chains_of_thought
     monkeypatch.setattr(
-        TemplateTeacher, "chains_of_thought", lambda self, part: sizes.append(len(part)) or write(self, part)
+        TemplateTeacher, "chains_of_thought", lambda self, part: sizes.append(len(part["target"])) or write(self, part)
     )
     run(tmp_path)
     assert max(sizes) == 5
@@ -498,3 +498,61 @@ def test_another_catalogue_is_refused(toy):
     codes[[0, 1]] = codes[[1, 0]]
     with pytest.raises(ValueError, match="checkpoint"):
         data.check_catalog(SidCatalog(codes, data.catalog.item_ids), "checkpoint")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Extensions in a file of the user's current directory
+
+
+EXTENSIONS = """
+from lasar_hf.data import Interactions
+from lasar_hf.semantic_ids import ResidualKMeans
+
+
+class Reversed(ResidualKMeans):
+    "Residual k-means that numbers the codes the other way round."
+
+    def fit_encode(self, x):
+        super().fit_encode(x)
+        self.centres = self.centres[:, ::-1].copy()
+        self.codes_used[:] = self.codebook_size
+        return self.encode(x)
+
+
+def read_shop(num_users):
+    histories = [[user % 9, (user + 1) % 9, (user + 3) % 9, (user + 4) % 9] for user in range(num_users)]
+    items = [{"title": f"Item number {item}"} for item in range(9)]
+    return Interactions([f"i{item}" for item in range(9)], items, [f"u{user}" for user in range(num_users)], histories)
+"""
+
+
+@pytest.fixture
+def extensions(tmp_path, monkeypatch):
+    (tmp_path / "my_extensions.py").write_text(EXTENSIONS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield
+    sys.modules.pop("my_extensions", None)
+
+
+def test_source_in_the_current_directory(extensions, tmp_path):
+    run(tmp_path / "out", "my_extensions.read_shop", {"num_users": 20}, codebook_size=4)
+    assert len(PreparedData.load(tmp_path / "out").users) == 20
+
+
+def test_quantizer_by_dotted_path(extensions, tmp_path, toy):
+    run(tmp_path / "out", quantizer="my_extensions.Reversed")
+    loaded = load_quantizer(tmp_path / "out")
+    assert type(loaded).__name__ == "Reversed"
+    np.testing.assert_array_equal(loaded.centres, load_quantizer(toy).centres[:, ::-1])
+
+
+def test_another_quantizer_repeats_the_steps_that_depend_on_it(extensions, tmp_path):
+    run(tmp_path / "out")
+    assert run(tmp_path / "out", quantizer="my_extensions.Reversed") == ["semantic_ids", "samples", "card"]
+
+
+def test_a_file_as_source_is_an_error(tmp_path):
+    path = ratings(tmp_path)
+    with pytest.raises(ValueError, match="source=table"):
+        run(tmp_path / "out", path)

@@ -8,8 +8,9 @@ import pytest
 
 from lasar_hf.data import PreparedData, alignment_examples, history_examples, read_lcrec, toy_shop
 from lasar_hf.data.prepared_data import load_interactions
-from lasar_hf.reasoning.leakage import SPECIAL_TOKENS, fold
+from lasar_hf.reasoning.leakage import SPECIAL_TOKENS
 from tests.preparing import processor_of, run
+from tests.references import fold
 
 
 HOSTILE = {

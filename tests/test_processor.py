@@ -1,5 +1,7 @@
 """The prompt format: token ids, text, padding, saving and loading, and refused arguments."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -217,4 +219,30 @@ def test_another_saved_layout_is_refused(tmp_path):
     path = tmp_path / "processor_config.json"
     path.write_text(path.read_text().replace("{instruction}{history}", "{history}{instruction}"))
     with pytest.raises(ValueError, match="layout"):
+        LasarProcessor.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["instruction", "max_history", "add_bos", "layout"])
+def test_incomplete_prompt_format_is_refused(processor, tmp_path, name):
+    processor.save_pretrained(tmp_path)
+    path = tmp_path / "processor_config.json"
+    config = json.loads(path.read_text())
+    del config[name]
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=name):
+        LasarProcessor.from_pretrained(tmp_path)
+
+
+def test_folder_without_prompt_format_is_refused(processor, tmp_path):
+    processor.save_pretrained(tmp_path)
+    (tmp_path / "processor_config.json").unlink()
+    with pytest.raises(ValueError, match="processor_config.json"):
+        LasarProcessor.from_pretrained(tmp_path)
+
+
+def test_mistyped_prompt_format_is_refused(processor, tmp_path):
+    processor.save_pretrained(tmp_path)
+    path = tmp_path / "processor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"add_bos": "false"}))
+    with pytest.raises(ValueError, match="add_bos"):
         LasarProcessor.from_pretrained(tmp_path)

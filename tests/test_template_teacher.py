@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from lasar_hf.data import Interactions, leave_one_out, read_lcrec, samples, toy_shop
 from lasar_hf.reasoning import TemplateTeacher, segment
-from lasar_hf.reasoning.leakage import SPECIAL_TOKENS, contains_name, fold, normalize_words
+from lasar_hf.reasoning.leakage import SPECIAL_TOKENS, contains_name, normalize_words
+from tests.references import fold
 
 
 def shop(*items):

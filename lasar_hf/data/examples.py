@@ -26,6 +26,7 @@ INSTRUCTIONS = {
     "titles_to_sid": "Recommend the next item after these titles. ",
 }
 ALIGNMENT_TASKS = tuple(INSTRUCTIONS)
+MAX_TEXT_TOKENS = 64  # of a title or description
 MAX_TITLES = 8  # newest titles of a title history, since a title is far longer than a Semantic ID
 FEATURES = Features({"input_ids": List(Value("int64")), "labels": List(Value("int64"))})
 
@@ -36,16 +37,13 @@ def sft_examples(samples: Dataset, processor: LasarProcessor) -> Dataset:
 
     Args:
         samples (`Dataset`):
-            From [`samples`]: columns `history` and `target`.
+            From [`samples`], at least one: columns `history` and `target`.
         processor ([`LasarProcessor`]):
             Prompt format and token ids.
 
     Returns:
         `Dataset`: `input_ids` and `labels` (-100 except for the `M` tokens of the Semantic ID); one example per
         sample, in order.
-
-    Raises:
-        `ValueError`: if there are no samples.
     """
 
     def build(batch: dict[str, list]) -> dict[str, list]:
@@ -63,8 +61,8 @@ def history_examples(split: Split, processor: LasarProcessor) -> Dataset:
     Args:
         split (`Split`):
             Only its training part is read. Users with a single training item are left out.
-        processor ([`LasarProcessor`]):
-            Prompt format and token ids.
+        processor:
+            As for [`sft_examples`].
 
     Returns:
         `Dataset`: the examples of [`sft_examples`] for each user's last training item, with `labels` on all tokens
@@ -86,7 +84,6 @@ def alignment_examples(
     split: Split,
     processor: LasarProcessor,
     tasks: Sequence[str] = ALIGNMENT_TASKS,
-    max_text_tokens: int = 64,
     seed: int = 0,
 ) -> Dataset:
     """
@@ -103,41 +100,38 @@ def alignment_examples(
             `"title_to_sid"` and `"description_to_sid"` (one example per item: text, empty latent region, Semantic ID;
             loss on the Semantic ID), `"sid_to_title"` (one per item: Semantic ID, title, end of text; loss on title
             and end), `"titles_to_sid"` (one per user: titles of the training sequence, Semantic ID of its last item).
-        max_text_tokens (`int`, *optional*, defaults to `64`):
-            Maximum number of tokens of a title or description.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the order.
 
     Returns:
         `Dataset`: `input_ids` and `labels`, shuffled. Items without the text have no example, so it may be empty.
-
-    Raises:
-        `ValueError`: if a task is unknown, or the tokenizer has no end-of-text token.
     """
     region = [processor.latent_start_token_id, processor.latent_end_token_id]
     bos_ids = [processor.tokenizer.bos_token_id] if processor.add_bos else []
-    columns: dict[str, list] = {name: [] for name in FEATURES}
+    prompts: list[list[int]] = []
+    answers: list[list[int]] = []
     for task in tasks:
         if task not in INSTRUCTIONS:
             raise ValueError(f"tasks contains {task!r}; expected some of {', '.join(ALIGNMENT_TASKS)}.")
         field = "description" if task == "description_to_sid" else "title"
-        texts = _item_texts(interactions, field, processor, max_text_tokens)
+        indices = [index for index, item in enumerate(interactions.items) if item.get(field)]
+        token_ids = processor.text_ids([interactions.items[index][field] for index in indices])
+        texts = {index: ids[:MAX_TEXT_TOKENS] for index, ids in zip(indices, token_ids, strict=True)}
         prefix = bos_ids + processor.tokenizer(INSTRUCTIONS[task], add_special_tokens=False).input_ids
         if task == "titles_to_sid":
-            prompts, targets = _title_histories(split, texts, processor.text_ids(["; "])[0])
-            prompts, answers = [prefix + prompt + region for prompt in prompts], processor.answer_ids(targets)
+            histories, targets = _title_histories(split, texts, processor.text_ids(["; "])[0])
+            prompts += [prefix + history + region for history in histories]
+            answers += processor.answer_ids(targets)
         elif task == "sid_to_title":
             end = processor.tokenizer.eos_token_id
             if end is None:
                 raise ValueError(f"Task {task!r} needs an end-of-text token; set tokenizer.eos_token.")
-            prompts = [prefix + sid for sid in processor.answer_ids(list(texts))]
-            answers = [[*text, end] for text in texts.values()]
+            prompts += [prefix + sid for sid in processor.answer_ids(list(texts))]
+            answers += [[*text, end] for text in texts.values()]
         else:
-            prompts = [prefix + text + region for text in texts.values()]
-            answers = processor.answer_ids(list(texts))
-        for name, values in _labelled(prompts, answers).items():
-            columns[name] += values
-    return Dataset.from_dict(columns, features=FEATURES).shuffle(seed)
+            prompts += [prefix + text + region for text in texts.values()]
+            answers += processor.answer_ids(list(texts))
+    return Dataset.from_dict(_labelled(prompts, answers), features=FEATURES).shuffle(seed)
 
 
 def reasoning_examples(samples: Dataset, processor: LasarProcessor, depths: Sequence[int]) -> Dataset:
@@ -152,9 +146,6 @@ def reasoning_examples(samples: Dataset, processor: LasarProcessor, depths: Sequ
 
     Returns:
         `Dataset`: `input_ids`, `labels`, `depth` (`int`) and `sample_index` (`int`, position in `samples`).
-
-    Raises:
-        `ValueError`: if the number of depths is not that of the samples, or a depth is below 1.
     """
     depths = np.asarray(depths, dtype=np.int64)
     if len(depths) != len(samples):
@@ -184,14 +175,11 @@ def grpo_examples(
         samples, processor:
             As for [`sft_examples`].
         terminal_anchors (`np.ndarray` of shape `(S, H)`, *optional*):
-            Anchor of each sample's last segment, for the terminal alignment: `AnchorStore.terminal()`.
+            Last anchor of each of the `S` samples, for the terminal alignment: `AnchorStore.terminal()`.
 
     Returns:
         `Dataset`: `prompt` (`str`, ends in `<|latent_start|>`), `target` (`int`, item index) and, with anchors,
         `terminal_anchor` (`H` floats).
-
-    Raises:
-        `ValueError`: if the number of anchors is not that of the samples.
     """
     features = Features(prompt=Value("string"), target=Value("int64"))
     if terminal_anchors is not None:
@@ -223,9 +211,6 @@ def mix_examples(tables: Mapping[str, Dataset], weights: Mapping[str, float] | N
 
     Returns:
         `Dataset`: the tables one after another; trainers shuffle them.
-
-    Raises:
-        `ValueError`: if a weight has no table, is negative or not finite, or no example remains.
     """
     weights = dict.fromkeys(tables, 1.0) | dict(weights or {})
     parts = []
@@ -248,19 +233,14 @@ def stage1_examples(data: PreparedData, processor: LasarProcessor, tasks: Sequen
     Examples of stage 1, mixed from several tasks.
 
     Args:
-        data ([`PreparedData`]):
-            Prepared data set.
-        processor ([`LasarProcessor`]):
-            Prompt format and token ids.
+        data ([`PreparedData`]), processor ([`LasarProcessor`]):
+            Prepared data set, and its processor.
         tasks (`Sequence[str]`):
-            Tasks, each `name` or `name=weight` (see [`mix_examples`]): `next_item` ([`sft_examples`]), `history`
+            Each `name` or `name=weight` ([`mix_examples`]), all distinct: `next_item` ([`sft_examples`]), `history`
             ([`history_examples`]), `alignment` ([`alignment_examples`]) or single tasks of `ALIGNMENT_TASKS`.
 
     Returns:
         `Dataset`: `input_ids`, `labels`.
-
-    Raises:
-        `ValueError`: if a task is unknown or repeated, a weight is not a number of at least 0, or no example remains.
 
     Example:
 
@@ -302,15 +282,6 @@ def _labelled(prompts: list[list[int]], answers: list[list[int]]) -> dict[str, l
         "input_ids": [prompt + answer for prompt, answer in pairs],
         "labels": [[IGNORE_INDEX] * len(prompt) + answer for prompt, answer in pairs],
     }
-
-
-def _item_texts(
-    interactions: Interactions, field: str, processor: LasarProcessor, max_tokens: int
-) -> dict[int, list[int]]:
-    """Token ids of a text field, by the index of each item that has it."""
-    indices = [index for index, item in enumerate(interactions.items) if item.get(field)]
-    texts = processor.text_ids([interactions.items[index][field] for index in indices])
-    return {index: text[:max_tokens] for index, text in zip(indices, texts, strict=True)}
 
 
 def _title_histories(

@@ -66,14 +66,10 @@ class PreparedData:
 
     @classmethod
     def load(cls, folder: str | Path) -> "PreparedData":
-        """
-        Open a folder that `recipes/prepare.py` wrote, memory-mapped.
-
-        Raises:
-            `FileNotFoundError`: if the folder does not contain complete prepared data.
-        """
+        """Open a folder that `recipes/prepare.py` wrote, memory-mapped; `FileNotFoundError` if it is not complete."""
         folder = Path(folder)
-        if not (folder / "prepared.json").exists():
+        # Folders of older versions have no `users/`.
+        if not ((folder / "prepared.json").exists() and (folder / "users").exists()):
             raise FileNotFoundError(
                 f"{folder} contains no complete prepared data; run recipes/prepare.py with output_dir={folder}."
             )
@@ -102,10 +98,7 @@ class PreparedData:
         return _to_interactions(self.items, self.split)
 
     def processor(self, tokenizer: PreTrainedTokenizerBase, instruction: str, max_history: int) -> LasarProcessor:
-        """
-        The [`LasarProcessor`] of the samples, whose arguments these are. Warns if `max_history` is larger than the one
-        of the samples.
-        """
+        """The [`LasarProcessor`] with these arguments; warns if `max_history` is larger than that of the samples."""
         if self.max_history is not None and max_history > self.max_history:
             warnings.warn(
                 f"max_history is {max_history}, but the samples keep {self.max_history} history items; prepare the "
@@ -156,20 +149,11 @@ def _to_interactions(items: Dataset, split: Split) -> Interactions:
     return Interactions(list(items["item_id"]), fields, split.user_ids, histories)
 
 
-def describe(interactions: Interactions, split: Split | None = None) -> dict[str, object]:
+def describe(interactions: Interactions, split: Split) -> dict[str, object]:
     """
-    Describe a data set for its data card.
-
-    Args:
-        interactions (`Interactions`):
-            The data set.
-        split (`Split`, *optional*):
-            Adds the sizes of its parts.
-
-    Returns:
-        `dict`: ready for JSON, with the sizes, the lengths of histories, the order of histories, the items without
-        interactions or text; with timestamps the times of the first and last interaction and `tied_neighbours` (share
-        of neighbours in a history with equal times, whose order is that of the file); `reader` (counts of the reader).
+    The numbers of a data card, ready for JSON: sizes, the lengths and the order of histories, items without
+    interactions or text, the parts of the split, `reader` (counts of the reader) and, with timestamps, the times of
+    the first and last interaction and `tied_neighbours`, the share of neighbours in a history with equal times.
     """
     lengths = np.array([len(history) for history in interactions.histories])
     num_users, num_items = len(lengths), len(interactions.items)
@@ -195,10 +179,7 @@ def describe(interactions: Interactions, split: Split | None = None) -> dict[str
         card["tied_neighbours"] = float((gaps == 0).mean()) if len(gaps) else 0.0
     if interactions.counts:
         card["reader"] = dict(interactions.counts)
-    if split is not None:
-        card["split"] = {"kind": "leave-one-out", "users": len(split.user_ids), "users_skipped": split.num_skipped}
-        if split.validation_from is not None:
-            times = {"validation_from": split.validation_from, "test_from": split.test_from}
-            card["split"] |= {"kind": "global time"} | times
-        card["split"] |= {part: sum(map(len, getattr(split, part))) for part in PARTS}
-    return card
+    parts = {"kind": "leave-one-out", "users": len(split.user_ids), "users_skipped": split.num_skipped}
+    if split.validation_from is not None:
+        parts |= {"kind": "global time", "validation_from": split.validation_from, "test_from": split.test_from}
+    return card | {"split": parts | {part: sum(map(len, getattr(split, part))) for part in PARTS}}

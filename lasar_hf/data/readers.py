@@ -8,7 +8,6 @@ returns `Interactions`; `SOURCES` names those of the library.
 
 import ast
 import codecs
-import importlib
 import inspect
 import logging
 import lzma
@@ -31,6 +30,7 @@ import pyarrow as pa
 from datasets import Dataset, IterableDataset
 from pyarrow import csv, parquet
 
+from ..arguments import import_dotted
 from ..files import file_hash, folder_hashes
 from . import interactions as raw
 from .interactions import Interactions, build_interactions, id_text, item_fields, parse_json, read_lcrec
@@ -566,19 +566,15 @@ def _bind_source(source: str, source_args: Mapping[str, object] | None) -> tuple
 
 
 def _import_source(source: str) -> Callable:
-    module, _, name = source.rpartition(".")
-    if module and all(part.isidentifier() for part in source.split(".")):
-        try:
-            return getattr(importlib.import_module(module), name)
-        except AttributeError as error:
-            raise ValueError(f"source {source!r}: module {module} has no function {name!r}.") from error
-        except ModuleNotFoundError as error:
-            if not f"{module}.".startswith(f"{error.name}."):  # the module exists but imports one that does not
-                raise
-    raise FileNotFoundError(
-        f"Unknown source {source!r}; expected {', '.join(SOURCES)}, an existing LC-Rec folder, or a dotted path to a "
-        "function."
-    )
+    if Path(source).is_file():
+        raise ValueError(f"source is the file {source}; use source=table with it as `interactions` in source_args.")
+    try:
+        return import_dotted(source)
+    except ValueError as error:
+        raise FileNotFoundError(
+            f"Unknown source {source!r}; expected {', '.join(SOURCES)}, an existing folder with <Name>.inter.json, or "
+            f"the dotted path of a function. {error}"
+        ) from error
 
 
 def _hashed(value: object) -> object:

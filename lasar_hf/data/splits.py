@@ -81,10 +81,9 @@ def global_time(interactions: Interactions, validation_share: float = 0.1, test_
     Args:
         interactions (`Interactions`):
             The data set, with timestamps.
-        validation_share (`float`, *optional*, defaults to `0.1`):
-            Share of the interactions between the two points.
-        test_share (`float`, *optional*, defaults to `0.1`):
-            Share of the interactions after the second point. Interactions with equal times stay in one part.
+        validation_share, test_share (`float`, *optional*, default to `0.1`):
+            Share of the interactions between the two points, and after the second. Interactions with equal times stay
+            in one part.
 
     Raises:
         `ValueError`: if there are no timestamps, or a part would be empty.
@@ -128,9 +127,6 @@ def samples(split: Split, part: str, targets: str = "all", max_history: int | No
     Returns:
         `Dataset`: columns `user_id` (`str`), `history` (`list[int]`, item indices, oldest first, never empty) and
         `target` (`int`, item index), sorted by user, then time.
-
-    Raises:
-        `ValueError`: if an argument is out of range.
 
     Example:
 

@@ -53,18 +53,13 @@ def toy_shop(num_users: int = 600, num_items: int = 192, seed: int = 0) -> Inter
     One position in twenty is a random item instead.
 
     Args:
-        num_users (`int`, *optional*, defaults to `600`):
-            Number of users. Each has 6 to 12 items.
-        num_items (`int`, *optional*, defaults to `192`):
-            Number of items, rounded down to whole series.
+        num_users, num_items (`int`, *optional*, default to `600` and `192`):
+            Number of users, each with 6 to 12 items, and of items (48 to 25,600), rounded down to whole series.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the random numbers.
 
     Returns:
         `Interactions`: items have title, description, brand and categories.
-
-    Raises:
-        `ValueError`: if there are too few items for two brands, more than there are names, or no users.
 
     Example:
 
@@ -77,7 +72,7 @@ def toy_shop(num_users: int = 600, num_items: int = 192, seed: int = 0) -> Inter
     ```
     """
     num_series = num_items // VOLUMES
-    names = [" ".join(filter(None, name)) for name in _name_parts()]
+    names = [f"{adjective} {noun} {kind}".strip() for kind in _KINDS for adjective in _ADJECTIVES for noun in _NOUNS]
     if not 2 * SERIES_PER_BRAND <= num_series <= len(names):
         least, most = 2 * SERIES_PER_BRAND * VOLUMES, len(names) * VOLUMES
         raise ValueError(f"num_items is {num_items}; expected {least} to {most}.")
@@ -105,22 +100,23 @@ def toy_shop(num_users: int = 600, num_items: int = 192, seed: int = 0) -> Inter
 
 def next_volume(item: int, num_items: int) -> int:
     """The next volume; after the last volume of a series, the first of the brand's next series."""
-    return _brand_step(item, num_items, series_first=False)
+    first, count = _brand_items(item, num_items)
+    return first + (item - first + 1) % count
 
 
 def next_of_brand(item: int, num_items: int) -> int:
     """The same volume of the brand's next series; after the last series, the next volume of the first."""
-    return _brand_step(item, num_items, series_first=True)
+    first, count = _brand_items(item, num_items)
+    series, volume = divmod(item - first, VOLUMES)
+    num_series = count // VOLUMES
+    volume, series = divmod((volume * num_series + series + 1) % count, num_series)
+    return first + series * VOLUMES + volume
 
 
-def _brand_step(item: int, num_items: int, series_first: bool) -> int:
-    series, volume = divmod(item, VOLUMES)
-    first = series // SERIES_PER_BRAND * SERIES_PER_BRAND
-    count = min(SERIES_PER_BRAND, num_items // VOLUMES - first)  # the last brand may have fewer series
-    if series_first:
-        position = (volume * count + series - first + 1) % (count * VOLUMES)
-        return (first + position % count) * VOLUMES + position // count
-    return first * VOLUMES + ((series - first) * VOLUMES + volume + 1) % (count * VOLUMES)
+def _brand_items(item: int, num_items: int) -> tuple[int, int]:
+    """The first item of an item's brand, and the number of its items; the last brand may have fewer series."""
+    first = item - item % (SERIES_PER_BRAND * VOLUMES)
+    return first, min(SERIES_PER_BRAND * VOLUMES, num_items - first)
 
 
 def _history(kind: str, num_series: int, popularity: np.ndarray, rng: np.random.Generator) -> list[int]:
@@ -138,10 +134,6 @@ def _history(kind: str, num_series: int, popularity: np.ndarray, rng: np.random.
         history.append(int(rng.integers(num_items)) if rng.random() < NOISE else upcoming[turn])
         upcoming[turn] = step(upcoming[turn], num_items)
     return history
-
-
-def _name_parts() -> list[tuple[str, str, str]]:
-    return [(adjective, noun, kind) for kind in _KINDS for adjective in _ADJECTIVES for noun in _NOUNS]
 
 
 def _item(series: str, brand: int, category: tuple[str, ...], volume: int) -> dict[str, str]:

@@ -18,10 +18,8 @@ def popularity_ranking(train_sequences: Sequence[Sequence[int]], num_items: int,
     Args:
         train_sequences (`Sequence[Sequence[int]]`):
             Item indices of each user, oldest first.
-        num_items (`int`):
-            Size of the catalogue.
-        top_k (`int`):
-            Length of the ranking, `k`.
+        num_items, top_k (`int`):
+            Size of the catalogue, and length `k` of the ranking.
 
     Returns:
         `np.ndarray` of shape `(k,)`, int64: item indices, best first; -1 pads if the catalogue has fewer items.
@@ -54,8 +52,8 @@ def markov_ranking(
     # How often the item of the column directly follows the item of the row; `tocsr` sums equal pairs.
     before = np.concatenate([np.asarray(sequence[:-1], dtype=np.int64) for sequence in train_sequences])
     after = np.concatenate([np.asarray(sequence[1:], dtype=np.int64) for sequence in train_sequences])
-    counts = sparse.coo_array((np.ones(len(before), dtype=np.int64), (before, after)), shape=(num_items, num_items))
-    counts = counts.tocsr()  # (I, I)
+    ones = np.ones(len(before), dtype=np.int64)
+    counts = sparse.coo_array((ones, (before, after)), shape=(num_items, num_items)).tocsr()  # (I, I)
 
     # Users share contexts: rank once for each distinct one.
     distinct, context_index = np.unique(contexts, return_inverse=True)

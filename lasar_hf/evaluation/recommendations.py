@@ -40,12 +40,10 @@ def recommend_samples(
     Recommend for every sample. Samples are batched by length, which keeps padding small.
 
     Args:
-        model ([`LasarForGenerativeRec`]):
-            The model.
+        model, processor ([`LasarForGenerativeRec`] and [`LasarProcessor`]):
+            The model, and its prompt format and catalogue.
         samples (`Dataset`):
             Table with a column `history` (item indices, oldest first).
-        processor ([`LasarProcessor`]):
-            Prompt format and catalogue of the model.
         top_k, num_beams, latent_steps:
             As for [`LasarForGenerativeRec.recommend`]; one `int` for all samples.
         batch_size (`int`, *optional*, defaults to `64`):

@@ -64,10 +64,8 @@ def save_report(
     Write `report.json` (`{"results": rows, "details": details}`) and `report.md` ([`comparison_table`]).
 
     Args:
-        folder (`str` or `PathLike`):
-            Folder, created if missing.
-        rows (`Mapping[str, Mapping]`):
-            Numbers of each recommender by its name.
+        folder (`str` or `PathLike`), rows (`Mapping[str, Mapping]`):
+            Folder, created if missing, and the numbers of each recommender by its name.
         details (`Mapping`, *optional*):
             Anything else to keep with the numbers, such as settings or the seed.
 

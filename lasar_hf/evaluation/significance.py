@@ -31,12 +31,9 @@ def paired_bootstrap(
 
     Args:
         values_a, values_b (`Sequence[float]` of length `U`):
-            A metric of the same users under two recommenders, such as [`ndcg_per_user`].
+            A metric of the same two or more users under two recommenders, such as [`ndcg_per_user`].
         num_resamples, seed (`int`, *optional*, default to `10000` and `0`):
             Number of bootstrap samples and their seed.
-
-    Raises:
-        `ValueError`: if the lengths differ, there are fewer than two users, or a value is not finite.
     """
     values_a, values_b = np.asarray(values_a, dtype=np.float64), np.asarray(values_b, dtype=np.float64)
     if values_a.ndim != 1 or values_a.shape != values_b.shape:

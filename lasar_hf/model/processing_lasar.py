@@ -58,9 +58,10 @@ class LasarProcessor(ProcessorMixin):
 
     >>> processor = LasarProcessor.from_pretrained("outputs/quickstart/model")
     >>> model = LasarForGenerativeRec.from_pretrained("outputs/quickstart/model")
-    >>> output = model.recommend(**processor([["12", "40", "13"]]), catalog=processor.catalog, top_k=3)
+    >>> inputs = processor([["item-0", "item-1", "item-2"]])
+    >>> output = model.recommend(**inputs, catalog=processor.catalog, top_k=3)
     >>> processor.decode_recommendations(output)[0]
-    [{'item_id': '14', 'title': 'Silent Harbor, Volume Six', 'score': -0.41}, …]
+    [{'item_id': 'item-3', 'title': 'Marble Canyon Almanac, Volume Four', 'score': -0.166}, …]
     ```
     """
 
@@ -246,6 +247,14 @@ class LasarProcessor(ProcessorMixin):
 
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
+        # A default in place of a missing setting would silently be another prompt than in training.
+        for name, kind in (("instruction", str), ("max_history", int), ("add_bos", bool), ("layout", str)):
+            value = (processor_dict or {}).get(name)
+            if type(value) is not kind:
+                raise ValueError(
+                    f"processor_config.json of {pretrained_model_name_or_path} has {name} {value!r}; expected "
+                    f"{kind.__name__}. Save the LasarProcessor of the training to that folder."
+                )
         arguments = super()._get_arguments_from_pretrained(pretrained_model_name_or_path, processor_dict, **kwargs)
         return [*arguments, SidCatalog.from_pretrained(pretrained_model_name_or_path, **kwargs)]
 

@@ -38,9 +38,6 @@ class AnchorStore:
             [`checkpoint_hash`] of the model that made the vectors.
         inputs_hash (`str`, *optional*, defaults to `""`):
             Hash of everything that determines the vectors.
-
-    Raises:
-        `ValueError`: if `index` or `offsets` are out of range.
     """
 
     def __init__(
@@ -140,10 +137,8 @@ def encode_anchors(
     an interrupted call continues after the last complete one, and a call with equal inputs opens the finished store.
 
     Args:
-        model ([`LasarForGenerativeRec`]):
-            The stage-1 model.
-        processor ([`LasarProcessor`]):
-            Its processor. A segment that is encoded alone starts with the BOS token if prompts do.
+        model, processor ([`LasarForGenerativeRec`] and [`LasarProcessor`]):
+            The stage-1 model and its processor. A segment that is encoded alone starts with BOS if prompts do.
         segments (`list[list[str]]`):
             Segments of each sample, from [`segment`].
         folder (`str` or `Path`, *optional*):
@@ -177,9 +172,10 @@ def encode_anchors(
     inputs_hash = plan.hash(model_hash, batch_size)
     shape = (plan.num_vectors, model.config.hidden_size)
     arrays = {"index": plan.index, "offsets": plan.offsets, "checkpoint_hash": model_hash, "inputs_hash": inputs_hash}
+    backbone = model.model.backbone.to(device)
     if folder is None:
         vectors = np.empty(shape, dtype=np.float32)
-        _encode(model.model.backbone, plan, vectors, range(len(plan.sequences)), batch_size, device)
+        _encode(backbone, plan, vectors, range(len(plan.sequences)), batch_size)
         return AnchorStore(vectors, **arrays)
 
     folder = Path(folder)
@@ -190,7 +186,7 @@ def encode_anchors(
         step = batch_size * -(-SHARD_SIZE // batch_size)  # whole batches, so that padding does not depend on resuming
         for start in range(done, len(plan.sequences), step):
             shard = range(start, min(start + step, len(plan.sequences)))
-            _encode(model.model.backbone, plan, vectors, shard, batch_size, device)
+            _encode(backbone, plan, vectors, shard, batch_size)
             vectors.flush()
             write_json(progress, {"inputs_hash": inputs_hash, "done": shard.stop})
         AnchorStore(vectors, **arrays).save(folder, vectors=False)
@@ -264,10 +260,9 @@ class _EncodingPlan:
 def _open_vectors(folder: Path, inputs_hash: str, shape: tuple[int, int]) -> tuple[np.memmap, int]:
     """The file of vectors and how many sequences it holds; a new file if there is none for these inputs."""
     path, progress = folder / "vectors.npy", folder / "progress.json"
-    if path.exists() and progress.exists():
-        state = read_json(progress)
-        if state["inputs_hash"] == inputs_hash:
-            return np.lib.format.open_memmap(path, mode="r+"), state["done"]
+    state = read_json(progress) if progress.exists() and path.exists() else {}
+    if state.get("inputs_hash") == inputs_hash:
+        return np.lib.format.open_memmap(path, mode="r+"), state["done"]
     folder.mkdir(parents=True, exist_ok=True)
     progress.unlink(missing_ok=True)
     path.unlink(missing_ok=True)  # not overwritten: open readers keep the old file
@@ -275,18 +270,10 @@ def _open_vectors(folder: Path, inputs_hash: str, shape: tuple[int, int]) -> tup
 
 
 @torch.inference_mode()
-def _encode(
-    backbone: nn.Module,
-    plan: _EncodingPlan,
-    vectors: np.ndarray,
-    sequences: range,
-    batch_size: int,
-    device: str | torch.device | None,
-) -> None:
+def _encode(backbone: nn.Module, plan: _EncodingPlan, vectors: np.ndarray, sequences: range, batch_size: int) -> None:
     """Write the anchors of some sequences of the plan to `vectors`."""
-    device = device or next(backbone.parameters()).device
-    was_training = backbone.training
-    backbone.to(device).eval()
+    device, was_training = backbone.device, backbone.training
+    backbone.eval()
     with onednn_linear(backbone):
         for start in tqdm(range(sequences.start, sequences.stop, batch_size), desc="anchors", disable=None):
             ids, anchors = plan.batch(start, min(start + batch_size, sequences.stop))

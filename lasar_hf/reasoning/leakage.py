@@ -30,8 +30,8 @@ def rejection_reason(text: str, *names: str) -> str | None:
     """
     The reason (a key of `REJECTIONS`) why a text cannot be a chain of thought, or `None` if it can.
 
-    The text must not contain any of the `names` that give the target away, such as its title. Both are compared as
-    whole words after [`normalize_words`]; names of fewer than two letters or digits are ignored.
+    The text must not contain any of the `names` that give the target away, such as its title, as whole words after
+    [`normalize_words`]. Names of fewer than two letters or digits are ignored.
     """
     categories = Counter(map(unicodedata.category, text))
     letters, marks = (sum(categories[name] for name in categories if name[0] == group) for group in "LM")
@@ -49,11 +49,6 @@ def rejection_reason(text: str, *names: str) -> str | None:
     return "garbage" if _UNREADABLE.search(text) or not categories.keys().isdisjoint(_NOT_CHARACTERS) else None
 
 
-def fold(text: str) -> str:
-    """Text in lower case with single spaces."""
-    return " ".join(text.split()).casefold()
-
-
 def normalize_words(text: str) -> str:
     """
     The words of a text in lower case, separated by single spaces. HTML entities, accents, invisible characters,
@@ -65,7 +60,7 @@ def normalize_words(text: str) -> str:
         letters = unicodedata.normalize("NFKD", text.translate({ord("™"): " ", ord("℠"): " "}))
         text = "".join(letter for letter in letters if unicodedata.category(letter) not in ("Mn", "Cf"))
         text = unicodedata.normalize("NFC", text)  # joins the parts of Korean syllables again
-    return " ".join(_WORD.findall(fold(text)))
+    return " ".join(_WORD.findall(text.casefold()))
 
 
 def contains_name(words: str, name: str) -> bool:

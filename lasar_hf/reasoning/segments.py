@@ -20,20 +20,13 @@ _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
 
 
 def segment(
-    texts: Sequence[str],
-    embed: Embed | None = None,
-    max_segments: int = 8,
-    min_words: int = 6,
-    threshold: float = 0.0,
+    texts: Sequence[str], embed: Embed | None = None, max_segments: int = 8, min_words: int = 6, threshold: float = 0.0
 ) -> list[list[str]]:
     """
     Cut texts that fit into memory; arguments as for [`Segmenter`].
 
     Returns:
         `list[list[str]]`: 1 to `max_segments` segments of each text, in order. Joined by spaces they are the text.
-
-    Raises:
-        `ValueError`: if a text has no words, or `max_segments` is less than 1.
     """
     return Segmenter(embed, max_segments, min_words, threshold).fit([texts]).cut(texts)
 
@@ -52,14 +45,11 @@ class Segmenter:
             Function from a list of `n` sentences to an array `(n, d)`. Defaults to a [`TfidfEmbedder`] fitted to the
             sentences. For the paper's: `functools.partial(text_embeddings, model="BAAI/bge-small-en-v1.5")`.
         max_segments (`int`, *optional*, defaults to `8`):
-            Maximum number of segments of a text, the model's `max_latent_steps`.
+            Maximum number of segments of a text, at least 1: the model's `max_latent_steps`.
         min_words (`int`, *optional*, defaults to `6`):
             Minimum number of words of a segment, unless the text is not cut.
         threshold (`float`, *optional*, defaults to `0.0`):
             Standard deviations below the mean similarity; higher values give fewer cuts.
-
-    Raises:
-        `ValueError`: if `max_segments` is less than 1.
 
     Example:
 
@@ -69,9 +59,7 @@ class Segmenter:
     ```
     """
 
-    def __init__(
-        self, embed: Embed | None = None, max_segments: int = 8, min_words: int = 6, threshold: float = 0.0
-    ):
+    def __init__(self, embed: Embed | None = None, max_segments: int = 8, min_words: int = 6, threshold: float = 0.0):
         if max_segments < 1:
             raise ValueError(f"max_segments is {max_segments}; expected at least 1.")
         self.embed, self.max_segments, self.min_words, self.threshold = embed, max_segments, min_words, threshold
@@ -80,12 +68,7 @@ class Segmenter:
         self._limit = 0.0
 
     def fit(self, batches: Iterable[Sequence[str]]) -> "Segmenter":
-        """
-        Learn from all texts, in batches of any size, below which similarity a gap is a candidate; returns itself.
-
-        Raises:
-            `ValueError`: if a text has no words.
-        """
+        """Learn from all texts, in batches of any size, below which similarity a gap is a candidate; return `self`."""
         # 1. Number the distinct sentences, and note which two meet at each gap.
         left, right = array("i"), array("i")
         for number, text in enumerate(chain.from_iterable(batches)):

@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
+from itertools import pairwise
 
-import numpy as np
 from datasets import Dataset
 
 from ..data.interactions import CATEGORY_SEPARATOR, Interactions
@@ -17,7 +17,7 @@ from .leakage import contains_name, normalize_words, remove_name
 
 NAMELESS = "an item without a name"
 MAX_NAME_WORDS = 10
-MIN_STEP_COUNT = 2  # of a step in training before it is called common: a single one may be this very sample
+MIN_STEP_COUNT = 2  # of a common step in training: a single one may be this very sample
 _NUMBER = r"(?:\d{1,3}|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve)"
 _PART = re.compile(rf"^(?P<series>.*?\w)\W+(?:volume|vol|book|part|season|episode)\W*\s{_NUMBER}\b", re.IGNORECASE)
 
@@ -94,15 +94,11 @@ class TemplateTeacher:
                 f"{without_text} of {len(self._items)} items have no text: their chains say almost nothing.",
                 stacklevel=2,
             )
-        self._common_steps = _common_steps(split, len(self._items)) if split else frozenset()
+        steps = Counter(step for items in split.train for step in pairwise(items)) if split else {}
+        self._common_steps = {step for step, count in steps.items() if count >= MIN_STEP_COUNT}
 
     def chain_of_thought(self, history: Sequence[int], target: int) -> str:
-        """
-        The chain from a history of item indices, oldest first, to the target's item index.
-
-        Raises:
-            `ValueError`: if the history is empty.
-        """
+        """The chain from a history of item indices, oldest first and not empty, to the target's item index."""
         if not len(history):
             raise ValueError(f"history is empty for target {target}; expected at least one item.")
         # 1. Items whose name contains the target's title (such as an earlier purchase of it) must not be quoted.
@@ -136,7 +132,7 @@ class TemplateTeacher:
             sentences.append("Other people took this very step too.")
         return remove_name(" ".join(sentences), title)
 
-    def chains_of_thought(self, samples: Dataset) -> list[str]:
+    def chains_of_thought(self, samples: Dataset | dict[str, list]) -> list[str]:
         """The chain of each sample of a table with the columns `history` and `target`, from [`samples`]."""
         pairs = zip(samples["history"], samples["target"], strict=True)
         return [self.chain_of_thought(history, target) for history, target in pairs]
@@ -221,7 +217,7 @@ def _relation(one: _Item, other: _Item) -> _Relation:
         return _Relation.CATEGORY
     if one.words and other.words:
         return _Relation(len(set(one.words) & set(other.words)) > 1)
-    # The widest category is the shop's department, which all items may share: sisters need more in common.
+    # All items may share the shop's department, the widest category: related items must share more levels.
     return _Relation(min(len(one.path), len(other.path)) > 2 and one.path[:-1] == other.path[:-1])
 
 
@@ -234,13 +230,3 @@ def _recall(items: list[_Item], interest: str) -> list[str]:
     """A sentence on the latest item of an interest, if there is one."""
     earlier = [item.name for item in items if item.interest == interest]
     return [f"Of {interest} the person also took {earlier[-1]}."] if earlier else []
-
-
-def _common_steps(split: Split, num_items: int) -> frozenset[tuple[int, int]]:
-    """Pairs of consecutive items that occur at least `MIN_STEP_COUNT` times in training."""
-    steps = [np.stack([items[:-1], items[1:]]) for items in map(np.asarray, split.train) if len(items) > 1]
-    if not steps:
-        return frozenset()
-    first, second = np.concatenate(steps, axis=1)
-    pairs, counts = np.unique(first.astype(np.int64) * num_items + second, return_counts=True)
-    return frozenset(divmod(pair, num_items) for pair in pairs[counts >= MIN_STEP_COUNT].tolist())

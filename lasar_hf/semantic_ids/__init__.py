@@ -7,7 +7,7 @@ import numpy as np
 from .collisions import resolve_collisions
 from .embeddings import collaborative_embeddings, combine_views, item_text, text_embeddings
 from .new_items import ItemEncoder, assign_new_items
-from .quantizer import Quantizer, ResidualKMeans
+from .quantizer import Quantizer, ResidualKMeans, load_quantizer
 from .report import format_report, quality_report
 from .text_embedder import TfidfEmbedder
 
@@ -25,14 +25,10 @@ def build_semantic_ids(
     Args:
         vectors (`np.ndarray` of shape `(I, D)`):
             Item vectors.
-        num_sid_levels (`int`, *optional*, defaults to `4`):
-            Number of levels `M`.
-        codebook_size (`int`, *optional*, defaults to `256`):
-            Codes per level, `K`.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the quantizer.
+        num_sid_levels, codebook_size, seed:
+            As for [`ResidualKMeans`]; ignored with `quantizer`.
         quantizer ([`Quantizer`], *optional*):
-            Quantizer to fit instead of a new [`ResidualKMeans`]. The three arguments above are then ignored.
+            Quantizer to fit instead of a new [`ResidualKMeans`].
 
     Returns:
         `tuple`: codes of shape `(I, M)`, int64, without duplicate rows, and the fitted quantizer, which also encodes
@@ -73,6 +69,7 @@ __all__ = [
     "combine_views",
     "format_report",
     "item_text",
+    "load_quantizer",
     "quality_report",
     "resolve_collisions",
     "text_embeddings",

@@ -64,10 +64,7 @@ def separate(codes: np.ndarray, fixed: np.ndarray, quantizer: Quantizer, x: np.n
 def _crowded_prefixes(
     codes: np.ndarray, fixed: np.ndarray, length: int, capacity: int
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """
-    Indices in `codes` and in `fixed` of the items of each prefix of `length` codes under which a next code has more
-    than `capacity` items.
-    """
+    """Indices in `codes` and `fixed` of the items of each prefix under which a code has more than `capacity` items."""
     both = np.concatenate([codes, fixed])  # (N + F, M)
     # 1. Number the prefixes. Renumbering at each level keeps the numbers below items * K; K^M may overflow.
     prefix = np.zeros(len(both), dtype=np.int64)
@@ -88,10 +85,7 @@ def _crowded_prefixes(
 
 
 def _move_surplus(codes: np.ndarray, fixed: np.ndarray, level: int, quantizer: Quantizer, x: np.ndarray) -> None:
-    """
-    Change codes in place until no prefix of length `level + 1` holds more items than Semantic IDs below it. The items
-    that fit worst at `level` move to the nearest code with room, and their later codes are encoded again.
-    """
+    """Move the items that fit worst until no prefix of `level + 1` codes has more items than Semantic IDs below it."""
     num_codes = quantizer.codebook_size
     capacity = num_codes ** (quantizer.num_sid_levels - level - 1)  # a Python integer, which cannot overflow
     for members, fixed_members in _crowded_prefixes(codes, fixed, level, capacity):
@@ -105,7 +99,7 @@ def _move_surplus(codes: np.ndarray, fixed: np.ndarray, level: int, quantizer: Q
         distance = quantizer.distances(x[candidates], codes[candidates, :level])  # (candidates, K)
         current = codes[candidates, level]
         worst_first = np.argsort(-distance[np.arange(len(current)), current], kind="stable")
-        # 3. Move items until their code is no longer overfull.
+        # 3. Move items to the nearest code with room until their code is no longer overfull.
         moved = []
         for index in worst_first:
             if room[current[index]] >= 0:
@@ -115,4 +109,5 @@ def _move_surplus(codes: np.ndarray, fixed: np.ndarray, level: int, quantizer: Q
             room[target] -= 1
             codes[candidates[index], level] = target
             moved.append(candidates[index])
+        # 4. Encode their later codes again.
         codes[moved] = quantizer.encode(x[moved], codes[moved, : level + 1])

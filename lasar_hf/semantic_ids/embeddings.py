@@ -1,6 +1,5 @@
 """Item vectors: text embeddings, co-occurrence in training sequences, and the combination of both."""
 
-import functools
 import hashlib
 import os
 from collections.abc import Callable, Sequence
@@ -19,6 +18,7 @@ from .text_embedder import TfidfEmbedder
 ITEM_TEXT_FIELDS = ("title", "brand", "categories", "description")
 FALLBACK_FIELDS = (*ID_FIELDS, "item_id", "id")  # used if an item has no text
 
+BATCH_SIZE = 64  # texts per batch of a sentence-transformers model
 CACHE_BATCH = 256  # texts embedded between two writes of the cache; a killed run loses at most one batch
 
 WINDOW = 5  # pairs of items up to this distance count; farther pairs carry little and cost memory
@@ -53,7 +53,6 @@ def text_embeddings(
     dim: int = 256,
     seed: int = 0,
     model: str | None = None,
-    batch_size: int = 64,
     cache_dir: str | os.PathLike | None = None,
 ) -> np.ndarray:
     """
@@ -61,16 +60,12 @@ def text_embeddings(
 
     Args:
         texts (`Sequence[str]`):
-            `I` texts, see [`item_text`].
-        dim (`int`, *optional*, defaults to `256`):
-            Width of the TF-IDF vectors. A sentence-transformers model has its own width.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the randomised SVD.
+            `I` texts, at least one; see [`item_text`].
+        dim, seed:
+            As for [`TfidfEmbedder`]. A sentence-transformers model has its own width.
         model (`str`, *optional*):
             Name or path of a sentence-transformers model. If not given, a [`TfidfEmbedder`] is fitted to the texts,
             without any download.
-        batch_size (`int`, *optional*, defaults to `64`):
-            Batch size of the sentence-transformers model.
         cache_dir (`str` or `os.PathLike`, *optional*):
             Folder that stores the vectors of the sentence-transformers model by text. A killed run resumes from it,
             and if the catalogue grows, only new texts are embedded. One run at a time may write to it. The cache does
@@ -80,7 +75,6 @@ def text_embeddings(
         `np.ndarray` of shape `(I, D)`, float32. With TF-IDF, `D` is `dim`.
 
     Raises:
-        `ValueError`: `texts` is empty or contains something other than strings.
         `ImportError`: `model` is given and sentence-transformers is not installed.
     """
     if not len(texts):
@@ -90,17 +84,11 @@ def text_embeddings(
             raise ValueError(f"texts row {row} is {type(text).__name__}; expected str (see item_text).")
     if model is None:
         return TfidfEmbedder(dim, seed).fit_transform(texts)
-
-    encoder = functools.cache(lambda: _load_encoder(model))  # not loaded if the cache has every text
-
-    def embed(batch: Sequence[str]) -> np.ndarray:
-        vectors = encoder().encode(list(batch), batch_size=batch_size, convert_to_numpy=True)
-        return np.asarray(vectors, dtype=np.float32)
-
-    return embed(texts) if cache_dir is None else _cached_vectors(texts, model, embed, Path(cache_dir))
+    return _load_encoder(model)(texts) if cache_dir is None else _cached_vectors(texts, model, Path(cache_dir))
 
 
-def _load_encoder(model: str):
+def _load_encoder(model: str) -> Callable[[Sequence[str]], np.ndarray]:
+    """A function from texts to vectors `(I, D)`, float32."""
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError as error:
@@ -108,12 +96,11 @@ def _load_encoder(model: str):
             f"Embedding with {model!r} needs sentence-transformers; run `pip install 'lasar_hf[embed]'`, or leave "
             "model unset for TF-IDF vectors."
         ) from error
-    return SentenceTransformer(model)
+    encode = SentenceTransformer(model).encode
+    return lambda texts: np.asarray(encode(list(texts), batch_size=BATCH_SIZE), dtype=np.float32)
 
 
-def _cached_vectors(
-    texts: Sequence[str], model: str, embed: Callable[[list[str]], np.ndarray], folder: Path
-) -> np.ndarray:
+def _cached_vectors(texts: Sequence[str], model: str, folder: Path) -> np.ndarray:
     """Embed the texts that are missing from the cache: `.npy` files of (SHA-256 of model and text, vector)."""
     keys = [hashlib.sha256(f"{model}\0{text}".encode("utf-8", "surrogatepass")).digest() for text in texts]
     missing = dict(zip(keys, texts, strict=True))
@@ -126,9 +113,10 @@ def _cached_vectors(
                 vectors[key] = vector
     # 2. Embed the rest in batches and store each batch.
     pending = list(missing)
+    encode = _load_encoder(model) if pending else None
     for start in range(0, len(pending), CACHE_BATCH):
         batch = pending[start : start + CACHE_BATCH]
-        new_vectors = embed([missing[key] for key in batch])  # (B, D)
+        new_vectors = encode([missing[key] for key in batch])  # (B, D)
         vectors.update(zip(batch, new_vectors, strict=True))
         records = np.empty(len(batch), dtype=[("key", "V32"), ("vector", "<f4", new_vectors.shape[1:])])
         records["key"], records["vector"] = np.array(batch, dtype="V32"), new_vectors
@@ -155,16 +143,11 @@ def collaborative_embeddings(
             the targets into the Semantic IDs.
         num_items (`int`):
             Number of items `I` of the catalogue.
-        dim (`int`, *optional*, defaults to `128`):
-            Width of the vectors.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the randomised SVD.
+        dim, seed (`int`, *optional*, default to `128` and `0`):
+            Width of the vectors, and seed of the randomised SVD.
 
     Returns:
         `np.ndarray` of shape `(I, dim)`, float32. An item that never occurs together with another has a zero row.
-
-    Raises:
-        `ValueError`: a sequence contains an item outside `[0, num_items)`.
     """
     # 1. Count pairs.
     counts = _cooccurrence(sequences, num_items)  # (I, I) sparse
@@ -177,8 +160,7 @@ def collaborative_embeddings(
     context /= context.sum()
     pairs = counts.tocoo()
     pmi = np.log(pairs.data / (total[pairs.row] * context[pairs.col]))
-    positive = pmi > 0
-    ppmi = sparse.csr_matrix((pmi[positive], (pairs.row[positive], pairs.col[positive])), shape=(num_items, num_items))
+    ppmi = sparse.csr_matrix((np.maximum(pmi, 0), (pairs.row, pairs.col)), shape=counts.shape)
     # 3. Reduce. Rows of items without a pair are set to exactly zero.
     width = min(dim, num_items)
     vectors[:, :width] = TruncatedSVD(width, random_state=seed).fit_transform(ppmi)
@@ -210,15 +192,12 @@ def combine_views(views: Sequence[np.ndarray], weights: Sequence[float] | None =
 
     Args:
         views (`Sequence[np.ndarray]`):
-            Arrays of shape `(I, D_v)`. Zero rows (items unknown to a view) stay zero.
+            Arrays of shape `(I, D_v)`, at least one. Zero rows (items unknown to a view) stay zero.
         weights (`Sequence[float]`, *optional*):
             One weight per view, 1 if not given. Squared distances weight the views by the squares.
 
     Returns:
         `np.ndarray` of shape `(I, Σ D_v)`, float32.
-
-    Raises:
-        `ValueError`: no view, views with different numbers of rows, or a different number of weights.
     """
     if not len(views):
         raise ValueError("views is empty; expected at least one embedding.")

@@ -74,23 +74,14 @@ def assign_new_items(existing_codes: np.ndarray, quantizer: Quantizer, x_new: np
         quantizer ([`Quantizer`]):
             Their quantizer.
         x_new (`np.ndarray` of shape `(N, D)`):
-            Vectors of the new items from the same embedding model; `N` may be 0.
+            Vectors of the new items from the same embedding model; `N` may be 0, and `I + N` at most `K^M`.
 
     Returns:
         `np.ndarray` of shape `(N, M)`, int64.
-
-    Raises:
-        `ValueError`: wrong shapes, two existing items with the same codes, or more items than the `K^M` Semantic IDs.
     """
     existing = check_codes(existing_codes, "existing_codes", quantizer, min_length=quantizer.num_sid_levels)
-    order = np.lexsort(existing.T)
-    duplicates = np.flatnonzero((existing[order[1:]] == existing[order[:-1]]).all(axis=1))
-    if duplicates.size:
-        first, second = sorted(order[duplicates[0] : duplicates[0] + 2].tolist())
-        raise ValueError(
-            f"existing_codes rows {first} and {second} are both {existing[first].tolist()}; expected different rows. "
-            "Call resolve_collisions first."
-        )
+    if len(np.unique(existing, axis=0)) < len(existing):
+        raise ValueError("existing_codes has equal rows; call resolve_collisions first.")
     if not len(x_new):
         return np.empty((0, quantizer.num_sid_levels), dtype=np.int64)
     return separate(quantizer.encode(x_new), existing, quantizer, np.asarray(x_new))

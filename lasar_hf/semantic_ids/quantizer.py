@@ -18,7 +18,8 @@ from sklearn.cluster import KMeans, kmeans_plusplus
 from sklearn.exceptions import ConvergenceWarning
 from threadpoolctl import threadpool_limits
 
-from ..files import atomic_file
+from ..arguments import import_dotted
+from ..files import atomic_file, read_json
 
 
 QUANTIZER_NAME = "quantizer.safetensors"
@@ -37,15 +38,10 @@ class Quantizer(Protocol):
     codebook_size: int
 
     def fit_encode(self, x: np.ndarray) -> np.ndarray: ...
-
     def encode(self, x: np.ndarray, prefix: np.ndarray | None = None) -> np.ndarray: ...
-
     def decode(self, codes: np.ndarray) -> np.ndarray: ...
-
     def distances(self, x: np.ndarray, prefix: np.ndarray) -> np.ndarray: ...
-
     def first_columns(self, width: int) -> "Quantizer": ...
-
     def save_pretrained(self, save_directory: str | os.PathLike) -> None: ...
 
 
@@ -170,10 +166,7 @@ class ResidualKMeans:
     @classmethod
     def from_pretrained(cls, save_directory: str | os.PathLike) -> "ResidualKMeans":
         """Load a quantizer that [`~ResidualKMeans.save_pretrained`] wrote; it gives exactly the same codes."""
-        path = Path(save_directory) / QUANTIZER_NAME
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} not found; expected the folder of a saved quantizer.")
-        with safe_open(path, "np") as file:
+        with safe_open(Path(save_directory) / QUANTIZER_NAME, "np") as file:
             centres, codes_used = file.get_tensor("codebooks"), file.get_tensor("codes_used")
             quantizer = cls(*centres.shape[:2], seed=int(file.metadata()["seed"]))
         quantizer.centres, quantizer.codes_used = centres, codes_used
@@ -226,6 +219,12 @@ def check_codes(codes: np.ndarray, name: str, quantizer: Quantizer, min_length: 
         limit = quantizer.codebook_size
         raise ValueError(f"{name} row {row} is {codes[row].tolist()}; expected codes in [0, {limit}).")
     return codes
+
+
+def load_quantizer(data_dir: str | Path):
+    """The quantizer that `recipes/prepare.py` fitted; the class is named in `semantic_ids.json`."""
+    path = read_json(Path(data_dir, "semantic_ids.json"))["quantizer"]
+    return import_dotted(path).from_pretrained(Path(data_dir, "quantizer"))
 
 
 def _fit_centres(points: np.ndarray, num_codes: int, seed: int) -> np.ndarray:

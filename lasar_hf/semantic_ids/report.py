@@ -7,12 +7,10 @@ from .quantizer import Quantizer
 
 
 NUM_NEIGHBOURS = 10  # per item
-MAX_QUERIES = 2_000  # items whose neighbours are looked up; enough for a standard error of about 0.01
+MAX_QUERIES = 2_000  # random items whose neighbours are looked up; enough for a standard error of about 0.01
 
 
-def quality_report(
-    codes: np.ndarray, embeddings: np.ndarray, quantizer: Quantizer | None = None, seed: int = 0
-) -> dict:
+def quality_report(codes: np.ndarray, embeddings: np.ndarray, quantizer: Quantizer | None = None) -> dict:
     """
     Measure the Semantic IDs of a catalogue.
 
@@ -23,8 +21,6 @@ def quality_report(
             Item vectors, used for neighbours and errors.
         quantizer ([`Quantizer`], *optional*):
             The quantizer of the codes. Adds the effect of resolving collisions, and the reconstruction error.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the sample of items whose neighbours are looked up.
 
     Returns:
         `dict` with
@@ -37,9 +33,6 @@ def quality_report(
               `encode`, and the number of items with other codes than these.
             - **reconstruction_error** (`float`) -- with a quantizer: mean squared distance of the vectors to their
               reconstructions, divided by the variance.
-
-    Raises:
-        `ValueError`: `codes` and `embeddings` have different numbers of rows.
     """
     codes, embeddings = np.asarray(codes), np.asarray(embeddings, dtype=np.float32)
     if codes.ndim != 2 or embeddings.ndim != 2 or len(codes) != len(embeddings) or not len(codes):
@@ -47,7 +40,7 @@ def quality_report(
             f"codes has shape {codes.shape} and embeddings has shape {embeddings.shape}; expected one row per item in "
             "both."
         )
-    report = {"items": len(codes), "collisions": _num_collisions(codes), "levels": _levels(codes, embeddings, seed)}
+    report = {"items": len(codes), "collisions": _num_collisions(codes), "levels": _levels(codes, embeddings)}
     if quantizer is not None:
         before = quantizer.encode(embeddings)
         report["collisions_before"] = _num_collisions(before)
@@ -62,8 +55,8 @@ def _num_collisions(codes: np.ndarray) -> int:
     return len(codes) - len(np.unique(codes, axis=0))
 
 
-def _levels(codes: np.ndarray, embeddings: np.ndarray, seed: int) -> list[dict]:
-    items, neighbours = _neighbours(embeddings, seed)
+def _levels(codes: np.ndarray, embeddings: np.ndarray) -> list[dict]:
+    items, neighbours = _neighbours(embeddings)
     same_code = codes[items][:, None, :] == codes[neighbours]  # (queries, neighbours, M)
     same_prefix = np.logical_and.accumulate(same_code, axis=2)
     pairs = len(codes) * (len(codes) - 1)
@@ -83,10 +76,10 @@ def _levels(codes: np.ndarray, embeddings: np.ndarray, seed: int) -> list[dict]:
     return levels
 
 
-def _neighbours(embeddings: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def _neighbours(embeddings: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """A sample of items without a zero vector, `(Q,)`, and the indices of their nearest neighbours, `(Q, 10)`."""
     items = np.flatnonzero(embeddings.any(axis=1))
-    items = np.random.default_rng(seed).permutation(items)[:MAX_QUERIES]
+    items = np.random.default_rng(0).permutation(items)[:MAX_QUERIES]
     count = min(NUM_NEIGHBOURS, len(embeddings) - 1)
     if not len(items) or not count:
         return items, np.empty((len(items), count), dtype=np.int64)

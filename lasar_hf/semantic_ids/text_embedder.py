@@ -16,9 +16,8 @@ from ..files import atomic_file
 
 EMBEDDER_NAME = "tfidf_embedder.safetensors"
 
-MAX_WORDS = 100_000
 # Single characters count as words: sizes and model numbers ("M 6") distinguish products.
-TFIDF_SETTINGS = {"sublinear_tf": True, "ngram_range": (1, 2), "token_pattern": r"(?u)\w+"}
+TFIDF_SETTINGS = {"sublinear_tf": True, "ngram_range": (1, 2), "token_pattern": r"(?u)\w+", "max_features": 100_000}
 
 
 class TfidfEmbedder:
@@ -56,7 +55,7 @@ class TfidfEmbedder:
             raise ValueError(f"texts is {texts!r}; expected a sequence of at least one text.")
         if self.dim < 1:
             raise ValueError(f"dim is {self.dim}; expected at least 1.")
-        self.vectorizer = TfidfVectorizer(max_features=MAX_WORDS, **TFIDF_SETTINGS)
+        self.vectorizer = TfidfVectorizer(**TFIDF_SETTINGS)
         try:
             weights = self.vectorizer.fit_transform(texts)  # (N, V)
         except ValueError:  # scikit-learn's "empty vocabulary"
@@ -98,10 +97,7 @@ class TfidfEmbedder:
     @classmethod
     def from_pretrained(cls, save_directory: str | os.PathLike) -> "TfidfEmbedder":
         """Load an embedder that [`~TfidfEmbedder.save_pretrained`] wrote; its vectors are exactly the same."""
-        path = Path(save_directory) / EMBEDDER_NAME
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} not found; expected the folder of a saved TfidfEmbedder.")
-        with safe_open(path, "np") as file:
+        with safe_open(Path(save_directory) / EMBEDDER_NAME, "np") as file:
             config = json.loads(file.metadata()["config"])
             components, idf = file.get_tensor("components"), file.get_tensor("idf")
         embedder = cls(config["dim"], config["seed"])

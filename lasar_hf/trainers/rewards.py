@@ -5,12 +5,10 @@ The candidates of a prompt follow each other in descending order of probability.
 training examples and `items`, the index of each candidate in the catalogue.
 """
 
-import importlib
 import math
-import os
-import sys
 from collections.abc import Callable
 
+from ..arguments import import_dotted
 from ..model.catalog_lasar import SidCatalog
 from ..model.configuration_lasar import LasarConfig
 
@@ -103,14 +101,10 @@ def load_rewards(
         if name in built_in:
             rewards.append(built_in[name])
             continue
-        if os.getcwd() not in sys.path:  # as TRL's scripts do: a script's own folder is on the path, not this one
-            sys.path.insert(0, os.getcwd())
-        module, _, function = name.rpartition(".")
         try:
-            rewards.append(getattr(importlib.import_module(module), function))
-        except (ModuleNotFoundError, AttributeError, ValueError) as error:  # ValueError: a name without a module
+            rewards.append(import_dotted(name))
+        except ValueError as error:
             raise ValueError(
-                f"Unknown reward {name!r}: expected {', '.join(built_in)}, or the dotted path of a function such as "
-                f"my_module.my_reward ({error})."
+                f"Unknown reward {name!r}; expected {', '.join(built_in)}, or the dotted path of a function. {error}"
             ) from error
     return rewards

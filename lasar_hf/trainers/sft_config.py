@@ -32,7 +32,8 @@ class LasarSFTConfig(SFTConfig):
 
     max_length: int | None = field(default=None, metadata={"help": "Maximum length of an example."})
     sid_loss: str = field(
-        default="catalog", metadata={"help": "Normalisation of SID tokens.", "choices": ["catalog", "vocab"]}
+        default="catalog",
+        metadata={"help": "Softmax over the catalogue or the vocabulary.", "choices": ["catalog", "vocab"]},
     )
     alignment: str = field(
         default="kl", metadata={"help": "Distance of latent states and anchors.", "choices": [*DISTANCES, "none"]}
