@@ -543,7 +543,7 @@ def test_a_dotted_path_is_a_source(tmp_path, monkeypatch):
     assert read_source("my_shop.read", {"item": "b"}).item_ids == ["b"]
     with pytest.raises(ValueError, match=r"my_shop\.broken"):
         read_source("my_shop.broken")
-    with pytest.raises(ValueError, match="'wrong'"):
+    with pytest.raises(FileNotFoundError, match="my_shop.wrong"):
         read_source("my_shop.wrong")
 
 
