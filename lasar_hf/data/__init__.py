@@ -13,7 +13,7 @@ from .examples import (
 )
 from .interactions import Interactions, read_index, read_lcrec
 from .prepared_data import PreparedData, describe
-from .readers import read_amazon2018, read_amazon2023, read_items, read_source, read_table
+from .readers import read_amazon2014, read_amazon2018, read_amazon2023, read_items, read_source, read_table
 from .splits import Split, global_time, leave_one_out, samples
 from .tokenizer import build_tokenizer
 from .toy import toy_shop
@@ -33,6 +33,7 @@ __all__ = [
     "history_examples",
     "leave_one_out",
     "mix_examples",
+    "read_amazon2014",
     "read_amazon2018",
     "read_amazon2023",
     "read_index",

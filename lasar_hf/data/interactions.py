@@ -1,15 +1,23 @@
 """Users' interactions in order of time, checked once on construction, and the readers of the LC-Rec files."""
 
+import html
 import json
 import re
+import warnings
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import date
 from decimal import Decimal
+from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
+from pandas.tseries.api import guess_datetime_format
 
 from ..model.configuration_lasar import sid_token
 
@@ -17,6 +25,8 @@ from ..model.configuration_lasar import sid_token
 TEXT_FIELDS = ("title", "description", "brand", "categories")
 ID_FIELDS = ("asin", "parent_asin")  # identify items that have no text
 CATEGORY_SEPARATOR = " > "
+TIES = ("file", "item", "random")
+UNITS = ("seconds", "milliseconds", "microseconds", "nanoseconds")  # up to 1e11, 1e14, 1e17, more
 # Control characters except white space, and those that change the writing direction: a title must not hide or reorder
 # the text around it. Joiners stay because scripts and emoji need them.
 _INVISIBLE = dict.fromkeys(
@@ -41,7 +51,8 @@ class Interactions:
         histories (`list[list[int]]`):
             Item indices of each user, oldest first.
         timestamps (`list[list[float]]`, *optional*):
-            Time of each interaction in the unit of the raw files, never decreasing within a history.
+            Time of each interaction, never decreasing within a history: numbers in the unit of the raw files, dates in
+            seconds since 1970.
         counts (`dict[str, int]`, *optional*):
             Numbers of rows that a reader read and left out, for the data card.
 
@@ -99,6 +110,59 @@ class Interactions:
 def _check_distinct(name: str, ids: list[str]) -> None:
     if len(set(ids)) < len(ids):
         raise ValueError(f"{name} contains {Counter(ids).most_common(1)[0][0]!r} twice; ids must be distinct.")
+
+
+def build_interactions(
+    log: pd.DataFrame, user_names: list[str], item_names: list[str], k_core: int, keep_repeats: bool, ties: str
+) -> Interactions:
+    """Sorted and filtered histories of rows of numbers (user, item and optionally time), see `read_table`."""
+    # 1. Sort by user and time. The sort is stable, so rows with equal times keep the order of the file.
+    has_times = "time" in log
+    log = log if has_times else log.assign(time=range(len(log)))
+    tied = np.zeros(len(log))
+    if ties == "item":
+        items = sorted(range(len(item_names)), key=lambda item: natural_order(item_names[item]))
+        tied = np.argsort(items)[log["item"]]
+    elif ties == "random":
+        tied = np.random.default_rng(0).permutation(len(log))
+    log = log.iloc[np.lexsort((tied, log["time"], log["user"]))]
+
+    # 2. Drop repeats, then users and items with few rows, until none is left.
+    unique = log.drop_duplicates(["user", "item", "time"] if keep_repeats else ["user", "item"])
+    kept, enough = unique, np.zeros(1, dtype=bool)
+    while not enough.all():
+        sizes = [kept.groupby(name)[name].transform("size") for name in ("user", "item")]
+        enough = (sizes[0] >= k_core) & (sizes[1] >= k_core)
+        kept = kept[enough]
+    if not len(kept):
+        raise ValueError(f"No interaction remains: no users and items have {k_core} each; decrease k_core.")
+
+    same_user = kept["user"].eq(kept["user"].shift())
+    num_neighbors, num_tied = int(same_user.sum()), int((same_user & kept["time"].eq(kept["time"].shift())).sum())
+    if num_tied > num_neighbors / 5:
+        warnings.warn(f"{num_tied} of {num_neighbors} neighbours have equal times, ordered by {ties}.", stacklevel=3)
+
+    # 3. Number the remaining users and items in natural order of their names.
+    if log.attrs.get("is_date"):
+        kept = kept.assign(time=kept["time"] / 1e9)
+    user_order = sorted(kept["user"].unique().tolist(), key=lambda user: natural_order(user_names[user]))
+    item_order = sorted(kept["item"].unique().tolist(), key=lambda item: natural_order(item_names[item]))
+    index_of = {item: index for index, item in enumerate(item_order)}
+    by_user = kept.assign(item=kept["item"].map(index_of)).groupby("user").agg(list).loc[user_order]
+    return Interactions(
+        item_ids=[item_names[item] for item in item_order],
+        items=[{} for _ in item_order],
+        user_ids=[user_names[user] for user in user_order],
+        histories=by_user["item"].tolist(),
+        timestamps=by_user["time"].tolist() if has_times else None,
+        counts={
+            "rows_read": len(log),
+            "repeats_dropped": len(log) - len(unique),
+            "below_core_dropped": len(unique) - len(kept),
+            "users_dropped": len(user_names) - len(user_order),
+            "items_dropped": len(item_names) - len(item_order),
+        },
+    )
 
 
 def read_lcrec(folder: str | Path) -> Interactions:
@@ -216,10 +280,10 @@ def _read_object(path: Path) -> dict:
     for key in content:
         if id_text(key) is None:
             raise ValueError(f"{path}: {key!r} is not an id; expected text.")
-    return content
+    return {id_text(key): value for key, value in content.items()}
 
 
-def parse_json(content: bytes, path: str | Path, line: int | None = None) -> object:
+def parse_json(content: bytes | str, path: str | Path, line: int | None = None) -> object:
     """Parse a JSON file, or one line of it. Errors name the file and the line. A file must not repeat a key."""
     where = f"{path}: line {line}" if line else str(path)
 
@@ -243,40 +307,78 @@ def parse_json(content: bytes, path: str | Path, line: int | None = None) -> obj
 def clean_text(value: object) -> str:
     """
     Text of a table cell, stripped, without control characters, changes of writing direction and unpaired surrogates.
-    `None` and NaN give an empty text, lists are joined by spaces.
+    `None` and NaN give an empty text; lists are joined by spaces, objects give `name: value, name: value`.
     """
     if isinstance(value, list | tuple):
         return " ".join(filter(None, map(clean_text, value)))
+    if isinstance(value, Mapping):
+        value = ", ".join(f"{name}: {clean_text(part)}" for name, part in value.items())
     text = "" if value is None or value != value else str(value)
     return text.encode("utf-8", "replace").decode("utf-8").translate(_INVISIBLE).strip()
 
 
+class _PageText(HTMLParser):
+    """Collects the text of a web page in `parts`, without tags, comments, scripts and style sheets."""
+
+    def __init__(self):
+        super().__init__()
+        self.parts, self.is_hidden = [], False
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:
+        self.is_hidden = tag in ("script", "style")
+
+    def handle_endtag(self, tag: str) -> None:
+        self.is_hidden = False
+
+    def handle_data(self, data: str) -> None:
+        self.parts += [] if self.is_hidden else [data]
+
+
+def strip_html(value: object) -> object:
+    """Text without tags, entities and pieces of page code, or a list of such texts."""
+    if isinstance(value, list | tuple):
+        return [strip_html(part) for part in value]
+    text = html.unescape(clean_text(value))
+    if "<" in text:
+        page = _PageText()
+        page.feed(text)
+        page.close()
+        text = " ".join(page.parts)
+    # Amazon's titles contain the page's code without its tags, too: "var aPageStart = (new Date()).getTime();".
+    return "" if ".getTime()" in text else " ".join(text.split())
+
+
 def id_text(value: object) -> str | None:
     """
-    A user or item id as text, in which `7`, `7.0` and `"7"` are equal. `None` if the value cannot be an id: blank, a
-    fraction, a float too large to be exact, a boolean, a list, an object, or text with an unpaired surrogate.
+    A user or item id as stripped text, in which `7`, `7.0` and `"7"` are equal. `None` if the value cannot be an id:
+    blank, a fraction, a float too large to be exact, a boolean, a list, an object, or text with an unpaired surrogate.
     """
     is_whole = isinstance(value, float) and value.is_integer() and abs(value) < 2**53
     if is_whole or (isinstance(value, Decimal) and value.is_finite() and value == value.to_integral_value()):
         value = int(value)
     if not isinstance(value, str | int) or isinstance(value, bool):
         return None
-    text = str(value)
+    text = str(value).strip()
     is_text = text.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in text)
-    return text if is_text and text.strip() else None
+    return text if is_text and text else None
 
 
-def item_fields(raw: Mapping[str, object]) -> dict[str, str]:
+def item_fields(raw: Mapping[str, object], strip_markup: bool = False, several: bool = False) -> dict[str, str]:
     """
     The text and id fields of a raw item that are not empty, cleaned. Category levels are a list, or text with `" > "`
-    or commas between levels; a comma before a space belongs to a name ("Tapes, Adhesives & Sealants").
+    or commas between levels; a comma before a space belongs to a name ("Tapes, Adhesives & Sealants"). Of several
+    lists of levels (Amazon 2014) the first counts. With `several`, each raw field is a list of which the first value
+    that is not empty counts.
     """
     fields = {}
     for name in TEXT_FIELDS + ID_FIELDS:
-        value = raw.get(name)
+        values = raw.get(name, ()) if several else [raw.get(name)]
+        values = map(strip_html, values) if strip_markup else values
+        value = next(filter(clean_text, values), None)
         if name == "categories" and isinstance(value, str):
             value = value.split(CATEGORY_SEPARATOR) if CATEGORY_SEPARATOR in value else re.split(r",(?! )", value)
         if name == "categories" and isinstance(value, list | tuple):
+            value = value[0] if value and isinstance(value[0], list | tuple) else value
             value = CATEGORY_SEPARATOR.join(filter(None, map(clean_text, value)))
         if text := clean_text(value):
             fields[name] = text
@@ -288,3 +390,68 @@ def natural_order(name: str) -> tuple[bool, int, str, str]:
     is_number = name.isascii() and name.isdigit()
     digits = name.lstrip("0") if is_number else ""  # compared as text, since `int` refuses thousands of digits
     return (not is_number, len(digits), digits, name)
+
+
+def parse_times(values: Sequence[object], form: str | None = None) -> tuple[np.ndarray, str]:
+    """
+    Times as numbers, and their common form: a unit, or the format of a date. Numbers keep their unit; dates, as text,
+    objects or numbers like 20240131, become nanoseconds since 1970 (UTC if they have no time zone). `ValueError` if a
+    value is not a time, or has another form.
+    """
+    try:
+        numbers = pd.to_numeric(pd.Series(values, dtype=object)).to_numpy()
+        numbers = numbers.astype(float) if numbers.dtype == object else numbers
+    except (TypeError, ValueError, OverflowError):
+        return _parse_dates(values, form)
+    is_day = (numbers >= 19000101) & (numbers <= 21001231) & (np.floor(numbers) == numbers)
+    days = pd.to_datetime(numbers[is_day].astype("int64").astype(str), format="%Y%m%d", errors="coerce")
+    is_day[is_day] = ~days.isna()
+    if is_day.all() and form in (None, "%Y%m%d"):
+        return days.as_unit("ns").astype("int64").to_numpy(), "%Y%m%d"
+    units = np.searchsorted([1e11, 1e14, 1e17], np.abs(numbers), side="right")
+    form = form or UNITS[units[0]]
+    # Dates among numbers since 1970 are another form; among small numbers they are numbers by chance.
+    is_mixed = is_day.any() and numbers[~is_day].min(initial=2**62) >= 1e8
+    is_number = np.isfinite(numbers).all() and not any(isinstance(value, bool) for value in values)
+    if is_mixed or not is_number or any(UNITS[unit] != form for unit in np.unique(units)):
+        raise ValueError("not finite numbers of one unit")
+    return numbers, form
+
+
+def _parse_dates(values: Sequence[object], form: str | None) -> tuple[np.ndarray, str]:
+    """Dates as nanoseconds since 1970, and their format. The month comes first where both orders fit."""
+    column = pd.Series([value if isinstance(value, date) else str(value).strip() for value in values], dtype=object)
+    if column.astype(str).str.lower().isin(["now", "today"]).any():  # pandas reads these as the present
+        raise ValueError("not a date")
+    formats, parsed = [form], {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of pandas, about the order that `dayfirst` does not force
+        if form is None:
+            guesses = [guess_datetime_format(str(column[0]), dayfirst=day_first) or "" for day_first in (False, True)]
+            formats = ["ISO8601", *guesses, *(guess.replace("%B", "%b") for guess in guesses)]
+        for date_format in filter(None, dict.fromkeys(formats)):
+            with suppress(ValueError, TypeError, OverflowError):
+                times = pd.to_datetime(column, format=date_format, utc=True)
+                if not times.isna().any() and "ISO8601" not in parsed:
+                    parsed[date_format] = times.dt.as_unit("ns").astype("int64").to_numpy()
+    if not parsed:
+        raise ValueError("not dates of one form")
+    form, times = next(iter(parsed.items()))
+    if any((others != times).any() for others in parsed.values()):
+        warnings.warn(f"Dates like {values[0]!r} fit {' and '.join(parsed)}; read as {form}.", stacklevel=2)
+    return times, form
+
+
+def wrong_time(values: Sequence[object], form: str | None, first: str, where: str, start: int, column: str) -> str:
+    """Message about a batch of times that [`parse_times`] refuses; `first` is the first time of the column."""
+
+    def is_refused(times: Sequence[object], form: str | None) -> bool:
+        with suppress(ValueError):
+            return not parse_times(times, form)
+        return True
+
+    position = bisect_left(range(1, len(values)), True, key=lambda length: is_refused(values[:length], form))
+    expected = "a finite number or a date like 2024-01-31"
+    if not is_refused(values[position : position + 1], None):
+        expected = f"the unit or form of {first}"
+    return f"{where} {start + position}, {column} is {values[position]!r}; expected {expected}."

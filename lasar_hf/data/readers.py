@@ -1,22 +1,29 @@
 """
-Readers of tables: your own, and those of Amazon Reviews 2018 and 2023.
+Readers of tables: your own, and those of Amazon Reviews 2014, 2018 and 2023.
 
-Tables are CSV or JSON lines (`.gz` too), Parquet, or data sets of `datasets`. They are read in batches, and only the
-columns that are needed. A *source* is a function that returns `Interactions`; `SOURCES` names those of the library.
+Tables are delimited text or JSON (lines or an array), each also as `.gz`, `.bz2`, `.xz` or `.zip`, Parquet, or data
+sets of `datasets`. They are read in batches, and only the columns that are needed. A *source* is a function that
+returns `Interactions`; `SOURCES` names those of the library.
 """
 
-import gzip
-import html
+import ast
+import codecs
 import inspect
+import logging
+import lzma
 import re
 import warnings
+import zipfile
 import zlib
 from array import array
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from datetime import UTC, date, datetime
-from math import isfinite, nan
+from csv import reader as csv_reader
+from io import TextIOWrapper
+from itertools import chain
 from pathlib import Path
+from typing import BinaryIO
 
+import fsspec
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -25,55 +32,45 @@ from pyarrow import csv, parquet
 
 from ..arguments import import_dotted
 from ..files import file_hash, folder_hashes
-from .interactions import (
-    TEXT_FIELDS,
-    Interactions,
-    clean_text,
-    id_text,
-    item_fields,
-    natural_order,
-    parse_json,
-    read_lcrec,
-)
+from . import interactions as raw
+from .interactions import Interactions, build_interactions, id_text, item_fields, parse_json, read_lcrec
 from .toy import toy_shop
 
+
+logger = logging.getLogger(__name__)
 
 Table = str | Path | Dataset | IterableDataset
 Tables = Table | Sequence[Table]
 
 BATCH_SIZE = 65_536  # rows per batch
+AMAZON = {"user_column": "reviewerID", "item_column": "asin", "time_column": "unixReviewTime"}  # 2014 and 2018
 AMAZON_2023 = "McAuley-Lab/Amazon-Reviews-2023"
+# Columns of each text field; the first that is not empty counts.
+TEXT_COLUMNS = {
+    "title": ["title"],
+    "description": ["description", "features", "feature", "details", "subtitle"],
+    "brand": ["brand", "store"],
+    "categories": ["categories", "category"],
+}
+DELIMITED, JSON = (".csv", ".tsv", ".txt", ".dat", ".data", ".inter", ".item"), (".json", ".jsonl", ".ndjson")
+UNREADABLE = (pa.ArrowInvalid, UnicodeError, LookupError, EOFError, OSError, zlib.error, lzma.LZMAError,
+              zipfile.BadZipFile)  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tables
 
 
-def as_time(value: object, where: str) -> float:
-    """A time as a number: numbers stay, dates become seconds since 1970 (UTC if they have no time zone)."""
-    try:
-        text = value.isoformat() if isinstance(value, date) else value
-        try:
-            time = nan if isinstance(value, bool) else float(text)
-        except ValueError:
-            moment = datetime.fromisoformat(str(text).strip())
-            time = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
-    except (TypeError, ValueError, OverflowError):
-        time = nan
-    if not isfinite(time):
-        raise ValueError(f"{where} is {value!r}; expected a finite number or a date like 2024-01-31.")
-    return time
-
-
 def read_batches(
-    table: Table, columns: Sequence[str], optional: Sequence[str] = ()
+    table: Table, columns: Sequence[str], optional: Sequence[str] = (), **options: object
 ) -> Iterator[tuple[int, dict[str, list]]]:
     """
-    Yield batches of rows: the number of the first row, counted from 1, and the values of each column. CSV columns are
-    read as text. `optional` columns that the table does not have are `None`.
+    Yield batches of rows: the number of the first row, counted from 1, and the values of each column. Delimited
+    columns are read as text. `optional` columns that the table does not have are `None`. Options: `encoding`; of
+    delimited text `delimiter`, and `layouts`, lists of columns of which a file without a header has the one that fits.
     """
     names = list(dict.fromkeys([*columns, *optional]))
     start = 1
-    for batch in _raw_batches(table, columns, names):
+    for batch in _raw_batches(table, columns, names, **options):
         size = len(next(iter(batch.values())))
         if size:
             yield start, {name: batch[name] if name in batch else [None] * size for name in names}
@@ -87,7 +84,9 @@ def table_name(table: Table) -> str:
     return str(table)
 
 
-def _raw_batches(table: Table, columns: Sequence[str], names: Sequence[str]) -> Iterator[dict[str, list]]:
+def _raw_batches(
+    table: Table, columns: Sequence[str], names: Sequence[str], encoding: str | None = None, **options: object
+) -> Iterator[dict[str, list]]:
     """Batches with those of the columns `names` that the table has; it must have `columns`."""
     if isinstance(table, Dataset | IterableDataset):
         # A stream may not know its columns before the first row.
@@ -96,77 +95,153 @@ def _raw_batches(table: Table, columns: Sequence[str], names: Sequence[str]) -> 
         yield from table.select_columns(present).with_format(None).iter(BATCH_SIZE)
         return
     path = Path(table)
-    suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
-    if suffix not in (".csv", ".parquet", ".jsonl", ".ndjson", ".json"):
-        raise ValueError(f"{path}: unknown format; expected .parquet, .csv, .jsonl, .ndjson or .json (or .gz).")
+    suffix = re.sub(r"\.(gz|bz2|xz|zip)$", "", path.name.lower()).rpartition(".")[2]
+    if f".{suffix}" not in (".parquet", *DELIMITED, *JSON):
+        formats = ", ".join([".parquet", *DELIMITED, *JSON])
+        raise ValueError(f"{path}: unknown format; expected {formats} (or .gz, .bz2, .xz or .zip of these).")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file.")
-    read = {".csv": _csv_batches, ".parquet": _parquet_batches}.get(suffix, _json_batches)
+    read = _json_batches if f".{suffix}" in JSON else _delimited_batches
     try:
-        yield from read(path, columns, names)
-    except (pa.ArrowInvalid, UnicodeDecodeError, EOFError, OSError, zlib.error) as error:
-        raise ValueError(f"{path}: not readable as {suffix[1:]} ({str(error).splitlines()[0]}).") from error
+        if suffix == "parquet":
+            with parquet.ParquetFile(path) as file:
+                present = _present(path, file.schema_arrow.names, columns, names)
+                yield from (batch.to_pydict() for batch in file.iter_batches(BATCH_SIZE, columns=present))
+        else:
+            yield from read(path, columns, names, encoding or _encoding(path), **options)
+    except UNREADABLE as error:
+        raise ValueError(f"{path}: not readable as {suffix} ({str(error).splitlines()[0]}).") from error
 
 
 def _present(table: Table, existing: Sequence[str], columns: Sequence[str], names: Sequence[str]) -> list[str]:
-    for column in columns:
-        if column not in existing:
-            raise ValueError(f"{table_name(table)} has no column {column!r}; its columns are {', '.join(existing)}.")
-    for column in names:
-        if list(existing).count(column) > 1:
-            raise ValueError(f"{table_name(table)} has several columns named {column!r}; rename them.")
+    if missing := next((column for column in columns if column not in existing), None):
+        raise ValueError(f"{table_name(table)} has no column {missing!r}; its columns are {', '.join(existing)}.")
+    if repeated := next((column for column in names if list(existing).count(column) > 1), None):
+        raise ValueError(f"{table_name(table)} has several columns named {repeated!r}; rename them.")
     return [column for column in names if column in existing]
 
 
-def _csv_batches(path: Path, columns: Sequence[str], names: Sequence[str]) -> Iterator[dict[str, list]]:
-    with csv.open_csv(path) as reader:
-        present = _present(path, reader.schema.names, columns, names)
-    # As text: the id 007 keeps its zeros, and a column of numbers may contain a word further down.
-    convert = csv.ConvertOptions(
-        include_columns=present, column_types=dict.fromkeys(present, pa.string()), strings_can_be_null=False
-    )
-    parse = csv.ParseOptions(newlines_in_values=True)
-    with csv.open_csv(path, parse_options=parse, convert_options=convert) as reader:
-        yield from (batch.to_pydict() for batch in reader)
+def _open(path: Path) -> BinaryIO:
+    """The content of a file, decompressed."""
+    if path.suffix.lower() == ".zip" and len(names := zipfile.ZipFile(path).namelist()) > 1:
+        raise ValueError(f"{path} contains {', '.join(names)}; expected one file.")
+    return fsspec.open(str(path), "rb", compression="infer").open()
 
 
-def _parquet_batches(path: Path, columns: Sequence[str], names: Sequence[str]) -> Iterator[dict[str, list]]:
-    with parquet.ParquetFile(path) as file:
-        present = _present(path, file.schema_arrow.names, columns, names)
-        yield from (batch.to_pydict() for batch in file.iter_batches(BATCH_SIZE, columns=present))
+def _encoding(path: Path) -> str:
+    """Encoding of a text file: by its byte-order mark, else UTF-8 if all of it is, else Latin-1."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    with _open(path) as file:
+        block = file.read(2**20)
+        if block.startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            return "utf-8-sig" if block.startswith(codecs.BOM_UTF8) else "utf-16"
+        try:
+            while decoder.decode(block, final=not block) or block:
+                block = file.read(2**20)
+        except UnicodeDecodeError:
+            warnings.warn(f"{path} is not UTF-8 text; it is read as latin-1. Otherwise give encoding.", stacklevel=2)
+            return "latin-1"
+    return "utf-8"
 
 
-def _json_batches(path: Path, columns: Sequence[str], names: Sequence[str]) -> Iterator[dict[str, list]]:
-    """
-    Not pyarrow's JSON reader: it rounds integers above 2**64, turns ids such as "2024-01-02" into dates, refuses
-    columns of mixed types and does not name the line of an error.
-    """
+def _delimited_batches(
+    path: Path, columns: Sequence[str], names: Sequence[str], encoding: str, layouts=(), delimiter: str | None = None
+) -> Iterator[dict[str, list]]:
+    # 1. The first row: names of columns, which RecBole writes as `user_id:token`, or data.
+    with TextIOWrapper(_open(path), encoding, newline="") as file:
+        line = next((line for line in file if line.strip()), "")
+        delimiter = delimiter or ("::" if "::" in line else max(",;\t|", key=line.count))
+        is_long = len(delimiter) > 1  # then without quotes
+        row = line.split(delimiter) if is_long else next(csv_reader(chain([line], file), delimiter=delimiter), [])
+    row = map(str.strip, row)
+    fields = [field if field in names else re.sub(r":(token|float)(_seq)?$", "", field) for field in row]
+    layout = next((layout for layout in layouts if len(layout) == len(fields)), None)
+    is_data = len(layouts) == 1 or any(field[:1].isdigit() for field in fields)  # one layout is given, not supposed
+    has_header = not layout or not is_data or set(fields) & set(names)
+    if not has_header:
+        logger.warning("%s has no header; its columns are read as %s.", path, ", ".join(layout))
+        fields = layout
+    present = _present(path, fields, columns, names)
+
+    # 2. All rows as text: the id 007 keeps its zeros, and a column of numbers may contain a word further down.
+    numbers = [str(number) for number in range(len(fields))]  # as names, since other columns may repeat
+    read = csv.ReadOptions(column_names=numbers, skip_rows_after_names=1 if has_header else 0)
+    dialect = {"delimiter": "\x1f", "quote_char": False} if is_long else {"delimiter": delimiter}
+    parse = csv.ParseOptions(newlines_in_values=True, **dialect)
+    chosen = [numbers[fields.index(name)] for name in present]
+    convert = csv.ConvertOptions(include_columns=chosen, column_types=dict.fromkeys(chosen, pa.string()))
+    with _open(path) as file:
+        stream = pa.transcoding_input_stream(pa.PythonFile(file, mode="r"), encoding, "utf-8")
+        if is_long:
+            stream = pa.TransformInputStream(stream, _shorten(delimiter.encode()))
+        with csv.open_csv(stream, read_options=read, parse_options=parse, convert_options=convert) as reader:
+            yield from (dict(zip(present, batch.to_pydict().values(), strict=True)) for batch in reader)
+
+
+def _shorten(delimiter: bytes) -> Callable[[pa.Buffer], bytes]:
+    """A function that replaces the delimiter by one byte in successive blocks of a file."""
+    rest = b""
+
+    def step(block: pa.Buffer) -> bytes:
+        nonlocal rest
+        text = (rest + block.to_pybytes()).replace(delimiter, b"\x1f")
+        rest = delimiter[:-1] if text.endswith(delimiter[:-1]) else b""  # may go on in the next block
+        return text.removesuffix(rest)
+
+    return step
+
+
+def _json_batches(
+    path: Path, columns: Sequence[str], names: Sequence[str], encoding: str, **_: object
+) -> Iterator[dict[str, list]]:
+    # Not pyarrow's JSON reader: it rounds integers above 2**64, turns ids such as "2024-01-02" into dates, refuses
+    # columns of mixed types and does not name the line of an error.
     batch: dict[str, list] = {name: [] for name in names}
-    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            row = parse_json(line, path, number)
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}: line {number} is {type(row).__name__}; expected an object.")
-            for name in columns:
-                if name not in row:
-                    raise ValueError(f"{path}: line {number} has no {name!r}.")
-            for name in names:
-                batch[name].append(row.get(name))
-            if number % BATCH_SIZE == 0:
-                yield batch
-                batch = {name: [] for name in names}
+    for number, (where, row) in enumerate(_json_rows(path, encoding), start=1):
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}: {where} is {type(row).__name__}; expected an object.")
+        if missing := next((name for name in columns if name not in row), None):
+            raise ValueError(f"{path}: {where} has no {missing!r}.")
+        for name in names:
+            batch[name].append(row.get(name))
+        if number % BATCH_SIZE == 0:
+            yield batch
+            batch = {name: [] for name in names}
     yield batch
 
 
+def _json_rows(path: Path, encoding: str) -> Iterator[tuple[str, object]]:
+    """Rows of one array, or of lines that are not blank: JSON, or Python's `{'a': 1}` as in Amazon 2014."""
+    with TextIOWrapper(_open(path), encoding) as file:
+        is_first = True
+        for number, line in enumerate(file, start=1):
+            if is_first and line.lstrip().startswith("["):
+                rows = parse_json(line + file.read(), path)
+                yield from ((f"row {position}", row) for position, row in enumerate(rows, start=1))
+            elif line.strip():
+                is_first = False
+                try:
+                    row = parse_json(line, path, number)
+                except ValueError as error:
+                    try:
+                        row = ast.literal_eval(line.strip())
+                    except (ValueError, SyntaxError, MemoryError, RecursionError):
+                        raise error from None
+                yield f"line {number}", row
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# Items
+# Items and interactions
 
 
 def read_items(
     tables: Tables,
     item_column: str = "item_id",
-    text_columns: Mapping[str, str] | None = None,
+    text_columns: Mapping[str, str | Sequence[str]] | None = None,
     strip_markup: bool = False,
+    columns: Sequence[str] | None = None,
+    item_ids: Collection[str] | None = None,
+    **options: str | None,
 ) -> dict[str, dict[str, str]]:
     """
     Read the text of items. If an item has several rows, the first one counts.
@@ -176,37 +251,33 @@ def read_items(
             One row per item, see [`read_table`].
         item_column (`str`, *optional*, defaults to `"item_id"`):
             Column of the item's id.
-        text_columns (`Mapping[str, str]`, *optional*):
-            Column of each text field, such as `{"title": "name"}`; the table must have them. By default those columns
-            of `title`, `description`, `brand` and `categories` that the table has.
+        text_columns (`Mapping[str, str | Sequence[str]]`, *optional*):
+            Column of each text field, such as `{"title": "name"}`, or several, of which the first that is not empty
+            counts; the table must have them. By default those of `TEXT_COLUMNS` that the table has.
         strip_markup (`bool`, *optional*, defaults to `False`):
-            Whether to remove HTML tags and entities from the text.
+            Whether to remove HTML tags, scripts, style sheets and entities from the text.
+        columns (`Sequence[str]`, *optional*):
+            Names of the columns of delimited text without a header; by default item, title, categories.
+        item_ids (`Collection[str]`, *optional*):
+            Items to read; the tables must have one of them.
+        delimiter, encoding: as for [`read_table`].
 
     Returns:
         `dict[str, dict[str, str]]`: fields of each item by its id, as in `Interactions.items`.
 
     Raises:
         `FileNotFoundError`: if a file does not exist.
-        `ValueError`: if a column is missing, a row is broken or has no item id, or `text_columns` is empty or names an
-            unknown field.
+        `ValueError`: if a column is missing, a row is broken or has no id, or `text_columns` has no known fields.
     """
-    return _read_items(tables, item_column, _text_fields(text_columns), text_columns is not None, strip_markup)
-
-
-def _read_items(
-    tables: Tables,
-    item_column: str,
-    fields: Mapping[str, str],
-    required: bool = False,
-    strip_markup: bool = False,
-    item_ids: Collection[str] | None = None,
-) -> dict[str, dict[str, str]]:
-    """[`read_items`], restricted to `item_ids` if given; `fields` maps each text field to its column."""
-    columns, optional = (fields.values(), ()) if required else ((), fields.values())
+    fields = _text_fields(text_columns)
+    names = list(chain.from_iterable(fields.values()))
+    needed, optional = ([item_column], names) if text_columns is None else ([item_column, *names], [])
+    layout = [item_column, *(fields[name][0] for name in ("title", "categories") if name in fields)]
+    options |= {"layouts": [columns] if columns else [layout[:2], layout]}
     items: dict[str, dict[str, str]] = {}
-    num_repeated = 0
+    num_repeated, item_id = 0, None
     for table in _as_list(tables):
-        for start, batch in read_batches(table, [item_column, *columns], [*optional]):
+        for start, batch in read_batches(table, needed, optional, **options):
             for position, value in enumerate(batch[item_column]):
                 item_id = _checked_id(value, table, start + position, item_column)
                 if item_ids is not None and item_id not in item_ids:
@@ -214,28 +285,21 @@ def _read_items(
                 if item_id in items:
                     num_repeated += 1
                     continue
-                raw = {field: batch[column][position] for field, column in fields.items()}
-                if strip_markup:
-                    raw = {field: _without_markup(value) for field, value in raw.items()}
-                items[item_id] = item_fields(raw)
+                values = {field: [batch[name][position] for name in names] for field, names in fields.items()}
+                items[item_id] = item_fields(values, strip_markup, several=True)
+    if item_ids and not items:
+        files = ", ".join(map(table_name, _as_list(tables)))
+        raise ValueError(f"{files}: no {item_column} is an item of the interactions: {item_id!r}, {min(item_ids)!r}.")
     if num_repeated:
         warnings.warn(f"{num_repeated} rows repeat an item; the first row of an item counts.", stacklevel=3)
     return items
 
 
-def _text_fields(text_columns: Mapping[str, str] | None) -> Mapping[str, str]:
-    if text_columns is None:
-        return {name: name for name in TEXT_FIELDS}
-    if not text_columns or not set(text_columns) <= set(TEXT_FIELDS):
-        raise ValueError(f"text_columns has the fields {list(text_columns)}; expected some of {list(TEXT_FIELDS)}.")
-    return text_columns
-
-
-def _without_markup(value: object) -> object:
-    """Text without HTML tags and entities, or a list of such texts."""
-    if isinstance(value, list | tuple):
-        return [_without_markup(part) for part in value]
-    return " ".join(re.sub(r"<[^<>]*>", " ", html.unescape(clean_text(value))).split())
+def _text_fields(text_columns: Mapping[str, str | Sequence[str]] | None) -> Mapping[str, Sequence[str]]:
+    text_columns = TEXT_COLUMNS if text_columns is None else text_columns
+    if not text_columns or not set(text_columns) <= set(TEXT_COLUMNS):
+        raise ValueError(f"text_columns has the fields {list(text_columns)}; expected some of {list(TEXT_COLUMNS)}.")
+    return {field: _as_list(columns) for field, columns in text_columns.items()}
 
 
 def _checked_id(value: object, table: Table, row: int, column: str) -> str:
@@ -249,10 +313,6 @@ def _as_list(tables: Tables) -> Sequence[Table]:
     return tables if isinstance(tables, list | tuple) else [tables]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Interactions
-
-
 def read_table(
     interactions: Tables,
     items: Tables | None = None,
@@ -260,19 +320,25 @@ def read_table(
     user_column: str = "user_id",
     item_column: str = "item_id",
     time_column: str | None = "timestamp",
-    text_columns: Mapping[str, str] | None = None,
+    text_columns: Mapping[str, str | Sequence[str]] | None = None,
     k_core: int = 5,
     keep_repeats: bool = False,
+    ties: str = "file",
+    strip_markup: bool = False,
+    columns: Sequence[str] | None = None,
+    items_columns: Sequence[str] | None = None,
+    delimiter: str | None = None,
+    encoding: str | None = None,
 ) -> Interactions:
     """
     Read interactions, and the text of items, from tables with named columns.
 
-    The rows of a user are sorted by time; rows with equal times stay in the order of the file. Then repeats are
-    dropped, and users and items with fewer than `k_core` interactions, until none is left.
+    The rows of a user are sorted by time. Then repeats are dropped, and users and items with fewer than `k_core`
+    interactions, until none is left. Ids are text without blanks around it.
 
     Args:
         interactions (`str`, `Path`, `Dataset`, `IterableDataset` or a sequence of these):
-            One row per interaction: CSV, Parquet or JSON lines (by the suffix, `.gz` too), or a data set.
+            One row per interaction: delimited text, JSON or Parquet (by the suffix, compressed too), or a data set.
         items (same, *optional*):
             One row per item. Items that are not in it have no text.
         user_column (`str`, *optional*, defaults to `"user_id"`):
@@ -280,14 +346,22 @@ def read_table(
         item_column (`str`, *optional*, defaults to `"item_id"`):
             Column of the item, in both tables.
         time_column (`str`, *optional*, defaults to `"timestamp"`):
-            Column of the time: numbers or ISO dates. `None` or empty: the rows are in order already.
-        text_columns (`Mapping[str, str]`, *optional*):
-            As for [`read_items`].
+            Column of the time: numbers or dates of one form. `None` or empty: the rows are in order already.
+        text_columns, strip_markup: as for [`read_items`].
         k_core (`int`, *optional*, defaults to `5`):
             Minimum number of interactions of a user and of an item; `1` keeps all.
         keep_repeats (`bool`, *optional*, defaults to `False`):
             Whether a user may interact with an item several times. By default only the first time counts, as in the
             field's data sets. The same user, item and time is one interaction in any case.
+        ties (`str`, *optional*, defaults to `"file"`):
+            Order of a user's rows with equal times: as in the `"file"`, by `"item"` id, or `"random"` (always the
+            same). If more than a fifth of the neighbours in the histories have equal times, a warning says so.
+        columns, items_columns (`Sequence[str]`, *optional*):
+            Names of the columns of delimited text without a header. By default they are user, item and time, or user,
+            item, rating and time, with a warning in the log; for items see [`read_items`].
+        delimiter, encoding (`str`, *optional*):
+            Of text. By default `::` or the most frequent of comma, semicolon, tab and `|` in the first line, and
+            UTF-8, UTF-16 with a byte-order mark, or else Latin-1 with a warning.
 
     Returns:
         `Interactions`: users and items in natural order of their ids, with `timestamps` (if there is a time column)
@@ -295,7 +369,8 @@ def read_table(
 
     Raises:
         `FileNotFoundError`: if a file does not exist.
-        `ValueError`: if a column is missing, a row is broken or has no user, item or time, or nothing remains.
+        `ValueError`: if a column is missing, a row is broken or has no user, item or time, times have several units
+            or forms, no item has a row in `items`, or nothing remains.
 
     Example:
 
@@ -305,20 +380,43 @@ def read_table(
     >>> shop = read_table("ratings.csv", "products.parquet", user_column="user", item_column="product")
     ```
     """
-    fields = _text_fields(text_columns)
-    data = _read_interactions(interactions, user_column, item_column, time_column, k_core, keep_repeats)
-    return _add_text(data, items, item_column, fields, required=text_columns is not None)
+    _text_fields(text_columns)  # fails before the long reading
+    if ties not in raw.TIES:
+        raise ValueError(f"ties is {ties!r}; expected one of {', '.join(raw.TIES)}.")
+    options = {"delimiter": delimiter, "encoding": encoding}
+    names = [user_column, item_column, *([time_column] if time_column else [])]
+    layouts = [columns] if columns else [names, [*names[:2], "rating", *names[2:]]]
+    log, user_names, item_names = _read_log(interactions, *names, layouts=layouts, **options)
+    data = build_interactions(log, user_names, item_names, k_core, keep_repeats, ties)
+    if items is not None:
+        options |= {"columns": items_columns, "item_ids": set(data.item_ids), "strip_markup": strip_markup}
+        texts = read_items(items, item_column, text_columns, **options)
+        for item_id, item in zip(data.item_ids, data.items, strict=True):
+            item.update(texts.get(item_id, {}))
+        if num_empty := sum(not item for item in data.items):
+            warnings.warn(f"{num_empty} of {len(data.items)} items have no text; they are kept.", stacklevel=2)
+    return data
+
+
+def read_amazon2014(interactions: Tables, items: Tables | None = None, k_core: int = 5) -> Interactions:
+    """
+    Read Amazon Reviews 2014 (the field's Beauty and Sports): `reviews_<Category>_5.json.gz` or
+    `ratings_<Category>.csv`, and `meta_<Category>.json.gz`. Otherwise as [`read_amazon2018`].
+    """
+    columns = ["reviewerID", "asin", "overall", "unixReviewTime"]
+    return read_table(interactions, items, columns=columns, k_core=k_core, strip_markup=True, **AMAZON)
 
 
 def read_amazon2018(interactions: Tables, items: Tables | None = None, k_core: int = 5) -> Interactions:
     """
-    Read Amazon Reviews 2018: the 5-core JSON lines (`Musical_Instruments_5.json.gz`) and `meta_<Category>.json.gz`.
+    Read Amazon Reviews 2018: the 5-core JSON lines (`Musical_Instruments_5.json.gz`) or the ratings
+    (`Musical_Instruments.csv`), and `meta_<Category>.json.gz`.
 
     Of several reviews of an item by a user the earliest counts, and HTML is removed from the text. Arguments, result
     and errors as for [`read_table`].
     """
-    data = _read_interactions(interactions, "reviewerID", "asin", "unixReviewTime", k_core)
-    return _add_text(data, items, "asin", _text_fields(None) | {"categories": "category"}, strip_markup=True)
+    columns = ["asin", "reviewerID", "overall", "unixReviewTime"]
+    return read_table(interactions, items, columns=columns, k_core=k_core, strip_markup=True, **AMAZON)
 
 
 def read_amazon2023(
@@ -350,80 +448,52 @@ def read_amazon2023(
         interactions, items = (
             hf_hub_download(AMAZON_2023, name, repo_type="dataset", revision=revision) for name in files
         )
-    data = _read_interactions(interactions, "user_id", "parent_asin", "timestamp", k_core)
-    return _add_text(data, items, "parent_asin", _text_fields(None) | {"brand": "store"}, strip_markup=True)
+    return read_table(interactions, items, item_column="parent_asin", k_core=k_core, strip_markup=True)
 
 
-def _add_text(
-    data: Interactions, tables: Tables | None, item_column: str, fields: Mapping[str, str], **options: bool
-) -> Interactions:
-    """Add the text of the items to `data`, if there are tables of items; `fields` and options as for `_read_items`."""
-    if tables is None:
-        return data
-    texts = _read_items(tables, item_column, fields, item_ids=set(data.item_ids), **options)
-    for item_id, item in zip(data.item_ids, data.items, strict=True):
-        item.update(texts.get(item_id, {}))
-    num_empty = sum(not item for item in data.items)
-    if num_empty:
-        warnings.warn(f"{num_empty} of {len(data.items)} items have no text; they are kept.", stacklevel=3)
-    return data
-
-
-def _read_interactions(
-    tables: Tables, user_column: str, item_column: str, time_column: str | None, k_core: int, keep_repeats=False
-) -> Interactions:
-    # 1. Read all rows: three numbers per row, and each name once.
-    users, items, times = array("i"), array("i"), array("d")
+def _read_log(
+    tables: Tables, user_column: str, item_column: str, time_column: str | None = None, **options: object
+) -> tuple[pd.DataFrame, list[str], list[str]]:
+    """All rows as numbers (user, item, time), and the name of each user and item."""
+    users, items, times = array("i"), array("i"), []
     user_numbers: dict[str, int] = {}
     item_numbers: dict[str, int] = {}
+    form = first = None
     columns = [user_column, item_column, *([time_column] if time_column else [])]
     for table in _as_list(tables):
-        for start, batch in read_batches(table, columns):
-            for row, (user, item) in enumerate(zip(batch[user_column], batch[item_column], strict=True), start):
-                user = _checked_id(user, table, row, user_column)
-                item = _checked_id(item, table, row, item_column)
-                users.append(user_numbers.setdefault(user, len(user_numbers)))
-                items.append(item_numbers.setdefault(item, len(item_numbers)))
-            for row, time in enumerate(batch[time_column] if time_column else (), start):
-                times.append(as_time(time, f"{table_name(table)}: row {row}, {time_column}"))
+        for start, batch in read_batches(table, columns, **options):
+            users.extend(_numbers(batch[user_column], user_numbers, table, start, user_column))
+            items.extend(_numbers(batch[item_column], item_numbers, table, start, item_column))
+            if time_column:
+                values = batch[time_column]
+                first = first or f"{values[0]!r} in row {start} of {table_name(table)}"
+                try:
+                    numbers, form = raw.parse_times(values, form)
+                except ValueError:
+                    where = f"{table_name(table)}: row"
+                    raise ValueError(raw.wrong_time(values, form, first, where, start, time_column)) from None
+                times.append(numbers)
     if not users:
         raise ValueError("The tables contain no interactions.")
+    for column, names in ((user_column, user_numbers), (item_column, item_numbers)):
+        spellings = {name.casefold(): name for name in names}
+        if num_variants := len(names) - len(spellings):
+            example = next(name for name in names if spellings[name.casefold()] != name)
+            warnings.warn(f"{num_variants} ids of {column} differ only in case: {example!r} and others.", stacklevel=3)
+    log = pd.DataFrame({"user": np.asarray(users), "item": np.asarray(items)})
+    if time_column:
+        log["time"] = np.concatenate(times)
+        log.attrs["is_date"] = form not in raw.UNITS
+    return log, list(user_numbers), list(item_numbers)
 
-    # 2. Sort by user and time. The sort is stable, so rows with equal times keep the order of the file.
-    columns = {"user": users, "item": items, "time": times or range(len(users))}
-    log = pd.DataFrame({name: np.asarray(values) for name, values in columns.items()})
-    log = log.iloc[np.lexsort((log["time"], log["user"]))]
 
-    # 3. Drop repeats, then users and items with few rows, until none is left.
-    unique = log.drop_duplicates(["user", "item", "time"] if keep_repeats else ["user", "item"])
-    kept, enough = unique, np.zeros(1, dtype=bool)
-    while not enough.all():
-        sizes = [kept.groupby(name)[name].transform("size") for name in ("user", "item")]
-        enough = (sizes[0] >= k_core) & (sizes[1] >= k_core)
-        kept = kept[enough]
-    if not len(kept):
-        raise ValueError(f"No interaction remains: no users and items have {k_core} each; decrease k_core.")
-
-    # 4. Number the remaining users and items in natural order of their names.
-    user_names, item_names = list(user_numbers), list(item_numbers)
-    user_order = sorted(kept["user"].unique().tolist(), key=lambda user: natural_order(user_names[user]))
-    item_order = sorted(kept["item"].unique().tolist(), key=lambda item: natural_order(item_names[item]))
-    index_of = {item: index for index, item in enumerate(item_order)}
-    by_user = kept.assign(item=kept["item"].map(index_of)).groupby("user").agg(list).loc[user_order]
-    return Interactions(
-        item_ids=[item_names[item] for item in item_order],
-        items=[{} for _ in item_order],
-        user_ids=[user_names[user] for user in user_order],
-        histories=by_user["item"].tolist(),
-        timestamps=by_user["time"].tolist() if times else None,
-        counts={
-            "rows_read": len(log),
-            "repeats_dropped": len(log) - len(unique),
-            "below_core_dropped": len(unique) - len(kept),
-            "users_dropped": len(user_names) - len(user_order),
-            "items_dropped": len(item_names) - len(item_order),
-        },
-    )
+def _numbers(values: Sequence, numbers: dict[str, int], table: Table, start: int, column: str) -> Iterator[int]:
+    """The number of each id; new ids are added to `numbers`."""
+    for row, value in enumerate(values, start):
+        number = numbers.get(value) if isinstance(value, str) else None
+        if number is None:
+            number = numbers.setdefault(_checked_id(value, table, row, column), len(numbers))
+        yield number
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -432,6 +502,7 @@ def _read_interactions(
 SOURCES: dict[str, Callable[..., Interactions]] = {
     "toy": toy_shop,
     "table": read_table,
+    "amazon2014": read_amazon2014,
     "amazon2018": read_amazon2018,
     "amazon2023": read_amazon2023,
     "lcrec": read_lcrec,
@@ -449,9 +520,6 @@ def read_source(source: str, source_args: Mapping[str, object] | None = None) ->
         source_args (`Mapping[str, object]`, *optional*):
             Arguments of that function.
 
-    Returns:
-        `Interactions`: what the function returns.
-
     Raises:
         `FileNotFoundError`: if the source is unknown, or a file does not exist.
         `ValueError`: if the function does not accept the arguments or does not return `Interactions`.
@@ -465,8 +533,7 @@ def read_source(source: str, source_args: Mapping[str, object] | None = None) ->
     ```
     """
     function, arguments = _bind_source(source, source_args)
-    interactions = function(**arguments)
-    if not isinstance(interactions, Interactions):
+    if not isinstance(interactions := function(**arguments), Interactions):
         raise ValueError(f"source {source!r} returned {type(interactions).__name__}; expected Interactions.")
     return interactions
 
@@ -493,8 +560,8 @@ def _bind_source(source: str, source_args: Mapping[str, object] | None) -> tuple
     try:
         signature.bind(**arguments)
     except TypeError as error:
-        expected = ", ".join(signature.parameters)
-        raise ValueError(f"source_args of source {source!r}: {error}; its arguments are {expected}.") from error
+        names = ", ".join(signature.parameters)
+        raise ValueError(f"source_args of source {source!r}: {error}; its arguments are {names}.") from error
     return function, arguments
 
 
