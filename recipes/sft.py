@@ -159,7 +159,8 @@ def main(script: SFTScriptArguments, training_args: LasarSFTConfig, model_args: 
     data = PreparedData.load(script.data_dir)
     checkpoint = checkpoint_to_resume(
         training_args, **asdict(script), **asdict(model_args), data=PreparedData.file_hashes(script.data_dir),
-        start=folder_hashes(model_args.model_name_or_path, "*.safetensors"),
+        start=folder_hashes(model_args.model_name_or_path, "*.safetensors")
+        | folder_hashes(model_args.model_name_or_path, "processor_config.json"),
     )
     with unsharded_weights():
         model, processor = (stage1_model if script.stage == 1 else stage2_model)(script, model_args, data)

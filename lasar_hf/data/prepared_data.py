@@ -84,8 +84,9 @@ class PreparedData:
 
     @staticmethod
     def file_hashes(folder: str | Path) -> dict[str, str]:
-        """SHA-256 of the tables and of the catalogue in a folder, which a resumed run compares."""
-        return folder_hashes(folder, "**/data-*.arrow") | folder_hashes(folder, "catalog/*")
+        """SHA-256 of the tables, the catalogue and the tokenizer in a folder, which a resumed run compares."""
+        patterns = ("**/data-*.arrow", "catalog/*", "tokenizer/*")
+        return {name: sha for pattern in patterns for name, sha in folder_hashes(folder, pattern).items()}
 
     @cached_property
     def split(self) -> Split:
@@ -171,7 +172,7 @@ def describe(interactions: Interactions, split: Split) -> dict[str, object]:
     }
     if interactions.timestamps is not None:
         gaps = np.concatenate([np.diff(times) for times in interactions.timestamps])
-        card["order"] = "by time; interactions of one user with equal times stay in the order of the file"
+        card["order"] = "by time; interactions of one user with equal times in the order of the reader's tie rule"
         card["time"] = {
             "first": min(times[0] for times in interactions.timestamps),
             "last": max(times[-1] for times in interactions.timestamps),

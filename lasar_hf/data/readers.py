@@ -544,7 +544,8 @@ def source_settings(source: str, source_args: Mapping[str, object] | None = None
     each file or folder. The code of your own function and the content of data sets on the Hub are not included.
     """
     function, arguments = _bind_source(source, source_args)
-    return {"source": function.__name__, "source_args": {name: _hashed(value) for name, value in arguments.items()}}
+    settings = {name: _hashed(value) for name, value in arguments.items()}
+    return {"source": f"{function.__module__}.{function.__qualname__}", "source_args": settings}
 
 
 def _bind_source(source: str, source_args: Mapping[str, object] | None) -> tuple[Callable, dict[str, object]]:
@@ -552,7 +553,7 @@ def _bind_source(source: str, source_args: Mapping[str, object] | None) -> tuple
     arguments = dict(source_args or {})
     if source in SOURCES:
         function = SOURCES[source]
-    elif Path(source).is_dir():
+    elif source and Path(source).is_dir():
         function, arguments = read_lcrec, {"folder": source} | arguments
     else:
         function = _import_source(source)
@@ -583,4 +584,4 @@ def _hashed(value: object) -> object:
     path = Path(value) if isinstance(value, str | Path) and value else None
     if path is None or not path.exists():
         return value
-    return file_hash(path) if path.is_file() else folder_hashes(path, "*")
+    return file_hash(path) if path.is_file() else folder_hashes(path, "**/*")
