@@ -13,7 +13,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 
-from lasar_hf import SidCatalog
+from lasar_hf import LasarProcessor, SidCatalog
 from lasar_hf.data import toy_shop
 from lasar_hf.model.configuration_lasar import sid_token
 from lasar_hf.semantic_ids import ItemEncoder, ResidualKMeans, assign_new_items
@@ -48,8 +48,9 @@ def prepared(tmp_path_factory):
 
 @pytest.fixture
 def checkpoint(prepared, tmp_path):
-    for part in (*tiny_model(num_sid_levels=4, codebook_size=8), SidCatalog.from_pretrained(prepared / "catalog")):
-        part.save_pretrained(tmp_path / "model")
+    model, tokenizer = tiny_model(num_sid_levels=4, codebook_size=8)
+    model.save_pretrained(tmp_path / "model")
+    LasarProcessor(tokenizer, SidCatalog.from_pretrained(prepared / "catalog")).save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
 

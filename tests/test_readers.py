@@ -577,3 +577,26 @@ def test_source_settings_follow_the_content_of_files(tmp_path):
 def test_source_settings_follow_the_files_of_a_folder(tmp_path):
     first = source_settings(str(write(tmp_path, inter={"u": [1]})))
     assert source_settings(str(write(tmp_path, inter={"u": [2]}))) != first
+
+
+def test_a_file_in_a_nested_folder_changes_the_settings(tmp_path, monkeypatch):
+    (tmp_path / "shop" / "part").mkdir(parents=True)
+    (tmp_path / "shop" / "part" / "a.csv").write_text("1")
+    (tmp_path / "nested_source.py").write_text("def read(folder):\n    pass\n")
+    monkeypatch.chdir(tmp_path)
+    before = source_settings("nested_source.read", {"folder": "shop"})
+    (tmp_path / "shop" / "part" / "a.csv").write_text("2")
+    assert source_settings("nested_source.read", {"folder": "shop"}) != before
+
+
+def test_functions_of_one_name_are_different_sources(tmp_path, monkeypatch):
+    for module in ("one_source", "other_source"):
+        (tmp_path / f"{module}.py").write_text("def read():\n    pass\n")
+    monkeypatch.chdir(tmp_path)
+    assert source_settings("one_source.read") != source_settings("other_source.read")
+
+
+@pytest.mark.parametrize("source", ["", "../downloads/Scientfic", "./x.csv", "tabel"])
+def test_an_unknown_source_lists_the_sources(source):
+    with pytest.raises(FileNotFoundError, match="toy, table, amazon"):
+        read_source(source, {})
