@@ -596,3 +596,10 @@ def test_functions_of_one_name_are_different_sources(tmp_path, monkeypatch):
         (tmp_path / f"{module}.py").write_text("def read():\n    pass\n")
     monkeypatch.chdir(tmp_path)
     assert source_settings("one_source.read") != source_settings("other_source.read")
+
+
+def test_a_column_named_like_a_file_stays_a_name(tmp_path, monkeypatch):
+    (tmp_path / "user").write_text("not a table")
+    monkeypatch.chdir(tmp_path)
+    settings = source_settings("table", {"interactions": "ratings.csv", "user_column": "user"})
+    assert settings["source_args"]["user_column"] == "user"

@@ -544,7 +544,9 @@ def source_settings(source: str, source_args: Mapping[str, object] | None = None
     each file or folder. The code of your own function and the content of data sets on the Hub are not included.
     """
     function, arguments = _bind_source(source, source_args)
-    settings = {name: _hashed(value) for name, value in arguments.items()}
+    settings = {
+        name: value if name.endswith("_column") else _hashed(value) for name, value in arguments.items()
+    }
     return {"source": f"{function.__module__}.{function.__qualname__}", "source_args": settings}
 
 

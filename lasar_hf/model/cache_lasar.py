@@ -15,7 +15,7 @@ class _BlockLayer(DynamicLayer):
 
     def update(self, key_states, value_states, *args, **kwargs):
         if torch.is_autocast_enabled(key_states.device.type):
-            # Otherwise attention would cast the joined tensors, and keep a cast copy of the prompt's for every step.
+            # Cast before joining. Attention would cast the joined tensors, and so keep a copy of the prompt per step.
             dtype = torch.get_autocast_dtype(key_states.device.type)
             key_states, value_states = key_states.to(dtype), value_states.to(dtype)
         # A block is written once. A second write is the replay of gradient checkpointing and stores equal values.

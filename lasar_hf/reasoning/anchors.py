@@ -250,7 +250,7 @@ class _EncodingPlan:
 
 
 def _open_vectors(folder: Path, inputs_hash: str, shape: tuple[int, int]) -> tuple[np.memmap, int]:
-    """The file of vectors and how many sequences it holds; a new file if there is none for these inputs."""
+    """The file of vectors and the number of sequences in it. Other inputs start a new file."""
     path, progress = folder / "vectors.npy", folder / "progress.json"
     state = read_json(progress) if progress.exists() and path.exists() else {}
     if state.get("inputs_hash") == inputs_hash:
