@@ -4,7 +4,8 @@ Rank the whole catalogue for held-out users: popularity, Markov, then checkpoint
     accelerate launch recipes/eval.py --config recipes/scientific/eval.yaml
 
 A model is `name=path` or, with `N` latent steps for every user, `name=path@N` (`@0` is direct generation). Prints the
-table and writes `report.json` and `report.md`. The prompt format is that of each checkpoint.
+table and writes `report.json` and `report.md`, with the significance of each difference between neighbouring rows (a
+bootstrap over users). The prompt format is that of each checkpoint.
 """
 
 import tempfile
@@ -124,7 +125,8 @@ def main(args: EvaluateArguments) -> None:
         print(comparison_table(rows))
         hits = {name: hits_per_user(ranks(items, samples["target"]), 10) for name, items in predictions.items()}
         pairs = list(zip(list(hits)[1:], list(hits)[:-1], strict=True))  # each recommender against the row above
-        tests = {f"{a} - {b}": asdict(paired_bootstrap(hits[a], hits[b])) for a, b in pairs}
+        users = samples["user_id"]
+        tests = {f"{a} - {b}": asdict(paired_bootstrap(hits[a], hits[b], users)) for a, b in pairs}
         save_report(args.output_dir, rows, {"arguments": asdict(args), "HR@10_against_the_row_before": tests})
 
 

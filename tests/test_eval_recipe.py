@@ -40,6 +40,15 @@ def test_report_has_baselines_and_models(recipe, folder, tmp_path):
     assert list(report(tmp_path)["results"]) == ["popularity", "Markov", "direct", "policy"]
 
 
+def test_significance_draws_users(recipe, folder, tmp_path, monkeypatch):
+    drawn, paired_bootstrap = [], recipe.paired_bootstrap
+    monkeypatch.setattr(
+        recipe, "paired_bootstrap", lambda a, b, users: (drawn.append(list(users)), paired_bootstrap(a, b, users))[1]
+    )
+    recipe.main(recipe.EvaluateArguments(**arguments(folder, tmp_path)))
+    assert drawn == 3 * [list(PreparedData.load(folder / "data").samples["test"]["user_id"])]
+
+
 def test_table_is_printed_even_if_saving_fails(recipe, folder, tmp_path, monkeypatch, capsys):
     def fail(*_):
         raise OSError("disk full")

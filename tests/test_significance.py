@@ -45,6 +45,48 @@ def test_false_alarms_are_as_rare_as_promised():
     assert 0.01 < np.mean(np.array(p_values) < 0.05) < 0.10
 
 
+def null_rows(rng, num_users=100):
+    """Two equal recommenders on users with one to nine rows each; the rows of a user are alike."""
+    users = np.repeat([f"u{user}" for user in range(num_users)], 1 + np.arange(num_users) % 9)
+    _, user_index = np.unique(users, return_inverse=True)
+    values = rng.standard_normal((2, num_users))[:, user_index] + 0.3 * rng.standard_normal((2, len(users)))
+    return users, values
+
+
+@pytest.mark.parametrize(("by_user", "low", "high"), [(True, 0.02, 0.09), (False, 0.2, 1.0)])
+def test_false_alarms_are_rare_only_if_users_are_drawn(by_user, low, high):
+    rng = np.random.default_rng(2)
+    p_values = []
+    for seed in range(200):
+        users, values = null_rows(rng)
+        p_values.append(paired_bootstrap(*values, users if by_user else None, num_resamples=400, seed=seed).p_value)
+    assert low < np.mean(np.array(p_values) < 0.05) < high
+
+
+def test_the_difference_is_a_mean_over_rows():
+    assert paired_bootstrap([3.0, 0.0, 0.0], [0.0, 0.0, 0.0], ["a", "b", "b"], num_resamples=50).difference == 1.0
+
+
+@pytest.mark.parametrize("num_users", [30, 500])
+def test_one_row_per_user_gives_the_numbers_of_rows(num_users):
+    rng = np.random.default_rng(4)
+    values, users = rng.random((2, num_users)), rng.permutation(num_users).astype(str)
+    assert paired_bootstrap(*values, users, num_resamples=200) == paired_bootstrap(*values, num_resamples=200)
+
+
+def test_one_row_per_user_gives_the_numbers_of_earlier_versions():
+    rng = np.random.default_rng(3)
+    values = [(rng.random(30) < share).astype(float) for share in (0.1, 0.12)]
+    result = paired_bootstrap(*values, range(30), num_resamples=500)
+    assert (result.low, result.high, result.p_value) == (-0.1, 0.23333333333333334, 0.5828343313373253)
+
+
+@pytest.mark.parametrize("users", [["a", "a", "a"], ["a", "b"]], ids=["one user", "too few"])
+def test_wrong_users_are_refused(users):
+    with pytest.raises(ValueError, match="user"):
+        paired_bootstrap([1.0, 2.0, 3.0], [1.0, 1.0, 1.0], users)
+
+
 def test_equal_seeds_give_equal_results():
     values = np.random.default_rng(0).random((2, 30))
     assert paired_bootstrap(*values, num_resamples=100) == paired_bootstrap(*values, num_resamples=100)
