@@ -19,11 +19,12 @@ def main() -> None:
 
     processor = LasarProcessor.from_pretrained(args.model)
     model = LasarForGenerativeRec.from_pretrained(args.model).eval()
-    try:
-        inputs = processor([args.history])
-    except ValueError as error:  # an item that the catalogue does not have
-        parser.error(str(error))
-    output = model.recommend(**inputs, catalog=processor.catalog, top_k=args.top_k)
+    known = [item for item in args.history if item in processor.catalog.index_of]
+    if not known:
+        parser.error("the catalogue has no item of the history.")
+    if len(known) < len(args.history):
+        print(f"{len(args.history) - len(known)} unknown items are left out")
+    output = model.recommend(**processor([known]), catalog=processor.catalog, top_k=args.top_k)
     print(f"{int(output.latent_steps[0])} latent steps")
     for entry in processor.decode_recommendations(output)[0]:
         print(f"{entry['score']:7.3f}  {entry['item_id']:>8}  {entry['title'] or ''}")

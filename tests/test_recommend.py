@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,9 @@ import pytest
 import torch
 
 from lasar_hf import LasarProcessor, SidCatalog
-from tests.recipes import ROOT, load_recipe, save_checkpoint
+from lasar_hf.data import PreparedData
+from lasar_hf.evaluation import popularity_ranking
+from tests.recipes import ROOT, load_recipe, save_checkpoint, save_prepared
 from tests.tiny import tiny_model
 
 
@@ -193,12 +196,12 @@ def catalog():
 def test_ids_of_json_lines_stay_text(recipe, tmp_path, catalog):
     path = tmp_path / "histories.jsonl"
     path.write_text('{"user_id": "2021-02-03", "history": ["2020-01-01", 7]}\n{"user_id": 5, "history": [7]}\n')
-    assert recipe.read_histories(path, catalog) == (["2021-02-03", "5"], [[0, 1], [1]])
+    assert recipe.read_histories(path, catalog) == (["2021-02-03", "5"], [[0, 1], [1]], [0, 0])
 
 
 def test_whole_numbers_of_parquet_lose_their_point(recipe, tmp_path, catalog):
     pq.write_table(pa.table({"user_id": [1.0], "history": [[7.0, 7.0]]}), tmp_path / "floats.parquet")
-    assert recipe.read_histories(tmp_path / "floats.parquet", catalog) == (["1"], [[1, 1]])
+    assert recipe.read_histories(tmp_path / "floats.parquet", catalog) == (["1"], [[1, 1]], [0])
 
 
 @pytest.mark.parametrize(
@@ -206,8 +209,8 @@ def test_whole_numbers_of_parquet_lose_their_point(recipe, tmp_path, catalog):
     [
         ("", "history"),
         ('{"user_id": "a", "history": "77"}', "history"),
+        ('{"user_id": "a", "history": 7}', "history"),
         ('{"user_id": null, "history": [7]}', "user_id"),
-        ('{"user_id": "a", "history": [7, null]}', "None"),
         ('{"user_id": "a", "items": [7]}', "history"),
     ],
 )
@@ -219,14 +222,91 @@ def test_rows_that_are_not_histories_are_refused(recipe, tmp_path, catalog, text
 
 
 @pytest.mark.parametrize(
-    ("histories", "name"), [([["item-1"], ["item-2", "gone"]], "gone"), ([["item-1"], []], "user-1"), ([[3, 4]], "3")]
-)
+    ("histories", "name"),
+    [
+        ([["item-1"], ["item-2", "gone"]], "gone"), ([["item-1"], []], "user-1"), ([["item-1"], None], "user-1"),
+        ([["item-1", None]], "None"), ([[3, 4]], "3"),
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
-def test_bad_histories_are_refused_before_writing(recipe, checkpoint, tmp_path, suffix, histories, name):
+def test_strict_refuses_unknown_items_and_new_users(recipe, checkpoint, tmp_path, suffix, histories, name):
     path = write_histories(tmp_path / f"rows{suffix}", histories)
     with pytest.raises(ValueError, match=name):
-        run(recipe, arguments(checkpoint, tmp_path, path))
+        run(recipe, arguments(checkpoint, tmp_path, path, strict=True))
     assert not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Unknown items and new users
+
+
+LIVE = [["gone", "item-1", None], ["item-2"], [], ["gone", "lost"], None, ["item-1"], ["", "item-3"]]
+UNKNOWN = [2, 0, 0, 2, 0, 0, 1]
+FALLBACK = [False, False, True, True, True, False, False]
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """Prepared data, and the ids of its training items, the most frequent first."""
+    folder = tmp_path_factory.mktemp("data")
+    save_prepared(folder)
+    data = PreparedData.load(folder)
+    ranking = popularity_ranking(data.split.train, len(data.items), len(data.items))
+    return folder, [data.catalog.item_ids[item] for item in ranking]
+
+
+def live_rows(recipe, checkpoint, tmp_path, prepared, suffix=".jsonl", **options) -> list[dict]:
+    path = write_histories(tmp_path / f"live{suffix}", LIVE)
+    run(recipe, arguments(checkpoint, tmp_path, path, data_dir=str(prepared[0]), **options))
+    return shard_rows(tmp_path / "out")
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_unknown_items_are_counted(recipe, checkpoint, tmp_path, prepared, suffix):
+    rows = live_rows(recipe, checkpoint, tmp_path, prepared, suffix)
+    assert [row["user_id"] for row in rows] == [f"user-{i}" for i in range(7)]
+    assert [row["unknown_items"] for row in rows] == UNKNOWN
+
+
+def test_unknown_items_do_not_change_the_answer(recipe, checkpoint, tmp_path, prepared):
+    rows = live_rows(recipe, checkpoint, tmp_path, prepared)
+    assert [rows[0][name] for name in ("item_ids", "latent_steps")] == [rows[5]["item_ids"], rows[5]["latent_steps"]]
+    assert rows[0]["scores"] == pytest.approx(rows[5]["scores"], abs=2e-5)
+
+
+def test_new_users_get_popular_items(recipe, checkpoint, tmp_path, prepared):
+    rows = live_rows(recipe, checkpoint, tmp_path, prepared)
+    assert [row["fallback"] for row in rows] == FALLBACK
+    assert {tuple(row["item_ids"]) for row in rows if row["fallback"]} == {tuple(prepared[1][:4])}
+    assert {(row["scores"], row["latent_steps"]) for row in rows if row["fallback"]} == {(None, None)}
+
+
+def test_popular_items_are_in_the_catalogue(recipe, checkpoint, tmp_path, prepared):
+    """Also in that of a checkpoint from which recipes/add_items.py removed an item."""
+    changed = shutil.copytree(checkpoint, tmp_path / "changed")
+    LasarProcessor.from_pretrained(changed).catalog.remove(prepared[1][:1]).save_pretrained(changed)
+    rows = live_rows(recipe, changed, tmp_path, prepared)
+    assert rows[2]["item_ids"] == prepared[1][1:5]
+
+
+def test_new_users_get_no_items_without_data(recipe, checkpoint, tmp_path):
+    run(recipe, arguments(checkpoint, tmp_path, write_histories(tmp_path / "live.jsonl", [[], ["item-1"]])))
+    new, known = shard_rows(tmp_path / "out")
+    assert (new["item_ids"], new["fallback"]) == ([], True)
+    assert len(known["item_ids"]) == 4
+
+
+def test_the_counts_are_logged(recipe, checkpoint, tmp_path, prepared, caplog):
+    caplog.set_level("INFO")
+    live_rows(recipe, checkpoint, tmp_path, prepared)
+    assert "5 unknown items" in caplog.text
+    assert "3 users without a known item" in caplog.text
+
+
+def test_other_popular_items_are_refused(recipe, checkpoint, tmp_path, prepared):
+    live_rows(recipe, checkpoint, tmp_path, prepared)
+    with pytest.raises(ValueError, match="popular_items"):
+        run(recipe, arguments(checkpoint, tmp_path, tmp_path / "live.jsonl"))
 
 
 @pytest.mark.parametrize("name", ["batch_size", "shard_size"])
@@ -241,7 +321,7 @@ def test_sizes_below_one_are_refused(recipe, checkpoint, tmp_path, name):
 
 def test_processes_share_the_shards(recipe, checkpoint, tmp_path, monkeypatch):
     """Two processes, run one after the other, each write half of the shards of one."""
-    args = arguments(checkpoint, tmp_path)
+    args = arguments(checkpoint, tmp_path, write_histories(tmp_path / "histories.jsonl", [*HISTORIES[:4], *LIVE]))
     run(recipe, args)
     args["output_dir"], written = str(tmp_path / "two"), []
     for index in (0, 1):
@@ -277,13 +357,32 @@ def test_two_processes_write_the_same_as_one(recipe, checkpoint, tmp_path):
     assert shards(tmp_path / "two") == shards(tmp_path / "out")
 
 
+def test_ray_workers_answer_every_user(checkpoint, monkeypatch):
+    """The class of the Ray example, without Ray."""
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace())
+    example = runpy.run_path(str(ROOT / "examples" / "ray_recommend.py"))
+    args = SimpleNamespace(
+        model=str(checkpoint), gpus_per_worker=0, popular=["item-9"], strict=False, top_k=3, num_beams=8,
+        latent_steps=None, exclude_history=False,
+    )
+    answer = example["Recommender"](args)
+    rows = answer(pa.table({"user_id": ["a", "b", "c"], "history": [["gone", "item-1"], [], None]})).to_pylist()
+    assert [row["unknown_items"] for row in rows] == [1, 0, 0]
+    assert [row["item_ids"] for row in rows[1:]] == [["item-9"], ["item-9"]]
+    assert len(rows[0]["item_ids"]) == 3
+    args.strict = True
+    with pytest.raises(ValueError, match="'a'.*gone"):
+        answer(pa.table({"user_id": ["a"], "history": [["gone", "item-1"]]}))
+
+
 @pytest.mark.slow
-def test_ray_recommends_the_same(recipe, checkpoint, tmp_path):
+def test_ray_recommends_the_same(recipe, checkpoint, tmp_path, prepared):
     pytest.importorskip("ray", reason="Ray Data is not installed: pip install 'lasar_hf[ray]'")
-    args = arguments(checkpoint, tmp_path, exclude_history=True)
+    live = write_histories(tmp_path / "live.jsonl", [*HISTORIES, *LIVE])
+    args = arguments(checkpoint, tmp_path, live, exclude_history=True, data_dir=str(prepared[0]))
     run(recipe, args)
     start([sys.executable, "examples/ray_recommend.py", args["model"], args["histories"], str(tmp_path / "ray"),
-           "--workers", "2", "--top_k", "4", "--batch_size", "3", "--exclude_history"],
+           "--workers", "2", "--top_k", "4", "--batch_size", "3", "--exclude_history", "--data_dir", args["data_dir"]],
           RAY_ENABLE_UV_RUN_RUNTIME_ENV="0")
     rows = [row for path in (tmp_path / "ray").glob("*.parquet") for row in pq.read_table(path).to_pylist()]
     by_user = {row["user_id"]: row for row in rows}
@@ -291,6 +390,6 @@ def test_ray_recommends_the_same(recipe, checkpoint, tmp_path):
     assert len(rows) == len(expected)
     for row in expected:
         other = by_user[row["user_id"]]
-        assert other["item_ids"] == row["item_ids"]
-        assert other["latent_steps"] == row["latent_steps"]
-        torch.testing.assert_close(torch.tensor(other["scores"]), torch.tensor(row["scores"]), atol=2e-5, rtol=0)
+        scores, other_scores = row.pop("scores") or [], other.pop("scores") or []
+        assert other == row
+        torch.testing.assert_close(torch.tensor(other_scores), torch.tensor(scores), atol=2e-5, rtol=0)

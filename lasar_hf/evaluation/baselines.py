@@ -10,6 +10,9 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import sparse
 
+from ..data.prepared_data import PreparedData
+from ..model.catalog_lasar import SidCatalog
+
 
 def popularity_ranking(train_sequences: Sequence[Sequence[int]], num_items: int, top_k: int) -> np.ndarray:
     """
@@ -26,6 +29,14 @@ def popularity_ranking(train_sequences: Sequence[Sequence[int]], num_items: int,
     """
     ranking = _popularity_order(train_sequences, num_items)[:top_k]
     return np.pad(ranking, (0, top_k - len(ranking)), constant_values=-1)
+
+
+def popular_items(data: PreparedData, catalog: SidCatalog, top_k: int) -> list[str]:
+    """Ids of the most frequent training items of `data` that `catalog` can recommend, for users without history."""
+    available = {item for item, is_removed in zip(catalog.item_ids, catalog.removed, strict=True) if not is_removed}
+    ranking = _popularity_order(data.split.train, len(data.items))
+    item_ids = [data.catalog.item_ids[item] for item in ranking]
+    return [item for item in item_ids if item in available][:top_k]
 
 
 def markov_ranking(
