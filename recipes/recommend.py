@@ -14,7 +14,6 @@ known item gets the most popular training items of `data_dir`, or none without `
 """
 
 import logging
-
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -28,7 +27,8 @@ from trl import TrlParser
 
 from lasar_hf import LasarForGenerativeRec, LasarProcessor, SidCatalog
 from lasar_hf.data import PreparedData
-from lasar_hf.data.readers import id_text, read_batches
+from lasar_hf.data.interactions import id_text
+from lasar_hf.data.tables import read_batches
 from lasar_hf.evaluation import popular_items, recommend_samples
 from lasar_hf.files import atomic_file, file_hash, folder_hashes, read_json, write_json
 from lasar_hf.onednn import onednn_linear
@@ -163,7 +163,7 @@ def main(args: RecommendArguments) -> None:
     if state.is_main_process:
         logger.info(
             "%d users: left out %d unknown items of their histories; %d users without a known item get %s.",
-            len(users), sum(num_unknown), histories.count([]), "popular items" if popular else "no items (no data_dir)",
+            len(users), sum(num_unknown), histories.count([]), "popular items" if popular else "none (no data_dir)",
         )
         write_request(args, popular, folder)
     state.wait_for_everyone()

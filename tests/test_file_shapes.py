@@ -225,7 +225,7 @@ def test_a_broken_element_of_an_array_is_named(tmp_path):
 )
 @pytest.mark.parametrize("batch_rows", [1, 65_536])
 def test_two_units_of_time_are_refused(tmp_path, monkeypatch, first, second, batch_rows):
-    monkeypatch.setattr(data.readers, "BATCH_SIZE", batch_rows)
+    monkeypatch.setattr(data.tables, "BATCH_SIZE", batch_rows)
     lines = [json.dumps(dict(zip(NAMES, ["u", "i", time], strict=True))) for time in (first, first, second)]
     with pytest.raises(ValueError, match=r"log\.jsonl: row 3, timestamp .*row 1\b"):
         table(tmp_path, "\n".join(lines), "log.jsonl")

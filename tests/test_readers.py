@@ -25,6 +25,7 @@ from lasar_hf.data import (
     read_source,
     read_table,
     readers,
+    tables,
 )
 from lasar_hf.data.interactions import natural_order
 from lasar_hf.data.readers import source_settings
@@ -216,7 +217,7 @@ def log_file(folder, ending, rows=ROWS):
 )
 @pytest.mark.parametrize("batch_rows", [2, 65_536])
 def test_table_of_any_kind(tmp_path, monkeypatch, ending, batch_rows):
-    monkeypatch.setattr(readers, "BATCH_SIZE", batch_rows)
+    monkeypatch.setattr(tables, "BATCH_SIZE", batch_rows)
     if ending in ("Dataset", "stream"):
         source = Dataset.from_parquet(str(log_file(tmp_path, ".parquet")), cache_dir=str(tmp_path))
         source = source.to_iterable_dataset() if ending == "stream" else source
@@ -406,7 +407,7 @@ def test_json_ids_stay_exact(tmp_path, ids):
 
 
 def test_rows_of_a_later_batch_are_counted_from_the_start(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "BATCH_SIZE", 2)
+    monkeypatch.setattr(tables, "BATCH_SIZE", 2)
     path = log_file(tmp_path, ".jsonl", [*ROWS, ("a", "x", "later")])
     with pytest.raises(ValueError, match="row 8, timestamp .*later"):
         read_table(path, k_core=1)

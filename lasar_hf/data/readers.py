@@ -1,48 +1,29 @@
 """
-Readers of tables: your own, and those of Amazon Reviews 2014, 2018 and 2023.
+Readers of tables of interactions and items: your own, and those of Amazon Reviews 2014, 2018 and 2023.
 
-Tables are delimited text or JSON (lines or an array), each also as `.gz`, `.bz2`, `.xz` or `.zip`, Parquet, or data
-sets of `datasets`. They are read in batches, and only the columns that are needed. A *source* is a function that
-returns `Interactions`; `SOURCES` names those of the library.
+A *source* is a function that returns `Interactions`; `SOURCES` names those of the library.
 """
 
-import ast
-import codecs
 import inspect
-import logging
-import lzma
-import re
 import warnings
-import zipfile
-import zlib
 from array import array
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from csv import reader as csv_reader
-from io import TextIOWrapper
 from itertools import chain
 from pathlib import Path
-from typing import BinaryIO
 
-import fsspec
 import numpy as np
 import pandas as pd
-import pyarrow as pa
-from datasets import Dataset, IterableDataset
-from pyarrow import csv, parquet
 
 from ..arguments import import_dotted
 from ..files import file_hash, folder_hashes
-from . import interactions as raw
-from .interactions import Interactions, build_interactions, id_text, item_fields, parse_json, read_lcrec
+from .interactions import TIES, Interactions, build_interactions, id_text, item_fields, read_lcrec
+from .tables import Table, read_batches, table_name
+from .times import UNITS, parse_times, wrong_time
 from .toy import toy_shop
 
 
-logger = logging.getLogger(__name__)
-
-Table = str | Path | Dataset | IterableDataset
 Tables = Table | Sequence[Table]
 
-BATCH_SIZE = 65_536  # rows per batch
 AMAZON = {"user_column": "reviewerID", "item_column": "asin", "time_column": "unixReviewTime"}  # 2014 and 2018
 AMAZON_2023 = "McAuley-Lab/Amazon-Reviews-2023"
 # Columns of each text field; the first that is not empty counts.
@@ -52,183 +33,6 @@ TEXT_COLUMNS = {
     "brand": ["brand", "store"],
     "categories": ["categories", "category"],
 }
-DELIMITED, JSON = (".csv", ".tsv", ".txt", ".dat", ".data", ".inter", ".item"), (".json", ".jsonl", ".ndjson")
-UNREADABLE = (pa.ArrowInvalid, UnicodeError, LookupError, EOFError, OSError, zlib.error, lzma.LZMAError,
-              zipfile.BadZipFile)  # fmt: skip
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Tables
-
-
-def read_batches(
-    table: Table, columns: Sequence[str], optional: Sequence[str] = (), **options: object
-) -> Iterator[tuple[int, dict[str, list]]]:
-    """
-    Yield batches of rows: the number of the first row, counted from 1, and the values of each column. Delimited
-    columns are read as text. `optional` columns that the table does not have are `None`. Options: `encoding`; of
-    delimited text `delimiter`, and `layouts`, lists of columns of which a file without a header has the one that fits.
-    """
-    names = list(dict.fromkeys([*columns, *optional]))
-    start = 1
-    for batch in _raw_batches(table, columns, names, **options):
-        size = len(next(iter(batch.values())))
-        if size:
-            yield start, {name: batch[name] if name in batch else [None] * size for name in names}
-        start += size
-
-
-def table_name(table: Table) -> str:
-    """Name of a table in messages: the path of a file, or the name of a data set."""
-    if isinstance(table, Dataset | IterableDataset):
-        return f"data set {table.info.dataset_name or 'in memory'}"
-    return str(table)
-
-
-def _raw_batches(
-    table: Table, columns: Sequence[str], names: Sequence[str], encoding: str | None = None, **options: object
-) -> Iterator[dict[str, list]]:
-    """Batches with those of the columns `names` that the table has; it must have `columns`."""
-    if isinstance(table, Dataset | IterableDataset):
-        # A stream may not know its columns before the first row.
-        existing = table.column_names or list(next(iter(table), {}))
-        present = _present(table, existing, columns, names)
-        yield from table.select_columns(present).with_format(None).iter(BATCH_SIZE)
-        return
-    path = Path(table)
-    suffix = re.sub(r"\.(gz|bz2|xz|zip)$", "", path.name.lower()).rpartition(".")[2]
-    if f".{suffix}" not in (".parquet", *DELIMITED, *JSON):
-        formats = ", ".join([".parquet", *DELIMITED, *JSON])
-        raise ValueError(f"{path}: unknown format; expected {formats} (or .gz, .bz2, .xz or .zip of these).")
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file.")
-    read = _json_batches if f".{suffix}" in JSON else _delimited_batches
-    try:
-        if suffix == "parquet":
-            with parquet.ParquetFile(path) as file:
-                present = _present(path, file.schema_arrow.names, columns, names)
-                yield from (batch.to_pydict() for batch in file.iter_batches(BATCH_SIZE, columns=present))
-        else:
-            yield from read(path, columns, names, encoding or _encoding(path), **options)
-    except UNREADABLE as error:
-        raise ValueError(f"{path}: not readable as {suffix} ({str(error).splitlines()[0]}).") from error
-
-
-def _present(table: Table, existing: Sequence[str], columns: Sequence[str], names: Sequence[str]) -> list[str]:
-    if missing := next((column for column in columns if column not in existing), None):
-        raise ValueError(f"{table_name(table)} has no column {missing!r}; its columns are {', '.join(existing)}.")
-    if repeated := next((column for column in names if list(existing).count(column) > 1), None):
-        raise ValueError(f"{table_name(table)} has several columns named {repeated!r}; rename them.")
-    return [column for column in names if column in existing]
-
-
-def _open(path: Path) -> BinaryIO:
-    """The content of a file, decompressed."""
-    if path.suffix.lower() == ".zip" and len(names := zipfile.ZipFile(path).namelist()) > 1:
-        raise ValueError(f"{path} contains {', '.join(names)}; expected one file.")
-    return fsspec.open(str(path), "rb", compression="infer").open()
-
-
-def _encoding(path: Path) -> str:
-    """Encoding of a text file: by its byte-order mark, else UTF-8 if all of it is, else Latin-1."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    with _open(path) as file:
-        block = file.read(2**20)
-        if block.startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-            return "utf-8-sig" if block.startswith(codecs.BOM_UTF8) else "utf-16"
-        try:
-            while decoder.decode(block, final=not block) or block:
-                block = file.read(2**20)
-        except UnicodeDecodeError:
-            warnings.warn(f"{path} is not UTF-8 text; it is read as latin-1. Otherwise give encoding.", stacklevel=2)
-            return "latin-1"
-    return "utf-8"
-
-
-def _delimited_batches(
-    path: Path, columns: Sequence[str], names: Sequence[str], encoding: str, layouts=(), delimiter: str | None = None
-) -> Iterator[dict[str, list]]:
-    # 1. The first row: names of columns, which RecBole writes as `user_id:token`, or data.
-    with TextIOWrapper(_open(path), encoding, newline="") as file:
-        line = next((line for line in file if line.strip()), "")
-        delimiter = delimiter or ("::" if "::" in line else max(",;\t|", key=line.count))
-        is_long = len(delimiter) > 1  # then without quotes
-        row = line.split(delimiter) if is_long else next(csv_reader(chain([line], file), delimiter=delimiter), [])
-    row = map(str.strip, row)
-    fields = [field if field in names else re.sub(r":(token|float)(_seq)?$", "", field) for field in row]
-    layout = next((layout for layout in layouts if len(layout) == len(fields)), None)
-    is_data = len(layouts) == 1 or any(field[:1].isdigit() for field in fields)  # one layout is given, not supposed
-    has_header = not layout or not is_data or set(fields) & set(names)
-    if not has_header:
-        logger.warning("%s has no header; its columns are read as %s.", path, ", ".join(layout))
-        fields = layout
-    present = _present(path, fields, columns, names)
-
-    # 2. All rows as text: the id 007 keeps its zeros, and a column of numbers may contain a word further down.
-    numbers = [str(number) for number in range(len(fields))]  # as names, since other columns may repeat
-    read = csv.ReadOptions(column_names=numbers, skip_rows_after_names=1 if has_header else 0)
-    dialect = {"delimiter": "\x1f", "quote_char": False} if is_long else {"delimiter": delimiter}
-    parse = csv.ParseOptions(newlines_in_values=True, **dialect)
-    chosen = [numbers[fields.index(name)] for name in present]
-    convert = csv.ConvertOptions(include_columns=chosen, column_types=dict.fromkeys(chosen, pa.string()))
-    with _open(path) as file:
-        stream = pa.transcoding_input_stream(pa.PythonFile(file, mode="r"), encoding, "utf-8")
-        if is_long:
-            stream = pa.TransformInputStream(stream, _shorten(delimiter.encode()))
-        with csv.open_csv(stream, read_options=read, parse_options=parse, convert_options=convert) as reader:
-            yield from (dict(zip(present, batch.to_pydict().values(), strict=True)) for batch in reader)
-
-
-def _shorten(delimiter: bytes) -> Callable[[pa.Buffer], bytes]:
-    """A function that replaces the delimiter by one byte in successive blocks of a file."""
-    rest = b""
-
-    def step(block: pa.Buffer) -> bytes:
-        nonlocal rest
-        text = (rest + block.to_pybytes()).replace(delimiter, b"\x1f")
-        rest = delimiter[:-1] if text.endswith(delimiter[:-1]) else b""  # may go on in the next block
-        return text.removesuffix(rest)
-
-    return step
-
-
-def _json_batches(
-    path: Path, columns: Sequence[str], names: Sequence[str], encoding: str, **_: object
-) -> Iterator[dict[str, list]]:
-    # Not pyarrow's JSON reader: it rounds integers above 2**64, turns ids such as "2024-01-02" into dates, refuses
-    # columns of mixed types and does not name the line of an error.
-    batch: dict[str, list] = {name: [] for name in names}
-    for number, (where, row) in enumerate(_json_rows(path, encoding), start=1):
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}: {where} is {type(row).__name__}; expected an object.")
-        if missing := next((name for name in columns if name not in row), None):
-            raise ValueError(f"{path}: {where} has no {missing!r}.")
-        for name in names:
-            batch[name].append(row.get(name))
-        if number % BATCH_SIZE == 0:
-            yield batch
-            batch = {name: [] for name in names}
-    yield batch
-
-
-def _json_rows(path: Path, encoding: str) -> Iterator[tuple[str, object]]:
-    """Rows of one array, or of lines that are not blank: JSON, or Python's `{'a': 1}` as in Amazon 2014."""
-    with TextIOWrapper(_open(path), encoding) as file:
-        is_first = True
-        for number, line in enumerate(file, start=1):
-            if is_first and line.lstrip().startswith("["):
-                rows = parse_json(line + file.read(), path)
-                yield from ((f"row {position}", row) for position, row in enumerate(rows, start=1))
-            elif line.strip():
-                is_first = False
-                try:
-                    row = parse_json(line, path, number)
-                except ValueError as error:
-                    try:
-                        row = ast.literal_eval(line.strip())
-                    except (ValueError, SyntaxError, MemoryError, RecursionError):
-                        raise error from None
-                yield f"line {number}", row
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Items and interactions
@@ -381,8 +185,8 @@ def read_table(
     ```
     """
     _text_fields(text_columns)  # fails before the long reading
-    if ties not in raw.TIES:
-        raise ValueError(f"ties is {ties!r}; expected one of {', '.join(raw.TIES)}.")
+    if ties not in TIES:
+        raise ValueError(f"ties is {ties!r}; expected one of {', '.join(TIES)}.")
     options = {"delimiter": delimiter, "encoding": encoding}
     names = [user_column, item_column, *([time_column] if time_column else [])]
     layouts = [columns] if columns else [names, [*names[:2], "rating", *names[2:]]]
@@ -468,10 +272,10 @@ def _read_log(
                 values = batch[time_column]
                 first = first or f"{values[0]!r} in row {start} of {table_name(table)}"
                 try:
-                    numbers, form = raw.parse_times(values, form)
+                    numbers, form = parse_times(values, form)
                 except ValueError:
                     where = f"{table_name(table)}: row"
-                    raise ValueError(raw.wrong_time(values, form, first, where, start, time_column)) from None
+                    raise ValueError(wrong_time(values, form, first, where, start, time_column)) from None
                 times.append(numbers)
     if not users:
         raise ValueError("The tables contain no interactions.")
@@ -483,7 +287,7 @@ def _read_log(
     log = pd.DataFrame({"user": np.asarray(users), "item": np.asarray(items)})
     if time_column:
         log["time"] = np.concatenate(times)
-        log.attrs["is_date"] = form not in raw.UNITS
+        log.attrs["is_date"] = form not in UNITS
     return log, list(user_numbers), list(item_numbers)
 
 
