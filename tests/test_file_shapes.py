@@ -93,6 +93,20 @@ TEXT_FILES = {
     "amazon_date.csv": (with_times(lambda t: f"{utc(t):%m %d, %Y}"), {}),
     "slashes.csv": (with_times(lambda t: f"{utc(t):%Y/%m/%d %H:%M}"), {}),
     "exponent.csv": (with_times(lambda t: f"{t:.8e}"), {}),
+    "goodreads_date.csv": (with_times(lambda t: f"{utc(t):%a %b %d %H:%M:%S -0700 %Y}"), {}),
+    "ctime.csv": (with_times(lambda t: f"{utc(t):%a %b %d %H:%M:%S %Y}"), {}),
+    "mail_date.csv": (with_times(lambda t: f"{utc(t):%a, %d %b %Y %H:%M:%S +0000}"), {}),
+    "twelve_hours.csv": (with_times(lambda t: f"{utc(t):%m/%d/%Y %I:%M:%S %p}"), {}),
+    "log_date.csv": (with_times(lambda t: f"{utc(t):%d/%b/%Y:%H:%M:%S +0000}"),
+                     {"time_format": "%d/%b/%Y:%H:%M:%S %z"}),
+    "day_first.csv": (with_times(lambda t: f"{utc(t):%d%m%Y}"), {"time_format": "%d%m%Y"}),
+    "blank_before_quote.csv": ('user_id, "item_id", "a, note", timestamp\n' + "".join(
+        f'{u}, "{i}", "b, ""c"", d", {t}\n' for u, i, t in EVENTS), {}),
+    "first_columns.data": (delimited("\t", None, rating=True), {"columns": ["user_id", "item_id", "_", "timestamp"]}),
+    "retailrocket.csv": ("timestamp,visitorid,event,itemid,transactionid\n" + "".join(
+        f"{t}000,{u},view,{i},\n" for u, i, t in EVENTS), {"user_column": "visitorid", "item_column": "itemid"}),
+    "lastfm.tsv": ("".join(f"{u}\t{utc(t):%Y-%m-%dT%H:%M:%SZ}\t{i}\tArtist\t\tTrack\n" for u, i, t in EVENTS),
+                   {"columns": ["user_id", "timestamp", "item_id"]}),
 }
 
 
@@ -116,6 +130,9 @@ BYTE_FILES = {
     "utf8_bom.csv": COMMA.decode().encode("utf-8-sig"),
     "utf16.csv": COMMA.decode().encode("utf-16"),
     "utf16_be.csv": b"\xfe\xff" + COMMA.decode().encode("utf-16-be"),
+    "utf16_no_mark.csv": COMMA.decode().encode("utf-16-le"),
+    "utf16_be_no_mark.csv": COMMA.decode().encode("utf-16-be"),
+    "utf16_no_mark.jsonl": LINES.decode().encode("utf-16-le"),
     "utf16.json": LINES.decode().encode("utf-16"),
     "utf8_bom.jsonl": LINES.decode().encode("utf-8-sig"),
     "comma.csv.gz": gzip.compress(COMMA),
@@ -190,7 +207,88 @@ def test_latin_1_is_read_with_a_warning(tmp_path):
                                           .encode("latin-1"))  # fmt: skip
     with pytest.warns(UserWarning, match="latin-1"):
         items = read_items(tmp_path / "movies.dat")
-    assert items["1"] == {"title": "Café: Nº 1 (1981)", "categories": "Drama|Comedy"}
+    assert items["1"] == {"title": "Café: Nº 1 (1981)", "categories": "Drama > Comedy"}
+
+
+def test_movielens_genres_are_categories(tmp_path):
+    (tmp_path / "movies.csv").write_text('movieId,title,genres\n1,"American President, The (1995)",Comedy|Drama\n')
+    assert read_items(tmp_path / "movies.csv", "movieId")["1"] == {
+        "title": "American President, The (1995)", "categories": "Comedy > Drama"
+    }  # fmt: skip
+
+
+def test_the_first_columns_are_named(tmp_path):
+    """MovieLens 100K: 24 columns, of which the first two are of use."""
+    (tmp_path / "u.item").write_bytes(b"1|Toy Story (1995)|01-Jan-1995||http://x" + 19 * b"|0" + b"\n")
+    assert read_items(tmp_path / "u.item", columns=["item_id", "title"]) == {"1": {"title": "Toy Story (1995)"}}
+
+
+def test_more_names_than_columns_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="log.csv"):
+        table(tmp_path, "u,i,5\n", columns=["user_id", "item_id", "timestamp", "rating"])
+
+
+@pytest.mark.parametrize("rows", [1, 3, 20_000])
+def test_a_blank_before_a_quote_is_no_text(tmp_path, rows):
+    """20,000 rows are several blocks of the file."""
+    titles = (f'"One, ""two"", {"x" * (row % 97)}"' for row in range(rows))
+    text = "item_id, title,brand\n" + "".join(f'{row}, {title}, "B,"\n' for row, title in enumerate(titles))
+    (tmp_path / "items.csv").write_text(text)
+    items = read_items(tmp_path / "items.csv")
+    assert len(items) == rows
+    assert {item["brand"] for item in items.values()} == {"B,"}
+    assert [items[str(row)]["title"] for row in range(rows)] == [
+        f'One, "two", {"x" * (row % 97)}'.strip() for row in range(rows)
+    ]
+
+
+def test_an_empty_quoted_field_is_empty(tmp_path):
+    (tmp_path / "items.csv").write_text('item_id,title,brand\n1, "", ""\n2,"a ","B"\n')
+    assert read_items(tmp_path / "items.csv") == {"1": {}, "2": {"title": "a", "description": "B", "brand": "B"}}
+
+
+def test_a_line_longer_than_a_block_is_read(tmp_path):
+    (tmp_path / "items.csv").write_text("item_id,title\n1," + 900_000 * "x" + '\n2, "a, b"')
+    assert {item: len(fields["title"]) for item, fields in read_items(tmp_path / "items.csv").items()} == {
+        "1": 900_000, "2": 4
+    }  # fmt: skip
+
+
+def test_the_last_letters_of_a_file_are_read(tmp_path):
+    (tmp_path / "items.csv").write_text("item_id,title,brand\n1,One,")
+    (tmp_path / "items.dat").write_text("item_id::title\n1::One:")
+    assert read_items(tmp_path / "items.csv") == {"1": {"title": "One"}}
+    assert read_items(tmp_path / "items.dat") == {"1": {"title": "One:"}}
+
+
+def test_a_time_that_is_not_understood_names_time_format(tmp_path):
+    with pytest.raises(ValueError, match="row 1, timestamp .*time_format"):
+        table(tmp_path, "user_id,item_id,timestamp\na,x,30/Jul/2017:10:00:00\n")
+
+
+def test_a_time_of_another_format_is_named(tmp_path):
+    with pytest.raises(ValueError, match="row 2, timestamp .*%d%m%Y"):
+        table(tmp_path, "user_id,item_id,timestamp\na,x,31012024\na,y,99992024\n", time_format="%d%m%Y")
+
+
+@pytest.mark.parametrize("batch_rows", [1, 65_536])
+@pytest.mark.parametrize("times", [[1_700_000_000, 0, 1_700_000_001], [0, 1_700_000_000, 0]])
+def test_a_time_of_zero_is_named(tmp_path, monkeypatch, batch_rows, times):
+    monkeypatch.setattr(data.tables, "BATCH_SIZE", batch_rows)
+    lines = [json.dumps(dict(zip(NAMES, ["u", "i", time], strict=True))) for time in times]
+    with pytest.raises(ValueError, match=rf"log\.jsonl: row {times.index(0) + 1}, timestamp is 0"):
+        table(tmp_path, "\n".join(lines), "log.jsonl")
+
+
+def test_small_numbers_may_start_at_zero(tmp_path):
+    assert table(tmp_path, "user_id,item_id,timestamp\na,x,0\na,y,1\n").timestamps == [[0, 1]]
+
+
+@pytest.mark.parametrize("time", ["2300-01-01", "9999-12-31 00:00:00"])
+@pytest.mark.parametrize("first", ["", "a,x,2024-01-31\n"], ids=["first row", "second row"])
+def test_dates_of_another_age_are_named(tmp_path, first, time):
+    with pytest.raises(ValueError, match=f"row {1 + bool(first)}, timestamp is '{time}'.*2262"):
+        table(tmp_path, f"user_id,item_id,timestamp\n{first}a,y,{time}\n")
 
 
 def test_an_encoding_may_be_given(tmp_path):
@@ -349,10 +447,23 @@ def test_pieces_of_web_pages_are_removed(tmp_path, text, clean):
         ({"description": ["Own."], "feature": ["Light."]}, "Own."),
         ({"description": "", "details": {"Size": "M", "Colors": ["red", "blue"]}}, "Size: M, Colors: red blue"),
         ({"brand": "Tern", "subtitle": "Second edition"}, "Second edition"),
+        ({"brand": "Tern"}, "Tern"),
     ],
 )
 def test_items_without_description_use_other_fields(tmp_path, item, description):
     assert amazon_items(tmp_path, read_amazon2018, {"title": "x"} | item)["description"] == description
+
+
+@pytest.mark.parametrize("source", ["amazon2014", "amazon2018", "amazon2023"])
+def test_fields_of_amazon_can_be_named(tmp_path, source):
+    item = "parent_asin" if source == "amazon2023" else "asin"
+    user, time = ("user_id", "timestamp") if source == "amazon2023" else ("reviewerID", "unixReviewTime")
+    (tmp_path / "reviews.json").write_text("".join(f'{{"{user}": 1, "{item}": "{i}", "{time}": 5}}\n' for i in "ba"))
+    (tmp_path / "meta.json").write_text("".join(f'{{"{item}": "{i}", "main_cat": "Tools"}}\n' for i in "ab"))
+    options = {"k_core": 1, "ties": "item", "text_columns": {"categories": "main_cat"}}
+    with pytest.warns(UserWarning, match="ordered by item"):
+        read = data.readers.SOURCES[source](tmp_path / "reviews.json", tmp_path / "meta.json", **options)
+    assert (read.histories, read.items) == ([[0, 1]], 2 * [{"categories": "Tools"}])
 
 
 def test_a_text_field_has_several_columns(tmp_path):

@@ -289,7 +289,8 @@ ITEMS_CSV = 'item_id,name,title,brand\nx,Ex,"two\nlines",B\nunused,U,,\ny,,,\nx,
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize(
-    ("text_columns", "expected"), [(None, {"title": "two\nlines", "brand": "B"}), ({"title": "name"}, {"title": "Ex"})]
+    ("text_columns", "expected"),
+    [(None, {"title": "two\nlines", "description": "B", "brand": "B"}), ({"title": "name"}, {"title": "Ex"})],
 )
 def test_items_get_the_text_of_their_first_row(tmp_path, text_columns, expected):
     (tmp_path / "items.csv").write_text(ITEMS_CSV)
@@ -444,7 +445,9 @@ def test_amazon_2023(tmp_path):
     )  # fmt: skip
     data = read_amazon2023(reviews, meta, k_core=1)
     assert data.item_ids == ["P0", "P1"] and data.histories == [[0, 1]]
-    assert data.items == [{"description": "d e", "brand": "S"}, {"title": "One", "brand": "S", "categories": "A > B"}]
+    assert data.items == [
+        {"description": "d e", "brand": "S"}, {"title": "One", "description": "S", "brand": "S", "categories": "A > B"}
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -360,8 +360,8 @@ def id_text(value: object) -> str | None:
 
 def item_fields(raw: Mapping[str, object], strip_markup: bool = False, several: bool = False) -> dict[str, str]:
     """
-    The text and id fields of a raw item that are not empty, cleaned. Category levels are a list, or text with `" > "`
-    or commas between levels; a comma before a space belongs to a name ("Tapes, Adhesives & Sealants"). Of several
+    The text and id fields of a raw item that are not empty, cleaned. Category levels are a list, or text with `" > "`,
+    `|` or commas between them; a comma before a space belongs to a name ("Tapes, Adhesives & Sealants"). Of several
     lists of levels (Amazon 2014) the first counts. With `several`, each raw field is a list of which the first value
     that is not empty counts.
     """
@@ -371,7 +371,8 @@ def item_fields(raw: Mapping[str, object], strip_markup: bool = False, several: 
         values = map(strip_html, values) if strip_markup else values
         value = next(filter(clean_text, values), None)
         if name == "categories" and isinstance(value, str):
-            value = value.split(CATEGORY_SEPARATOR) if CATEGORY_SEPARATOR in value else re.split(r",(?! )", value)
+            separator = next((mark for mark in (CATEGORY_SEPARATOR, "|") if mark in value), None)
+            value = value.split(separator) if separator else re.split(r",(?! )", value)
         if name == "categories" and isinstance(value, list | tuple):
             value = value[0] if value and isinstance(value[0], list | tuple) else value
             value = CATEGORY_SEPARATOR.join(filter(None, map(clean_text, value)))

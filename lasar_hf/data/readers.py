@@ -18,7 +18,7 @@ from ..arguments import import_dotted
 from ..files import file_hash, folder_hashes
 from .interactions import TIES, Interactions, build_interactions, id_text, item_fields, read_lcrec
 from .tables import Table, read_batches, table_name
-from .times import UNITS, parse_times, wrong_time
+from .times import UNITS, TimeColumn
 from .toy import toy_shop
 
 
@@ -29,9 +29,9 @@ AMAZON_2023 = "McAuley-Lab/Amazon-Reviews-2023"
 # Columns of each text field; the first that is not empty counts.
 TEXT_COLUMNS = {
     "title": ["title"],
-    "description": ["description", "features", "feature", "details", "subtitle"],
+    "description": ["description", "features", "feature", "details", "subtitle", "brand", "store"],
     "brand": ["brand", "store"],
-    "categories": ["categories", "category"],
+    "categories": ["categories", "category", "genres"],
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -61,7 +61,7 @@ def read_items(
         strip_markup (`bool`, *optional*, defaults to `False`):
             Whether to remove HTML tags, scripts, style sheets and entities from the text.
         columns (`Sequence[str]`, *optional*):
-            Names of the columns of delimited text without a header; by default item, title, categories.
+            Names of the (first) columns of delimited text without a header; by default item, title, categories.
         item_ids (`Collection[str]`, *optional*):
             Items to read; the tables must have one of them.
         delimiter, encoding: as for [`read_table`].
@@ -124,6 +124,7 @@ def read_table(
     user_column: str = "user_id",
     item_column: str = "item_id",
     time_column: str | None = "timestamp",
+    time_format: str | None = None,
     text_columns: Mapping[str, str | Sequence[str]] | None = None,
     k_core: int = 5,
     keep_repeats: bool = False,
@@ -151,6 +152,8 @@ def read_table(
             Column of the item, in both tables.
         time_column (`str`, *optional*, defaults to `"timestamp"`):
             Column of the time: numbers or dates of one form. `None` or empty: the rows are in order already.
+        time_format (`str`, *optional*):
+            Form of the times as for `strptime`, such as `"%d/%b/%Y:%H:%M:%S %z"`; found by default.
         text_columns, strip_markup: as for [`read_items`].
         k_core (`int`, *optional*, defaults to `5`):
             Minimum number of interactions of a user and of an item; `1` keeps all.
@@ -161,11 +164,11 @@ def read_table(
             Order of a user's rows with equal times: as in the `"file"`, by `"item"` id, or `"random"` (always the
             same). If more than a fifth of the neighbours in the histories have equal times, a warning says so.
         columns, items_columns (`Sequence[str]`, *optional*):
-            Names of the columns of delimited text without a header. By default they are user, item and time, or user,
-            item, rating and time, with a warning in the log; for items see [`read_items`].
+            Names of the (first) columns of delimited text without a header. By default they are user, item and time,
+            or user, item, rating and time, with a warning in the log; for items see [`read_items`].
         delimiter, encoding (`str`, *optional*):
             Of text. By default `::` or the most frequent of comma, semicolon, tab and `|` in the first line, and
-            UTF-8, UTF-16 with a byte-order mark, or else Latin-1 with a warning.
+            UTF-8, UTF-16, or else Latin-1 with a warning.
 
     Returns:
         `Interactions`: users and items in natural order of their ids, with `timestamps` (if there is a time column)
@@ -174,7 +177,7 @@ def read_table(
     Raises:
         `FileNotFoundError`: if a file does not exist.
         `ValueError`: if a column is missing, a row is broken or has no user, item or time, times have several units
-            or forms, no item has a row in `items`, or nothing remains.
+            or forms, or are 0 among seconds since 1970, no item has a row in `items`, or nothing remains.
 
     Example:
 
@@ -190,7 +193,7 @@ def read_table(
     options = {"delimiter": delimiter, "encoding": encoding}
     names = [user_column, item_column, *([time_column] if time_column else [])]
     layouts = [columns] if columns else [names, [*names[:2], "rating", *names[2:]]]
-    log, user_names, item_names = _read_log(interactions, *names, layouts=layouts, **options)
+    log, user_names, item_names = _read_log(interactions, *names, time_format=time_format, layouts=layouts, **options)
     data = build_interactions(log, user_names, item_names, k_core, keep_repeats, ties)
     if items is not None:
         options |= {"columns": items_columns, "item_ids": set(data.item_ids), "strip_markup": strip_markup}
@@ -202,16 +205,23 @@ def read_table(
     return data
 
 
-def read_amazon2014(interactions: Tables, items: Tables | None = None, k_core: int = 5) -> Interactions:
+def read_amazon2014(
+    interactions: Tables, items: Tables | None = None, k_core: int = 5, ties: str = "file",
+    text_columns: Mapping[str, str | Sequence[str]] | None = None,
+) -> Interactions:
     """
     Read Amazon Reviews 2014 (the field's Beauty and Sports): `reviews_<Category>_5.json.gz` or
     `ratings_<Category>.csv`, and `meta_<Category>.json.gz`. Otherwise as [`read_amazon2018`].
     """
     columns = ["reviewerID", "asin", "overall", "unixReviewTime"]
-    return read_table(interactions, items, columns=columns, k_core=k_core, strip_markup=True, **AMAZON)
+    options = {"k_core": k_core, "ties": ties, "text_columns": text_columns, "strip_markup": True}
+    return read_table(interactions, items, columns=columns, **options, **AMAZON)
 
 
-def read_amazon2018(interactions: Tables, items: Tables | None = None, k_core: int = 5) -> Interactions:
+def read_amazon2018(
+    interactions: Tables, items: Tables | None = None, k_core: int = 5, ties: str = "file",
+    text_columns: Mapping[str, str | Sequence[str]] | None = None,
+) -> Interactions:
     """
     Read Amazon Reviews 2018: the 5-core JSON lines (`Musical_Instruments_5.json.gz`) or the ratings
     (`Musical_Instruments.csv`), and `meta_<Category>.json.gz`.
@@ -220,7 +230,8 @@ def read_amazon2018(interactions: Tables, items: Tables | None = None, k_core: i
     and errors as for [`read_table`].
     """
     columns = ["asin", "reviewerID", "overall", "unixReviewTime"]
-    return read_table(interactions, items, columns=columns, k_core=k_core, strip_markup=True, **AMAZON)
+    options = {"k_core": k_core, "ties": ties, "text_columns": text_columns, "strip_markup": True}
+    return read_table(interactions, items, columns=columns, **options, **AMAZON)
 
 
 def read_amazon2023(
@@ -229,6 +240,8 @@ def read_amazon2023(
     category: str | None = None,
     revision: str = "main",
     k_core: int = 5,
+    ties: str = "file",
+    text_columns: Mapping[str, str | Sequence[str]] | None = None,
 ) -> Interactions:
     """
     Read Amazon Reviews 2023: `5core/rating_only/<Category>.csv` or the reviews of `McAuley-Lab/Amazon-Reviews-2023`,
@@ -252,31 +265,25 @@ def read_amazon2023(
         interactions, items = (
             hf_hub_download(AMAZON_2023, name, repo_type="dataset", revision=revision) for name in files
         )
-    return read_table(interactions, items, item_column="parent_asin", k_core=k_core, strip_markup=True)
+    options = {"k_core": k_core, "ties": ties, "text_columns": text_columns, "strip_markup": True}
+    return read_table(interactions, items, item_column="parent_asin", **options)
 
 
 def _read_log(
-    tables: Tables, user_column: str, item_column: str, time_column: str | None = None, **options: object
+    tables: Tables, user_column: str, item_column: str, time_column: str | None = None,
+    time_format: str | None = None, **options: object,
 ) -> tuple[pd.DataFrame, list[str], list[str]]:
     """All rows as numbers (user, item, time), and the name of each user and item."""
-    users, items, times = array("i"), array("i"), []
+    users, items, times = array("i"), array("i"), TimeColumn(time_column, time_format)
     user_numbers: dict[str, int] = {}
     item_numbers: dict[str, int] = {}
-    form = first = None
     columns = [user_column, item_column, *([time_column] if time_column else [])]
     for table in _as_list(tables):
         for start, batch in read_batches(table, columns, **options):
             users.extend(_numbers(batch[user_column], user_numbers, table, start, user_column))
             items.extend(_numbers(batch[item_column], item_numbers, table, start, item_column))
             if time_column:
-                values = batch[time_column]
-                first = first or f"{values[0]!r} in row {start} of {table_name(table)}"
-                try:
-                    numbers, form = parse_times(values, form)
-                except ValueError:
-                    where = f"{table_name(table)}: row"
-                    raise ValueError(wrong_time(values, form, first, where, start, time_column)) from None
-                times.append(numbers)
+                times.add(batch[time_column], table_name(table), start)
     if not users:
         raise ValueError("The tables contain no interactions.")
     for column, names in ((user_column, user_numbers), (item_column, item_numbers)):
@@ -286,8 +293,8 @@ def _read_log(
             warnings.warn(f"{num_variants} ids of {column} differ only in case: {example!r} and others.", stacklevel=3)
     log = pd.DataFrame({"user": np.asarray(users), "item": np.asarray(items)})
     if time_column:
-        log["time"] = np.concatenate(times)
-        log.attrs["is_date"] = form not in UNITS
+        log["time"] = times.numbers()
+        log.attrs["is_date"] = times.form not in UNITS
     return log, list(user_numbers), list(item_numbers)
 
 

@@ -43,6 +43,7 @@ def read_batches(
     Yield batches of rows: the number of the first row, counted from 1, and the values of each column. Delimited
     columns are read as text. `optional` columns that the table does not have are `None`. Options: `encoding`; of
     delimited text `delimiter`, and `layouts`, lists of columns of which a file without a header has the one that fits.
+    A single one may name the first columns only.
     """
     names = list(dict.fromkeys([*columns, *optional]))
     start = 1
@@ -105,10 +106,12 @@ def _open(path: Path) -> BinaryIO:
 
 
 def _encoding(path: Path) -> str:
-    """Encoding of a text file: by its byte-order mark, else UTF-8 if all of it is, else Latin-1."""
+    """Encoding of a text file: by its byte-order mark or first letter, else UTF-8 if all of it is, else Latin-1."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     with _open(path) as file:
         block = file.read(2**20)
+        if 0 in block[:2]:  # UTF-16 without a mark: one byte of the first letter is zero
+            return "utf-16-be" if block[0] == 0 else "utf-16-le"
         if block.startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             return "utf-8-sig" if block.startswith(codecs.BOM_UTF8) else "utf-16"
         try:
@@ -128,11 +131,12 @@ def _delimited_batches(
         line = next((line for line in file if line.strip()), "")
         delimiter = delimiter or ("::" if "::" in line else max(",;\t|", key=line.count))
         is_long = len(delimiter) > 1  # then without quotes
-        row = line.split(delimiter) if is_long else next(csv_reader(chain([line], file), delimiter=delimiter), [])
-    row = map(str.strip, row)
+        lines = csv_reader(chain([line], file), delimiter=delimiter[0], skipinitialspace=True)
+        row = [field.strip() for field in (line.split(delimiter) if is_long else next(lines, []))]
     fields = [field if field in names else re.sub(r":(token|float)(_seq)?$", "", field) for field in row]
-    layout = next((layout for layout in layouts if len(layout) == len(fields)), None)
-    is_data = len(layouts) == 1 or any(field[:1].isdigit() for field in fields)  # one layout is given, not supposed
+    is_given = len(layouts) == 1  # otherwise supposed
+    layout = next((part for part in layouts if len(part) == len(row) or is_given and len(part) < len(row)), None)
+    is_data = is_given or any(field[:1].isdigit() for field in fields)
     has_header = not layout or not is_data or set(fields) & set(names)
     if not has_header:
         logger.warning("%s has no header; its columns are read as %s.", path, ", ".join(layout))
@@ -140,7 +144,7 @@ def _delimited_batches(
     present = _present(path, fields, columns, names)
 
     # 2. All rows as text: the id 007 keeps its zeros, and a column of numbers may contain a word further down.
-    numbers = [str(number) for number in range(len(fields))]  # as names, since other columns may repeat
+    numbers = [str(number) for number in range(len(row))]  # as names, since other columns may repeat
     read = csv.ReadOptions(column_names=numbers, skip_rows_after_names=1 if has_header else 0)
     dialect = {"delimiter": "\x1f", "quote_char": False} if is_long else {"delimiter": delimiter}
     parse = csv.ParseOptions(newlines_in_values=True, **dialect)
@@ -148,21 +152,25 @@ def _delimited_batches(
     convert = csv.ConvertOptions(include_columns=chosen, column_types=dict.fromkeys(chosen, pa.string()))
     with _open(path) as file:
         stream = pa.transcoding_input_stream(pa.PythonFile(file, mode="r"), encoding, "utf-8")
-        if is_long:
-            stream = pa.TransformInputStream(stream, _shorten(delimiter.encode()))
+        # pyarrow knows delimiters of one byte, and opening quotes (an odd number, or those of an empty field) only
+        # directly after them.
+        mark = re.escape(delimiter)
+        blanks = rf'''{mark} +(?="(?:"")*(?!")|""(?:{mark}|[\r\n]|\Z))'''
+        stream = pa.TransformInputStream(stream, _replace(mark, "\x1f") if is_long else _replace(blanks, delimiter))
         with csv.open_csv(stream, read_options=read, parse_options=parse, convert_options=convert) as reader:
             yield from (dict(zip(present, batch.to_pydict().values(), strict=True)) for batch in reader)
 
 
-def _shorten(delimiter: bytes) -> Callable[[pa.Buffer], bytes]:
-    """A function that replaces the delimiter by one byte in successive blocks of a file."""
-    rest = b""
+def _replace(pattern: str, new: str) -> Callable[[pa.Buffer], bytes]:
+    """A function that replaces a pattern in successive blocks of a file, of which the last one is empty."""
+    expression, rest = re.compile(pattern.encode()), b""
 
     def step(block: pa.Buffer) -> bytes:
         nonlocal rest
-        text = (rest + block.to_pybytes()).replace(delimiter, b"\x1f")
-        rest = delimiter[:-1] if text.endswith(delimiter[:-1]) else b""  # may go on in the next block
-        return text.removesuffix(rest)
+        text = rest + block.to_pybytes()
+        end = text.rfind(b"\n") + 1 if block.size else len(text)  # whole lines
+        rest = text[end:]
+        return expression.sub(new.encode(), text[:end])
 
     return step
 

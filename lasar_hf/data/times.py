@@ -11,15 +11,72 @@ import pandas as pd
 from pandas.tseries.api import guess_datetime_format
 
 
+# Forms of text that pandas does not guess: Goodreads' and Twitter's dates, and hours from 1 to 12.
+FORMATS = ("%a %b %d %H:%M:%S %z %Y", "%m/%d/%Y %I:%M:%S %p", "%m/%d/%Y %I:%M %p")
 UNITS = ("seconds", "milliseconds", "microseconds", "nanoseconds")  # up to 1e11, 1e14, 1e17, more
+
+
+class TimeColumn:
+    """
+    The times of a column, collected in batches of rows. All must have one unit or form.
+
+    Args:
+        name (`str`):
+            Name of the column in errors.
+        time_format (`str`, *optional*):
+            Form of dates as for `strptime`; found by default.
+    """
+
+    def __init__(self, name: str | None, time_format: str | None = None):
+        self.name, self.time_format, self.form = name, time_format, time_format
+        self._batches: list[np.ndarray] = []
+        self._first = self._zero = ""  # the first time, and where the first zero is
+
+    def add(self, values: Sequence[object], table: str, start: int) -> None:
+        """Add times; `start` is the row of the first one in `table`. `ValueError` names a row of another form."""
+        self._first = self._first or f"{values[0]!r} in row {start} of {table}"
+        try:
+            numbers, self.form = parse_times(values, self.form)
+        except ValueError:
+            raise ValueError(f"{table}: {self._wrong_time(values, start)}") from None
+        if not self._zero and not numbers.all():
+            self._zero = f"{table}: row {start + int((numbers == 0).argmax())}"
+        self._batches.append(numbers)
+
+    def numbers(self) -> np.ndarray:
+        """All times, as from [`parse_times`]. `ValueError` if some are 0 among seconds since 1970: none is known."""
+        times = np.concatenate(self._batches)
+        if self._zero and self.form == "seconds" and times.max() >= 1e8:
+            raise ValueError(
+                f"{self._zero}, {self.name} is 0, but others are seconds since 1970; remove the rows without a time."
+            )
+        return times
+
+    def _wrong_time(self, values: Sequence[object], start: int) -> str:
+        """Message about the first time that [`parse_times`] refuses."""
+
+        def is_refused(times: Sequence[object], form: str | None) -> bool:
+            with suppress(ValueError):
+                return not parse_times(times, form)
+            return True
+
+        position = bisect_left(range(1, len(values)), True, key=lambda length: is_refused(values[:length], self.form))
+        expected = f"time_format {self.time_format}"
+        if not self.time_format:
+            expected = "a finite number or a date like 2024-01-31, from 1678 to 2262; time_format names other forms"
+        if not is_refused(values[position : position + 1], self.time_format):
+            expected = f"the unit or form of {self._first}"
+        return f"row {start + position}, {self.name} is {values[position]!r}; expected {expected}."
 
 
 def parse_times(values: Sequence[object], form: str | None = None) -> tuple[np.ndarray, str]:
     """
     Times as numbers, and their common form: a unit, or the format of a date. Numbers keep their unit; dates, as text,
     objects or numbers like 20240131, become nanoseconds since 1970 (UTC if they have no time zone). `ValueError` if a
-    value is not a time, or has another form.
+    value is not a time, or has another form than the one that is given.
     """
+    if form and form.startswith("%") and form != "%Y%m%d":
+        return _parse_dates(values, form)
     try:
         numbers = pd.to_numeric(pd.Series(values, dtype=object)).to_numpy()
         numbers = numbers.astype(float) if numbers.dtype == object else numbers
@@ -50,7 +107,7 @@ def _parse_dates(values: Sequence[object], form: str | None) -> tuple[np.ndarray
         warnings.simplefilter("ignore")  # of pandas, about the order that `dayfirst` does not force
         if form is None:
             guesses = [guess_datetime_format(str(column[0]), dayfirst=day_first) or "" for day_first in (False, True)]
-            formats = ["ISO8601", *guesses, *(guess.replace("%B", "%b") for guess in guesses)]
+            formats = ["ISO8601", *guesses, *(guess.replace("%B", "%b") for guess in guesses), *FORMATS]
         for date_format in filter(None, dict.fromkeys(formats)):
             with suppress(ValueError, TypeError, OverflowError):
                 times = pd.to_datetime(column, format=date_format, utc=True)
@@ -62,18 +119,3 @@ def _parse_dates(values: Sequence[object], form: str | None) -> tuple[np.ndarray
     if any((others != times).any() for others in parsed.values()):
         warnings.warn(f"Dates like {values[0]!r} fit {' and '.join(parsed)}; read as {form}.", stacklevel=2)
     return times, form
-
-
-def wrong_time(values: Sequence[object], form: str | None, first: str, where: str, start: int, column: str) -> str:
-    """Message about a batch of times that [`parse_times`] refuses; `first` is the first time of the column."""
-
-    def is_refused(times: Sequence[object], form: str | None) -> bool:
-        with suppress(ValueError):
-            return not parse_times(times, form)
-        return True
-
-    position = bisect_left(range(1, len(values)), True, key=lambda length: is_refused(values[:length], form))
-    expected = "a finite number or a date like 2024-01-31"
-    if not is_refused(values[position : position + 1], None):
-        expected = f"the unit or form of {first}"
-    return f"{where} {start + position}, {column} is {values[position]!r}; expected {expected}."
