@@ -68,8 +68,8 @@ class PrepareArguments:
 
     source: str = field(
         metadata={
-            "help": "toy, table (your own files), amazon2018, amazon2023, a folder with <Name>.inter.json and "
-            "<Name>.item.json, or the dotted path of a function that returns Interactions."
+            "help": "toy, table (your own files), amazon2014, amazon2018, amazon2023, a folder with "
+            "<Name>.inter.json and <Name>.item.json, or the dotted path of a function that returns Interactions."
         }
     )
     output_dir: str = field(metadata={"help": "Folder to write."})

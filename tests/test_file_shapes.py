@@ -272,11 +272,19 @@ def test_a_time_of_another_format_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("batch_rows", [1, 65_536])
-@pytest.mark.parametrize("times", [[1_700_000_000, 0, 1_700_000_001], [0, 1_700_000_000, 0]])
-def test_a_time_of_zero_is_named(tmp_path, monkeypatch, batch_rows, times):
+@pytest.mark.parametrize(
+    ("row", "times"),
+    [
+        (2, [1_700_000_000, 0, 1_700_000_001]),
+        (1, [0, 1_700_000_000, 0]),
+        (3, [1_700_000_000, 1_700_000_000, -1]),
+        (2, ["2024-01-31", "1970-01-01"]),
+    ],
+)
+def test_a_missing_time_is_named(tmp_path, monkeypatch, batch_rows, row, times):
     monkeypatch.setattr(data.tables, "BATCH_SIZE", batch_rows)
     lines = [json.dumps(dict(zip(NAMES, ["u", "i", time], strict=True))) for time in times]
-    with pytest.raises(ValueError, match=rf"log\.jsonl: row {times.index(0) + 1}, timestamp is 0"):
+    with pytest.raises(ValueError, match=rf"log\.jsonl: row {row}, timestamp is {times[row - 1]!r}"):
         table(tmp_path, "\n".join(lines), "log.jsonl")
 
 
@@ -294,6 +302,11 @@ def test_dates_of_another_age_are_named(tmp_path, first, time):
 def test_an_encoding_may_be_given(tmp_path):
     (tmp_path / "items.csv").write_bytes("item_id,title\n1,Tür\n".encode("cp850"))
     assert read_items(tmp_path / "items.csv", encoding="cp850") == {"1": {"title": "Tür"}}
+
+
+def test_a_mark_does_not_hide_a_given_encoding(tmp_path):
+    read = table(tmp_path, COMMA.decode().encode("utf-8-sig"), encoding="utf-8")
+    assert histories(read) == HISTORIES
 
 
 def test_an_archive_of_several_files_is_refused(tmp_path):

@@ -177,7 +177,7 @@ def read_table(
     Raises:
         `FileNotFoundError`: if a file does not exist.
         `ValueError`: if a column is missing, a row is broken or has no user, item or time, times have several units
-            or forms, or are 0 among seconds since 1970, no item has a row in `items`, or nothing remains.
+            or forms, or some are 0 or -1 among times since 1970, no item has a row in `items`, or nothing remains.
 
     Example:
 

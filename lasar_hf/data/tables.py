@@ -78,6 +78,8 @@ def _raw_batches(
         raise ValueError(f"{path}: unknown format; expected {formats} (or .gz, .bz2, .xz or .zip of these).")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file.")
+    if encoding == "utf-8":
+        encoding = "utf-8-sig"  # with or without a byte-order mark
     read = _json_batches if f".{suffix}" in JSON else _delimited_batches
     try:
         if suffix == "parquet":

@@ -30,7 +30,7 @@ class TimeColumn:
     def __init__(self, name: str | None, time_format: str | None = None):
         self.name, self.time_format, self.form = name, time_format, time_format
         self._batches: list[np.ndarray] = []
-        self._first = self._zero = ""  # the first time, and where the first zero is
+        self._first = self._missing = ""  # the first time, and the first one that seems to be missing
 
     def add(self, values: Sequence[object], table: str, start: int) -> None:
         """Add times; `start` is the row of the first one in `table`. `ValueError` names a row of another form."""
@@ -39,17 +39,17 @@ class TimeColumn:
             numbers, self.form = parse_times(values, self.form)
         except ValueError:
             raise ValueError(f"{table}: {self._wrong_time(values, start)}") from None
-        if not self._zero and not numbers.all():
-            self._zero = f"{table}: row {start + int((numbers == 0).argmax())}"
+        is_missing = np.isin(numbers, (0, -1))
+        if not self._missing and is_missing.any():
+            position = int(is_missing.argmax())
+            self._missing = f"{table}: row {start + position}, {self.name} is {values[position]!r}"
         self._batches.append(numbers)
 
     def numbers(self) -> np.ndarray:
-        """All times, as from [`parse_times`]. `ValueError` if some are 0 among seconds since 1970: none is known."""
+        """All times, as from [`parse_times`]. `ValueError` if some are 0 or -1 among later times: they are missing."""
         times = np.concatenate(self._batches)
-        if self._zero and self.form == "seconds" and times.max() >= 1e8:
-            raise ValueError(
-                f"{self._zero}, {self.name} is 0, but others are seconds since 1970; remove the rows without a time."
-            )
+        if self._missing and times.max() >= 1e8:
+            raise ValueError(f"{self._missing}, but others are long after 1970; remove the rows without a time.")
         return times
 
     def _wrong_time(self, values: Sequence[object], start: int) -> str:
@@ -61,7 +61,7 @@ class TimeColumn:
             return True
 
         position = bisect_left(range(1, len(values)), True, key=lambda length: is_refused(values[:length], self.form))
-        expected = f"time_format {self.time_format}"
+        expected = f"time_format {self.time_format}, as for strptime"
         if not self.time_format:
             expected = "a finite number or a date like 2024-01-31, from 1678 to 2262; time_format names other forms"
         if not is_refused(values[position : position + 1], self.time_format):
