@@ -228,9 +228,19 @@ def test_more_names_than_columns_are_refused(tmp_path):
         table(tmp_path, "u,i,5\n", columns=["user_id", "item_id", "timestamp", "rating"])
 
 
-@pytest.mark.parametrize("rows", [1, 3, 20_000])
+@pytest.mark.parametrize("shift", range(6))
+@pytest.mark.parametrize(("delimiter", "cell", "value"), [(",", ', "a"', "a"), ("::", "::bcde", "bcde")])
+def test_a_delimiter_may_end_a_block(tmp_path, delimiter, cell, value, shift):
+    """The file has several blocks, and each of its cells six letters, so that every one of them ends a block."""
+    names = delimiter.join(["item_id", "title" + shift * "x", *map(str, range(98))])
+    (tmp_path / "items.dat").write_text(names + "\n" + "".join(f"{row:06}{99 * cell}\n" for row in range(4000)))
+    items = read_items(tmp_path / "items.dat", text_columns={"title": "title" + shift * "x", "brand": "97"})
+    assert len(items) == 4000
+    assert {(item["title"], item["brand"]) for item in items.values()} == {(value, value)}
+
+
+@pytest.mark.parametrize("rows", [1, 3, 2_000])
 def test_a_blank_before_a_quote_is_no_text(tmp_path, rows):
-    """20,000 rows are several blocks of the file."""
     titles = (f'"One, ""two"", {"x" * (row % 97)}"' for row in range(rows))
     text = "item_id, title,brand\n" + "".join(f'{row}, {title}, "B,"\n' for row, title in enumerate(titles))
     (tmp_path / "items.csv").write_text(text)

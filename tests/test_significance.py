@@ -67,6 +67,13 @@ def test_the_difference_is_a_mean_over_rows():
     assert paired_bootstrap([3.0, 0.0, 0.0], [0.0, 0.0, 0.0], ["a", "b", "b"], num_resamples=50).difference == 1.0
 
 
+def test_the_interval_is_that_of_a_mean_over_rows():
+    """50 users with one row of 1, and 50 users with nine rows of 0."""
+    values, users = np.repeat([1.0, 0.0], [50, 450]), [*range(50), *np.repeat(range(50, 100), 9)]
+    result = paired_bootstrap(values, np.zeros(500), users, num_resamples=200)
+    assert 0.05 < result.low < 0.1 < result.high < 0.15
+
+
 @pytest.mark.parametrize("num_users", [30, 500])
 def test_one_row_per_user_gives_the_numbers_of_rows(num_users):
     rng = np.random.default_rng(4)
