@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.modeling_outputs import CausalLMOutput
 
@@ -40,11 +41,13 @@ ACCEPTED = {
     "diffllama": KV, "dots1": ROUTED_EXPERTS, "ernie4_5": KV,
     "ernie4_5_moe": KV | {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 16, "moe_num_shared_experts": 1},
     "flex_olmo": KV | {"num_experts": 4, "num_experts_per_tok": 2}, "gemma": KV | {"head_dim": 8},
-    "glm": KV | {"head_dim": 8}, "glm4": KV | {"head_dim": 8}, "gpt2": GPT2, "gpt_bigcode": GPT2, "gpt_neox": {},
-    "granite": KV, "granitemoe": LOCAL_EXPERTS, "helium": KV | {"head_dim": 8},
-    "hunyuan_v1_dense": KV | {"head_dim": 8}, "jais2": KV, "jetmoe": KV, "llama": KV,
-    "mistral": KV | {"sliding_window": None}, "mixtral": LOCAL_EXPERTS, "nemotron": KV, "olmo": KV,
-    "olmo2": KV, "olmoe": KV | {"num_experts": 4, "num_experts_per_tok": 2},
+    "glm": KV | {"head_dim": 8}, "glm4": KV | {"head_dim": 8}, "glm4_moe": ROUTED_EXPERTS | {"head_dim": 8},
+    "glm4_moe_lite": LATENT_ATTENTION, "gpt2": GPT2, "gpt_bigcode": GPT2, "gpt_neox": {}, "granite": KV,
+    "granitemoe": LOCAL_EXPERTS, "granitemoeshared": LOCAL_EXPERTS, "helium": KV | {"head_dim": 8},
+    "hunyuan_v1_dense": KV | {"head_dim": 8}, "hyperclovax": KV, "internlm3": KV | {"head_dim": 8}, "jais2": KV,
+    "jetmoe": KV, "llama": KV, "ministral3": KV | {"head_dim": 8}, "mistral": KV | {"sliding_window": None},
+    "mixtral": LOCAL_EXPERTS, "nemotron": KV, "olmo": KV, "olmo2": KV,
+    "olmoe": KV | {"num_experts": 4, "num_experts_per_tok": 2},
     "opt": {"ffn_dim": 32, "word_embed_proj_dim": 16}, "persimmon": KV, "phi3": KV, "phimoe": LOCAL_EXPERTS,
     "qwen2": KV, "qwen2_moe": EXPERTS | {"shared_expert_intermediate_size": 16}, "qwen3": KV | {"head_dim": 8},
     "qwen3_moe": EXPERTS | {"head_dim": 8}, "seed_oss": KV, "smollm3": KV, "starcoder2": KV, "youtu": KV,
@@ -52,9 +55,10 @@ ACCEPTED = {
 
 REFUSED = {
     "bloom": {"n_layer": 2, "n_head": 2}, "codegen": GPT2 | {"n_head": 4, "rotary_dim": 4}, "cohere": KV,
-    "exaone4": KV, "falcon": {}, "gemma2": KV | {"head_dim": 8}, "gpt_oss": KV, "gptj": GPT2 | {"rotary_dim": 8},
-    "minimax": KV, "mistral": KV, "mpt": {"d_model": 16, "n_heads": 2, "n_layers": 2},
-    "nanochat": KV, "olmo3": KV, "opt": {"ffn_dim": 32, "word_embed_proj_dim": 8}, "phi": KV,
+    "doge": KV, "exaone4": KV, "falcon": {}, "gemma2": KV | {"head_dim": 8}, "gpt_oss": KV,
+    "gptj": GPT2 | {"rotary_dim": 8}, "minimax": KV, "mistral": KV,
+    "mpt": {"d_model": 16, "n_heads": 2, "n_layers": 2}, "nanochat": KV, "olmo3": KV,
+    "opt": {"ffn_dim": 32, "word_embed_proj_dim": 8}, "phi": KV,
 }  # fmt: skip
 
 
@@ -225,7 +229,12 @@ def test_a_backbone_keeps_its_implementations(experts, attention):
 
 
 @pytest.mark.parametrize(
-    "backbone", [lambda: tiny_backbone().base_model, lambda: tiny_model()[0]], ids=["no head", "a recommender"]
+    "backbone",
+    [
+        lambda: tiny_backbone().base_model, lambda: tiny_model()[0],
+        lambda: get_peft_model(tiny_backbone(), LoraConfig(target_modules=["q_proj"])),
+    ],
+    ids=["no head", "a recommender", "an adapter"],
 )
 def test_only_language_models_are_backbones(backbone):
     with pytest.raises(ValueError, match="backbone"):

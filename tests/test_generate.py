@@ -121,6 +121,14 @@ def test_only_slots_or_the_end_follow_the_start(after):
         model.generate(torch.tensor([closed, opened]), max_new_tokens=3)
 
 
+def test_packed_sequences_are_refused():
+    """They would end without a token."""
+    model, _ = tiny_model()
+    ids = torch.tensor([row(model, 6, 2, [])])
+    with pytest.raises(ValueError, match="paged"):
+        model.generate(ids, cache_implementation="paged", max_new_tokens=3)
+
+
 def test_plain_text_continues_as_in_the_backbone():
     model, tokenizer = tiny_model()
     write = pipeline("text-generation", model=model, tokenizer=tokenizer)

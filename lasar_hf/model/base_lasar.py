@@ -115,10 +115,11 @@ def check_backbone(backbone: PreTrainedModel) -> None:
     config, name = backbone.config, type(backbone).__name__
     layer_types = set(getattr(config, "layer_types", None) or [])
     sliding = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
-    if "sliding_attention" in layer_types or (sliding and not layer_types):
+    sparse = getattr(config, "keep_window_size", None) is not None  # Doge keeps that number of keys
+    if "sliding_attention" in layer_types or (sliding and not layer_types) or sparse:
         raise ValueError(
-            f"{name} has sliding-window attention, so the answer could not see the whole prompt. Use a backbone with "
-            "full attention in every layer, such as Qwen3 or Llama."
+            f"{name} has sliding-window or sparse attention, so the answer could not see the whole prompt. Use a "
+            "backbone with full attention in every layer, such as Qwen3 or Llama."
         )
     if config.is_encoder_decoder or layer_types - {"full_attention"} or not backbone._supports_attention_backend:
         raise ValueError(
@@ -157,8 +158,8 @@ class LasarModel(LasarPreTrainedModel):
             Configuration.
 
     Raises:
-        `ValueError`: if the backbone has sliding-window, recurrent or encoder-decoder layers, returns router logits,
-        or has token embeddings that are not of its hidden size.
+        `ValueError`: if the backbone has sliding-window, sparse, recurrent or encoder-decoder layers, returns router
+        logits, or has token embeddings that are not of its hidden size.
     """
 
     def __init__(self, config: LasarConfig):

@@ -109,10 +109,11 @@ class LasarForGenerativeRec(LasarPreTrainedModel, GenerationMixin):
         if isinstance(backbone, str):
             backbone = AutoModelForCausalLM.from_pretrained(backbone, **kwargs)
         check_sizes(num_sid_levels, codebook_size, max_latent_steps)
-        if isinstance(backbone, cls) or backbone.get_output_embeddings() is None:
+        is_model = isinstance(backbone, PreTrainedModel) and not isinstance(backbone, LasarPreTrainedModel)
+        if not is_model or backbone.get_output_embeddings() is None:
             raise ValueError(
-                f"backbone is a {type(backbone).__name__}; expected a causal language model, such as "
-                "AutoModelForCausalLM loads."
+                f"backbone is a {type(backbone).__name__}; expected a causal language model as loaded by "
+                "AutoModelForCausalLM, with adapters merged."
             )
         if is_deepspeed_zero3_enabled():
             raise ValueError(
@@ -256,6 +257,10 @@ class LasarForGenerativeRec(LasarPreTrainedModel, GenerationMixin):
                     "recommend to get items, or append the slots and <|latent_end|>."
                 )
         return super().generate(inputs, *args, **kwargs)
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """Refused: the packed sequences of `generate_batch` and `cache_implementation="paged"` cannot be read."""
+        raise ValueError('generate_batch and cache_implementation="paged" are not supported. Use generate.')
 
     @contextmanager
     def evaluation_mode(self):
