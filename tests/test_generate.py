@@ -6,7 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, pipeline
 
 from lasar_hf import LasarForGenerativeRec, SidCatalog
 from lasar_hf.model.decoding_lasar import SidLogitsProcessor
@@ -33,7 +34,8 @@ def test_generate_returns_what_recommend_returns(data):
     """Random catalogues, depths, paddings, widths and batches, with and without cache, region open or closed."""
     model, catalog = draw_model_and_catalog(data)
     prompts, depths, inputs = draw_prompts(data, model)
-    size, width, closed = len(prompts), data.draw(st.integers(2, 8)), data.draw(st.booleans())
+    size, width = len(prompts), data.draw(st.integers(2, 8))
+    closed = bool((depths == 0).any()) or data.draw(st.booleans())  # without slots the region must be closed
     recommended = model.recommend(**inputs, catalog=catalog, top_k=width, num_beams=width, latent_steps=depths)
     generated = model.generate(
         **with_slots(model, prompts, depths.tolist(), closed), max_new_tokens=catalog.num_levels + (not closed),
@@ -77,6 +79,66 @@ def test_sampling_draws_from_the_policy():
     expected = score_every_item(model, prompt, 1, catalog).exp()
     assert (counts - expected).abs().max() < 0.03
     assert (counts > 0).sum() > 50
+
+
+def call_generate(model, tokenizer, ids):
+    return model.generate(ids, max_new_tokens=3)
+
+
+def call_with_names(model, tokenizer, ids):
+    return model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, num_beams=2)
+
+
+def call_with_the_constraint(model, tokenizer, ids):
+    return model.generate(ids, logits_processor=[SidLogitsProcessor(tiny_catalog(), model.config)], max_new_tokens=4)
+
+
+def call_with_an_adapter(model, tokenizer, ids):
+    return get_peft_model(model, LoraConfig(target_modules=["q_proj"])).generate(input_ids=ids, max_new_tokens=3)
+
+
+def call_pipeline(model, tokenizer, ids):
+    write = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    return write([tokenizer.decode(sequence) for sequence in ids.tolist()], max_new_tokens=3)
+
+
+@pytest.mark.parametrize(
+    "call", [call_generate, call_with_names, call_with_the_constraint, call_with_an_adapter, call_pipeline]
+)
+def test_a_prompt_without_slots_is_sent_to_recommend(call):
+    model, tokenizer = tiny_model()
+    with pytest.raises(ValueError, match="Prompt 0 .*recommend"):
+        call(model, tokenizer, torch.tensor([row(model, 6, 0)]))
+
+
+@pytest.mark.parametrize("after", ["<|endoftext|>", "red", "<a_1>", "<|pad|>"])
+def test_only_slots_or_the_end_follow_the_start(after):
+    """An appended end-of-text token, text, codes and padding do not hide that there are no slots."""
+    model, tokenizer = tiny_model()
+    closed = row(model, 7, 0, [])
+    opened = [*row(model, 7, 0), tokenizer.convert_tokens_to_ids(after)]
+    with pytest.raises(ValueError, match="Prompt 1 .*recommend"):
+        model.generate(torch.tensor([closed, opened]), max_new_tokens=3)
+
+
+def test_packed_sequences_are_refused():
+    """They would end without a token."""
+    model, _ = tiny_model()
+    ids = torch.tensor([row(model, 6, 2, [])])
+    with pytest.raises(ValueError, match="paged"):
+        model.generate(ids, cache_implementation="paged", max_new_tokens=3)
+
+
+def test_plain_text_continues_as_in_the_backbone():
+    model, tokenizer = tiny_model()
+    write = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    written = write("the next item", max_new_tokens=4, return_tensors=True)
+    ids = tokenizer("the next item").input_ids
+    for _ in range(4):
+        logits = model.lm_head(model.model.backbone(torch.tensor([ids])).last_hidden_state)[0, -1]
+        logits[[model.config.latent_start_token_id, model.config.latent_token_id]] = -torch.inf
+        ids.append(int(logits.argmax()))
+    assert written[0]["generated_token_ids"] == ids
 
 
 def test_the_processor_leaves_plain_text_alone():

@@ -265,7 +265,7 @@ def test_remote_code_in_a_process_without_the_package(tmp_path, monkeypatch):
 @pytest.mark.parametrize("num_beams", [1, 3])
 def test_generate_with_slots_equals_generate_without_cache(num_beams):
     model, _ = tiny_model()
-    inputs = batch([row(model, 6, 2), row(model, 4, 4, seed=1), row(model, 8, 0, seed=2)])
+    inputs = batch([row(model, 6, 2), row(model, 4, 4, seed=1), row(model, 8, 0, [], seed=2)])
     options = dict(max_new_tokens=4, num_beams=num_beams, do_sample=False)
     cached = model.generate(**inputs, **options, use_cache=True)
     uncached = model.generate(**inputs, **options, use_cache=False)

@@ -609,6 +609,7 @@ def test_model_card_names_the_tags_and_the_usage(tmp_path, kind):
     assert f"- {kind}\n" in card
     assert "- mine\n" in card
     assert 'AutoProcessor.from_pretrained("shop"' in card
+    assert "pipeline_tag: other\n" in card
 
 
 def test_ranking_metrics_join_the_evaluation(tmp_path):

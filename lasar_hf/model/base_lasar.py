@@ -115,15 +115,28 @@ def check_backbone(backbone: PreTrainedModel) -> None:
     config, name = backbone.config, type(backbone).__name__
     layer_types = set(getattr(config, "layer_types", None) or [])
     sliding = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
-    if "sliding_attention" in layer_types or (sliding and not layer_types):
+    sparse = getattr(config, "keep_window_size", None) is not None  # Doge keeps that number of keys
+    if "sliding_attention" in layer_types or (sliding and not layer_types) or sparse:
         raise ValueError(
-            f"{name} has sliding-window attention, so the answer could not see the whole prompt. Use a backbone with "
-            "full attention in every layer, such as Qwen3 or Llama."
+            f"{name} has sliding-window or sparse attention, so the answer could not see the whole prompt. Use a "
+            "backbone with full attention in every layer, such as Qwen3 or Llama."
         )
     if config.is_encoder_decoder or layer_types - {"full_attention"} or not backbone._supports_attention_backend:
         raise ValueError(
             f"{name} is not supported; expected a decoder-only backbone with full attention in every layer, such as "
             "Qwen3 or Llama."
+        )
+    if getattr(config, "output_router_logits", False):
+        raise ValueError(
+            f"{name} has output_router_logits=True, but LASAR's losses have no term for the router. Set "
+            "output_router_logits to False in the backbone's configuration."
+        )
+    # A configuration of several models (text and images) has no hidden_size of its own.
+    width, hidden_size = backbone.get_input_embeddings().embedding_dim, getattr(config, "hidden_size", None)
+    if width != hidden_size:
+        raise ValueError(
+            f"{name} has token embeddings of size {width} and a hidden_size of {hidden_size}; expected equal sizes, "
+            "since hidden states are the inputs of latent slots. Use a backbone such as Qwen3 or Llama."
         )
 
 
@@ -145,15 +158,16 @@ class LasarModel(LasarPreTrainedModel):
             Configuration.
 
     Raises:
-        `ValueError`: if the backbone has sliding-window, recurrent or encoder-decoder layers.
+        `ValueError`: if the backbone has sliding-window, sparse, recurrent or encoder-decoder layers, returns router
+        logits, or has token embeddings that are not of its hidden size.
     """
 
     def __init__(self, config: LasarConfig):
         super().__init__(config)
         self.backbone = AutoModel.from_config(config.backbone_config)
+        self.prepare_backbone()
         self.policy_head = DepthPolicyHead(config.hidden_size, config.max_latent_steps)
         self.share_prefixes = True  # equal (prompt, depth) pairs are read once
-        self.prepare_backbone()
         self.post_init()
 
     def prepare_backbone(self) -> None:

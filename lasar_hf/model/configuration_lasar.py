@@ -82,7 +82,15 @@ class LasarConfig(PreTrainedConfig):
             "AutoModelForCausalLM": "modeling_lasar.LasarForGenerativeRec",
         }
         self.auto_map = kwargs.pop("auto_map", None) or auto_map
+        # A backbone's configuration object keeps its implementations, which transformers would reset to the defaults.
+        # That of the experts is only set where the experts are.
+        experts = None
+        if isinstance(self.backbone_config, PreTrainedConfig):
+            kwargs.setdefault("attn_implementation", self.backbone_config._attn_implementation)
+            experts = kwargs.get("experts_implementation") or self.backbone_config._experts_implementation
         super().__post_init__(**kwargs)
+        if experts is not None:
+            self.backbone_config._experts_implementation = experts
         check_sizes(self.num_sid_levels, self.codebook_size, self.max_latent_steps)
         self.tie_word_embeddings = self.backbone_config.tie_word_embeddings
 

@@ -102,25 +102,26 @@ class LasarForGenerativeRec(LasarPreTrainedModel, GenerationMixin):
             [`LasarForGenerativeRec`]: the model. New embeddings are drawn around the mean of the old ones.
 
         Raises:
-            `ValueError`: if a number is out of range, the ids of the Semantic-ID tokens are not contiguous, or the
-            backbone has sliding-window, recurrent or encoder-decoder layers, a head with a bias, or scaled logits.
+            `ValueError`: if a number is out of range, the ids of the Semantic-ID tokens are not contiguous, the
+            backbone is refused by [`LasarModel`], or its head has a bias or is followed by scaled or capped logits.
         """
         # 1. Refuse backbones that the recommender cannot use, or that a checkpoint could not reproduce.
         if isinstance(backbone, str):
             backbone = AutoModelForCausalLM.from_pretrained(backbone, **kwargs)
         check_sizes(num_sid_levels, codebook_size, max_latent_steps)
-        check_backbone(backbone.base_model)
-        _check_plain_head(backbone)
-        if backbone.get_output_embeddings().bias is not None:
+        is_model = isinstance(backbone, PreTrainedModel) and not isinstance(backbone, LasarPreTrainedModel)
+        if not is_model or backbone.get_output_embeddings() is None:
             raise ValueError(
-                f"The head of {type(backbone).__name__} has a bias, which a checkpoint would lose. Use a backbone "
-                "without one, such as Qwen3 or Llama."
+                f"backbone is a {type(backbone).__name__}; expected a causal language model as loaded by "
+                "AutoModelForCausalLM, with adapters merged."
             )
         if is_deepspeed_zero3_enabled():
             raise ValueError(
                 "ZeRO-3 has sharded the backbone's weights, so no tokens can be added. Make the model inside "
                 "lasar_hf.trainers.unsharded_weights()."
             )
+        check_backbone(backbone.base_model)
+        _check_plain_head(backbone)
 
         # 2. Register the tokens. Token ids are computed as `sid_token_offset + level * K + code`.
         num_old = len(tokenizer)
@@ -232,6 +233,34 @@ class LasarForGenerativeRec(LasarPreTrainedModel, GenerationMixin):
             loss=loss, logits=logits, past_key_values=outputs.past_key_values, latent_states=outputs.latent_states,
             latent_steps=outputs.latent_steps, depth_logits=outputs.depth_logits,
         )
+
+    def generate(self, inputs: torch.Tensor | None = None, *args, **kwargs):
+        r"""
+        Write tokens after prompts, see [`~transformers.GenerationMixin.generate`], whose arguments these are.
+
+        To get items use [`~LasarForGenerativeRec.recommend`]: `generate` neither chooses a depth nor adds latent
+        slots, so those and `<|latent_end|>` are part of its prompts. It knows no catalogue either, unless
+        `logits_processor` has a [`~decoding_lasar.SidLogitsProcessor`]. Prompts without `<|latent_start|>` are plain
+        text, which continues as in the backbone.
+
+        Raises:
+            `ValueError`: if `<|latent_start|>` is not followed by latent slots or `<|latent_end|>`.
+        """
+        input_ids, config = kwargs.get("input_ids", inputs), self.config
+        if input_ids is not None:
+            following = nn.functional.pad(input_ids[:, 1:], (0, 1), value=-1)  # (B, L)
+            has_region = (following == config.latent_token_id) | (following == config.latent_end_token_id)
+            is_open = ((input_ids == config.latent_start_token_id) & ~has_region).any(dim=1)  # (B,)
+            if is_open.any():
+                raise ValueError(
+                    f"Prompt {int(is_open.nonzero()[0])} has no latent slots after {LATENT_START_TOKEN}. Use "
+                    "recommend to get items, or append the slots and <|latent_end|>."
+                )
+        return super().generate(inputs, *args, **kwargs)
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """Refused: the packed sequences of `generate_batch` and `cache_implementation="paged"` cannot be read."""
+        raise ValueError('generate_batch and cache_implementation="paged" are not supported. Use generate.')
 
     @contextmanager
     def evaluation_mode(self):
@@ -370,18 +399,40 @@ class LasarForGenerativeRec(LasarPreTrainedModel, GenerationMixin):
 
 @torch.no_grad()
 def _check_plain_head(language_model: PreTrainedModel) -> None:
-    """Refuse models that scale or cap their logits, since decoding multiplies by rows of the head's weight only."""
-    ids = torch.arange(4, device=language_model.device)[None]
+    """Refuse a head with a bias, and logits that are not the head's output: scaled, capped or masked ones."""
+    head, name = language_model.get_output_embeddings(), type(language_model).__name__
+    if head.bias is not None:
+        raise ValueError(
+            f"The head of {name} has a bias, which a checkpoint would lose. Use a backbone without one, such as Qwen3 "
+            "or Llama."
+        )
+    # In one pass replace the head's output by a range that any cap would change, whatever the weights are.
+    head_inputs, head_outputs = [], []
+
+    def replace_output(module, inputs, output):
+        head_inputs.append(inputs[0])
+        head_outputs.append(torch.linspace(-1e3, 1e3, output.numel()).to(output).view_as(output))
+        return head_outputs[0].clone()  # the model may change it in place
+
     was_training = language_model.training
     language_model.eval()
-    hidden_states = language_model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    plain = language_model.get_output_embeddings()(hidden_states).float()
-    logits = language_model(input_ids=ids, use_cache=False).logits.float()
-    language_model.train(was_training)
-    if not torch.allclose(logits, plain, rtol=0, atol=1e-2 * float(plain.abs().max())):
+    hook = head.register_forward_hook(replace_output)
+    ids = torch.arange(4, device=language_model.device)[None]
+    try:
+        hidden_states = language_model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        logits = language_model(input_ids=ids, use_cache=False).logits
+    finally:
+        hook.remove()
+        language_model.train(was_training)
+    is_plain = len(head_outputs) == 1  # a model may also compute its logits without calling its head
+    if is_plain:
+        tolerance = 1e-2 * float(hidden_states.abs().max())
+        is_plain = torch.allclose(head_inputs[0].to(hidden_states), hidden_states, rtol=0, atol=tolerance)
+        is_plain = is_plain and torch.equal(logits, head_outputs[0].to(logits))
+    if not is_plain:
         raise ValueError(
-            f"{type(language_model).__name__} scales or caps its logits, which LASAR does not support. Use a backbone "
-            "whose head is a plain matrix, such as Qwen3 or Llama."
+            f"{name} scales, caps or masks its logits, or computes them without its head, which LASAR does not "
+            "support. Use a backbone whose logits are a matrix times its last hidden states, such as Qwen3 or Llama."
         )
 
 

@@ -39,6 +39,7 @@ class LasarGRPOConfig(GRPOConfig):
     > - `disable_dropout`: Defaults to `True` instead of `False`. Candidates are drawn without dropout, so they are
     >   scored without it.
     > - `use_bias_correction_kl`: Pinned to `True`, the unbiased gradient of the KL penalty; GRPO's paper has `False`.
+    > - `router_aux_loss_coef`: Pinned to `0.0` instead of `None`. The latent loop returns no router loss.
     > - `ddp_find_unused_parameters`: Defaults to `False` instead of `None`. The search fails on the policy head.
     """
 
@@ -59,8 +60,13 @@ class LasarGRPOConfig(GRPOConfig):
     depth_entropy_weight: float = field(default=0.01, metadata={"help": "Entropy bonus of the depth policy, eta."})
     baseline_decay: float = field(default=0.95, metadata={"help": "Decay of the running mean of the group rewards."})
     use_bias_correction_kl: bool = field(default=True, metadata={"help": "Unbiased gradient of the KL penalty."})
+    router_aux_loss_coef: float | None = field(default=0.0, metadata={"help": "Keep it at 0."})
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Keep it at False."})
 
     def __post_init__(self):
         check_choices(self)
+        if self.router_aux_loss_coef != 0:
+            raise ValueError(
+                f"router_aux_loss_coef is {self.router_aux_loss_coef}, but no router loss is added; expected 0."
+            )
         super().__post_init__()

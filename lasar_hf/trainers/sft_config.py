@@ -28,6 +28,7 @@ class LasarSFTConfig(SFTConfig):
     > These parameters have default values different from [`~trl.SFTConfig`]:
     > - `max_length`: Defaults to `None` instead of `1024`. Truncation would remove the answer at the end of an
     >   example; `max_history` of the processor limits the prompt instead.
+    > - `router_aux_loss_coef`: Pinned to `0.0` instead of `None`. The latent loop returns no router loss.
     > - `ddp_find_unused_parameters`: Defaults to `False` instead of `None`. The search fails on the policy head.
     """
 
@@ -41,8 +42,13 @@ class LasarSFTConfig(SFTConfig):
     )
     alignment_weight: float = field(default=0.1, metadata={"help": "Weight of the alignment loss, alpha."})
     policy_weight: float = field(default=0.0, metadata={"help": "Policy loss weight, beta; 0 freezes the head."})
+    router_aux_loss_coef: float | None = field(default=0.0, metadata={"help": "Keep it at 0."})
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Keep it at False."})
 
     def __post_init__(self):
         check_choices(self)
+        if self.router_aux_loss_coef != 0:
+            raise ValueError(
+                f"router_aux_loss_coef is {self.router_aux_loss_coef}, but no router loss is added; expected 0."
+            )
         super().__post_init__()

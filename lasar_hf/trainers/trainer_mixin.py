@@ -162,9 +162,9 @@ class LasarTrainerMixin:
         if not self.is_world_process_zero():
             return
         name = model_name or os.path.basename(os.path.normpath(self.args.output_dir))
-        data = ModelCardData(
-            library_name="transformers", tags=sorted([*self._tag_names, *(tags or [])]), pipeline_tag="text-generation"
-        )
+        # No pipeline of transformers recommends items, and without a tag the Hub may guess "text-generation".
+        tags = sorted([*self._tag_names, *(tags or [])])
+        data = ModelCardData(library_name="transformers", tags=tags, pipeline_tag="other")
         usage = "" if self.processor is None else USAGE.format(name=name)
         text = f"---\n{data.to_yaml()}\n---\n\n# {name}\n\n{self._description}\n{usage}"
         with atomic_file(os.path.join(self.args.output_dir, "README.md")) as temporary:
