@@ -54,31 +54,36 @@ class PrefixBatchSampler(BatchRebalanceSampler):
         self, sequences: Iterable[list[int]], start_token_id: int, max_tokens: int, num_processes: int = 1,
         process_index: int = 0, seed: int = 0,
     ):
-        sequences = list(sequences)
         self.num_processes, self.process_index, self.seed, self.epoch = num_processes, process_index, seed, 0
+        sequences = list(sequences)
 
-        # 1. Groups in random order, then stably by size.
+        # 1. Groups in random order. Users with equal histories are in one group, which is cut where it exceeds the
+        #    budget, while the samples of one user fit into it.
+        paths = np.array([len(ids) - ids.index(start_token_id) if start_token_id in ids else 1 for ids in sequences])
+        bodies = np.array([len(ids) for ids in sequences]) - paths  # (n,), tokens before the path
         groups = prefix_groups(sequences, start_token_id)
-        groups = [groups[index] for index in np.random.default_rng(seed).permutation(len(groups))]
-        groups.sort(key=lambda group: len(sequences[group[-1]]))
-
-        # 2. Fill batches. Trees are padded to the longest trunk, the most paths and the longest path.
-        batches, sizes = [], np.zeros((1, 3), dtype=np.int64)  # of the batch's groups: trunk, paths, tokens per path
-        for group in groups:
-            rows = [sequences[index] for index in group]
-            paths = [len(ids) - ids.index(start_token_id) if start_token_id in ids else 1 for ids in rows]
-            size = np.array([[len(rows[-1]) - paths[-1], len(group), max(paths)]])
-            if _num_tokens(size) > max_tokens:
+        trees = []  # (tokens of the body, number of paths, tokens of a path, examples)
+        for group in (groups[index] for index in np.random.default_rng(seed).permutation(len(groups))):
+            body, path = bodies[group[-1]], paths[group].max()
+            needed = body + path * len(np.unique(bodies[group]))
+            if needed > max_tokens:
                 raise ValueError(
-                    f"max_tokens_per_batch is {max_tokens}, but the samples of one user have {_num_tokens(size)} tokens. "
-                    "Use a larger budget, or a smaller max_history in the LasarProcessor."
+                    f"max_tokens_per_batch is {max_tokens}, but the samples of one user have {needed} tokens. Use a "
+                    "larger budget, or a smaller max_history in the LasarProcessor."
                 )
-            grown = np.concatenate([sizes, size])
-            if not batches or _num_tokens(grown) > max_tokens:
+            size = (max_tokens - body) // path
+            trees += [(body, min(size, len(group) - i), path, group[i : i + size]) for i in range(0, len(group), size)]
+
+        # 2. Fill batches with trees of similar size, since all are padded to the largest.
+        trees.sort(key=lambda tree: tree[:3])
+        batches, largest = [], np.zeros(3, dtype=np.int64)
+        num_trees = 0
+        for *size, examples in trees:
+            largest, num_trees = np.maximum(largest, size), num_trees + 1
+            if not batches or num_trees * (largest[0] + largest[1] * largest[2]) > max_tokens:
                 batches.append([])
-                grown = size
-            batches[-1] += group
-            sizes = grown
+                largest, num_trees = np.array(size), 1
+            batches[-1] += examples
 
         # 3. The same number for every process: split the largest batches.
         while len(batches) % num_processes:
@@ -96,9 +101,3 @@ class PrefixBatchSampler(BatchRebalanceSampler):
         order = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.batches))
         for index in order[self.process_index :: self.num_processes]:
             yield self.batches[index]
-
-
-def _num_tokens(sizes: np.ndarray) -> int:
-    """Tokens of a batch of trees with `sizes` `(T, 3)`: trunk, paths, tokens per path."""
-    trunk, paths, per_path = sizes.max(axis=0)
-    return int(len(sizes) * (trunk + paths * per_path))
