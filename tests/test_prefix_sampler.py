@@ -3,9 +3,10 @@
 import pytest
 import torch
 from datasets import Dataset
+from trl.trainer.utils import RepeatSampler
 
 from lasar_hf import LasarSFTConfig, LasarSFTTrainer
-from lasar_hf.trainers.prefix_sampler import PrefixBatchSampler, prefix_groups
+from lasar_hf.trainers.prefix_sampler import PrefixBatchSampler, PrefixRepeatSampler, prefix_groups
 from tests.tiny import sid_ids, tiny_catalog, tiny_model
 from tests.training import COMMON, moved, parameters
 
@@ -45,8 +46,8 @@ def trainer(folder, **kwargs):
 
 
 def test_groups_are_chains_of_prefixes():
-    groups = prefix_groups(SEQUENCES, START)
-    assert sorted(groups) == [[1, 3], [2, 0, 4], [5]]
+    groups = prefix_groups(["ab", "b", "a", "bc", "abx", "aby", "c"])
+    assert sorted(groups) == [[1, 3], [2, 0, 4], [5], [6]]
 
 
 def test_every_process_gets_its_share_of_all_examples():
@@ -96,3 +97,18 @@ def test_training_resumes_bit_exactly_inside_an_epoch(tmp_path):
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-7"))
     for name, parameter in resumed.model.named_parameters():
         assert torch.equal(parameter, whole.model.get_parameter(name)), name
+
+
+def test_prompts_of_a_user_stay_together():
+    base = RepeatSampler(range(8), mini_repeat_count=2, batch_size=2, seed=0)
+    order = list(PrefixRepeatSampler(base, [[0, 1, 2, 3], [4, 5, 6, 7]], 2))
+    assert sorted({tuple(order[i : i + 4]) for i in range(0, 16, 4)}) == [
+        (0, 0, 1, 1), (2, 2, 3, 3), (4, 4, 5, 5), (6, 6, 7, 7)
+    ]  # fmt: skip
+
+
+def test_one_prompt_per_user_is_the_order_of_trl():
+    def base():
+        return RepeatSampler(range(7), mini_repeat_count=2, batch_size=3, repeat_count=2, seed=1)
+
+    assert list(PrefixRepeatSampler(base(), [[i] for i in range(7)], 1)) == list(base())

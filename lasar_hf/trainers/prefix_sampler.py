@@ -1,23 +1,20 @@
 """Batches of users: the samples of a user share the prefix of their histories, so they belong into one batch."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
+import torch
 from transformers.trainer_pt_utils import BatchRebalanceSampler
+from trl.trainer.utils import RepeatSampler
 
 
-def prefix_groups(sequences: Iterable[list[int]], start_token_id: int) -> list[list[int]]:
+def prefix_groups(bodies: Sequence[str | bytes]) -> list[list[int]]:
     """
-    Group sequences whose prompts, without `<|latent_start|>`, are prefixes of one another: the samples of a user, as
+    Group prompts, given without their `<|latent_start|>`, that are prefixes of one another: the samples of a user, as
     long as all of the history fits into the prompt. Returns lists of indices, each from the shortest prompt to the
     longest.
     """
-    # Big-endian bytes sort like the numbers, so the prompts that begin with a prompt follow it.
-    bodies = [
-        np.asarray(ids[: ids.index(start_token_id)] if start_token_id in ids else ids[:-1], dtype=">u4").tobytes()
-        for ids in sequences
-    ]
-    order = sorted(range(len(bodies)), key=bodies.__getitem__)
+    order = sorted(range(len(bodies)), key=bodies.__getitem__)  # those that begin with a prompt follow it
     groups = [order[:1]]
     for before, index in zip(order, order[1:], strict=False):
         if bodies[index].startswith(bodies[before]):
@@ -25,6 +22,37 @@ def prefix_groups(sequences: Iterable[list[int]], start_token_id: int) -> list[l
         else:
             groups.append([index])
     return groups
+
+
+class PrefixRepeatSampler(RepeatSampler):
+    """
+    TRL's sampler of prompts with a few prompts of a user one after the other. The order depends on the seed and the
+    epoch alone, so a run that resumes later sees the same prompts.
+
+    `base` is TRL's own sampler, `groups` are those of [`prefix_groups`] and `size` is the number of prompts of a group
+    that stay together. With a size of 1 the order is TRL's.
+    """
+
+    def __init__(self, base: RepeatSampler, groups: list[list[int]], size: int):
+        super().__init__(
+            base.data_source, base.mini_repeat_count, base.batch_size, base.repeat_count, base.shuffle, base.seed
+        )
+        self.pieces = [group[i : i + size] for group in groups for i in range(0, len(group), size)]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the Trainer before each epoch."""
+        if self.shuffle:
+            self.generator.manual_seed(self.seed + epoch)
+
+    def __iter__(self) -> Iterator[int]:
+        pieces = self.pieces
+        if self.shuffle:
+            pieces = [pieces[i] for i in torch.randperm(len(pieces), generator=self.generator).tolist()]
+        order = [index for piece in pieces for index in piece]
+        for start in range(0, len(order) - self.batch_size + 1, self.batch_size):
+            for _ in range(self.repeat_count):
+                for index in order[start : start + self.batch_size]:
+                    yield from [index] * self.mini_repeat_count
 
 
 class PrefixBatchSampler(BatchRebalanceSampler):
@@ -61,7 +89,9 @@ class PrefixBatchSampler(BatchRebalanceSampler):
         #    budget, while the samples of one user fit into it.
         paths = np.array([len(ids) - ids.index(start_token_id) if start_token_id in ids else 1 for ids in sequences])
         bodies = np.array([len(ids) for ids in sequences]) - paths  # (n,), tokens before the path
-        groups = prefix_groups(sequences, start_token_id)
+        # Big-endian bytes sort like the numbers.
+        pairs = zip(sequences, bodies, strict=True)
+        groups = prefix_groups([np.asarray(ids[:body], dtype=">u4").tobytes() for ids, body in pairs])
         trees = []  # (tokens of the body, number of paths, tokens of a path, examples)
         for group in (groups[index] for index in np.random.default_rng(seed).permutation(len(groups))):
             body, path = bodies[group[-1]], paths[group].max()
