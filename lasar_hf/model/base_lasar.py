@@ -5,11 +5,13 @@ The loop is below the language-model head, so TRL's fused heads, PEFT and `gener
 The path of a batch from `input_ids` `(B, L)` to hidden states `(B, L, H)`:
 
 1. `BatchLayout` cuts each sequence into prompt, `N` latent slots and answer.
-2. `PromptGroups` joins sequences with equal prompt and depth into `U` groups, so a GRPO batch reads a prompt once.
-3. `run_latent_steps` calls the backbone once for the prompts and once for each latent step but the last. Depths may
-   differ: steps are aligned at their end, and a sequence that has not begun is masked.
-4. `read_tokens` calls the backbone once more, for the last latent slot together with the answers. The answers of a
-   group are branches that the attention mask separates.
+2. `PrefixTrees` joins sequences whose prompts share a prefix. The samples of a user become one tree: the longest
+   history is its trunk, and each sample is a path that leaves the trunk after its own history. Equal prompts, such as
+   those of a GRPO batch, share the path.
+3. `run_latent_steps` calls the backbone once for the prompts and once for each latent step but the last, which reads
+   a slot of every path. Depths may differ: steps are aligned at their end, and a path that has not begun is masked.
+4. `read_tokens` calls the backbone once more, for the last latent slots together with the answers. The attention mask
+   separates the paths of a tree and the answers of a path. A tree has one copy of the trunk's keys.
 5. `_read_branches` puts every hidden state back into the column of its token.
 
 Keys and values are in append-only linked blocks (`LinkedCache`), so gradient checkpointing can replay a layer, and a
@@ -29,7 +31,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
-from .batching_lasar import BatchLayout, PromptGroups, ReasoningState
+from .batching_lasar import BatchLayout, PrefixTrees, ReasoningState
 from .cache_lasar import LinkedCache
 from .configuration_lasar import LasarConfig
 
@@ -140,6 +142,11 @@ def check_backbone(backbone: PreTrainedModel) -> None:
         )
 
 
+def _additive_mask(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`(T, Q, keys)` as `(T, 1, Q, keys)`. Eager attention needs this form, and SDPA would make one per layer."""
+    return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)[:, None]
+
+
 class LasarModel(LasarPreTrainedModel):
     """
     Backbone with the latent loop and the depth policy head.
@@ -167,7 +174,7 @@ class LasarModel(LasarPreTrainedModel):
         self.backbone = AutoModel.from_config(config.backbone_config)
         self.prepare_backbone()
         self.policy_head = DepthPolicyHead(config.hidden_size, config.max_latent_steps)
-        self.share_prefixes = True  # equal (prompt, depth) pairs are read once
+        self.share_prefixes = True  # prompts that share a prefix are read once
         self.post_init()
 
     def prepare_backbone(self) -> None:
@@ -218,32 +225,30 @@ class LasarModel(LasarPreTrainedModel):
         if past_key_values is not None and past_key_values.get_seq_length() > 0:
             return self._continue(input_ids, attention_mask, position_ids, past_key_values, **kwargs)
 
-        # 1. Cut the sequences into prompt, latent slots and answer, and group equal (prompt, depth) pairs.
+        # 1. Cut the sequences into prompt, latent slots and answer, and find the prompts that share a prefix.
         layout = BatchLayout(input_ids, attention_mask, self.config)
-        prompt_ids, prompt_mask = layout.prompts()  # (B, P)
-        groups = PromptGroups(prompt_ids, prompt_mask, layout.depth, layout.max_answer, self.share_prefixes)
-        is_shared = groups.num_groups < len(input_ids)
-        max_depth, is_shared = self._agree(layout.max_depth, is_shared)
+        trees = PrefixTrees(layout, self.config.hidden_size, self.share_prefixes)
+        max_depth, is_shared = self._agree(layout.max_depth, trees.num_trees < len(input_ids))
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config.backbone_config)
         if max_depth == 0 and not is_shared:
             return self._read_plain(layout, attention_mask, past_key_values, use_cache, **kwargs)
 
-        # 2. Read one prompt per group and take its latent steps.
-        first = groups.first  # (U,)
-        state = self.run_latent_steps(prompt_ids[first], prompt_mask[first], layout.depth[first], max_depth, **kwargs)
+        # 2. Read one trunk per tree and take the latent steps of its paths.
+        token_ids, visible = trees.prompts(layout)  # (T, P + R), (U, P + R)
+        state = self.run_latent_steps(token_ids, visible, layout.depth[trees.member], max_depth, **kwargs)
 
         # 3. Read the answers, and put every hidden state back into the column of its token.
-        hidden_states, key_index = self._read_branches(state, layout, groups, **kwargs)  # (B, L, H), (B, L)
+        hidden_states, key_index = self._read_branches(state, layout, trees, **kwargs)  # (B, L, H), (B, L)
         if use_cache:
-            self._fill_cache(past_key_values, state, groups.group, key_index)
+            self._fill_cache(past_key_values, state, trees.path // trees.num_paths, key_index)
         return LasarModelOutput(
             last_hidden_state=hidden_states,
             past_key_values=past_key_values if use_cache else None,
             # Cut to the depths of this batch: with sharded parameters, another process may have deeper prompts.
-            latent_states=state.latent_states()[groups.group, : 1 + layout.max_depth],
+            latent_states=state.latent_states()[trees.path, : 1 + layout.max_depth],
             latent_steps=layout.depth,
-            depth_logits=state.depth_logits[groups.group],
+            depth_logits=state.depth_logits[trees.path],
         )
 
     def _continue(self, input_ids, attention_mask, position_ids, past_key_values, **kwargs) -> LasarModelOutput:
@@ -290,15 +295,18 @@ class LasarModel(LasarPreTrainedModel):
         )
 
     def run_latent_steps(
-        self, prompt_ids: torch.LongTensor, prompt_mask: torch.Tensor,
+        self, token_ids: torch.LongTensor, visible: torch.Tensor,
         depths: torch.Tensor | Callable[[torch.Tensor], torch.Tensor], max_depth: int | None = None, **kwargs,
     ) -> ReasoningState:
         """
-        Read left-padded prompts `(U, P)` and take all their latent steps but the last, which
-        [`~LasarModel.read_tokens`] reads together with the next tokens to save a call of the backbone.
+        Read prompts and take all their latent steps but the last, which [`~LasarModel.read_tokens`] reads together
+        with the next tokens to save a call of the backbone.
 
-        `depths` are the latent steps `(U,)`, or a function from the policy head's logits `(U, N_max)` to them.
-        `max_depth` is the number of iterations, larger than all depths if another process has deeper prompts.
+        `token_ids` `(T, P + R)` are left-padded trunks and the last prompt tokens of their paths. `visible`
+        `(U, P + R)` says which of them a path sees, the last path of a tree all of its trunk. With one path per tree
+        they are left-padded prompts and their mask. `depths` are the latent steps `(U,)`, or a function from the
+        policy head's logits `(U, N_max)` to them. `max_depth` is the number of iterations, larger than all depths if
+        another process has deeper prompts.
         """
         implementation = self.backbone.config._attn_implementation
         if implementation not in ("sdpa", "eager"):
@@ -306,41 +314,56 @@ class LasarModel(LasarPreTrainedModel):
                 f"attn_implementation is {implementation!r}, but latent steps need an explicit attention mask. Load "
                 "the model with attn_implementation='sdpa'."
             )
-        # 1. Read the prompts: hidden_states (U, P, H).
+        # 1. Read the prompts: hidden_states (T, P + R, H).
+        num_paths = len(visible) // len(token_ids)  # R
         cache = LinkedCache(self.config.backbone_config.num_hidden_layers)
+        attention_mask, position_ids = visible.long(), (visible.cumsum(dim=1) - 1).clamp(min=0)  # (T, P + 1)
+        if num_paths > 1:
+            # A trunk token sees the tokens before it, and the last token of a prompt those of its path.
+            by_tree = visible.unflatten(0, (-1, num_paths))  # (T, R, P + R)
+            causal = torch.ones(token_ids.shape[1:] * 2, dtype=torch.bool, device=token_ids.device).tril()
+            mask = torch.cat([by_tree[:, -1:] & causal[:-num_paths], by_tree], dim=1)  # (T, P + R, P + R)
+            attention_mask = _additive_mask(mask, self.backbone.dtype)
+            position_ids = (mask.sum(dim=-1) - 1).clamp(min=0)  # (T, P + R)
         hidden_states = self.backbone(
-            input_ids=prompt_ids, attention_mask=prompt_mask.long(), past_key_values=cache, use_cache=False,
-            position_ids=(prompt_mask.cumsum(dim=1) - 1).clamp(min=0), **kwargs,
+            input_ids=token_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=cache,
+            use_cache=False, **kwargs,
         ).last_hidden_state
         # 2. Choose the depths from h_0.
-        depth_logits = self.policy_head(hidden_states[:, -1])  # (U, N_max)
+        start_states = hidden_states[:, -num_paths:].flatten(0, 1)  # (U, H), h_0
+        depth_logits = self.policy_head(start_states)  # (U, N_max)
         if callable(depths):
             depths = depths(depth_logits)
         if max_depth is None:
             max_depth = self._agree(int(depths.max()), is_shared=False)[0]
         state = ReasoningState(
-            hidden_states=hidden_states, depth_logits=depth_logits, depths=depths, cache=cache,
-            visible=prompt_mask, position=prompt_mask.sum(dim=1), slot=None, slot_states=[],
+            hidden_states=hidden_states, depth_logits=depth_logits, depths=depths, cache=cache, visible=visible,
+            position=visible.sum(dim=1), slot=None, slot_states=[], num_paths=num_paths,
         )
-        # 3. Steps are aligned at their end: a sequence of depth N begins in iteration max_depth - N.
-        start_state = hidden_states[:, -1]  # (U, H), h_0
+        # 3. Steps are aligned at their end: a path of depth N begins in iteration max_depth - N.
+        own_slot = torch.eye(num_paths, dtype=torch.bool, device=visible.device).repeat(len(token_ids), 1)  # (U, R)
         for step in range(max_depth):
             remaining = max_depth - step
             if step == 0:
-                state.slot = start_state
+                state.slot = start_states
             else:
-                # Read the slot by itself: h_t = f([E_X, h_0, …, h_{t-1}]).
-                position = (state.position - 1).clamp(min=0)[:, None]  # (U, 1)
-                embeds, visible = state.slot[:, None], state.visible[:, None]  # (U, 1, H), (U, 1, S)
-                outputs, state.cache = self._extend(state.cache, embeds, position, visible, **kwargs)
-                state.slot_states.append(outputs[:, 0])
-                # The input of the next slot is this output, or h_0 where a sequence begins.
-                state.slot = torch.where((depths == remaining)[:, None], start_state, outputs[:, 0])  # (U, H)
-            # Sequences that have not begun neither see the slot nor advance their position.
+                # Read the slots by themselves: h_t = f([E_X, h_0, …, h_{t-1}]).
+                outputs = self._read_slots(state, **kwargs)  # (U, H)
+                # The input of the next slot is this output, or h_0 where a path begins.
+                state.slot = torch.where((depths == remaining)[:, None], start_states, outputs)  # (U, H)
+            # Paths that have not begun neither see the slot nor advance their position.
             is_active = depths >= remaining  # (U,)
-            state.visible = torch.cat([state.visible, is_active[:, None]], dim=1)
+            state.visible = torch.cat([state.visible, own_slot & is_active[:, None]], dim=1)
             state.position = state.position + is_active
         return state
+
+    def _read_slots(self, state: ReasoningState, **kwargs) -> torch.Tensor:
+        """Read the latest latent slot of every path. Returns the states `(U, H)`."""
+        parts = state.slot, (state.position - 1).clamp(min=0), state.visible
+        embeds, position, visible = (part.unflatten(0, (-1, state.num_paths)) for part in parts)  # (T, R, …)
+        outputs, state.cache = self._extend(state.cache, embeds, position, visible, **kwargs)
+        state.slot_states.append(outputs.flatten(0, 1))
+        return state.slot_states[-1]
 
     def read_tokens(
         self, state: ReasoningState, token_ids: torch.LongTensor, visible: torch.Tensor, **kwargs
@@ -349,81 +372,91 @@ class LasarModel(LasarPreTrainedModel):
         Read tokens `(U, Q)` after the latent region, several branches side by side, and append them to the state.
         Returns their final hidden states `(U, Q, H)`.
 
-        Each token sees the prompt and the latent slots. `visible` `(U, Q, R + Q)` says which of the `R` tokens read
-        before and of these `Q` it sees in addition: its ancestors and itself. Their number gives its position.
+        Each token sees the prompt and the latent slots of its path. `visible` `(U, Q, C + Q)` says which of the `C`
+        tokens read before and of these `Q` it sees in addition: its ancestors and itself. Their number gives its
+        position.
         """
         # 1. Every token sees the prompt and the slots (S keys), then its ancestors and itself.
+        num_paths = state.num_paths
         embeds = self.get_input_embeddings()(token_ids)  # (U, Q, H)
         positions = state.position[:, None] + visible.sum(dim=-1) - 1  # (U, Q)
         prompt_visible = state.visible[:, None].expand(-1, token_ids.shape[1], -1)  # (U, Q, S)
-        mask = torch.cat([prompt_visible, visible], dim=-1)  # (U, Q, S + R + Q)
-        if state.slot is None:
-            outputs, state.cache = self._extend(state.cache, embeds, positions, mask, **kwargs)
-            return outputs
+        mask = torch.cat([prompt_visible, state.keys_of_tokens(visible)], dim=-1)  # (U, Q, S + R · (C + Q))
+        state.num_read.append(token_ids.shape[1])
+        # The tokens of all paths of a tree are one sequence.
+        parts = (part.unflatten(0, (-1, num_paths)).flatten(1, 2) for part in (embeds, positions, mask))
+        embeds, positions, mask = parts  # (T, R · Q, …)
 
-        # 2. Read the last latent slot in the same call, as a first token that does not see the others.
-        embeds = torch.cat([state.slot[:, None].to(embeds.dtype), embeds], dim=1)  # (U, 1 + Q, H)
-        positions = torch.cat([(state.position - 1).clamp(min=0)[:, None], positions], dim=1)
-        slot_mask = nn.functional.pad(state.visible[:, None], (0, visible.shape[-1]))  # (U, 1, S + R + Q)
-        outputs, state.cache = self._extend(
-            state.cache, embeds, positions, torch.cat([slot_mask, mask], dim=1), **kwargs
-        )
-        state.slot_states.append(outputs[:, 0])
-        state.slot = None
-        return outputs[:, 1:]
+        # 2. Read the last latent slots in the same call, as first tokens that do not see the others.
+        if state.slot is not None:
+            slots = state.slot.unflatten(0, (-1, num_paths)).to(embeds.dtype)  # (T, R, H)
+            slot_positions = (state.position - 1).clamp(min=0).view(-1, num_paths)  # (T, R)
+            slot_mask = state.visible.unflatten(0, (-1, num_paths))  # (T, R, S)
+            slot_mask = nn.functional.pad(slot_mask, (0, mask.shape[-1] - slot_mask.shape[-1]))
+            embeds, positions = torch.cat([slots, embeds], dim=1), torch.cat([slot_positions, positions], dim=1)
+            mask = torch.cat([slot_mask, mask], dim=1)
+        outputs, state.cache = self._extend(state.cache, embeds, positions, mask, **kwargs)
+        if state.slot is not None:
+            state.slot_states.append(outputs[:, :num_paths].flatten(0, 1))
+            state.slot, outputs = None, outputs[:, num_paths:]
+        return outputs.unflatten(1, (num_paths, -1)).flatten(0, 1)
 
     def _extend(self, cache, inputs_embeds, position_ids, visible, **kwargs) -> tuple[torch.Tensor, LinkedCache]:
-        """One call of the backbone on top of a cache, with an explicit mask `(U, Q, keys)`."""
-        # The mask is additive: eager attention needs that form, and SDPA would make and keep one per layer.
-        mask = torch.zeros_like(visible, dtype=inputs_embeds.dtype).masked_fill(
-            ~visible, torch.finfo(inputs_embeds.dtype).min
-        )[:, None]
+        """One call of the backbone on top of a cache, with an explicit mask `(T, Q, keys)`."""
         block = LinkedCache(len(cache.layers), parent=cache)
         with block.keeping_blocks():
             outputs = self.backbone(
-                inputs_embeds=inputs_embeds, attention_mask=mask, position_ids=position_ids, past_key_values=block,
-                use_cache=False, **kwargs,
+                inputs_embeds=inputs_embeds, attention_mask=_additive_mask(visible, inputs_embeds.dtype),
+                position_ids=position_ids, past_key_values=block, use_cache=False, **kwargs,
             )
         return outputs.last_hidden_state, block
 
-    def _read_branches(self, state: ReasoningState, layout: BatchLayout, groups: PromptGroups, **kwargs):
+    def _read_branches(self, state: ReasoningState, layout: BatchLayout, trees: PrefixTrees, **kwargs):
         """
-        Read the answers as branches of their group. Returns the hidden states `(B, L, H)` of all tokens and the index
-        `(B, L)` of each token among the keys of its group.
+        Read the answers as branches of their paths. Returns the hidden states `(B, L, H)` of all tokens and the index
+        `(B, L)` of each token among the keys of its tree.
         """
-        # 1. Answers by group and branch, `W` branches of `A` tokens side by side.
-        answers, width = layout.answers(), layout.max_answer
-        token_ids = answers.new_zeros(groups.num_groups, groups.num_branches, width)  # (U, W, A)
-        token_ids[groups.group, groups.branch] = answers
+        # 1. Answers by path and branch, `W` branches of `A` tokens side by side.
+        answers, width, num_branches = layout.answers(), layout.max_answer, trees.num_branches
+        token_ids = answers.new_zeros(len(trees.member), num_branches, width)  # (U, W, A)
+        token_ids[trees.path, trees.branch] = answers
         # A token sees the tokens of its own branch up to itself: a block-diagonal causal mask.
         causal = torch.ones(width, width, dtype=torch.bool, device=answers.device).tril()
-        same_branch = torch.eye(groups.num_branches, dtype=torch.bool, device=answers.device)
-        visible = torch.kron(same_branch, causal).expand(groups.num_groups, -1, -1)  # (U, W * A, W * A)
-        branch_states = self.read_tokens(state, token_ids.flatten(1), visible, **kwargs)  # (U, W * A, H)
+        same_branch = torch.eye(num_branches, dtype=torch.bool, device=answers.device)
+        visible = torch.kron(same_branch, causal).expand(len(trees.member), -1, -1)  # (U, W · A, W · A)
+        branch_states = self.read_tokens(state, token_ids.flatten(1), visible, **kwargs)  # (U, W · A, H)
 
-        # 2. All hidden states of a group, in the order of its keys: prompt, slots, branches.
-        max_prompt, num_slots = state.hidden_states.shape[1], len(state.slot_states)
-        slot_states = [output[:, None] for output in state.slot_states]
-        states = torch.cat([state.hidden_states, *slot_states, branch_states], dim=1)  # (U, P + max N + W * A, H)
+        # 2. All hidden states of a tree, in the order of its keys: trunk, starts, slots of each step, branches.
+        num_paths, num_slots = trees.num_paths, len(state.slot_states)
+        shape = trees.num_trees, -1, branch_states.shape[-1]
+        parts = [part.reshape(shape) for part in (*state.slot_states, branch_states)]
+        states = torch.cat([state.hidden_states, *parts], dim=1)  # (T, P + R + R · max N + R · W · A, H)
 
-        # 3. The index of each token among them. Prompts are left-padded to P, slots to max N, and an answer comes
-        #    after the branches before it.
-        key_index = layout.position + max_prompt - layout.prompt_length[:, None]  # (B, L)
-        key_index = key_index + torch.where(key_index >= max_prompt, num_slots - layout.depth[:, None], 0)
-        in_answer = layout.position >= (layout.prompt_length + layout.depth)[:, None]
-        key_index = key_index + torch.where(in_answer, (groups.branch * width)[:, None], 0)
+        # 3. The index of each token among them, from its position after the body of its prompt.
+        tree, path = trees.path // num_paths, trees.path % num_paths  # (B,)
+        body_length = layout.prompt_length - 1  # (B,)
+        offset = layout.position - body_length[:, None]  # (B, L): 0 for the last prompt token, then slots, then answer
+        trunk_padding = layout.max_prompt - layout.prompt_length[trees.longest][tree]  # (B,)
+        in_trunk = layout.position + trunk_padding[:, None]  # (B, L)
+        # Slots are aligned at the last step. An answer comes after the branches before it.
+        step = torch.where(offset > 0, offset + (num_slots - layout.depth)[:, None], 0)  # (B, L)
+        in_path = layout.max_prompt - 1 + step * num_paths + path[:, None]
+        branch = trees.branch + num_branches * path  # (B,)
+        in_answer = layout.max_prompt - 1 + (1 + num_slots) * num_paths + (branch * width)[:, None]
+        in_answer = in_answer + offset - layout.depth[:, None] - 1
+        key_index = torch.where(offset < 0, in_trunk, torch.where(offset <= layout.depth[:, None], in_path, in_answer))
         key_index = torch.where(layout.valid, key_index, 0)
 
         # 4. Gather, with zeros at padding.
-        flat = (groups.group[:, None] * states.shape[1] + key_index).flatten()
+        flat = (tree[:, None] * states.shape[1] + key_index).flatten()
         hidden_states = states.flatten(0, 1).index_select(0, flat).view(*key_index.shape, -1)
         return hidden_states.masked_fill(~layout.valid[..., None], 0), key_index
 
-    def _fill_cache(self, past_key_values: Cache, state: ReasoningState, group, key_index: torch.Tensor) -> None:
+    def _fill_cache(self, past_key_values: Cache, state: ReasoningState, tree, key_index: torch.Tensor) -> None:
         """Copy the keys and values to an ordinary cache, in the columns of `input_ids`."""
         for layer_index, layer in enumerate(state.cache.layers):
             keys, values = (
-                states[group].gather(2, key_index[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3]))
+                states[tree].gather(2, key_index[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3]))
                 for states in layer.states()
             )
             past_key_values.update(keys, values, layer_index)

@@ -1,11 +1,13 @@
-"""The layout of a batch: prompt, latent slots and answer of each sequence, and groups of sequences with equal prompts.
+"""The layout of a batch: prompt, latent slots and answer of each sequence, and trees of prompts that share a prefix.
 
-Shapes: `B` sequences of `L` tokens, prompts of at most `P` tokens, answers of at most `A` tokens, `U` groups.
+Shapes: `B` sequences of `L` tokens, answers of at most `A` tokens. A prompt is a body of at most `P` tokens and its last
+token, `<|latent_start|>`. `T` trees of `R` paths with `W` branches each; `U = T · R` paths in all.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
+from torch import nn
 
 from .cache_lasar import LinkedCache
 from .configuration_lasar import LasarConfig
@@ -13,26 +15,47 @@ from .configuration_lasar import LasarConfig
 
 @dataclass
 class ReasoningState:
-    """Prompts after their latent steps, ready for answers. One sequence per group of equal prompts."""
+    """
+    Prompts after their latent steps, ready for answers. The paths of a tree are in one sequence of the backbone: its
+    keys are the body, then one `<|latent_start|>` per path, one slot per path for each step, and the tokens that
+    [`~LasarModel.read_tokens`] reads, path by path.
+    """
 
-    hidden_states: torch.Tensor  # (U, P, H), final hidden states of the left-padded prompts
+    hidden_states: torch.Tensor  # (T, P + R, H), final hidden states of the left-padded bodies and the starts
     depth_logits: torch.Tensor  # (U, N_max), logits of the policy head on h_0
-    depths: torch.Tensor  # (U,), latent steps N of each sequence
+    depths: torch.Tensor  # (U,), latent steps N of each path
     cache: LinkedCache  # keys and values read so far
-    visible: torch.Tensor  # (U, S), False where a key of the prompt or of the slots is padding
+    visible: torch.Tensor  # (U, S), the keys of bodies, starts and slots that a path sees
     position: torch.Tensor  # (U,), position of the first token after the latent slots
     slot: torch.Tensor | None  # (U, H), input of the last slot, which is read with the next tokens; None without slots
     slot_states: list[torch.Tensor]  # (U, H) per step: outputs of the slots read so far, aligned at the last step
+    num_paths: int = 1  # R
+    num_read: list[int] = field(default_factory=list)  # tokens per path of each call of `read_tokens`
 
     def latent_states(self) -> torch.Tensor:
-        """`h_0 … h_N` of each sequence, `(U, 1 + max N, H)`, zero after its depth."""
-        states = torch.stack([self.hidden_states[:, -1], *self.slot_states], dim=1)  # (U, 1 + max N, H)
+        """`h_0 … h_N` of each path, `(U, 1 + max N, H)`, zero after its depth."""
+        start_states = self.hidden_states[:, -self.num_paths :].flatten(0, 1)  # (U, H)
+        states = torch.stack([start_states, *self.slot_states], dim=1)  # (U, 1 + max N, H)
         num_steps = len(self.slot_states)
         step = torch.arange(1 + num_steps, device=states.device)  # (1 + max N,)
-        # Latent steps are aligned at their end: step t of a sequence was computed `max N - N` iterations later.
+        # Latent steps are aligned at their end: step t of a path was computed `max N - N` iterations later.
         index = torch.where(step > 0, step + num_steps - self.depths[:, None], 0).clamp(max=num_steps)
         states = states.gather(1, index[..., None].expand(-1, -1, states.shape[-1]))
         return states.masked_fill((step > self.depths[:, None])[..., None], 0)
+
+    def keys_of_tokens(self, visible: torch.Tensor) -> torch.Tensor:
+        """
+        Turn `visible` `(U, Q, C)`, which of the `C` tokens of its own path each token sees, into `(U, Q, R · C)`, which
+        of the tokens of its tree. Each call of `read_tokens` has its keys path by path.
+        """
+        if self.num_paths == 1:
+            return visible
+        own_path = torch.eye(self.num_paths, dtype=torch.bool, device=visible.device)[:, None, :, None]  # (R, 1, R, 1)
+        parts = [
+            (part.unflatten(0, (-1, self.num_paths))[..., None, :] & own_path).flatten(-2).flatten(0, 1)
+            for part in visible.split([*self.num_read, visible.shape[-1] - sum(self.num_read)], dim=-1)
+        ]  # (U, Q, R · c) each
+        return torch.cat(parts, dim=-1)
 
 
 class BatchLayout:
@@ -98,9 +121,9 @@ class BatchLayout:
         return self.columns().gather(1, (self.prompt_length[:, None] - 1).clamp(min=0))
 
     def prompts(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Left-padded prompts and their mask, both `(B, P)`."""
-        device = self.input_ids.device
-        rank = torch.arange(self.max_prompt, device=device) - (self.max_prompt - self.prompt_length[:, None])
+        """Left-padded prompts and their mask, both `(B, P + 1)`."""
+        rank = torch.arange(self.max_prompt, device=self.length.device)
+        rank = rank - (self.max_prompt - self.prompt_length[:, None])  # (B, P + 1)
         columns = self.columns().gather(1, rank.clamp(min=0))
         return self.input_ids.gather(1, columns).masked_fill(rank < 0, 0), rank >= 0
 
@@ -112,52 +135,105 @@ class BatchLayout:
         return self.input_ids.gather(1, columns).masked_fill(rank >= self.answer_length[:, None], 0)
 
 
-class PromptGroups:
+class PrefixTrees:
     """
-    Groups of sequences with equal prompt and depth. The backbone reads a group's prompt once and the answers of its
-    members as branches of `answer_length` tokens.
+    Trees of sequences whose prompts share a prefix. Bodies that are prefixes of one another are read once, as the
+    longest of them. Every distinct pair of prompt and depth is a path, which leaves the body after its own tokens, and
+    the answers of equal pairs are branches of that path.
 
-    Every group is padded to the branches of the largest. If a few prompts repeat often and many do not, that padding
-    would cost more than sharing saves, so equal sequences are split into the number of groups that needs the fewest
-    tokens in total.
+    All trees are padded to `R` paths and all paths to `W` branches. If that padding or the attention of long trees
+    would cost more than sharing saves, trees and paths are split into the number that needs the least work.
 
-    `group` and `branch` `(B,)` are the group of each sequence and its branch in that group, and `first` `(U,)` is one
-    member of each group.
+    Attributes:
+        path, branch (`torch.Tensor` of shape `(B,)`): path of each sequence, among the `U`, and branch of that path.
+        member (`torch.Tensor` of shape `(U,)`): a sequence of each path.
+        longest (`torch.Tensor` of shape `(T,)`): the sequence with the body of each tree.
+        num_trees, num_paths, num_branches (`int`): `T`, `R` and `W`.
     """
 
-    def __init__(
-        self, prompt_ids: torch.Tensor, prompt_mask: torch.Tensor, depth: torch.Tensor, answer_length: int, share: bool
-    ):
-        batch_size, device = len(depth), depth.device
+    def __init__(self, layout: BatchLayout, hidden_size: int, share: bool):
+        batch_size, device = len(layout.length), layout.length.device
         sequences = torch.arange(batch_size, device=device)  # (B,)
-        # Without sharing, every sequence is a group of its own.
-        self.num_groups, self.num_branches = batch_size, 1  # U, and branches per group
-        self.group, self.first, self.branch = sequences, sequences, torch.zeros_like(sequences)
+        # Without sharing, every sequence is a tree of its own.
+        self.num_trees, self.num_paths, self.num_branches = batch_size, 1, 1
+        self.path = self.member = self.longest = sequences
+        self.branch = torch.zeros_like(sequences)
         if not share or batch_size == 1:
             return
 
-        # 1. Find the D distinct (prompt, depth) keys; class_of (B,), counts (D,).
-        keys = torch.cat([prompt_ids.masked_fill(~prompt_mask, -1), depth[:, None]], dim=1)  # (B, P + 1)
+        # 1. Find the D classes of equal bodies, last tokens and depths; class_of (B,), counts (D,). The order is that
+        #    of a dictionary, so the bodies that begin with a body follow it.
+        prompt_ids, prompt_mask = layout.prompts()  # (B, P + 1)
+        prompt_ids = prompt_ids.masked_fill(~prompt_mask, -1)
+        first = prompt_mask.long().argmax(dim=1, keepdim=True)  # (B, 1)
+        column = first + torch.arange(layout.max_prompt - 1, device=device)  # (B, P)
+        bodies = prompt_ids[:, :-1].gather(1, column.clamp(max=max(layout.max_prompt - 2, 0)))
+        bodies = bodies.masked_fill(column > layout.max_prompt - 2, -1)  # (B, P), right-padded
+        keys = torch.cat([bodies, prompt_ids[:, -1:], layout.depth[:, None]], dim=1)  # (B, P + 2)
         unique, class_of, counts = torch.unique(keys, dim=0, return_inverse=True, return_counts=True)
-        if len(unique) == batch_size:
+
+        # 2. A class is in the tree of the next one if its body is a prefix of the next body. K trees.
+        body = unique[:, :-2]  # (D, P)
+        is_last = ~((body[:-1] == body[1:]) | (body[:-1] < 0)).all(dim=1)  # (D - 1,)
+        tree_of = nn.functional.pad(is_last.cumsum(0), (1, 0))  # (D,)
+        if len(counts) == batch_size == int(tree_of[-1]) + 1:
             return
 
-        # 2. Choose the branches per group, among the C sizes that occur, by the number of tokens to read.
-        sizes = torch.cat([counts.new_ones(1), counts]).unique()  # (C,)
-        num_groups = (counts + sizes[:, None] - 1) // sizes[:, None]  # (C, D)
-        tokens = num_groups.sum(dim=1) * (prompt_ids.shape[1] + answer_length * sizes)  # (C,)
-        best = int(tokens.argmin())
-        self.num_branches, self.num_groups = int(sizes[best]), int(num_groups[best].sum())
+        # 3. Choose W among the sizes that occur, and R, by the work of the backbone.
+        num_trees, num_paths, num_branches = self._cheapest(layout, counts, tree_of, hidden_size)
+        if num_trees >= batch_size:
+            return
+        self.num_trees, self.num_paths, self.num_branches = num_trees, num_paths, num_branches
 
-        # 3. Number the members of each class from 0: sort by class, then subtract the start of the class.
+        # 4. Number the members of each class from 0: sort by class, then subtract the start of the class.
         order = torch.argsort(class_of, stable=True)  # (B,)
-        class_start = counts.cumsum(0) - counts  # (D,)
-        member = torch.empty_like(sequences)
-        member[order] = sequences - class_start[class_of[order]]
+        number = torch.empty_like(sequences)
+        number[order] = sequences - (counts.cumsum(0) - counts)[class_of[order]]
+        self.branch = number % num_branches
 
-        # 4. Fill the groups of each class one after the other.
-        first_group = num_groups[best].cumsum(0) - num_groups[best]  # (D,)
-        self.group = first_group[class_of] + member // self.num_branches
-        self.branch = member % self.num_branches
-        self.first = torch.empty(self.num_groups, dtype=sequences.dtype, device=device)
-        self.first[self.group] = sequences  # members are equal, so it does not matter which one is kept
+        # 5. Number the paths of each tree, and fill trees of R paths one after the other.
+        paths = (counts + num_branches - 1) // num_branches  # (D,), paths of each class
+        paths_of_tree = torch.zeros_like(counts).index_add(0, tree_of, paths)  # (D,), 0 beyond K
+        first_path = paths.cumsum(0) - paths - (paths_of_tree.cumsum(0) - paths_of_tree)[tree_of]  # (D,)
+        path = first_path[class_of] + number // num_branches  # (B,), within its tree before the split
+        parts = (paths_of_tree + num_paths - 1) // num_paths  # (D,)
+        tree = (parts.cumsum(0) - parts)[tree_of][class_of] + path // num_paths  # (B,)
+        self.path = tree * num_paths + path % num_paths
+
+        # 6. Later paths have longer bodies. Paths that only fill up a tree repeat its last one.
+        order = torch.argsort(self.path, stable=True)  # (B,)
+        self.longest = order[torch.bincount(tree).cumsum(0) - 1]
+        self.member = self.longest.repeat_interleave(num_paths).scatter(0, self.path, sequences)
+
+    def prompts(self, layout: BatchLayout) -> tuple[torch.Tensor, torch.Tensor]:
+        """Left-padded trunks with the last prompt tokens of their paths `(T, P + R)`, and those that each path sees."""
+        prompt_ids = layout.prompts()[0]  # (B, P + 1)
+        num_trees, num_paths = self.num_trees, self.num_paths
+        last_tokens = prompt_ids[self.member, -1].view(num_trees, num_paths)  # (T, R)
+        # A path sees the first tokens of the trunk, as many as its body has, and its own last token.
+        first = layout.max_prompt - layout.prompt_length[self.longest].repeat_interleave(num_paths)  # (U,)
+        end = first + layout.prompt_length[self.member] - 1  # (U,)
+        column = torch.arange(layout.max_prompt - 1, device=first.device)  # (P,)
+        in_body = (column >= first[:, None]) & (column < end[:, None])  # (U, P)
+        own_token = torch.eye(num_paths, dtype=torch.bool, device=first.device).repeat(num_trees, 1)  # (U, R)
+        token_ids = torch.cat([prompt_ids[self.longest, :-1], last_tokens], dim=1)  # (T, P + R)
+        return token_ids, torch.cat([in_body, own_token], dim=1)
+
+    @staticmethod
+    def _cheapest(layout: BatchLayout, counts, tree_of, hidden_size: int) -> tuple[int, int, int]:
+        """Numbers of trees, of paths per tree and of branches per path that need the least work."""
+        best = None
+        for num_branches in torch.cat([counts.new_ones(1), counts]).unique().tolist():
+            paths = (counts + num_branches - 1) // num_branches  # (D,)
+            paths = torch.zeros_like(counts).index_add(0, tree_of, paths)  # (D,), paths of each tree
+            per_path = 1 + layout.max_depth + num_branches * layout.max_answer  # tokens
+            half = (paths.amax(dim=0, keepdim=True) + 1) // 2
+            num_paths = torch.cat([counts.new_ones(1), half, paths[paths > 0]]).unique()  # (C,)
+            num_trees = ((paths + num_paths[:, None] - 1) // num_paths[:, None]).sum(dim=1)  # (C,)
+            tokens = layout.max_prompt - 1 + num_paths * per_path  # (C,), of a tree
+            # A layer does about 12 H² multiplications per token and 2 H per pair of tokens.
+            work = num_trees * tokens * (1 + tokens / (6 * hidden_size))  # (C,)
+            index = int(work.argmin())
+            if best is None or work[index] < best[0]:
+                best = work[index], int(num_trees[index]), int(num_paths[index]), num_branches
+        return best[1:]

@@ -29,6 +29,9 @@ class LasarGRPOConfig(GRPOConfig):
             Weight `η` of the entropy bonus of the depth policy.
         baseline_decay (`float`, *optional*, defaults to `0.95`):
             Decay of the running mean `b_EMA` of the group rewards.
+        prompts_per_user (`int`, *optional*, defaults to `1`):
+            Number of prompts of one user, with histories that continue one another, that stay together in the order of
+            training. Together they are read once; more of them make a step faster and its gradient less diverse.
 
     > [!NOTE]
     > These parameters have default values different from [`~trl.GRPOConfig`]:
@@ -59,6 +62,7 @@ class LasarGRPOConfig(GRPOConfig):
     step_cost: float = field(default=0.005, metadata={"help": "Cost of one latent step in units of reward, lambda."})
     depth_entropy_weight: float = field(default=0.01, metadata={"help": "Entropy bonus of the depth policy, eta."})
     baseline_decay: float = field(default=0.95, metadata={"help": "Decay of the running mean of the group rewards."})
+    prompts_per_user: int = field(default=1, metadata={"help": "Prompts of a user that stay together; read once."})
     use_bias_correction_kl: bool = field(default=True, metadata={"help": "Unbiased gradient of the KL penalty."})
     router_aux_loss_coef: float | None = field(default=0.0, metadata={"help": "Keep it at 0."})
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Keep it at False."})

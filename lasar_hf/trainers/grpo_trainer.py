@@ -13,16 +13,18 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
-from trl.trainer.utils import RepeatSampler, pad
+from trl.trainer.utils import pad
 
 from ..files import read_json, write_json
 from ..model.base_lasar import sampled_depth
 from ..model.catalog_lasar import SidCatalog
+from ..model.configuration_lasar import LATENT_START_TOKEN
 from ..model.decoding_lasar import sample_items
 from .catalog_head import add_catalog_head
 from .grpo_config import LasarGRPOConfig
 from .lora import check_token_rows, complete_reference, is_adapter, load_model, train_policy_head
 from .losses import DISTANCES, reinforce_loss
+from .prefix_sampler import PrefixRepeatSampler, prefix_groups
 from .rewards import load_rewards
 from .sharding import refuse_zero3, uses_zero3
 from .trainer_mixin import LasarTrainerMixin, check_lengths, latent_metrics, split_processor, unwrap_lasar
@@ -34,15 +36,6 @@ SUPPORTED = {
     "mask_truncated_completions": False, "use_vllm": False, "use_transformers_continuous_batching": False, "top_k": 0,
     "top_p": 1.0, "min_p": None, "repetition_penalty": 1.0, "generation_kwargs": None,
 }  # fmt: skip
-
-
-class EpochRepeatSampler(RepeatSampler):
-    """TRL's sampler, in an order that depends on the epoch alone: a run that resumes later sees the same prompts."""
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by the Trainer before each epoch."""
-        if self.shuffle:
-            self.generator.manual_seed(self.seed + epoch)
 
 
 class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
@@ -175,11 +168,13 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
         return state.depths, log_probs, trie.items(leaves)[..., 0]
 
     def _get_train_sampler(self, dataset=None):
-        """TRL's order of prompts, as a function of the epoch."""
+        """TRL's order of prompts, as a function of the epoch, with `prompts_per_user` prompts of a user together."""
         base = super()._get_train_sampler(dataset)
-        return EpochRepeatSampler(
-            base.data_source, base.mini_repeat_count, base.batch_size, base.repeat_count, base.shuffle, base.seed
-        )
+        groups = [[index] for index in range(base.num_samples)]
+        if self.args.prompts_per_user > 1:
+            prompts = base.data_source.with_format(None)["prompt"]
+            groups = prefix_groups([prompt.removesuffix(LATENT_START_TOKEN) for prompt in prompts])
+        return PrefixRepeatSampler(base, groups, self.args.prompts_per_user)
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         """Keep the mean reward of each group, from which the depth policy learns."""

@@ -23,6 +23,11 @@ class LasarSFTConfig(SFTConfig):
             Weight `α` of the alignment loss.
         policy_weight (`float`, *optional*, defaults to `0.0`):
             Weight `β` of the policy head's cross-entropy. At 0 (stage 1) the policy head is frozen.
+        max_tokens_per_batch (`int`, *optional*):
+            Fill the batches of each process with all samples of a user together, up to this many tokens, instead of
+            `per_device_train_batch_size` random examples. The history of a user is read once for all samples, and a
+            shared token counts once. Every example weighs the same, also if batches differ in size. Replaces
+            `train_sampling_strategy`.
 
     > [!NOTE]
     > These parameters have default values different from [`~trl.SFTConfig`]:
@@ -42,6 +47,9 @@ class LasarSFTConfig(SFTConfig):
     )
     alignment_weight: float = field(default=0.1, metadata={"help": "Weight of the alignment loss, alpha."})
     policy_weight: float = field(default=0.0, metadata={"help": "Policy loss weight, beta; 0 freezes the head."})
+    max_tokens_per_batch: int | None = field(
+        default=None, metadata={"help": "Batches of users with this many tokens; a shared prefix counts once."}
+    )
     router_aux_loss_coef: float | None = field(default=0.0, metadata={"help": "Keep it at 0."})
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Keep it at False."})
 

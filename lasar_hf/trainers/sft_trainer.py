@@ -24,6 +24,7 @@ from ..reasoning.anchors import AnchorStore
 from .catalog_head import add_catalog_head
 from .lora import check_token_rows, is_adapter, load_model, train_policy_head
 from .losses import alignment_loss
+from .prefix_sampler import PrefixBatchSampler
 from .sft_config import LasarSFTConfig
 from .sharding import refuse_zero3
 from .trainer_mixin import LasarTrainerMixin, check_lengths, latent_metrics, split_processor, unwrap_lasar
@@ -103,6 +104,7 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
     ```
     """
 
+    batch_sampler: PrefixBatchSampler | None = None  # with `max_tokens_per_batch`
     _tag_names = ["trl", "sft", "lasar"]
     _description = "Supervised training of LASAR."
 
@@ -150,6 +152,34 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
         if "sample_index" not in self._signature_columns:
             self._signature_columns = [*self._signature_columns, "sample_index"]
 
+    def _get_train_sampler(self, train_dataset=None):
+        """With `max_tokens_per_batch`, batches of users."""
+        if self.args.max_tokens_per_batch is None:
+            return super()._get_train_sampler(train_dataset)
+        dataset = (self.train_dataset if train_dataset is None else train_dataset).with_format(None)
+        self.batch_sampler = PrefixBatchSampler(
+            dataset["input_ids"], unwrap_lasar(self.model).config.latent_start_token_id, self.args.max_tokens_per_batch,
+            self.args.world_size, self.args.process_index, self.args.data_seed or self.args.seed,
+        )
+        # Batches differ in their number of examples. Means over a step would weigh the examples of small batches more,
+        # so sums are divided by the mean number of labels and of examples.
+        num_batches = len(self.batch_sampler) * self.args.world_size
+        labels = sum(sum(label != -100 for label in row[1:]) for row in dataset["labels"])
+        self.labels_per_step = labels / num_batches * self.args.world_size * self.args.gradient_accumulation_steps
+        self.examples_per_batch = len(dataset) / num_batches
+        return self.batch_sampler
+
+    def _run_epoch(self, *args, epoch, **kwargs):
+        """The Trainer does not tell a batch sampler its epoch when it resumes inside of one."""
+        if self.batch_sampler is not None:
+            self.batch_sampler.set_epoch(epoch)
+        return super()._run_epoch(*args, epoch=epoch, **kwargs)
+
+    def _get_num_items_in_batch(self, batch_samples, device):
+        if self.batch_sampler is None:
+            return super()._get_num_items_in_batch(batch_samples, device)
+        return torch.tensor(self.labels_per_step, device=device)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """`L_CE` of TRL, plus the terms that read the latent states of the same pass."""
         # 1. Cross-entropy of the next token; this runs the model.
@@ -182,7 +212,10 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
         # 4. The Trainer sums over accumulated micro-batches: TRL's loss is divided by the tokens of all of them
         # already, these terms by their number here.
         self.log_means(metrics)
-        if num_items_in_batch is not None:
+        if num_items_in_batch is not None and self.batch_sampler is not None:
+            share = len(output.latent_steps) / self.examples_per_batch
+            extra = extra * share / self.args.gradient_accumulation_steps
+        elif num_items_in_batch is not None:
             extra = extra / self.current_gradient_accumulation_steps
         return (result[0] + extra, result[1]) if return_outputs else result + extra
 

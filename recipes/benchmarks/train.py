@@ -7,7 +7,10 @@ With the same weights and batches throughout, it compares
 
 * a stage-2 step with a stage-1 step of the same number of tokens, for several depths;
 * forward and backward of GRPO with shared prompts and without;
-* a whole GRPO step with that of stock `trl.GRPOTrainer` on the same prompts and completions.
+* a whole GRPO step with that of stock `trl.GRPOTrainer` on the same prompts and completions;
+* training on every prefix of every history, each history read once, with one sequence per prefix: an epoch of stage 2
+  on the users of `--histories` and on users of 50 items, GRPO with four prompts per user. The token ratio beside a
+  speed is the number of tokens that are read without sharing over those with it, without padding.
 
 Times are medians over interleaved repeats.
 """
@@ -28,7 +31,9 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Con
 from trl import GRPOConfig, GRPOTrainer
 
 from lasar_hf import LasarForGenerativeRec, LasarGRPOConfig, LasarGRPOTrainer, SidCatalog
+from lasar_hf.files import read_json
 from lasar_hf.trainers import add_catalog_head, alignment_loss
+from lasar_hf.trainers.prefix_sampler import PrefixBatchSampler
 
 
 WORDS = 1000
@@ -45,6 +50,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=2, help="Prompts of a GRPO batch.")
     parser.add_argument("--candidates", type=int, default=8, help="Candidates per prompt.")
     parser.add_argument("--depths", type=int, nargs="+", default=[0, 1, 2, 4, 8], help="Latent steps.")
+    parser.add_argument("--histories", help="JSON file of users and their items, such as Beauty.inter.json.")
+    parser.add_argument("--users", type=int, default=64, help="Users drawn from --histories.")
+    parser.add_argument("--history_length", type=int, default=50, help="Items of each synthetic user.")
+    parser.add_argument("--steps", type=int, default=3, help="Latent steps of the prefix benchmark.")
+    parser.add_argument("--max_tokens", type=int, default=2048, help="Tokens of a batch of the prefix benchmark.")
     parser.add_argument("--repeats", type=int, default=3, help="Timed repeats of each task.")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
@@ -209,6 +219,159 @@ def grpo_step(args, model, tokenizer, catalog) -> float:
     return times["stock"] / times["ours"]
 
 
+def user_examples(args, model, catalog, lengths: list[int], depth: int) -> list[list[int]]:
+    """Token ids of every sample of users with so many items, with random items and at most 50 in the prompt."""
+    generator = torch.Generator().manual_seed(0)
+    config = model.config
+    offsets = torch.tensor([config.sid_token_id(level, 0) for level in range(config.num_sid_levels)])
+    region = [config.latent_start_token_id, *[config.latent_token_id] * depth, config.latent_end_token_id]
+    examples = []
+    for length in lengths:
+        items = catalog.codes[torch.randint(len(catalog), (length,), generator=generator)] + offsets  # (length, M)
+        for j in range(1, length):
+            examples.append([*items[max(j - 50, 0) : j].flatten().tolist(), *region, *items[j].tolist()])
+    return examples
+
+
+def padded(model, examples: list[list[int]]) -> dict[str, torch.Tensor]:
+    """Left-padded examples with the loss on the answer."""
+    width, levels = max(map(len, examples)), model.config.num_sid_levels
+    input_ids = torch.tensor([[0] * (width - len(ids)) + ids for ids in examples])
+    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in examples])
+    labels = input_ids.clone()
+    labels[:, :-levels] = -100
+    device = model.lm_head.weight.device
+    return {name: part.to(device) for name, part in
+            {"input_ids": input_ids, "attention_mask": mask, "labels": labels}.items()}  # fmt: skip
+
+
+def epoch(model, batches: list[list[list[int]]], share: bool) -> float:
+    """Forward and backward over batches of examples. Gradients add up; returns the sum of the losses."""
+    model.model.share_prefixes = share
+    model.zero_grad()
+    total = 0.0
+    for examples in batches:
+        loss = -model(**padded(model, examples), fused_lm_head=True).log_probs.sum()
+        loss.backward()
+        total += loss.item()
+    model.model.share_prefixes = True
+    return total
+
+
+def prefix_epoch(args, model, catalog, lengths: list[int]) -> dict[str, float]:
+    """An epoch of stage 2 in batches of users, against sequences of similar length; equal up to rounding."""
+    examples = user_examples(args, model, catalog, lengths, args.steps)
+    start = model.config.latent_start_token_id
+    users = [[examples[i] for i in batch] for batch in PrefixBatchSampler(examples, start, args.max_tokens)]
+    by_length = sorted(examples, key=len)
+    rows, batch = [], []
+    for ids in by_length:
+        if batch and (len(batch) + 1) * len(ids) > args.max_tokens:
+            rows.append(batch)
+            batch = []
+        batch.append(ids)
+    rows.append(batch)
+    results = {}
+
+    def run(name: str, batches, share: bool) -> None:
+        results[name] = epoch(model, batches, share), gradients_of(model)
+
+    times = median_times(args, {"users": lambda: run("users", users, True), "rows": lambda: run("rows", rows, False)})
+    (loss, gradients), (row_loss, row_gradients) = results["users"], results["rows"]
+    difference = sum((gradients[name] - row_gradients[name]).pow(2).sum() for name in gradients).sqrt()
+    norm = sum(gradient.pow(2).sum() for gradient in row_gradients.values()).sqrt()
+    paths = 2 + args.steps + model.config.num_sid_levels
+    trunks = sum(min(length - 1, 50) * model.config.num_sid_levels for length in lengths)
+    trunks += sum(50 * model.config.num_sid_levels * max(length - 51, 0) for length in lengths)  # windows that moved
+    return {
+        "speedup": times["rows"] / times["users"],
+        "token_ratio": sum(map(len, examples)) / (trunks + paths * len(examples)),
+        "loss_difference": abs(loss - row_loss) / abs(row_loss),
+        "grad_difference": float(difference / norm),
+        "seconds": times["users"],
+        "memory_ratio": saved_bytes(model, users[-1], True) / max(saved_bytes(model, batch, False) for batch in rows),
+    }
+
+
+def gradients_of(model) -> dict[str, torch.Tensor]:
+    return {name: p.grad.float().clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def saved_bytes(model, examples: list[list[int]], share: bool) -> int:
+    """Bytes that a forward pass keeps for the backward pass, each storage once."""
+    storages = {}
+
+    def pack(tensor):
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    model.model.share_prefixes = share
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(**padded(model, examples), fused_lm_head=True).log_probs.sum()
+    model.model.share_prefixes = True
+    del loss
+    return sum(storages.values())
+
+
+def prefix_training(args, model, catalog) -> dict[str, float]:
+    """What sharing prefixes saves in stage 2 and GRPO, and stage 2 against a pass over the histories of stage 1."""
+    add_catalog_head(model, catalog)
+    model.eval()
+    levels = model.config.num_sid_levels
+    # 1. Stage 2 on users of equal length, and on real ones.
+    lengths = [args.history_length] * 4
+    synthetic = prefix_epoch(args, model, catalog, lengths)
+    result = {
+        "stage2_prefix_speedup_50_items": synthetic["speedup"], "token_ratio_50_items": synthetic["token_ratio"],
+        "prefix_loss_difference": synthetic["loss_difference"],
+        "prefix_grad_difference": synthetic["grad_difference"],
+        "prefix_peak_memory_ratio": synthetic["memory_ratio"],
+    }  # fmt: skip
+    if args.histories:
+        everyone = sorted(len(items) - 2 for items in read_json(args.histories).values())  # two are held out
+        chosen = np.random.default_rng(0).choice(len(everyone), args.users, replace=False)
+        real = prefix_epoch(args, model, catalog, [everyone[i] for i in chosen if everyone[i] > 1])
+        result["stage2_prefix_speedup_beauty"], result["token_ratio_beauty"] = real["speedup"], real["token_ratio"]
+
+    # 2. One sequence per user with the loss on every item, as the history task of stage 1.
+    examples = user_examples(args, model, catalog, lengths, 0)
+    histories = [examples[i] for i in range(args.history_length - 2, len(examples), args.history_length - 1)]
+
+    def stage1() -> None:
+        inputs = padded(model, histories)
+        labels = inputs["input_ids"].clone()
+        labels[:, -levels - 2 : -levels] = -100
+        model.zero_grad()
+        (-model(**inputs | {"labels": labels}, fused_lm_head=True).log_probs.sum()).backward()
+
+    stage2 = user_examples(args, model, catalog, lengths, args.steps)
+    users = [stage2[i : i + args.history_length - 1] for i in range(0, len(stage2), args.history_length - 1)]
+    times = median_times(args, {"stage1": stage1, "stage2": lambda: epoch(model, users, True)})
+    result["stage2_over_history_stage1"] = times["stage2"] / times["stage1"]
+
+    # 3. GRPO: the last four prompts of two users, each with several answers. Without shared prefixes, equal prompts
+    #    are still read once: other first tokens make prompts of the same size that are no prefixes of one another.
+    def candidates(distinct: bool) -> list[list[int]]:
+        sequences = []
+        for user in range(2):
+            for j, ids in enumerate(users[user][-4:]):
+                first = [3 + j] if distinct else ids[:1]
+                for k in range(args.candidates):
+                    answer = users[user][k][-levels:]
+                    sequences.append([*first, *ids[1:-levels], *answer])
+        return sequences
+
+    together, apart = candidates(False), candidates(True)
+    times = median_times(
+        args, {"together": lambda: epoch(model, [together], True), "apart": lambda: epoch(model, [apart], True)}
+    )
+    result["grpo_prefix_speedup_4_prompts"] = times["apart"] / times["together"]
+    prompts = [len(ids) - 1 - args.steps - 1 - levels for ids in users[0][-4:]]
+    tails = 4 * (1 + args.steps + args.candidates * (1 + levels))
+    result["token_ratio_4_prompts"] = (sum(prompts) + tails) / (max(prompts) + tails)
+    return result
+
+
 def main(argv: list[str]) -> None:
     """Parse, measure, print."""
     args = parse(argv)
@@ -217,6 +380,7 @@ def main(argv: list[str]) -> None:
     result = {f"stage2_over_stage1_n{d}": times[f"stage2_n{d}"] / times[f"stage1_n{d}"] for d in args.depths}
     result |= grpo_pass(args, model, catalog)
     result["grpo_speedup_vs_stock_trl"] = grpo_step(args, model, tokenizer, catalog)
+    result |= prefix_training(args, model, catalog)
     result["parameters"] = sum(p.numel() for p in model.parameters())
     if args.json:
         print(json.dumps({**result, "arguments": vars(args)}))

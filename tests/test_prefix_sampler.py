@@ -1,0 +1,114 @@
+"""Batches of users: what they contain, and that training on them weighs every example the same."""
+
+import pytest
+import torch
+from datasets import Dataset
+from trl.trainer.utils import RepeatSampler
+
+from lasar_hf import LasarSFTConfig, LasarSFTTrainer
+from lasar_hf.trainers.prefix_sampler import PrefixBatchSampler, PrefixRepeatSampler, prefix_groups
+from tests.tiny import sid_ids, tiny_catalog, tiny_model
+from tests.training import COMMON, moved, parameters
+
+
+START = 99
+# Two users with three and two samples, and a user whose first item was dropped from the window.
+SEQUENCES = [[3, 4, START, 7], [5, START, 8], [3, START, 7], [5, 6, START, 8], [3, 4, 5, START, 9, 9], [4, 5, START, 9]]
+
+
+def examples_of_users(model, catalog, num_users: int = 6) -> Dataset:
+    """Every prefix of random histories as an example of stage 2, of one to six items per user."""
+    generator = torch.Generator().manual_seed(0)
+    examples, config = [], model.config
+    for user in range(num_users):
+        items = torch.randint(len(catalog), (user + 2,), generator=generator).tolist()
+        codes = [sid_ids(model, catalog.codes[item]) for item in items]
+        for j in range(1, len(items)):
+            depth = 1 + (user + j) % 3
+            prompt = [*sum(codes[:j], []), config.latent_start_token_id, *[config.latent_token_id] * depth]
+            ids = [*prompt, config.latent_end_token_id, *codes[j]]
+            examples.append(
+                {"input_ids": ids, "labels": [-100] * (len(ids) - 3) + codes[j], "sample_index": len(examples)}
+            )
+    return Dataset.from_list(examples)
+
+
+def trainer(folder, **kwargs):
+    """A trainer of `examples_of_users` with anchors."""
+    model, tokenizer = tiny_model()
+    catalog = tiny_catalog()
+    examples = examples_of_users(model, catalog)
+    depths = [ids.count(model.config.latent_token_id) for ids in examples["input_ids"]]
+    generator = torch.Generator().manual_seed(1)
+    anchors = [torch.randn(depth, 16, generator=generator) for depth in depths]
+    args = LasarSFTConfig(str(folder), **{**COMMON, "policy_weight": 0.1, **kwargs})
+    return LasarSFTTrainer(model, args, catalog, anchors, train_dataset=examples, processing_class=tokenizer)
+
+
+def test_groups_are_chains_of_prefixes():
+    groups = prefix_groups(["ab", "b", "a", "bc", "abx", "aby", "c"])
+    assert sorted(groups) == [[1, 3], [2, 0, 4], [5], [6]]
+
+
+def test_every_process_gets_its_share_of_all_examples():
+    parts = [list(PrefixBatchSampler(SEQUENCES, START, 20, num_processes=2, process_index=i)) for i in range(2)]
+    assert len(parts[0]) == len(parts[1])
+    assert sorted(index for part in parts for batch in part for index in batch) == list(range(len(SEQUENCES)))
+
+
+def test_order_depends_on_the_epoch_alone():
+    sampler = PrefixBatchSampler([[i, START, 1] for i in range(20)], START, 3)
+    first = list(sampler)
+    sampler.set_epoch(1)
+    second = list(sampler)
+    sampler.set_epoch(0)
+    assert list(sampler) == first
+    assert second != first
+
+
+def test_a_budget_below_a_user_names_both_numbers():
+    with pytest.raises(ValueError, match=r"max_tokens_per_batch is 11\b.*\b12 tokens"):
+        PrefixBatchSampler(SEQUENCES, START, 11)
+
+
+def test_every_example_weighs_the_same(tmp_path):
+    users = trainer(tmp_path / "users", max_tokens_per_batch=70, max_steps=1)
+    num_batches = len(users.get_train_dataloader())
+    assert num_batches > 2
+    users = trainer(
+        tmp_path / "users", max_tokens_per_batch=70, max_steps=1, gradient_accumulation_steps=num_batches,
+        max_grad_norm=0.0, optim="sgd",
+    )
+    whole = trainer(tmp_path / "whole", per_device_train_batch_size=32, max_steps=1, max_grad_norm=0.0, optim="sgd")
+    before = parameters(whole.model)
+    users.train()
+    whole.train()
+    assert moved(before, whole.model)
+    for name, parameter in whole.model.named_parameters():
+        torch.testing.assert_close(users.model.get_parameter(name), parameter, atol=1e-6, rtol=1e-6)
+
+
+def test_training_resumes_bit_exactly_inside_an_epoch(tmp_path):
+    options = dict(max_tokens_per_batch=70, max_steps=9, save_strategy="steps", save_steps=7)
+    whole = trainer(tmp_path / "whole", **options)
+    assert 3 < len(whole.get_train_dataloader()) < 7
+    whole.train()
+    resumed = trainer(tmp_path / "again", **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-7"))
+    for name, parameter in resumed.model.named_parameters():
+        assert torch.equal(parameter, whole.model.get_parameter(name)), name
+
+
+def test_prompts_of_a_user_stay_together():
+    base = RepeatSampler(range(8), mini_repeat_count=2, batch_size=2, seed=0)
+    order = list(PrefixRepeatSampler(base, [[0, 1, 2, 3], [4, 5, 6, 7]], 2))
+    assert sorted({tuple(order[i : i + 4]) for i in range(0, 16, 4)}) == [
+        (0, 0, 1, 1), (2, 2, 3, 3), (4, 4, 5, 5), (6, 6, 7, 7)
+    ]  # fmt: skip
+
+
+def test_one_prompt_per_user_is_the_order_of_trl():
+    def base():
+        return RepeatSampler(range(7), mini_repeat_count=2, batch_size=3, repeat_count=2, seed=1)
+
+    assert list(PrefixRepeatSampler(base(), [[i] for i in range(7)], 1)) == list(base())

@@ -1,0 +1,120 @@
+"""Prompts that are prefixes of one another are read once, and nothing else changes."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.references import functional, gradients, plain_loop
+from tests.tiny import WORDS, batch, sid_ids, tiny_model
+
+
+def user_rows(model, history: list[int], cuts: list[int], depths: list[int], answers: list[list[int]]):
+    """One sequence per sample of a user: the first tokens of the history, the latent region, an answer."""
+    config = model.config
+    return [
+        [*history[:cut], config.latent_start_token_id, *[config.latent_token_id] * depth, config.latent_end_token_id,
+         *sid_ids(model, answer)]
+        for cut, depth, answer in zip(cuts, depths, answers, strict=True)
+    ]  # fmt: skip
+
+
+@st.composite
+def forests(draw):
+    """Users with nested histories, some samples twice, in any order."""
+    users = draw(st.integers(1, 3))
+    samples = []
+    for user in range(users):
+        length = draw(st.integers(0, 9))
+        history = draw(st.lists(st.integers(3, 5), min_size=length, max_size=length))
+        for _ in range(draw(st.integers(1, 5))):
+            answer = draw(st.lists(st.integers(0, 3), min_size=1, max_size=3))
+            samples.append((history, draw(st.integers(0, length)), draw(st.integers(0, 4)), answer))
+    sides = draw(st.lists(st.sampled_from(["left", "right"]), min_size=len(samples), max_size=len(samples)))
+    return draw(st.permutations(samples)), sides
+
+
+def tokens_read(model) -> list[int]:
+    """Number of tokens of every call of the backbone from now on."""
+    counts = []
+    model.model.backbone.register_forward_pre_hook(
+        lambda module, args, kwargs: counts.append(
+            (kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"][..., 0]).numel()
+        ),
+        with_kwargs=True,
+    )
+    return counts
+
+
+def nested_batch(model, seed: int = 0):
+    """Two users of 30 tokens with four samples each, and an unrelated sequence; depths differ."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for _ in range(2):
+        history = torch.randint(3, len(WORDS), (30,), generator=generator).tolist()
+        rows += user_rows(model, history, [21, 24, 27, 30], [2, 0, 3, 1], [[0, 1, 2], [3, 3, 0], [1, 0, 0], [2, 1, 1]])
+    other = torch.randint(3, len(WORDS), (25,), generator=generator).tolist()
+    rows += user_rows(model, other, [25], [2], [[1, 1, 1]])
+    order = torch.randperm(len(rows), generator=generator).tolist()
+    return [rows[i] for i in order]
+
+
+@settings(max_examples=40, deadline=None)
+@given(forest=forests(), kind=st.sampled_from(["qwen3", "llama", "gpt_neox"]))
+def test_random_trees_equal_the_plain_loop(forest, kind):
+    samples, sides = forest
+    model, _ = tiny_model(kind)
+    model = model.double()
+    rows = [row for history, cut, depth, answer in samples for row in user_rows(model, history, [cut], [depth], [answer])]
+    inputs = batch(rows, sides)
+    outputs = model(**inputs)
+    for i, ids in enumerate(rows):
+        logits, states = plain_loop(model, ids)
+        torch.testing.assert_close(outputs.logits[i][inputs["attention_mask"][i].bool()], logits, atol=1e-9, rtol=1e-9)
+        torch.testing.assert_close(outputs.latent_states[i, : len(states)], states, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", ["qwen3", "gpt_neox"])
+def test_gradients_equal_unshared_sequences(kind, checkpointing):
+    model, _ = tiny_model(kind)
+    rows = nested_batch(model)
+    inputs = batch(rows, ["left", "right"] * 4 + ["left"])
+    real = inputs["attention_mask"].bool()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    model.train()
+    read = tokens_read(model)
+    results, totals = {}, {}
+    for share in (True, False):
+        model.model.share_prefixes = share
+        read.clear()
+        outputs = model(**inputs)
+        totals[share] = sum(read)
+        results[share] = gradients(model, functional(outputs.logits[real], outputs.latent_states))
+    assert totals[True] < 0.6 * totals[False]
+    for name, expected in results[False].items():
+        scale = expected.abs().max().clamp(min=1)
+        torch.testing.assert_close(results[True][name] / scale, expected / scale, atol=1e-6, rtol=1e-6)
+
+
+def test_histories_that_contradict_do_not_share():
+    model, _ = tiny_model()
+    rows = user_rows(model, [3, 4, 5, 6], [4], [1], [[0, 1, 2]]) + user_rows(model, [3, 4, 6, 6], [4], [1], [[0, 1, 2]])
+    read = tokens_read(model)
+    model(**batch(rows))
+    assert read[0] == 2 * 5
+
+
+def test_cache_of_a_tree_continues_each_sequence():
+    model, _ = tiny_model()
+    model.double()
+    rows = nested_batch(model)
+    depth_two = [row for row in rows if row.count(model.config.latent_token_id) == 2]
+    inputs = batch([row[:-1] for row in depth_two], "left")
+    full = [plain_loop(model, row)[0][-1] for row in depth_two]
+    outputs = model(**inputs, use_cache=True)
+    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
+    last = torch.tensor([row[-1:] for row in depth_two])
+    logits = model(last, mask, past_key_values=outputs.past_key_values).logits[:, -1]
+    torch.testing.assert_close(logits, torch.stack(full), atol=1e-9, rtol=1e-9)
