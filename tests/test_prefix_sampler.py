@@ -13,7 +13,9 @@ from tests.training import COMMON, moved, parameters
 
 START = 99
 # Two users with three and two samples, and a user whose first item was dropped from the window.
-SEQUENCES = [[3, 4, START, 7], [5, START, 8], [3, START, 7], [5, 6, START, 8], [3, 4, 5, START, 9, 9], [4, 5, START, 9]]
+SEQUENCES = [
+    [3, 4, START, 7], [5, START, 8], [3, START, 7], [5, 6, START, 8], [3, 4, 5, START, 9, 9], [4, 5, START, 9]
+]  # fmt: skip
 
 
 def examples_of_users(model, catalog, num_users: int = 6) -> Dataset:

@@ -24,7 +24,7 @@ def forests(draw):
     """Users with nested histories, some samples twice, in any order."""
     users = draw(st.integers(1, 3))
     samples = []
-    for user in range(users):
+    for _ in range(users):
         length = draw(st.integers(0, 9))
         history = draw(st.lists(st.integers(3, 5), min_size=length, max_size=length))
         for _ in range(draw(st.integers(1, 5))):
@@ -65,7 +65,9 @@ def test_random_trees_equal_the_plain_loop(forest, kind):
     samples, sides = forest
     model, _ = tiny_model(kind)
     model = model.double()
-    rows = [row for history, cut, depth, answer in samples for row in user_rows(model, history, [cut], [depth], [answer])]
+    rows = [
+        user_rows(model, history, [cut], [depth], [answer])[0] for history, cut, depth, answer in samples
+    ]
     inputs = batch(rows, sides)
     outputs = model(**inputs)
     for i, ids in enumerate(rows):
@@ -100,7 +102,7 @@ def test_gradients_equal_unshared_sequences(kind, checkpointing):
 
 def test_histories_that_contradict_do_not_share():
     model, _ = tiny_model()
-    rows = user_rows(model, [3, 4, 5, 6], [4], [1], [[0, 1, 2]]) + user_rows(model, [3, 4, 6, 6], [4], [1], [[0, 1, 2]])
+    rows = [user_rows(model, history, [4], [1], [[0, 1, 2]])[0] for history in ([3, 4, 5, 6], [3, 4, 6, 6])]
     read = tokens_read(model)
     model(**batch(rows))
     assert read[0] == 2 * 5

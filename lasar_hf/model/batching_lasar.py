@@ -1,7 +1,7 @@
 """The layout of a batch: prompt, latent slots and answer of each sequence, and trees of prompts that share a prefix.
 
-Shapes: `B` sequences of `L` tokens, answers of at most `A` tokens. A prompt is a body of at most `P` tokens and its last
-token, `<|latent_start|>`. `T` trees of `R` paths with `W` branches each; `U = T · R` paths in all.
+Shapes: `B` sequences of `L` tokens, answers of at most `A` tokens. A prompt is a body of at most `P` tokens and its
+last token, `<|latent_start|>`. `T` trees of `R` paths with `W` branches each; `U = T · R` paths in all.
 """
 
 from dataclasses import dataclass, field
@@ -45,8 +45,8 @@ class ReasoningState:
 
     def keys_of_tokens(self, visible: torch.Tensor) -> torch.Tensor:
         """
-        Turn `visible` `(U, Q, C)`, which of the `C` tokens of its own path each token sees, into `(U, Q, R · C)`, which
-        of the tokens of its tree. Each call of `read_tokens` has its keys path by path.
+        Turn `visible` `(U, Q, C)`, which of the `C` tokens of its own path each token sees, into `(U, Q, R · C)`,
+        which of the tokens of its tree. Each call of `read_tokens` has its keys path by path.
         """
         if self.num_paths == 1:
             return visible
@@ -206,7 +206,10 @@ class PrefixTrees:
         self.member = self.longest.repeat_interleave(num_paths).scatter(0, self.path, sequences)
 
     def prompts(self, layout: BatchLayout) -> tuple[torch.Tensor, torch.Tensor]:
-        """Left-padded trunks with the last prompt tokens of their paths `(T, P + R)`, and those that each path sees."""
+        """
+        Left-padded trunks and the last prompt tokens of their paths, `(T, P + R)`, and which of them each path sees,
+        `(U, P + R)`.
+        """
         prompt_ids = layout.prompts()[0]  # (B, P + 1)
         num_trees, num_paths = self.num_trees, self.num_paths
         last_tokens = prompt_ids[self.member, -1].view(num_trees, num_paths)  # (T, R)

@@ -157,9 +157,10 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
         if self.args.max_tokens_per_batch is None:
             return super()._get_train_sampler(train_dataset)
         dataset = (self.train_dataset if train_dataset is None else train_dataset).with_format(None)
+        start_token_id = unwrap_lasar(self.model).config.latent_start_token_id
         self.batch_sampler = PrefixBatchSampler(
-            dataset["input_ids"], unwrap_lasar(self.model).config.latent_start_token_id, self.args.max_tokens_per_batch,
-            self.args.world_size, self.args.process_index, self.args.data_seed or self.args.seed,
+            dataset["input_ids"], start_token_id, self.args.max_tokens_per_batch, self.args.world_size,
+            self.args.process_index, self.args.seed if self.args.data_seed is None else self.args.data_seed,
         )
         # Batches differ in their number of examples. Means over a step would weigh the examples of small batches more,
         # so sums are divided by the mean number of labels and of examples.
