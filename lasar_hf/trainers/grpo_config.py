@@ -6,6 +6,7 @@ from trl import GRPOConfig
 
 from ..arguments import check_choices
 from .losses import DISTANCES
+from .sharding import refuse_unused_search
 
 
 @dataclass
@@ -39,7 +40,8 @@ class LasarGRPOConfig(GRPOConfig):
     > - `disable_dropout`: Defaults to `True` instead of `False`. Candidates are drawn without dropout, so they are
     >   scored without it.
     > - `use_bias_correction_kl`: Pinned to `True`, the unbiased gradient of the KL penalty; GRPO's paper has `False`.
-    > - `ddp_find_unused_parameters`: Defaults to `False` instead of `None`. The search fails on the policy head.
+    > - `ddp_find_unused_parameters`: Defaults to `False`, which `None` means too. `True` is refused: the search fails
+    >   on the policy head.
     """
 
     beta: float = field(default=0.04, metadata={"help": "Weight of the KL penalty to the stage-2 model."})
@@ -63,4 +65,5 @@ class LasarGRPOConfig(GRPOConfig):
 
     def __post_init__(self):
         check_choices(self)
+        refuse_unused_search(self)
         super().__post_init__()

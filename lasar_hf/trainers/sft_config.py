@@ -6,6 +6,7 @@ from trl import SFTConfig
 
 from ..arguments import check_choices
 from .losses import DISTANCES
+from .sharding import refuse_unused_search
 
 
 @dataclass
@@ -28,7 +29,8 @@ class LasarSFTConfig(SFTConfig):
     > These parameters have default values different from [`~trl.SFTConfig`]:
     > - `max_length`: Defaults to `None` instead of `1024`. Truncation would remove the answer at the end of an
     >   example; `max_history` of the processor limits the prompt instead.
-    > - `ddp_find_unused_parameters`: Defaults to `False` instead of `None`. The search fails on the policy head.
+    > - `ddp_find_unused_parameters`: Defaults to `False`, which `None` means too. `True` is refused: the search fails
+    >   on the policy head.
     """
 
     max_length: int | None = field(default=None, metadata={"help": "Maximum length of an example."})
@@ -45,4 +47,5 @@ class LasarSFTConfig(SFTConfig):
 
     def __post_init__(self):
         check_choices(self)
+        refuse_unused_search(self)
         super().__post_init__()

@@ -167,7 +167,7 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
             alignment = alignment_loss(latents, anchors, mask, self.args.alignment)
             count = mask.any(dim=1).sum()
             metrics["align_loss"] = alignment * count, count
-            extra = extra + self.args.alignment_weight * alignment
+            extra = extra + self.args.alignment_weight * self.share(count) * alignment
 
         # 3. Policy: class k means depth k + 1. Sequences without latent steps have no class; they are masked rather
         # than left out, so that the head gets a gradient in every batch. Held-out examples have no labels.
@@ -177,7 +177,7 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
             total = nn.functional.cross_entropy(output.depth_logits.float(), labels, reduction="sum")
             metrics["policy_loss"] = total, count
             metrics["depth_accuracy"] = (output.depth_logits.argmax(-1) == labels).sum(), count
-            extra = extra + self.args.policy_weight * (total / count.clamp(min=1))
+            extra = extra + self.args.policy_weight * self.share(count) * total / count.clamp(min=1)
 
         # 4. The Trainer sums over accumulated micro-batches: TRL's loss is divided by the tokens of all of them
         # already, these terms by their number here.
