@@ -186,7 +186,10 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
         # A sequence is a candidate here; P counts those of all processes.
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # (P, functions)
         weighted = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)  # (P,)
-        group_means = weighted.view(-1, self.num_generations).mean(dim=1)  # (P / G,)
+        # As in TRL, a candidate for which every reward is None does not count. A group of such gets the mean of others.
+        weighted = weighted.masked_fill(rewards.isnan().all(dim=1), torch.nan)
+        group_means = weighted.view(-1, self.num_generations).nanmean(dim=1)  # (P / G,)
+        group_means = group_means.where(~group_means.isnan(), weighted.nanmean()).nan_to_num()
         self._group_rewards = group_means.repeat_interleave(self.num_generations)  # (P,)
         return rewards
 
@@ -201,8 +204,11 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
         output["reward_baseline"] = torch.full_like(output["group_reward"], baseline)  # (B · G,)
         # TRL wrote what the rollout returned into the examples.
         output["depth_log_prob"] = rewards.new_tensor([example["depth_log_prob"] for example in inputs])  # (B · G,)
-        if "terminal_anchor" in inputs[0] and self.args.alignment != "none":
-            anchors = torch.tensor([example["terminal_anchor"] for example in inputs])
+        if self.args.alignment != "none":  # prompts without an anchor get zeros, and no terminal loss
+            anchors = [example.get("terminal_anchor") for example in inputs]
+            zeros = [0.0] * unwrap_lasar(self.model).config.hidden_size
+            output["has_anchor"] = rewards.new_tensor([anchor is not None for anchor in anchors])  # (B · G,)
+            anchors = torch.tensor([zeros if anchor is None else anchor for anchor in anchors])
             output["terminal_anchor"] = anchors.to(rewards.device)  # (B · G, H)
         if self.model.training:
             decay = self.args.baseline_decay
@@ -218,12 +224,13 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
         extra = torch.zeros_like(loss)
 
         # 2. Terminal loss: the last latent state against the last anchor. Depths differ, so no other step has one.
-        if "terminal_anchor" in inputs:
+        if self.args.alignment != "none":
             steps = output.latent_steps
             last = output.latent_states[torch.arange(len(steps), device=steps.device), steps]  # (B, H)
             distances = DISTANCES[self.args.alignment](last, inputs["terminal_anchor"])  # (B,)
-            metrics["terminal_loss"] = distances.sum(), len(distances)
-            extra = extra + self.args.terminal_weight * distances.mean()
+            total, count = (distances * inputs["has_anchor"]).sum(), inputs["has_anchor"].sum()
+            metrics["terminal_loss"] = total, count
+            extra = extra + self.args.terminal_weight * self.share(count) * total / count.clamp(min=1)
 
         # 3. REINFORCE on the depth policy.
         if self.args.depth_weight > 0:

@@ -159,20 +159,25 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
         metrics = latent_metrics(output, unwrap_lasar(self.model).get_input_embeddings())
         extra = output.depth_logits.new_zeros((), dtype=torch.float32)
 
+        # The processes add up terms and metrics together, so both are computed even if this batch has nothing for them.
+        is_trained = self.model.training or anchors is not None  # held-out examples have neither anchors nor labels
+
         # 2. Alignment: h_1 … h_N against the anchors (B, max N, H). h_0 has none.
-        if anchors is not None:
+        if self.args.alignment != "none":
             latents = output.latent_states[:, 1:]  # (B, max N, H)
             steps = torch.arange(latents.shape[1], device=latents.device)  # (max N,)
-            mask = steps < output.latent_steps[:, None]  # (B, max N)
+            mask = (steps < output.latent_steps[:, None]) & (anchors is not None)  # (B, max N)
+            anchors = torch.zeros_like(latents) if anchors is None else anchors
             alignment = alignment_loss(latents, anchors, mask, self.args.alignment)
             count = mask.any(dim=1).sum()
             metrics["align_loss"] = alignment * count, count
             extra = extra + self.args.alignment_weight * self.share(count) * alignment
 
         # 3. Policy: class k means depth k + 1. Sequences without latent steps have no class; they are masked rather
-        # than left out, so that the head gets a gradient in every batch. Held-out examples have no labels.
-        if self.args.policy_weight > 0 and (self.model.training or anchors is not None):
-            labels = torch.where(output.latent_steps > 0, output.latent_steps - 1, -100)  # (B,)
+        # than left out, so that the head gets a gradient in every batch.
+        if self.args.policy_weight > 0:
+            has_label = (output.latent_steps > 0) & is_trained  # (B,)
+            labels = torch.where(has_label, output.latent_steps - 1, -100)  # (B,)
             count = (labels >= 0).sum()
             total = nn.functional.cross_entropy(output.depth_logits.float(), labels, reduction="sum")
             metrics["policy_loss"] = total, count
