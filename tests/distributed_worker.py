@@ -94,7 +94,8 @@ def sft_trainer(folder: Path, stage: str, *options: str) -> LasarSFTTrainer:
     with unsharded_weights():
         model, tokenizer, catalog, rows, anchors = sft_setup(depths)
     return LasarSFTTrainer(
-        model, args, catalog, anchors, train_dataset=rows, processing_class=tokenizer, eval_dataset=rows.select(range(5)),
+        model, args, catalog, anchors, train_dataset=rows, eval_dataset=rows.select(range(5)),
+        processing_class=tokenizer,
         ranking_evaluator=lambda lasar: {"scores": prompt_scores(lasar, catalog)},
         peft_config=adapter(model, options),
     )
@@ -109,7 +110,8 @@ def grpo_trainer(folder: Path, stage: str, *options: str) -> LasarGRPOTrainer:
     with unsharded_weights():
         model, tokenizer, catalog, rows = grpo_setup()
         if "uneven" in options:  # prompts 0 and 2 are those of the first process
-            rows = rows.map(lambda row, i: {"terminal_anchor": row["terminal_anchor"] if i % 2 else None}, with_indices=True)
+            anchors = [anchor if i % 2 else None for i, anchor in enumerate(rows["terminal_anchor"])]
+            rows = rows.remove_columns("terminal_anchor").add_column("terminal_anchor", anchors)
         path = str(folder / "model")
         model.save_pretrained(path)  # by the main process
     PartialState().wait_for_everyone()

@@ -1,7 +1,6 @@
 """Two processes train as one does: DDP, ZeRO-2, ZeRO-3 and FSDP2, every stage, with ranks whose depths differ."""
 
 import importlib.util
-import json
 import os
 import socket
 import subprocess
@@ -15,6 +14,7 @@ import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
+from lasar_hf.files import read_json
 from tests import distributed_worker
 from tests.distributed_worker import MATRIX, UNEVEN
 
@@ -37,8 +37,8 @@ def launch(launcher: list[str], out: Path, runs: list[str]) -> dict[str, tuple[l
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500,
     )
     assert done.returncode == 0, done.stderr[-6000:]
-    files = {name: out / name.replace("/", "-") for name in runs}
-    return {name: (json.loads(Path(f"{file}.json").read_text()), torch.load(f"{file}.pt")) for name, file in files.items()}
+    files = {name: str(out / name.replace("/", "-")) for name in runs}
+    return {run: (read_json(f"{file}.json"), torch.load(f"{file}.pt")) for run, file in files.items()}
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def one_process(tmp_path_factory):
 
 
 def assert_same_logs(got: list[dict], expected: list[dict], names: set[str] | None = None):
-    """The same metrics, by default all, and last the scores of recommendations, by the trained and the saved weights."""
+    """The same metrics (by default all) and, last, scores of recommendations by the trained and the saved weights."""
     assert distributed_worker.STEPS <= len(got) <= len(expected)  # a loop of our own saves nothing
     for step, (one, two) in enumerate(zip(expected, got, strict=False)):
         one, two = ({name: log[name] for name in log.keys() & (names or log.keys() - TIMES)} for log in (one, two))

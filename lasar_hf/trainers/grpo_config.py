@@ -16,8 +16,10 @@ class LasarGRPOConfig(GRPOConfig):
 
     Args:
         sampling (`str`, *optional*, defaults to `"sample"`):
-            How the candidates of a group are drawn: independently (`"sample"`), or without replacement by stochastic
-            beams (`"stochastic_beams"`). Only `"sample"` gives an unbiased gradient: beams are not weighted.
+            How the candidates of a group are drawn. `"sample"` draws them independently, which gives the gradient of
+            the expected reward. `"stochastic_beams"` draws distinct items, so that even a policy that is almost
+            certain compares `G` items. But they are not weighted by their chance of being drawn, so the gradient is
+            biased: with a target of probability .99 it is about 30 times too large.
         alignment (`str`, *optional*, defaults to `"kl"`):
             Distance of the terminal anchor loss: `"kl"`, `"cosine"`, `"mse"` or `"none"`.
         terminal_weight (`float`, *optional*, defaults to `0.1`):
@@ -34,7 +36,8 @@ class LasarGRPOConfig(GRPOConfig):
     > [!NOTE]
     > These parameters have default values different from [`~trl.GRPOConfig`]:
     > - `beta`: Defaults to `0.04` instead of `0.0`. The paper keeps a KL penalty to the stage-2 model.
-    > - `loss_type`: Defaults to `"grpo"` instead of `"dapo"`. All answers have the same length.
+    > - `loss_type`: Defaults to `"grpo"` instead of `"dapo"`. All answers have the same length, so `"dapo"`, `"bnpo"`
+    >   and `"dr_grpo"` are the same. `"cispo"` clips ratios at `epsilon_high`, which needs a value such as `5.0`.
     > - `learning_rate`: Defaults to `1e-5` instead of `1e-6`.
     > - `max_completion_length`: Defaults to `4` instead of `512`. The trainer sets it to the number of SID levels.
     > - `disable_dropout`: Defaults to `True` instead of `False`. Candidates are drawn without dropout, so they are

@@ -159,7 +159,7 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
         metrics = latent_metrics(output, unwrap_lasar(self.model).get_input_embeddings())
         extra = output.depth_logits.new_zeros((), dtype=torch.float32)
 
-        # The processes add up terms and metrics together, so both are computed even if this batch has nothing for them.
+        # The processes add up terms and metrics together, so a batch without such terms computes them too.
         is_trained = self.model.training or anchors is not None  # held-out examples have neither anchors nor labels
 
         # 2. Alignment: h_1 … h_N against the anchors (B, max N, H). h_0 has none.
