@@ -12,7 +12,6 @@ import itertools
 import json
 import os
 import sys
-import zlib
 from pathlib import Path
 
 import torch
@@ -31,7 +30,7 @@ from lasar_hf import (
 )
 from lasar_hf.trainers import lasar_lora_config, unsharded_weights
 from tests.tiny import batch, row
-from tests.training import COMMON, first_code, grpo_setup, sft_setup
+from tests.training import COMMON, FixedDraws, first_code, grpo_setup, sft_setup
 
 
 STEPS = 4
@@ -41,18 +40,6 @@ MATRIX = [f"{stage}{plain}{lora}" for stage in STAGES for plain in ("", "-plain"
 UNEVEN = ["stage2-uneven", "grpo-uneven"]
 DEPTHS = [1, 1, 1, 1, 4, 3, 4, 2, 2, 2, 2, 2, 1, 1, 1, 1]  # each rank gets four at a time: their depths differ
 UNEVEN_DEPTHS = [0, 0, 0, 0, 4, 3, 4, 2]  # the first rank has no latent slot
-
-
-class FixedDraws(LasarGRPOTrainer):
-    """Draws each group under a seed made of its prompt, so that the draws do not depend on the number of processes."""
-
-    def draw_candidates(self, prompts, trainer):
-        group_size, parts = self.num_generations, []
-        for start in range(0, len(prompts), group_size):
-            torch.manual_seed(zlib.crc32(prompts[start].encode()) + self.state.global_step)
-            parts.append(super().draw_candidates(prompts[start : start + group_size], trainer))
-        names = ("prompt_ids", "completion_ids", "items", "depth_log_prob")
-        return {**{name: sum((part[name] for part in parts), []) for name in names}, "logprobs": None}
 
 
 def arguments(folder: Path, options: tuple[str, ...]) -> dict:
