@@ -55,7 +55,7 @@ def is_target(items, target, **kwargs):
 
 
 def expected_gradients(folder, sampling):
-    """The gradient of many drawn groups, and that of the expected reward, of which one item, with a probability of about .9, is worth 1."""
+    """Gradients of many drawn groups and of the expected reward, which is the probability of an item of about .9."""
     size, groups = 4, 300
     trainer = grpo_trainer(
         folder, **{**POLICY, "reward_funcs": [is_target]}, sampling=sampling, temperature=0.25, scale_rewards="none",

@@ -38,6 +38,8 @@ class LasarGRPOConfig(GRPOConfig):
     > - `beta`: Defaults to `0.04` instead of `0.0`. The paper keeps a KL penalty to the stage-2 model.
     > - `loss_type`: Defaults to `"grpo"` instead of `"dapo"`. All answers have the same length, so `"dapo"`, `"bnpo"`
     >   and `"dr_grpo"` are the same. `"cispo"` clips ratios at `epsilon_high`, which needs a value such as `5.0`.
+    > - `scale_rewards`, `multi_objective_aggregation`: As in TRL, for the candidates. The depth policy always learns
+    >   from the weighted sum of the rewards.
     > - `learning_rate`: Defaults to `1e-5` instead of `1e-6`.
     > - `max_completion_length`: Defaults to `4` instead of `512`. The trainer sets it to the number of SID levels.
     > - `disable_dropout`: Defaults to `True` instead of `False`. Candidates are drawn without dropout, so they are
