@@ -89,7 +89,7 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
             [`~lasar_hf.data.reasoning_examples`]. Evaluation examples without `sample_index` are held out: their
             `eval_loss` is `L_CE` alone.
         processing_class ([`LasarProcessor`] or [`~transformers.PreTrainedTokenizerBase`], *optional*):
-            Saved with each checkpoint; a tokenizer together with the catalogue. Defaults to that in the model's folder.
+            Saved with each checkpoint; a tokenizer with the catalogue. Defaults to that of the model's folder.
         kwargs:
             Passed to [`~trl.SFTTrainer`].
 
