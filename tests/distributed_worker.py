@@ -1,18 +1,17 @@
 """
 One process of the distributed tests: trains tiny models for a few steps and writes the losses to a file.
 
-    torchrun --nproc_per_node 2 -m tests.distributed_worker out sft,grpo trainer fsdp2
+    torchrun --nproc_per_node 2 -m tests.distributed_worker out stage2/trainer grpo-plain-lora/trainer grpo/fsdp2
 
-Two ways to train: `trainer` (as the launcher set it up) and `fsdp2` (torch's fully_shard in a loop of our own, since
-accelerate silently runs DDP instead on a CPU).
+A run is `task/way`. A task is a stage and options: `plain` trains without gradient checkpointing, `lora` an adapter,
+and in `uneven` the first process has no latent slot or terminal anchor. Two ways to train: `trainer` (as the launcher
+set it up) and `fsdp2` (torch's fully_shard in a loop of our own, since accelerate silently runs DDP instead on a CPU).
 """
 
 import itertools
 import json
 import os
 import sys
-import zlib
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,28 +30,16 @@ from lasar_hf import (
 )
 from lasar_hf.trainers import lasar_lora_config, unsharded_weights
 from tests.tiny import batch, row
-from tests.training import COMMON, first_code, grpo_setup, sft_setup
+from tests.training import COMMON, FixedDraws, first_code, grpo_setup, sft_setup
 
 
 STEPS = 4
 GLOBAL_BATCH = 8
-TASKS = ("sft", "grpo")
-# The same without gradient checkpointing; also stage 1, and LoRA.
-PLAIN_TASKS = ("stage1-plain", "sft-plain", "grpo-plain", "sft-plain-lora", "grpo-plain-lora")
+STAGES = ("stage1", "stage2", "grpo")
+MATRIX = [f"{stage}{plain}{lora}" for stage in STAGES for plain in ("", "-plain") for lora in ("", "-lora")]
+UNEVEN = ["stage2-uneven", "grpo-uneven"]
 DEPTHS = [1, 1, 1, 1, 4, 3, 4, 2, 2, 2, 2, 2, 1, 1, 1, 1]  # each rank gets four at a time: their depths differ
 UNEVEN_DEPTHS = [0, 0, 0, 0, 4, 3, 4, 2]  # the first rank has no latent slot
-
-
-class FixedDraws(LasarGRPOTrainer):
-    """Draws each group under a seed made of its prompt, so that the draws do not depend on the number of processes."""
-
-    def draw_candidates(self, prompts, trainer):
-        group_size, parts = self.num_generations, []
-        for start in range(0, len(prompts), group_size):
-            torch.manual_seed(zlib.crc32(prompts[start].encode()) + self.state.global_step)
-            parts.append(super().draw_candidates(prompts[start : start + group_size], trainer))
-        names = ("prompt_ids", "completion_ids", "items", "depth_log_prob")
-        return {**{name: sum((part[name] for part in parts), []) for name in names}, "logprobs": None}
 
 
 def arguments(folder: Path, options: tuple[str, ...]) -> dict:
@@ -83,8 +70,9 @@ def adapter(model: LasarForGenerativeRec, options: tuple[str, ...]) -> LoraConfi
     return lasar_lora_config(model, r=4, lora_dropout=0.0) if "lora" in options else None
 
 
-def sft_trainer(folder: Path, *options: str, depths: list[int] = DEPTHS) -> LasarSFTTrainer:
-    """Stage 2 (stage 1 without latent slots), from a model that is created unsharded."""
+def sft_trainer(folder: Path, stage: str, *options: str) -> LasarSFTTrainer:
+    """Stage 1 (without latent slots) or 2, from a model that is created unsharded."""
+    depths = [0] * 16 if stage == "stage1" else UNEVEN_DEPTHS if "uneven" in options else DEPTHS
     policy_weight = 0.1 if max(depths) else 0.0
     args = LasarSFTConfig(
         **arguments(folder, options), policy_weight=policy_weight, train_sampling_strategy="sequential"
@@ -93,25 +81,31 @@ def sft_trainer(folder: Path, *options: str, depths: list[int] = DEPTHS) -> Lasa
     with unsharded_weights():
         model, tokenizer, catalog, rows, anchors = sft_setup(depths)
     return LasarSFTTrainer(
-        model, args, catalog, anchors, train_dataset=rows, processing_class=tokenizer,
+        model, args, catalog, anchors, train_dataset=rows, eval_dataset=rows.select(range(5)),
+        processing_class=tokenizer,
         ranking_evaluator=lambda lasar: {"scores": prompt_scores(lasar, catalog)},
         peft_config=adapter(model, options),
     )
 
 
-def grpo_trainer(folder: Path, *options: str) -> LasarGRPOTrainer:
+def grpo_trainer(folder: Path, stage: str, *options: str) -> LasarGRPOTrainer:
     """RL with a reference model; both are loaded from a path, which ZeRO-3 shards while it loads."""
-    args = LasarGRPOConfig(**arguments(folder, options), num_generations=4, shuffle_dataset=False, beta=0.1)
+    args = LasarGRPOConfig(
+        **arguments(folder, options), num_generations=4, shuffle_dataset=False, beta=0.1, per_device_eval_batch_size=4
+    )
     shard_everything(args)
     with unsharded_weights():
         model, tokenizer, catalog, rows = grpo_setup()
+        if "uneven" in options:  # prompts 0 and 2 are those of the first process
+            anchors = [anchor if i % 2 else None for i, anchor in enumerate(rows["terminal_anchor"])]
+            rows = rows.remove_columns("terminal_anchor").add_column("terminal_anchor", anchors)
         path = str(folder / "model")
         model.save_pretrained(path)  # by the main process
     PartialState().wait_for_everyone()
     peft_config = adapter(model, options)
     return FixedDraws(
         model if peft_config else path, args, catalog, [first_code], train_dataset=rows, processing_class=tokenizer,
-        peft_config=peft_config,
+        peft_config=peft_config, eval_dataset=rows.select(range(3)),
     )
 
 
@@ -144,16 +138,14 @@ def by_fsdp2(trainer) -> list[dict]:
     return logs
 
 
-def run(task: str, way: str, folder: Path) -> list[dict]:
-    """The losses of one training."""
-    name, *options = task.split("-")
-    trainers = {
-        "sft": sft_trainer, "grpo": grpo_trainer, "uneven": partial(sft_trainer, depths=UNEVEN_DEPTHS),
-        "stage1": partial(sft_trainer, depths=[0] * 16),
-    }
-    trainer = trainers[name](folder, *options)
+def run(task: str, way: str, folder: Path) -> tuple[list[dict], dict[str, torch.Tensor]]:
+    """The logs of one training, and the trained weights of a model that is not sharded."""
+    stage, *options = task.split("-")
+    trainer = (grpo_trainer if stage == "grpo" else sft_trainer)(folder, stage, *options)
     logs = {"trainer": by_trainer, "fsdp2": by_fsdp2}[way](trainer)
-    if name == "sft":
+    if way == "trainer" and "uneven" in options:
+        logs.append(trainer.evaluate())  # its last batch is incomplete
+    if stage == "stage2":
         logs.append(trainer.on_gathered_weights(trainer.evaluators[""]))  # as at an evaluation
     if way == "trainer" and "lora" not in options:
         trainer.save_model(str(folder / "saved"))
@@ -161,15 +153,18 @@ def run(task: str, way: str, folder: Path) -> list[dict]:
         with unsharded_weights():
             saved = LasarForGenerativeRec.from_pretrained(folder / "saved")
         logs.append({"saved_scores": prompt_scores(saved, trainer.catalog)})
-    return logs
+    weights = trainer.model.named_parameters() if way == "trainer" else ()
+    return logs, {name: value.detach() for name, value in weights if value.requires_grad}
 
 
-def main(out: str, tasks: str, *ways: str) -> None:
-    """Train each task in each way and write what the main process logs."""
-    for task, way in itertools.product(tasks.split(","), ways):
-        logs = run(task, way, Path(out, f"{task}-{way}"))
+def main(out: str, *runs: str) -> None:
+    """Make each training and write the logs and weights of the main process."""
+    for name in runs:
+        task, way = name.split("/")
+        logs, weights = run(task, way, Path(out, f"{task}-{way}"))
         if PartialState().is_main_process:
             Path(out, f"{task}-{way}.json").write_text(json.dumps(logs))
+            torch.save(weights, Path(out, f"{task}-{way}.pt"))
     PartialState().wait_for_everyone()
     PartialState().destroy_process_group()  # its threads would abort a process that ends before they do
 

@@ -1,79 +1,100 @@
-"""Two processes train as one does: DDP, ZeRO-2, ZeRO-3 and FSDP2, with ranks whose depths differ."""
+"""Two processes train as one does: DDP, ZeRO-2, ZeRO-3 and FSDP2, every stage, with ranks whose depths differ."""
 
 import importlib.util
-import json
 import os
 import socket
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
+from lasar_hf.files import read_json
 from tests import distributed_worker
-from tests.distributed_worker import PLAIN_TASKS, TASKS
+from tests.distributed_worker import MATRIX, UNEVEN
 
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "recipes" / "accelerate_configs"
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-NAMES = {
-    "loss", "grad_norm", "mean_depth", "align_loss", "policy_loss", "kl", "reward", "depth_loss", "terminal_loss",
-    "scores", "saved_scores",
-}
+FSDP2 = ["stage2/fsdp2", "grpo/fsdp2"]
+LAUNCHED = [f"{task}/trainer" for task in MATRIX + UNEVEN] + FSDP2
+TIMES = {"step_time"}
+# A loop of our own logs these of TRL's metrics; ZeRO names its weights otherwise.
+NAMES = {"loss", "grad_norm", "scores", "saved_scores"}
+
+
+def launch(launcher: list[str], out: Path, runs: list[str]) -> dict[str, tuple[list[dict], dict]]:
+    """Logs and weights of each run, by the processes of a launcher."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", *launcher, "-m", "tests.distributed_worker", str(out), *runs],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500,
+    )
+    assert done.returncode == 0, done.stderr[-6000:]
+    files = {name: str(out / name.replace("/", "-")) for name in runs}
+    return {run: (read_json(f"{file}.json"), torch.load(f"{file}.pt")) for run, file in files.items()}
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """Logs and weights of every run by two processes, which are started once."""
+    return launch(TORCHRUN, tmp_path_factory.mktemp("two"), LAUNCHED)
 
 
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory):
-    """Logs of each task, trained by this process alone."""
+    """Logs and weights of a task, trained by this process alone."""
     folder = tmp_path_factory.mktemp("one")
-    return {task: distributed_worker.run(task, "trainer", folder / task) for task in TASKS}
+    return cache(lambda task: distributed_worker.run(task, "trainer", folder / task))
 
 
-def two_processes(launcher: list[str], out: Path, *ways: str, tasks=TASKS) -> dict[tuple[str, str], list[dict]]:
-    """Logs of each task and way of training, by the processes of a launcher."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", *launcher, "-m", "tests.distributed_worker", str(out), ",".join(tasks), *ways],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500,
-    )
-    assert done.returncode == 0, done.stderr[-6000:]
-    return {(task, way): json.loads((out / f"{task}-{way}.json").read_text()) for task in tasks for way in ways}
-
-
-def assert_same_series(got: list[dict], expected: list[dict]):
-    """Losses and their terms per step, then the scores of recommendations, by the trained and by the saved weights."""
+def assert_same_logs(got: list[dict], expected: list[dict], names: set[str] | None = None):
+    """The same metrics (by default all) and, last, scores of recommendations by the trained and the saved weights."""
     assert distributed_worker.STEPS <= len(got) <= len(expected)  # a loop of our own saves nothing
     for step, (one, two) in enumerate(zip(expected, got, strict=False)):
-        assert two.keys() >= ({"loss", "grad_norm"} if step < distributed_worker.STEPS else one.keys())
-        for name in NAMES & one.keys() & two.keys():
+        one, two = ({name: log[name] for name in log.keys() & (names or log.keys() - TIMES)} for log in (one, two))
+        assert two.keys() == one.keys(), step
+        for name in one:
             assert np.asarray(two[name]) == pytest.approx(np.asarray(one[name]), rel=1e-4, abs=1e-5), (step, name)
 
 
 @pytest.mark.distributed
-def test_ddp_and_fsdp2_train_as_one_process_does(one_process, tmp_path):
-    logs = two_processes(TORCHRUN, tmp_path, "trainer", "fsdp2")
-    for (task, _), series in logs.items():
-        assert_same_series(series, one_process[task])
+@pytest.mark.parametrize("task", MATRIX)
+def test_two_processes_train_as_one_does(one_process, two_processes, task):
+    logs, weights = two_processes[f"{task}/trainer"]
+    expected_logs, expected_weights = one_process(task)
+    assert_same_logs(logs, expected_logs)
+    torch.testing.assert_close(weights, expected_weights, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.distributed
-def test_ddp_without_checkpointing_trains_as_one_process_does(tmp_path):
-    logs = two_processes(TORCHRUN, tmp_path, "trainer", tasks=PLAIN_TASKS)
-    for (task, _), series in logs.items():
-        assert_same_series(series, distributed_worker.run(task, "trainer", tmp_path / f"one-{task}"))
+@pytest.mark.parametrize("run", FSDP2)
+def test_sharded_processes_train_as_one_does(one_process, two_processes, run):
+    assert_same_logs(two_processes[run][0], one_process(run.split("/")[0])[0], NAMES)
 
 
 @pytest.mark.distributed
-def test_logs_do_not_depend_on_how_the_batch_is_split(tmp_path):
-    """The sequences of the first process have no latent slots, so it has nothing to add to most of the metrics."""
-    (expected, *_) = distributed_worker.run("uneven", "trainer", tmp_path / "one")
-    (logs, *_) = two_processes(TORCHRUN, tmp_path, "trainer", tasks=["uneven"])["uneven", "trainer"]
-    names = {"mean_depth", "depth_entropy", "latent_norm_ratio", "align_loss", "policy_loss", "depth_accuracy"}
-    assert {name: logs[name] for name in names} == pytest.approx({name: expected[name] for name in names}, rel=1e-4)
+@pytest.mark.parametrize("task", UNEVEN)
+def test_training_does_not_depend_on_how_the_batch_is_split(one_process, two_processes, task):
+    """The sequences of the first process have no latent slots or anchors, so it adds nothing to some of the terms."""
+    (logs, weights), (expected_logs, expected_weights) = two_processes[f"{task}/trainer"], one_process(task)
+    steps = distributed_worker.STEPS
+    assert_same_logs(logs[:steps], expected_logs[:steps])
+    torch.testing.assert_close(weights, expected_weights, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("task", UNEVEN)
+def test_evaluation_of_an_incomplete_batch_logs_the_same_metrics(one_process, two_processes, task):
+    """Their values differ: processes without examples at the end repeat some."""
+    evaluated = distributed_worker.STEPS
+    assert two_processes[f"{task}/trainer"][0][evaluated].keys() == one_process(task)[0][evaluated].keys()
 
 
 @pytest.mark.distributed
@@ -92,9 +113,8 @@ def test_deepspeed_trains_as_one_process_does(one_process, tmp_path, stage):
     launcher = [
         "accelerate.commands.launch", "--config_file", str(tmp_path / "config.yaml"), "--main_process_port", str(port)
     ]
-    logs = two_processes(launcher, tmp_path, "trainer")
-    for (task, _), series in logs.items():
-        assert_same_series(series, one_process[task])
+    for run, (logs, _) in launch(launcher, tmp_path, ["stage2/trainer", "grpo/trainer"]).items():
+        assert_same_logs(logs, one_process(run.split("/")[0])[0], NAMES)
 
 
 @pytest.mark.parametrize(

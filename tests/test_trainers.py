@@ -30,6 +30,7 @@ from lasar_hf.trainers import (
     depth_entropy,
     reinforce_loss,
 )
+from lasar_hf.trainers.trainer_mixin import latent_metrics
 from tests.tiny import batch, row, sid_ids, tiny_catalog, tiny_model
 from tests.training import (
     COMMON,
@@ -263,9 +264,9 @@ def test_sft_resumes_bit_exactly(tmp_path):
 
 def test_grpo_resumes_exactly_at_a_generation_boundary(tmp_path):
     options = dict(max_steps=4, save_strategy="steps", save_steps=2, steps_per_generation=2, num_iterations=1)
-    whole = grpo_trainer(tmp_path / "whole", **options)
+    whole = grpo_trainer(tmp_path / "whole", reward_funcs=[first_code], **options)
     whole.train()
-    resumed = grpo_trainer(tmp_path / "again", **options)
+    resumed = grpo_trainer(tmp_path / "again", reward_funcs=[first_code], **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     assert resumed.reward_baseline == whole.reward_baseline
     for name, parameter in resumed.model.named_parameters():
@@ -295,6 +296,11 @@ def test_grpo_does_not_resume_inside_a_generation(tmp_path):
         ("generation_kwargs", dict(generation_kwargs={"top_k": 5})),
         ("use_vllm", dict(use_vllm=True)),
         ("num_generations_eval", dict(num_generations_eval=2)),
+        ("neftune_noise_alpha", dict(neftune_noise_alpha=5.0)),
+        ("cast_lm_head_to_fp32", dict(cast_lm_head_to_fp32=True)),
+        ("remove_unused_columns", dict(remove_unused_columns=True)),
+        ("sync_ref_model", dict(sync_ref_model=True)),
+        ("temperature", dict(temperature=0.0)),
         # The tiny catalogue has 20 items.
         ("num_generations", dict(sampling="stochastic_beams", num_generations=32, per_device_train_batch_size=32)),
     ],
@@ -564,7 +570,7 @@ OVERRIDES = {
     LasarGRPOTrainer: (
         GRPOTrainer,
         ["compute_loss", "_get_train_sampler", "_calculate_rewards", "_generate_and_score_completions",
-         "_save_checkpoint", "_load_optimizer_and_scheduler", "_save", "create_model_card"],
+         "evaluate", "_save_checkpoint", "_load_optimizer_and_scheduler", "_save", "create_model_card"],
     ),
 }
 
@@ -757,9 +763,12 @@ def grpo_with(tmp_path):
     """Makes a GRPO trainer on changed examples; its model is a path that does not exist."""
     _, tokenizer, catalog, rows = grpo_setup()
 
-    def make(change, model="nowhere"):
+    def make(change, model="nowhere", part="train_dataset"):
         args = LasarGRPOConfig(str(tmp_path), **COMMON, per_device_train_batch_size=8, num_generations=4, beta=0.0)
-        return LasarGRPOTrainer(model, args, catalog, train_dataset=change(rows), processing_class=tokenizer)
+        datasets = {"train_dataset": rows, part: change(rows)}
+        if part == "a":  # a named set
+            datasets = {"train_dataset": rows, "eval_dataset": {"a": change(rows)}}
+        return LasarGRPOTrainer(model, args, catalog, processing_class=tokenizer, **datasets)
 
     return make
 
@@ -768,21 +777,129 @@ def grpo_with(tmp_path):
     ("name", "change"),
     [
         ("prompt", lambda rows: rows.map(lambda row: {"prompt": [{"role": "user", "content": row["prompt"]}]})),
+        ("prompt", lambda rows: rows.map(lambda row: {"prompt": row["prompt"] + "."})),
         ("prompt", lambda rows: rows.remove_columns("prompt")),
         ("target", lambda rows: rows.remove_columns("target")),
         ("target .*gone", lambda rows: rows.map(lambda row: {"target": "gone"})),
         ("target .*20", lambda rows: rows.map(lambda row: {"target": 20})),
     ],
-    ids=["chat", "no prompt", "no target", "unknown item", "unknown index"],
+    ids=["chat", "other end", "no prompt", "no target", "unknown item", "unknown index"],
 )
-def test_examples_are_checked_before_the_model_loads(grpo_with, name, change):
-    with pytest.raises(ValueError, match=name):
-        grpo_with(change)
+@pytest.mark.parametrize("part", ["train_dataset", "eval_dataset", "a"])
+def test_examples_are_checked_before_the_model_loads(grpo_with, name, change, part):
+    with pytest.raises(ValueError, match=f"(?s)(?=.*{name})(?=.*{part})"):
+        grpo_with(change, part=part)
+
+
+def with_item_ids(rows):
+    return rows.map(lambda row: {"target": f"item-{row['target']}"})
 
 
 def test_targets_may_be_item_ids(grpo_with):
-    trainer = grpo_with(lambda rows: rows.map(lambda row: {"target": f"item-{row['target']}"}), grpo_setup()[0])
+    trainer = grpo_with(with_item_ids, grpo_setup()[0])
     assert list(trainer.train_dataset["target"]) == [0, 1, 2, 3]
+
+
+def test_targets_of_an_evaluation_may_be_item_ids(grpo_with):
+    trainer = grpo_with(lambda rows: rows, grpo_setup()[0])
+    assert "eval_reward" in trainer.evaluate(with_item_ids(grpo_setup()[3]))
+
+
+@pytest.mark.parametrize("part", ["eval_dataset", "a"])
+def test_long_evaluation_prompts_fail_before_training(grpo_with, part):
+    model, tokenizer, _, rows = grpo_setup()
+    longest = max(len(tokenizer(text, add_special_tokens=False).input_ids) for text in rows["prompt"])
+    model.config.backbone_config.max_position_embeddings = longest + 8
+    with pytest.raises(ValueError, match="max_position_embeddings"):
+        grpo_with(lambda rows: rows.map(lambda row: {"prompt": "the " + row["prompt"]}), model, part)
+
+
+@pytest.mark.parametrize("metric", ["eval_HR@5", "rewards/exact/mean", "kl", "loss"])
+@pytest.mark.parametrize("named", [True, False])
+def test_grpo_refuses_an_unknown_best_metric(tmp_path, metric, named):
+    model, tokenizer, catalog, rows = grpo_setup()
+    args = LasarGRPOConfig(
+        str(tmp_path), **COMMON, per_device_train_batch_size=4, num_generations=4, beta=0.0,
+        metric_for_best_model=metric,
+    )
+    if metric == "loss" and not named:
+        metric = args.metric_for_best_model = "a_loss"
+    eval_dataset = {"a": rows} if named else rows
+    with pytest.raises(ValueError, match="metric_for_best_model"):
+        LasarGRPOTrainer(
+            model, args, catalog, train_dataset=rows, eval_dataset=eval_dataset, processing_class=tokenizer
+        )
+
+
+METRICS = [
+    "reward", "eval_reward", "reward_std", "frac_reward_zero_std", "entropy", "mean_depth", "depth_entropy", "kl",
+    "latent_norm_ratio", "terminal_loss", "depth_loss", "reward_baseline", "rewards/ranking/mean",
+    "rewards/exact_match/std",
+]
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_grpo_evaluates_each_best_metric_it_accepts(tmp_path, named):
+    model, tokenizer, catalog, rows = grpo_setup()
+    args = LasarGRPOConfig(str(tmp_path), **COMMON, per_device_train_batch_size=4, num_generations=4)
+    args.per_device_eval_batch_size = 4
+    trainer = LasarGRPOTrainer(
+        model, args, catalog, train_dataset=rows, eval_dataset={"a": rows} if named else rows,
+        processing_class=tokenizer,
+    )
+    evaluated = trainer.evaluate()
+    for metric in [*METRICS, "a_loss" if named else "loss"]:
+        args.metric_for_best_model = metric
+        trainer.check_best_metric(trainer.eval_dataset)  # as at the start
+        assert f"eval_{metric.removeprefix('eval_')}" in evaluated, metric
+
+
+def test_a_reward_that_logs_metrics_may_be_chosen_by_them(tmp_path):
+    model, tokenizer, catalog, rows = grpo_setup()
+
+    def reward(completion_ids, log_metric, **kwargs):
+        log_metric("novelty", 1.0)
+        return first_code(completion_ids)
+
+    args = LasarGRPOConfig(
+        str(tmp_path), **COMMON, per_device_train_batch_size=4, num_generations=4, metric_for_best_model="novelty"
+    )
+    args.per_device_eval_batch_size = 4
+    trainer = LasarGRPOTrainer(
+        model, args, catalog, [reward], train_dataset=rows, eval_dataset=rows, processing_class=tokenizer
+    )
+    assert trainer.evaluate()["eval_novelty"] == 1.0
+
+
+@pytest.mark.parametrize("kind", ["sft", "grpo"])
+@pytest.mark.parametrize("loaded", [True, False])
+def test_the_processor_in_the_models_folder_is_the_default(tmp_path, kind, loaded):
+    first = processor_trainer(kind, tmp_path)
+    first.save_model()
+    config, trainer = (LasarSFTConfig, LasarSFTTrainer) if kind == "sft" else (LasarGRPOConfig, LasarGRPOTrainer)
+    model = LasarForGenerativeRec.from_pretrained(tmp_path) if loaded else str(tmp_path)
+    options = {} if kind == "sft" else {"num_generations": 4}
+    args = config(str(tmp_path / "next"), **COMMON, per_device_train_batch_size=4, **options)
+    second = trainer(model, args, train_dataset=(sft_setup() if kind == "sft" else grpo_setup())[3])
+    assert second.processor.to_dict() == first.processor.to_dict()
+    assert second.catalog.item_ids == first.catalog.item_ids
+
+
+@pytest.mark.parametrize("config", [LasarSFTConfig, LasarGRPOConfig])
+def test_the_search_for_unused_parameters_is_off(tmp_path, config):
+    assert config(str(tmp_path), **COMMON, ddp_find_unused_parameters=None).ddp_find_unused_parameters is False
+    with pytest.raises(ValueError, match="ddp_find_unused_parameters"):
+        config(str(tmp_path), **COMMON, ddp_find_unused_parameters=True)
+
+
+def test_sharded_embeddings_leave_the_norm_ratio_out(tmp_path):
+    """ZeRO-3 empties them after the forward."""
+    trainer = sft_trainer(tmp_path)
+    output = trainer.model.model(**batch([row(trainer.model, 4, 2)]))
+    empty = torch.nn.Embedding(1, 1)
+    empty.weight.data = torch.empty(0)
+    trainer.log_means(latent_metrics(output, empty))
+    assert trainer._metrics["eval"].keys() == {"mean_depth", "depth_entropy"}
 
 
 @pytest.mark.parametrize("kind", ["sft", "grpo"])

@@ -1,6 +1,9 @@
 """Tiny examples and trainers for the tests of training."""
 
+import zlib
+
 import numpy as np
+import torch
 from datasets import Dataset
 
 from lasar_hf import LasarGRPOConfig, LasarGRPOTrainer, LasarSFTConfig, LasarSFTTrainer
@@ -43,6 +46,18 @@ def grpo_setup(**model_kwargs):
     return model, tokenizer, tiny_catalog(), Dataset.from_list(examples)
 
 
+class FixedDraws(LasarGRPOTrainer):
+    """Draws each group under a seed made of its prompt, so that draws do not depend on how they are split."""
+
+    def draw_candidates(self, prompts, trainer):
+        group_size, parts = self.num_generations, []
+        for start in range(0, len(prompts), group_size):
+            torch.manual_seed(zlib.crc32(prompts[start].encode()) + self.state.global_step)
+            parts.append(super().draw_candidates(prompts[start : start + group_size], trainer))
+        names = ("prompt_ids", "completion_ids", "items", "depth_log_prob")
+        return {**{name: sum((part[name] for part in parts), []) for name in names}, "logprobs": None}
+
+
 def sft_trainer(folder, depths=DEPTHS, model_kwargs=None, **kwargs):
     """A trainer of `sft_setup`; other keywords are arguments of the configuration."""
     model, tokenizer, catalog, examples, anchors = sft_setup(depths, **(model_kwargs or {}))
@@ -50,13 +65,13 @@ def sft_trainer(folder, depths=DEPTHS, model_kwargs=None, **kwargs):
     return LasarSFTTrainer(model, args, catalog, anchors, train_dataset=examples, processing_class=tokenizer)
 
 
-def grpo_trainer(folder, model_kwargs=None, reward_funcs=None, **kwargs):
+def grpo_trainer(folder, model_kwargs=None, reward_funcs=None, fixed_draws=False, **kwargs):
     """A trainer of `grpo_setup`; other keywords are arguments of the configuration."""
     model, tokenizer, catalog, examples = grpo_setup(**(model_kwargs or {}))
     args = LasarGRPOConfig(
         str(folder), **{**COMMON, "per_device_train_batch_size": 8, "num_generations": 4, **kwargs}
     )
-    return LasarGRPOTrainer(
+    return (FixedDraws if fixed_draws else LasarGRPOTrainer)(
         model, args, catalog, reward_funcs, train_dataset=examples, processing_class=tokenizer
     )
 

@@ -6,6 +6,7 @@ from trl import GRPOConfig
 
 from ..arguments import check_choices
 from .losses import DISTANCES
+from .sharding import refuse_unused_search
 
 
 @dataclass
@@ -15,8 +16,10 @@ class LasarGRPOConfig(GRPOConfig):
 
     Args:
         sampling (`str`, *optional*, defaults to `"sample"`):
-            How the candidates of a group are drawn: independently (`"sample"`), or without replacement by stochastic
-            beams (`"stochastic_beams"`). Only `"sample"` gives an unbiased gradient: beams are not weighted.
+            How the candidates of a group are drawn. `"sample"` draws them independently, which gives the gradient of
+            the expected reward. `"stochastic_beams"` draws distinct items, so that even a policy that is almost
+            certain compares `G` items. But they are not weighted by their chance of being drawn, so the gradient is
+            biased: with a target of probability .99 it is about 30 times too large.
         alignment (`str`, *optional*, defaults to `"kl"`):
             Distance of the terminal anchor loss: `"kl"`, `"cosine"`, `"mse"` or `"none"`.
         terminal_weight (`float`, *optional*, defaults to `0.1`):
@@ -36,14 +39,18 @@ class LasarGRPOConfig(GRPOConfig):
     > [!NOTE]
     > These parameters have default values different from [`~trl.GRPOConfig`]:
     > - `beta`: Defaults to `0.04` instead of `0.0`. The paper keeps a KL penalty to the stage-2 model.
-    > - `loss_type`: Defaults to `"grpo"` instead of `"dapo"`. All answers have the same length.
+    > - `loss_type`: Defaults to `"grpo"` instead of `"dapo"`. All answers have the same length, so `"dapo"`, `"bnpo"`
+    >   and `"dr_grpo"` are the same. `"cispo"` clips ratios at `epsilon_high`, which needs a value such as `5.0`.
+    > - `scale_rewards`, `multi_objective_aggregation`: As in TRL, for the candidates. The depth policy always learns
+    >   from the weighted sum of the rewards.
     > - `learning_rate`: Defaults to `1e-5` instead of `1e-6`.
     > - `max_completion_length`: Defaults to `4` instead of `512`. The trainer sets it to the number of SID levels.
     > - `disable_dropout`: Defaults to `True` instead of `False`. Candidates are drawn without dropout, so they are
     >   scored without it.
     > - `use_bias_correction_kl`: Pinned to `True`, the unbiased gradient of the KL penalty; GRPO's paper has `False`.
     > - `router_aux_loss_coef`: Pinned to `0.0` instead of `None`. The latent loop returns no router loss.
-    > - `ddp_find_unused_parameters`: Defaults to `False` instead of `None`. The search fails on the policy head.
+    > - `ddp_find_unused_parameters`: Defaults to `False`, which `None` means too. `True` is refused: the search fails
+    >   on the policy head.
     """
 
     beta: float = field(default=0.04, metadata={"help": "Weight of the KL penalty to the stage-2 model."})
@@ -73,4 +80,5 @@ class LasarGRPOConfig(GRPOConfig):
             raise ValueError(
                 f"router_aux_loss_coef is {self.router_aux_loss_coef}, but no router loss is added; expected 0."
             )
+        refuse_unused_search(self)
         super().__post_init__()

@@ -1,5 +1,6 @@
 """Reinforcement learning of recommendation quality and depth together, on TRL's GRPOTrainer."""
 
+import inspect
 import math
 import os
 import warnings
@@ -31,11 +32,28 @@ from .trainer_mixin import LasarTrainerMixin, check_lengths, latent_metrics, spl
 
 
 STATE_NAME = "lasar_state.json"
-# Arguments of TRL that have to keep these values.
+# Arguments of TRL that have to keep these values, and why.
+DRAWN = (
+    "candidates come from the latent loop, have no end token, and must be drawn from the distribution that is scored; "
+    "only temperature can be changed"
+)
 SUPPORTED = {
-    "mask_truncated_completions": False, "use_vllm": False, "use_transformers_continuous_batching": False, "top_k": 0,
-    "top_p": 1.0, "min_p": None, "repetition_penalty": 1.0, "generation_kwargs": None,
+    "mask_truncated_completions": (False, DRAWN), "use_vllm": (False, DRAWN),
+    "use_transformers_continuous_batching": (False, DRAWN),
+    "top_k": (0, DRAWN), "top_p": (1.0, DRAWN), "min_p": (None, DRAWN), "repetition_penalty": (1.0, DRAWN),
+    "generation_kwargs": (None, DRAWN),
+    "neftune_noise_alpha": (None, "candidates are drawn without noise and must be scored without it"),
+    "cast_lm_head_to_fp32": (False, "log-probabilities are computed in float32 anyway"),
+    "remove_unused_columns": (False, "rewards and the terminal loss read the columns target and terminal_anchor"),
+    "sync_ref_model": (False, "checkpoints do not contain the reference, so a resumed run would differ"),
 }  # fmt: skip
+# Arguments of TRL's trainer that replace how candidates are drawn.
+UNSUPPORTED = ("rollout_func", "tools", "environment_factory")
+# Metrics of an evaluation; there are more for each reward.
+METRICS = (
+    "reward", "reward_std", "frac_reward_zero_std", "entropy", "mean_depth", "depth_entropy", "latent_norm_ratio",
+    "terminal_loss", "depth_loss", "reward_baseline",
+)  # fmt: skip
 
 
 class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
@@ -84,9 +102,10 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
         self.processor, tokenizer, self.catalog = split_processor(model, processing_class, catalog)
         if self.catalog is None:
             raise ValueError("catalog is missing. Pass it, or a LasarProcessor as processing_class.")
-        _check_arguments(args, has_eval=eval_dataset is not None, num_items=self.catalog.num_items)
-        model = load_model(model, **(args.model_init_kwargs or {})) if is_adapter(model) else model
+        _check_arguments(args, kwargs, has_eval=eval_dataset is not None, num_items=self.catalog.num_items)
         train_dataset = _checked_examples(train_dataset, self.catalog)
+        eval_dataset = _checked_examples(eval_dataset, self.catalog, "eval_dataset")
+        model = load_model(model, **(args.model_init_kwargs or {})) if is_adapter(model) else model
         refuse_zero3(model, args, kwargs.get("peft_config"))
         config = AutoConfig.from_pretrained(model) if isinstance(model, str) else unwrap_lasar(model).config
         self.catalog.check_matches(config.num_sid_levels, config.codebook_size)
@@ -110,7 +129,9 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
         if isinstance(self.model, PeftModel):
             complete_reference(self.model)
         lasar = unwrap_lasar(self.model)
-        check_lengths(train_dataset, config, tokenizer=self.processing_class)
+        for dataset in (train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])):
+            check_lengths(dataset, config, tokenizer=self.processing_class)
+        self.check_best_metric(eval_dataset)
         for policy in (lasar, self.ref_model):
             if policy is not None:
                 add_catalog_head(self.accelerator.unwrap_model(policy), self.catalog, args.temperature)
@@ -167,6 +188,26 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
         # Items that share a Semantic ID are one candidate, represented by the first of them.
         return state.depths, log_probs, trie.items(leaves)[..., 0]
 
+    def check_best_metric(self, eval_dataset) -> None:
+        """Refuse a `metric_for_best_model` that no evaluation returns; a reward with `log_metric` may return any."""
+        metric = self.args.metric_for_best_model
+        functions = [function for function in self.reward_funcs if not isinstance(function, nn.Module)]
+        if metric is None or any("log_metric" in inspect.signature(function).parameters for function in functions):
+            return
+        names = [f"{name}_loss" for name in eval_dataset] if isinstance(eval_dataset, dict) else ["loss"]
+        names += [*METRICS, "kl"] if self.args.beta > 0 else METRICS
+        names += [f"rewards/{name}/{part}" for name in self.reward_func_names for part in ("mean", "std")]
+        if not eval_dataset or metric.removeprefix("eval_") not in names:
+            raise ValueError(
+                f"metric_for_best_model is {metric!r}; expected an eval_dataset and one of {', '.join(names)}."
+            )
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """TRL's evaluation, of examples that are checked as at the start."""
+        return super().evaluate(
+            _checked_examples(eval_dataset, self.catalog, "eval_dataset"), ignore_keys, metric_key_prefix
+        )
+
     def _get_train_sampler(self, dataset=None):
         """TRL's order of prompts, as a function of the epoch, with `prompts_per_user` prompts of a user together."""
         base = super()._get_train_sampler(dataset)
@@ -181,7 +222,10 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
         # A sequence is a candidate here; P counts those of all processes.
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # (P, functions)
         weighted = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)  # (P,)
-        group_means = weighted.view(-1, self.num_generations).mean(dim=1)  # (P / G,)
+        # As in TRL, a candidate without any reward does not count. A group of them gets the mean of the others.
+        weighted = weighted.masked_fill(rewards.isnan().all(dim=1), torch.nan)
+        group_means = weighted.view(-1, self.num_generations).nanmean(dim=1)  # (P / G,)
+        group_means = group_means.where(~group_means.isnan(), weighted.nanmean()).nan_to_num()
         self._group_rewards = group_means.repeat_interleave(self.num_generations)  # (P,)
         return rewards
 
@@ -196,8 +240,11 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
         output["reward_baseline"] = torch.full_like(output["group_reward"], baseline)  # (B · G,)
         # TRL wrote what the rollout returned into the examples.
         output["depth_log_prob"] = rewards.new_tensor([example["depth_log_prob"] for example in inputs])  # (B · G,)
-        if "terminal_anchor" in inputs[0] and self.args.alignment != "none":
-            anchors = torch.tensor([example["terminal_anchor"] for example in inputs])
+        if self.args.alignment != "none":  # prompts without an anchor get zeros, and no terminal loss
+            anchors = [example.get("terminal_anchor") for example in inputs]
+            zeros = [0.0] * unwrap_lasar(self.model).config.hidden_size
+            output["has_anchor"] = rewards.new_tensor([anchor is not None for anchor in anchors])  # (B · G,)
+            anchors = torch.tensor([zeros if anchor is None else anchor for anchor in anchors])
             output["terminal_anchor"] = anchors.to(rewards.device)  # (B · G, H)
         if self.model.training:
             decay = self.args.baseline_decay
@@ -213,12 +260,13 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
         extra = torch.zeros_like(loss)
 
         # 2. Terminal loss: the last latent state against the last anchor. Depths differ, so no other step has one.
-        if "terminal_anchor" in inputs:
+        if self.args.alignment != "none":
             steps = output.latent_steps
             last = output.latent_states[torch.arange(len(steps), device=steps.device), steps]  # (B, H)
             distances = DISTANCES[self.args.alignment](last, inputs["terminal_anchor"])  # (B,)
-            metrics["terminal_loss"] = distances.sum(), len(distances)
-            extra = extra + self.args.terminal_weight * distances.mean()
+            total, count = (distances * inputs["has_anchor"]).sum(), inputs["has_anchor"].sum()
+            metrics["terminal_loss"] = total, count
+            extra = extra + self.args.terminal_weight * self.share(count) * total / count.clamp(min=1)
 
         # 3. REINFORCE on the depth policy.
         if self.args.depth_weight > 0:
@@ -255,29 +303,42 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
             self.reward_baseline = state["reward_baseline"]
 
 
-def _checked_examples(dataset: object, catalog: SidCatalog) -> object:
+def _checked_examples(dataset: object, catalog: SidCatalog, where: str = "train_dataset") -> object:
     """The examples, with item indices instead of item ids as `target`; a stream of them is not read."""
+    if isinstance(dataset, dict):
+        return {name: _checked_examples(part, catalog, f"{where}[{name!r}]") for name, part in dataset.items()}
     if not isinstance(dataset, Dataset):
         return dataset
     columns = set(dataset.column_names)
     if not {"prompt", "target"} <= columns or not all(isinstance(text, str) for text in dataset["prompt"]):
-        raise ValueError(f"train_dataset has {columns}; expected prompt with text (not messages) and target.")
+        raise ValueError(f"{where} has {columns}; expected prompt with text (not messages) and target.")
+    other = [text for text in dataset["prompt"] if not text.endswith(LATENT_START_TOKEN)]
+    if other:
+        raise ValueError(f"prompt of {where} ends in {other[0][-20:]!r}; expected {LATENT_START_TOKEN} at its end.")
     targets = list(dataset["target"])
     indices = [catalog.index_of.get(item) if isinstance(item, str) else item for item in targets]
     wrong = [item for item, index in zip(targets, indices, strict=True) if index not in range(len(catalog))]
     if wrong:
-        raise ValueError(f"target is {wrong[0]!r}; expected an item id of the catalogue or an index < {len(catalog)}.")
+        raise ValueError(
+            f"target of {where} is {wrong[0]!r}; expected an item id of the catalogue or an index < {len(catalog)}."
+        )
     return dataset.remove_columns("target").add_column("target", indices)
 
 
-def _check_arguments(args: LasarGRPOConfig, has_eval: bool, num_items: int) -> None:
+def _check_arguments(args: LasarGRPOConfig, kwargs: dict, has_eval: bool, num_items: int) -> None:
     """Refuse arguments under which candidates could not be drawn, scored or resumed."""
-    for name, supported in SUPPORTED.items():
+    for name, (supported, reason) in SUPPORTED.items():
         if getattr(args, name) != supported:
-            raise ValueError(
-                f"{name} is not supported: candidates come from the latent loop, have no end token, and must be drawn "
-                f"from the distribution that is scored. Keep {supported}; only temperature can be changed."
-            )
+            raise ValueError(f"{name} is {getattr(args, name)}; expected {supported}, since {reason}.")
+    for name in UNSUPPORTED:
+        if kwargs.get(name) is not None:
+            raise ValueError(f"{name} is not supported: candidates come from the latent loop. Leave it out.")
+    if args.sampling == "stochastic_beams":
+        warnings.warn(
+            'sampling is "stochastic_beams", whose candidates are distinct but not weighted: the gradient is biased. '
+            'Use "sample" to follow the gradient of the expected reward.',
+            stacklevel=3,
+        )
     group_size = args.num_generations
     local = args.per_device_train_batch_size * args.steps_per_generation
     # Candidates are not saved, so a run resumes exactly only between two generations.
@@ -286,6 +347,7 @@ def _check_arguments(args: LasarGRPOConfig, has_eval: bool, num_items: int) -> N
     is_boundary = args.save_steps >= 1 and int(args.save_steps) % boundary == 0
     whole_groups = f"must be divisible by num_generations ({group_size}): one process draws whole groups."
     checks = [
+        (args.temperature > 0, f"temperature is {args.temperature}; expected a positive number."),
         (not uses_zero3(args) or args.ds3_gather_for_generation,
          "ds3_gather_for_generation must be True under ZeRO-3: drawing reads rows of the head."),
         (local % group_size == 0, f"per_device_train_batch_size × steps_per_generation ({local}) {whole_groups}"),

@@ -6,6 +6,7 @@ from trl import SFTConfig
 
 from ..arguments import check_choices
 from .losses import DISTANCES
+from .sharding import refuse_unused_search
 
 
 @dataclass
@@ -34,7 +35,8 @@ class LasarSFTConfig(SFTConfig):
     > - `max_length`: Defaults to `None` instead of `1024`. Truncation would remove the answer at the end of an
     >   example; `max_history` of the processor limits the prompt instead.
     > - `router_aux_loss_coef`: Pinned to `0.0` instead of `None`. The latent loop returns no router loss.
-    > - `ddp_find_unused_parameters`: Defaults to `False` instead of `None`. The search fails on the policy head.
+    > - `ddp_find_unused_parameters`: Defaults to `False`, which `None` means too. `True` is refused: the search fails
+    >   on the policy head.
     """
 
     max_length: int | None = field(default=None, metadata={"help": "Maximum length of an example."})
@@ -59,4 +61,5 @@ class LasarSFTConfig(SFTConfig):
             raise ValueError(
                 f"router_aux_loss_coef is {self.router_aux_loss_coef}, but no router loss is added; expected 0."
             )
+        refuse_unused_search(self)
         super().__post_init__()

@@ -90,7 +90,7 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
             [`~lasar_hf.data.reasoning_examples`]. Evaluation examples without `sample_index` are held out: their
             `eval_loss` is `L_CE` alone.
         processing_class ([`LasarProcessor`] or [`~transformers.PreTrainedTokenizerBase`], *optional*):
-            Saved with each checkpoint; a tokenizer together with the catalogue.
+            Saved with each checkpoint; a tokenizer with the catalogue. Defaults to that of the model's folder.
         kwargs:
             Passed to [`~trl.SFTTrainer`].
 
@@ -181,6 +181,11 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
             return super()._get_num_items_in_batch(batch_samples, device)
         return torch.tensor(self.labels_per_step, device=device)
 
+    def share(self, count):
+        if self.batch_sampler is None or not self.model.training:
+            return super().share(count)
+        return count / self.examples_per_batch
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """`L_CE` of TRL, plus the terms that read the latent states of the same pass."""
         # 1. Cross-entropy of the next token; this runs the model.
@@ -190,34 +195,38 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
         metrics = latent_metrics(output, unwrap_lasar(self.model).get_input_embeddings())
         extra = output.depth_logits.new_zeros((), dtype=torch.float32)
 
+        # The processes add up terms and metrics together, so a batch without such terms computes them too.
+        is_trained = self.model.training or anchors is not None  # held-out examples have neither anchors nor labels
+
         # 2. Alignment: h_1 … h_N against the anchors (B, max N, H). h_0 has none.
-        if anchors is not None:
+        if self.args.alignment != "none":
             latents = output.latent_states[:, 1:]  # (B, max N, H)
             steps = torch.arange(latents.shape[1], device=latents.device)  # (max N,)
-            mask = steps < output.latent_steps[:, None]  # (B, max N)
+            mask = (steps < output.latent_steps[:, None]) & (anchors is not None)  # (B, max N)
+            anchors = torch.zeros_like(latents) if anchors is None else anchors
             alignment = alignment_loss(latents, anchors, mask, self.args.alignment)
             count = mask.any(dim=1).sum()
             metrics["align_loss"] = alignment * count, count
-            extra = extra + self.args.alignment_weight * alignment
+            extra = extra + self.args.alignment_weight * self.share(count) * alignment
 
         # 3. Policy: class k means depth k + 1. Sequences without latent steps have no class; they are masked rather
-        # than left out, so that the head gets a gradient in every batch. Held-out examples have no labels.
-        if self.args.policy_weight > 0 and (self.model.training or anchors is not None):
-            labels = torch.where(output.latent_steps > 0, output.latent_steps - 1, -100)  # (B,)
+        # than left out, so that the head gets a gradient in every batch.
+        if self.args.policy_weight > 0:
+            has_label = (output.latent_steps > 0) & is_trained  # (B,)
+            labels = torch.where(has_label, output.latent_steps - 1, -100)  # (B,)
             count = (labels >= 0).sum()
             total = nn.functional.cross_entropy(output.depth_logits.float(), labels, reduction="sum")
             metrics["policy_loss"] = total, count
             metrics["depth_accuracy"] = (output.depth_logits.argmax(-1) == labels).sum(), count
-            extra = extra + self.args.policy_weight * (total / count.clamp(min=1))
+            extra = extra + self.args.policy_weight * self.share(count) * total / count.clamp(min=1)
 
         # 4. The Trainer sums over accumulated micro-batches: TRL's loss is divided by the tokens of all of them
         # already, these terms by their number here.
         self.log_means(metrics)
-        if num_items_in_batch is not None and self.batch_sampler is not None:
-            share = len(output.latent_steps) / self.examples_per_batch
-            extra = extra * share / self.args.gradient_accumulation_steps
-        elif num_items_in_batch is not None:
-            extra = extra / self.current_gradient_accumulation_steps
+        if num_items_in_batch is not None:
+            # The last step of an epoch may have fewer of them. Batches of users weigh the same in every step.
+            num_batches = self.current_gradient_accumulation_steps
+            extra = extra / (num_batches if self.batch_sampler is None else self.args.gradient_accumulation_steps)
         return (result[0] + extra, result[1]) if return_outputs else result + extra
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):

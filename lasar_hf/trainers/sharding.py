@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO-3, which shards the weights of each model that is created or loaded."""
+"""Several processes: DDP's search for unused parameters, and DeepSpeed's ZeRO-3, which shards each model's weights."""
 
 from contextlib import contextmanager
 
@@ -19,6 +19,21 @@ def refuse_zero3(model: object, args: TrainingArguments, peft_config: PeftConfig
             "LoRA is not supported under ZeRO-3, which needs reentrant checkpointing; the latent loop would be wrong. "
             "Use recipes/accelerate_configs/zero2.yaml."
         )
+
+
+def refuse_unused_search(args: TrainingArguments) -> None:
+    """
+    Turn off DDP's search for unused parameters; raise a `ValueError` if it was asked for.
+
+    DDP searches the output of the forward. The extra losses reach the policy head through a hook, so the search takes
+    the head for unused. Every parameter that is trained has a gradient in every step, so none is needed.
+    """
+    if args.ddp_find_unused_parameters:
+        raise ValueError(
+            "ddp_find_unused_parameters is True, but the search fails on the policy head. Leave it out: every trained "
+            "parameter is used in every step."
+        )
+    args.ddp_find_unused_parameters = False  # for None, transformers may search
 
 
 @contextmanager

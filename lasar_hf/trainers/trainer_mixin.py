@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoProcessor, PreTrainedTokenizerBase
 from trl.models import unwrap_model_for_generation
 
 from ..files import atomic_file
@@ -47,11 +47,19 @@ def unwrap_lasar(model: nn.Module) -> nn.Module:
 
 def split_processor(model, processing_class: PreTrainedTokenizerBase | LasarProcessor | None, catalog):
     """
-    The processor, the tokenizer for TRL and the catalogue from a trainer's arguments, each `None` if it was not given.
-    TRL would treat any processor as that of a vision model. Refuses a catalogue that differs from the processor's.
+    The processor (or `None`), the tokenizer for TRL and the catalogue (or `None`) from a trainer's arguments. By
+    default they are those in the model's folder. TRL would treat any processor as that of a vision model. Refuses a
+    catalogue that differs from the processor's.
     """
-    if processing_class is None and not isinstance(model, str) and not unwrap_lasar(model).config._name_or_path:
-        raise ValueError("processing_class is missing: the model has no folder. Pass a LasarProcessor or tokenizer.")
+    if processing_class is None:
+        folder = model if isinstance(model, str) else unwrap_lasar(model).config._name_or_path
+        try:
+            processing_class = AutoProcessor.from_pretrained(folder)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"processing_class is missing, and the model's folder {folder!r} has none. Pass a LasarProcessor or "
+                "tokenizer."
+            ) from error
     if not isinstance(processing_class, LasarProcessor):
         return None, processing_class, catalog
     saved = processing_class.catalog
@@ -91,12 +99,14 @@ def check_lengths(dataset: object, config: LasarConfig, max_length: int | None =
 def latent_metrics(output: LasarModelOutput, embedding: nn.Embedding) -> dict[str, SumAndCount]:
     """
     Metrics of the latent reasoning: `mean_depth` (steps), `depth_entropy` (nats) and `latent_norm_ratio`, the norm of
-    the latent slots' inputs relative to that of the input embeddings, which grows when a latent loop diverges.
+    the latent slots' inputs relative to that of the input embeddings, which grows when a latent loop diverges. ZeRO-3
+    leaves the embeddings empty after the forward; then this ratio has no terms.
     """
     steps = output.latent_steps  # (B,)
     # The input of slot t is h_{t-1}, for t = 1 … N.
     inputs = output.latent_states[:, :-1]  # (B, max N, H)
     is_input = torch.arange(inputs.shape[1], device=steps.device) < steps[:, None]  # (B, max N)
+    is_input = is_input & (embedding.weight.numel() > 0)
     norms = embedding.weight[:1024].float().norm(dim=-1)
     if isinstance(norms, DTensor):  # FSDP2 may shard the weight again after the forward
         norms = norms.full_tensor()
@@ -130,6 +140,14 @@ class LasarTrainerMixin:
                 return model._gathered()
             finally:
                 del model._gathered
+
+    def share(self, count: torch.Tensor) -> torch.Tensor:
+        """
+        Weight of a mean over `count` local terms that makes DDP's mean of the processes the mean over all terms. Every
+        process must call it.
+        """
+        total = self.accelerator.reduce(count, "sum")
+        return count * self.accelerator.num_processes / total.clamp(min=1)
 
     def log_means(self, metrics: dict[str, SumAndCount]) -> None:
         """
