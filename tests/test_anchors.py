@@ -207,12 +207,12 @@ class Killed(BaseException):
     """Stands for kill -9."""
 
 
-class CountedBackbone:
-    """Counts the sequences that a model's backbone encodes, and dies after `passes` forward passes."""
+class CountedModel:
+    """Counts the sequences that a base model encodes, and dies after `passes` forward passes."""
 
     def __init__(self, model, passes=10**9):
         self.sequences, self.passes = 0, passes
-        self.hook = model.model.backbone.register_forward_pre_hook(self.count, with_kwargs=True)
+        self.hook = model.model.register_forward_pre_hook(self.count, with_kwargs=True)
 
     def count(self, module, args, kwargs):
         if self.passes == 0:
@@ -259,9 +259,9 @@ def test_shards_on_disk_equal_memory(model, processor, tmp_path, small_shards):
 
 @pytest.mark.parametrize("passes", range(13))  # 24 distinct segments, 2 per pass: the last one is not killed
 def test_killed_encoding_continues(model, processor, tmp_path, small_shards, passes):
-    with CountedBackbone(model, passes), pytest.raises(Killed) if passes < 12 else nullcontext():
+    with CountedModel(model, passes), pytest.raises(Killed) if passes < 12 else nullcontext():
         encode(model, processor, tmp_path / "killed")
-    with CountedBackbone(model) as again:
+    with CountedModel(model) as again:
         encode(model, processor, tmp_path / "killed")
     assert again.sequences == 24 - 4 * (passes // 2)  # whole shards of 4 are kept
     encode(model, processor, tmp_path / "undisturbed")
@@ -269,7 +269,7 @@ def test_killed_encoding_continues(model, processor, tmp_path, small_shards, pas
 
 
 def test_interrupted_encoding_is_refused(model, processor, tmp_path, small_shards):
-    with CountedBackbone(model, 5), pytest.raises(Killed):
+    with CountedModel(model, 5), pytest.raises(Killed):
         encode(model, processor, tmp_path)
     with pytest.raises(FileNotFoundError, match=r"anchors\.json"):
         AnchorStore.load(tmp_path, checkpoint_hash(model))
@@ -278,7 +278,7 @@ def test_interrupted_encoding_is_refused(model, processor, tmp_path, small_shard
 def test_progress_of_a_complete_store_is_removed(model, processor, tmp_path, small_shards):
     encode(model, processor, tmp_path)
     (tmp_path / "progress.json").write_text("{}")  # killed before its removal
-    with CountedBackbone(model, 0):
+    with CountedModel(model, 0):
         encode(model, processor, tmp_path)
     assert sorted(files(tmp_path)) == NAMES
 
@@ -288,22 +288,44 @@ def test_other_inputs_are_encoded_again(model, processor, tmp_path, small_shards
     encode(model, processor, tmp_path)
     if change == "weights":
         model, change = LasarForGenerativeRec(model.config).eval(), {}
-    with CountedBackbone(model) as again:
+    with CountedModel(model) as again:
         encode(model, processor, tmp_path, **change)
     assert again.sequences >= 23
 
 
 def test_interrupted_encoding_of_other_inputs_is_dropped(model, processor, tmp_path, small_shards):
-    with CountedBackbone(model, 5), pytest.raises(Killed):
+    with CountedModel(model, 5), pytest.raises(Killed):
         encode(model, processor, tmp_path, REWORDED)
-    with CountedBackbone(model) as again:
+    with CountedModel(model) as again:
         encode(model, processor, tmp_path)
     assert again.sequences == 24
 
 
 def test_equal_chains_after_equal_prompts_share_vectors(model, processor):
-    with CountedBackbone(model) as counted:
+    with CountedModel(model) as counted:
         store = encode_anchors(model, processor, [["Tea.", "Red."]] * 3, prompts=[[5], [5], [6]])
     assert counted.sequences == 2
     assert np.array_equal(store[0], store[1])
     assert not np.allclose(store[0], store[2])
+
+
+def test_histories_of_a_user_are_read_once(model, processor):
+    start = processor.latent_start_token_id
+    history = [5 + i % 7 for i in range(40)]
+    prompts = [[*history[:end], start] for end in (30, 20, 40)] + [[9, 9, start]]
+    read = []
+    hook = model.model.backbone.register_forward_pre_hook(
+        lambda module, args, kwargs: read.append(
+            kwargs["inputs_embeds"][..., 0].numel() if "inputs_embeds" in kwargs else kwargs["input_ids"].numel()
+        ),
+        with_kwargs=True,
+    )
+    segments = [["Tea.", "Red."], ["Tea."], ["Red."], ["Red."]]
+    store = encode_anchors(model, processor, segments, prompts=prompts)
+    hook.remove()
+    assert sum(read) < 4 * 40
+    for sample, texts in enumerate(segments):
+        ids = list(prompts[sample])
+        for step, text in enumerate(texts):
+            ids += processor.text_ids([" " + text if step else text])[0]
+            np.testing.assert_allclose(store[sample][step], hidden_state(model, ids), atol=1e-5)

@@ -127,9 +127,10 @@ def encode_anchors(
     """
     Encode segments with the stage-1 model.
 
-    Each distinct segment is encoded once, sorted by length so that batches hold little padding. Segments are tokenised
-    as plain text: Semantic-ID and control tokens in them stay text. With `folder`, the vectors are written in shards:
-    an interrupted call continues after the last complete one, and a call with equal inputs opens the finished store.
+    Each distinct segment is encoded once, sorted by length so that batches hold little padding. With `prompts`, the
+    samples of a user are encoded together and their history is read once. Segments are tokenised as plain text:
+    Semantic-ID and control tokens in them stay text. With `folder`, the vectors are written in shards: an interrupted
+    call continues after the last complete one, and a call with equal inputs opens the finished store.
 
     Args:
         model, processor ([`LasarForGenerativeRec`] and [`LasarProcessor`]):
@@ -167,10 +168,10 @@ def encode_anchors(
     inputs_hash = plan.hash(model_hash, batch_size)
     shape = (plan.num_vectors, model.config.hidden_size)
     arrays = {"index": plan.index, "offsets": plan.offsets, "checkpoint_hash": model_hash, "inputs_hash": inputs_hash}
-    backbone = model.model.backbone.to(device)
+    base = model.model.to(device)
     if folder is None:
         vectors = np.empty(shape, dtype=np.float32)
-        _encode(backbone, plan, vectors, range(len(plan.sequences)), batch_size)
+        _encode(base, plan, vectors, range(len(plan.sequences)), batch_size)
         return AnchorStore(vectors, **arrays)
 
     folder = Path(folder)
@@ -181,7 +182,7 @@ def encode_anchors(
         step = batch_size * -(-SHARD_SIZE // batch_size)  # whole batches, so that padding does not depend on resuming
         for start in range(done, len(plan.sequences), step):
             shard = range(start, min(start + step, len(plan.sequences)))
-            _encode(backbone, plan, vectors, shard, batch_size)
+            _encode(base, plan, vectors, shard, batch_size)
             vectors.flush()
             write_json(progress, {"inputs_hash": inputs_hash, "done": shard.stop})
         AnchorStore(vectors, **arrays).save(folder, vectors=False)
@@ -211,8 +212,9 @@ class _EncodingPlan:
         else:
             keys = [(tuple(ids), tuple(sample)) for ids, sample in zip(prompts, segments, strict=True)]
 
-        # 2. Sort by length in characters (a prompt token counts as four): this needs no tokenisation.
-        self.sequences = sorted(dict.fromkeys(keys), key=lambda key: 4 * len(key[0]) + sum(map(len, key[1])))
+        # 2. Sort by length in characters, which needs no tokenisation. Prompts sort by their tokens, so those that are
+        #    prefixes of one another are in one batch, and the model reads them once.
+        self.sequences = sorted(dict.fromkeys(keys), key=lambda key: (key[0], sum(map(len, key[1]))))
         sizes = np.array([len(texts) for _, texts in self.sequences])
         self.num_vectors = int(sizes.sum())
         self.first = np.cumsum(sizes) - sizes  # index of the first anchor of each sequence
@@ -262,19 +264,19 @@ def _open_vectors(folder: Path, inputs_hash: str, shape: tuple[int, int]) -> tup
 
 
 @torch.inference_mode()
-def _encode(backbone: nn.Module, plan: _EncodingPlan, vectors: np.ndarray, sequences: range, batch_size: int) -> None:
+def _encode(base: nn.Module, plan: _EncodingPlan, vectors: np.ndarray, sequences: range, batch_size: int) -> None:
     """Write the anchors of some sequences of the plan to `vectors`."""
-    device, was_training = backbone.device, backbone.training
-    backbone.eval()
-    with onednn_linear(backbone):
+    device, was_training = base.device, base.training
+    base.eval()
+    with onednn_linear(base):
         for start in tqdm(range(sequences.start, sequences.stop, batch_size), desc="anchors", disable=None):
             ids, anchors = plan.batch(start, min(start + batch_size, sequences.stop))
             # Right-padded, so that positions in a sequence are columns.
             rows = [torch.tensor(row) for row in ids]
             input_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)  # (B, L)
             mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)  # (B, L)
-            states = backbone(input_ids=input_ids.to(device), attention_mask=mask.to(device)).last_hidden_state
+            states = base(input_ids=input_ids.to(device), attention_mask=mask.to(device)).last_hidden_state
             row, column = torch.tensor(anchors).T
             first = plan.first[start]
             vectors[first : first + len(anchors)] = states[row, column].float().cpu().numpy()  # (anchors, H)
-    backbone.train(was_training)
+    base.train(was_training)

@@ -58,7 +58,7 @@ class PrefixRepeatSampler(RepeatSampler):
 class PrefixBatchSampler(BatchRebalanceSampler):
     """
     Batches of whole groups of [`prefix_groups`], filled up to a number of tokens. A batch holds groups of similar
-    size, so all batches cost about the same. The batches depend on the seed, and their order on the seed and the epoch.
+    size, so all batches cost about the same. The batches depend on the seed; their order on the seed and the epoch.
 
     The base class marks it as a sampler that knows its process; the Trainer then does not split it once more.
 
