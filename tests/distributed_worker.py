@@ -3,9 +3,10 @@ One process of the distributed tests: trains tiny models for a few steps and wri
 
     torchrun --nproc_per_node 2 -m tests.distributed_worker out stage2/trainer grpo-plain-lora/trainer grpo/fsdp2
 
-A run is `task/way`. A task is a stage and options: `plain` trains without gradient checkpointing, `lora` an adapter,
-and in `uneven` the first process has no latent slot or terminal anchor. Two ways to train: `trainer` (as the launcher
-set it up) and `fsdp2` (torch's fully_shard in a loop of our own, since accelerate silently runs DDP instead on a CPU).
+A run is `task/way`. A task is a stage and options: `plain` trains without gradient checkpointing, `lora` an adapter, in
+`uneven` the first process has no latent slot or terminal anchor, and `users` has batches of users. Two ways to train:
+`trainer` (as the launcher set it up) and `fsdp2` (torch's fully_shard in a loop of our own, since accelerate silently
+runs DDP instead on a CPU).
 """
 
 import itertools
@@ -30,7 +31,7 @@ from lasar_hf import (
 )
 from lasar_hf.trainers import lasar_lora_config, unsharded_weights
 from tests.tiny import batch, row
-from tests.training import COMMON, FixedDraws, first_code, grpo_setup, sft_setup
+from tests.training import COMMON, FixedDraws, first_code, grpo_setup, sft_setup, user_setup
 
 
 STEPS = 4
@@ -74,12 +75,14 @@ def sft_trainer(folder: Path, stage: str, *options: str) -> LasarSFTTrainer:
     """Stage 1 (without latent slots) or 2, from a model that is created unsharded."""
     depths = [0] * 16 if stage == "stage1" else UNEVEN_DEPTHS if "uneven" in options else DEPTHS
     policy_weight = 0.1 if max(depths) else 0.0
-    args = LasarSFTConfig(
-        **arguments(folder, options), policy_weight=policy_weight, train_sampling_strategy="sequential"
-    )
+    config = arguments(folder, options) | {"train_sampling_strategy": "sequential"}
+    if "users" in options:  # a step has two batches, which one process accumulates
+        accumulated = 2 if config["ddp_backend"] is None else 1
+        config |= {"max_tokens_per_batch": 90, "gradient_accumulation_steps": accumulated}
+    args = LasarSFTConfig(**config, policy_weight=policy_weight)
     shard_everything(args)
     with unsharded_weights():
-        model, tokenizer, catalog, rows, anchors = sft_setup(depths)
+        model, tokenizer, catalog, rows, anchors = user_setup() if "users" in options else sft_setup(depths)
     return LasarSFTTrainer(
         model, args, catalog, anchors, train_dataset=rows, eval_dataset=rows.select(range(5)),
         processing_class=tokenizer,

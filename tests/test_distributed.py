@@ -23,7 +23,8 @@ ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "recipes" / "accelerate_configs"
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 FSDP2 = ["stage2/fsdp2", "grpo/fsdp2"]
-LAUNCHED = [f"{task}/trainer" for task in MATRIX + UNEVEN] + FSDP2
+USERS = "stage2-users"
+LAUNCHED = [f"{task}/trainer" for task in [*MATRIX, *UNEVEN, USERS]] + FSDP2
 TIMES = {"step_time"}
 # A loop of our own logs these of TRL's metrics; ZeRO names its weights otherwise.
 NAMES = {"loss", "grad_norm", "scores", "saved_scores"}
@@ -70,6 +71,15 @@ def test_two_processes_train_as_one_does(one_process, two_processes, task):
     logs, weights = two_processes[f"{task}/trainer"]
     expected_logs, expected_weights = one_process(task)
     assert_same_logs(logs, expected_logs)
+    torch.testing.assert_close(weights, expected_weights, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.distributed
+def test_two_processes_share_the_batches_of_users(one_process, two_processes):
+    """One process accumulates the two batches of each step."""
+    logs, weights = two_processes[f"{USERS}/trainer"]
+    expected_logs, expected_weights = one_process(USERS)
+    assert_same_logs(logs, expected_logs, NAMES)
     torch.testing.assert_close(weights, expected_weights, rtol=1e-4, atol=1e-5)
 
 

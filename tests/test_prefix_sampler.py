@@ -2,13 +2,11 @@
 
 import pytest
 import torch
-from datasets import Dataset
 from trl.trainer.utils import RepeatSampler
 
 from lasar_hf import LasarSFTConfig, LasarSFTTrainer
 from lasar_hf.trainers.prefix_sampler import PrefixBatchSampler, PrefixRepeatSampler, prefix_groups
-from tests.tiny import sid_ids, tiny_catalog, tiny_model
-from tests.training import COMMON, moved, parameters
+from tests.training import COMMON, moved, parameters, user_setup
 
 
 START = 99
@@ -18,31 +16,9 @@ SEQUENCES = [
 ]  # fmt: skip
 
 
-def examples_of_users(model, catalog, num_users: int = 6) -> Dataset:
-    """Every prefix of random histories as an example of stage 2, of one to six items per user."""
-    generator = torch.Generator().manual_seed(0)
-    examples, config = [], model.config
-    for user in range(num_users):
-        items = torch.randint(len(catalog), (user + 2,), generator=generator).tolist()
-        codes = [sid_ids(model, catalog.codes[item]) for item in items]
-        for j in range(1, len(items)):
-            depth = 1 + (user + j) % 3
-            prompt = [*sum(codes[:j], []), config.latent_start_token_id, *[config.latent_token_id] * depth]
-            ids = [*prompt, config.latent_end_token_id, *codes[j]]
-            examples.append(
-                {"input_ids": ids, "labels": [-100] * (len(ids) - 3) + codes[j], "sample_index": len(examples)}
-            )
-    return Dataset.from_list(examples)
-
-
 def trainer(folder, **kwargs):
-    """A trainer of `examples_of_users` with anchors."""
-    model, tokenizer = tiny_model()
-    catalog = tiny_catalog()
-    examples = examples_of_users(model, catalog)
-    depths = [ids.count(model.config.latent_token_id) for ids in examples["input_ids"]]
-    generator = torch.Generator().manual_seed(1)
-    anchors = [torch.randn(depth, 16, generator=generator) for depth in depths]
+    """A trainer of `user_setup`."""
+    model, tokenizer, catalog, examples, anchors = user_setup()
     args = LasarSFTConfig(str(folder), **{**COMMON, "policy_weight": 0.1, **kwargs})
     return LasarSFTTrainer(model, args, catalog, anchors, train_dataset=examples, processing_class=tokenizer)
 

@@ -34,6 +34,25 @@ def sft_setup(depths=DEPTHS, **model_kwargs):
     return model, tokenizer, catalog, Dataset.from_list(examples), anchors
 
 
+def user_setup(num_users: int = 6):
+    """As [`sft_setup`], for every prefix of random histories: users of one to six samples, of one to three steps."""
+    model, tokenizer = tiny_model()
+    catalog, config = tiny_catalog(), model.config
+    generator = torch.Generator().manual_seed(0)
+    examples, anchors = [], []
+    for user in range(num_users):
+        items = torch.randint(len(catalog), (user + 2,), generator=generator).tolist()
+        codes = [sid_ids(model, catalog.codes[item]) for item in items]
+        for j in range(1, len(items)):
+            depth = 1 + (user + j) % 3
+            prompt = [*sum(codes[:j], []), config.latent_start_token_id, *[config.latent_token_id] * depth]
+            ids = [*prompt, config.latent_end_token_id, *codes[j]]
+            labels = [-100] * (len(ids) - 3) + codes[j]
+            examples.append({"input_ids": ids, "labels": labels, "sample_index": len(examples)})
+            anchors.append(torch.randn(depth, 16, generator=generator).numpy())
+    return model, tokenizer, catalog, Dataset.from_list(examples), anchors
+
+
 def grpo_setup(**model_kwargs):
     """Model, tokenizer, catalogue and four examples with a terminal anchor."""
     model, tokenizer = tiny_model(**model_kwargs)
