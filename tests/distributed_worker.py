@@ -3,10 +3,10 @@ One process of the distributed tests: trains tiny models for a few steps and wri
 
     torchrun --nproc_per_node 2 -m tests.distributed_worker out stage2/trainer grpo-plain-lora/trainer grpo/fsdp2
 
-A run is `task/way`. A task is a stage and options: `plain` trains without gradient checkpointing, `lora` an adapter, in
-`uneven` the first process has no latent slot or terminal anchor, and `users` has batches of users. Two ways to train:
-`trainer` (as the launcher set it up) and `fsdp2` (torch's fully_shard in a loop of our own, since accelerate silently
-runs DDP instead on a CPU).
+A run is `task/way`. A task is a stage and options: `plain` trains without gradient checkpointing, `lora` an adapter,
+in `uneven` the first process has no latent slot or terminal anchor, and `users` has batches of users. There are two
+ways to train: `trainer` (as the launcher set it up) and `fsdp2` (torch's fully_shard in a loop of our own, since
+accelerate silently runs DDP instead on a CPU).
 """
 
 import itertools

@@ -5,8 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lasar_hf.model.decoding_lasar import beam_search
 from tests.references import functional, gradients, plain_loop
-from tests.tiny import WORDS, batch, sid_ids, tiny_model
+from tests.tiny import WORDS, batch, sid_ids, tiny_catalog, tiny_model
 
 
 def user_rows(model, history: list[int], cuts: list[int], depths: list[int], answers: list[list[int]]):
@@ -120,3 +121,24 @@ def test_cache_of_a_tree_continues_each_sequence():
     last = torch.tensor([row[-1:] for row in depth_two])
     logits = model(last, mask, past_key_values=outputs.past_key_values).logits[:, -1]
     torch.testing.assert_close(logits, torch.stack(full), atol=1e-9, rtol=1e-9)
+
+
+def test_drawing_from_a_tree_equals_drawing_from_each_prompt():
+    model, _ = tiny_model(num_sid_levels=3)
+    model.double()
+    trie = tiny_catalog().trie("cpu")
+    rows = [ids[: ids.index(model.config.latent_start_token_id) + 1] for ids in nested_batch(model)]
+    rows.append(rows[0])  # an equal prompt of another user
+    inputs = batch(rows)
+    depths = torch.tensor([1, 0, 3, 2, 1, 4, 2, 0, 1, 3])
+    read = tokens_read(model)
+    with model.evaluation_mode():
+        expected_leaves, expected = beam_search(model, model.encode_prompts(**inputs, latent_steps=depths), trie, 5)
+        alone = sum(read)
+        read.clear()
+        state, index = model.encode_prompt_trees(**inputs, latent_steps=depths)
+        leaves, scores = beam_search(model, state, trie, 5)
+    assert sum(read) < alone
+    assert torch.equal(state.depths[index], depths)
+    assert torch.equal(leaves[index], expected_leaves)
+    torch.testing.assert_close(scores[index], expected, atol=1e-6, rtol=1e-6)

@@ -139,7 +139,7 @@ class PrefixTrees:
     """
     Trees of sequences whose prompts share a prefix. Bodies that are prefixes of one another are read once, as the
     longest of them. Every distinct pair of prompt and depth is a path, which leaves the body after its own tokens, and
-    the answers of equal pairs are branches of that path.
+    the answers of equal pairs are branches of that path; without `join_equal` they are paths of their own.
 
     All trees are padded to `R` paths and all paths to `W` branches. If that padding or the attention of long trees
     would cost more than sharing saves, trees and paths are split into the number that needs the least work.
@@ -151,7 +151,7 @@ class PrefixTrees:
         num_trees, num_paths, num_branches (`int`): `T`, `R` and `W`.
     """
 
-    def __init__(self, layout: BatchLayout, hidden_size: int, share: bool):
+    def __init__(self, layout: BatchLayout, hidden_size: int, share: bool, join_equal: bool = True):
         batch_size, device = len(layout.length), layout.length.device
         sequences = torch.arange(batch_size, device=device)  # (B,)
         # Without sharing, every sequence is a tree of its own.
@@ -169,7 +169,8 @@ class PrefixTrees:
         column = first + torch.arange(layout.max_prompt - 1, device=device)  # (B, P)
         bodies = prompt_ids[:, :-1].gather(1, column.clamp(max=max(layout.max_prompt - 2, 0)))
         bodies = bodies.masked_fill(column > layout.max_prompt - 2, -1)  # (B, P), right-padded
-        keys = torch.cat([bodies, prompt_ids[:, -1:], layout.depth[:, None]], dim=1)  # (B, P + 2)
+        depths = layout.depth if join_equal else sequences
+        keys = torch.cat([bodies, prompt_ids[:, -1:], depths[:, None]], dim=1)  # (B, P + 2)
         unique, class_of, counts = torch.unique(keys, dim=0, return_inverse=True, return_counts=True)
 
         # 2. A class is in the tree of the next one if its body is a prefix of the next body. K trees.

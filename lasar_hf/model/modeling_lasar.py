@@ -20,7 +20,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import ModelOutput
 
 from .base_lasar import DepthPolicyHead, LasarModel, LasarPreTrainedModel, check_backbone, most_likely_depth
-from .batching_lasar import BatchLayout, ReasoningState
+from .batching_lasar import BatchLayout, PrefixTrees, ReasoningState
 from .catalog_lasar import SidCatalog
 from .configuration_lasar import CONTROL_TOKENS, LATENT_START_TOKEN, LasarConfig, check_sizes, sid_tokens
 from .decoding_lasar import RecommendOutput, beam_search, rank_items
@@ -286,6 +286,26 @@ class LasarForGenerativeRec(LasarPreTrainedModel, GenerationMixin):
         [`~decoding_lasar.sample_items`]. Arguments as for [`~LasarForGenerativeRec.recommend`]; `latent_steps` may
         also be a function from the policy head's logits `(B, N_max)` to the steps `(B,)`.
         """
+        layout, latent_steps = self._checked_prompts(input_ids, attention_mask, latent_steps)
+        return self.model.run_latent_steps(*layout.prompts(), latent_steps)
+
+    def encode_prompt_trees(
+        self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None,
+        latent_steps: int | torch.Tensor | Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> tuple[ReasoningState, torch.Tensor]:
+        """
+        As [`~LasarForGenerativeRec.encode_prompts`], but prompts that are prefixes of one another are read once. The
+        second return value `(B,)` is the index of each prompt in the state, and so in the results of the search.
+        """
+        layout, latent_steps = self._checked_prompts(input_ids, attention_mask, latent_steps)
+        trees = PrefixTrees(layout, self.config.hidden_size, self.model.share_prefixes, join_equal=False)
+        token_ids, visible = trees.prompts(layout)  # (T, P + R), (U, P + R)
+        if not callable(latent_steps):
+            latent_steps = latent_steps[trees.member]  # (U,)
+        return self.model.run_latent_steps(token_ids, visible, latent_steps), trees.path
+
+    def _checked_prompts(self, input_ids, attention_mask, latent_steps):
+        """The layout of prompts, and their depths `(B,)` or the function that chooses them."""
         # 1. Every prompt must be tokens of the vocabulary without a gap, and end in its only control token.
         config = self.config
         if not isinstance(input_ids, torch.Tensor) or input_ids.is_floating_point():
@@ -321,7 +341,7 @@ class LasarForGenerativeRec(LasarPreTrainedModel, GenerationMixin):
                 f"Prompt {index} needs {int(length[index])} positions for prompt, latent steps and answer, but the "
                 f"backbone has max_position_embeddings={limit}. Use fewer history items."
             )
-        return self.model.run_latent_steps(*layout.prompts(), latent_steps)
+        return layout, latent_steps
 
     def _checked_depths(self, latent_steps: int | torch.Tensor, batch_size: int, device) -> torch.Tensor:
         latent_steps = torch.as_tensor(latent_steps, device=device)

@@ -181,12 +181,13 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
         trie = self.catalog.trie(prompt_ids.device)
         options = {"replacement": self.args.sampling == "sample"}
         with lasar.evaluation_mode():
-            state = lasar.encode_prompts(prompt_ids, prompt_mask, sampled_depth)
-            leaves, _ = sample_items(lasar, state, trie, self.num_generations, self.temperature, **options)  # (B, G)
-        log_policy = state.depth_logits.float().log_softmax(dim=-1)  # (B, N_max)
-        log_probs = log_policy.gather(1, state.depths[:, None] - 1)[:, 0]  # (B,)
+            state, index = lasar.encode_prompt_trees(prompt_ids, prompt_mask, sampled_depth)
+            leaves, _ = sample_items(lasar, state, trie, self.num_generations, self.temperature, **options)  # (U, G)
+        depths, leaves = state.depths[index], leaves[index]  # (B,), (B, G)
+        log_policy = state.depth_logits[index].float().log_softmax(dim=-1)  # (B, N_max)
+        log_probs = log_policy.gather(1, depths[:, None] - 1)[:, 0]  # (B,)
         # Items that share a Semantic ID are one candidate, represented by the first of them.
-        return state.depths, log_probs, trie.items(leaves)[..., 0]
+        return depths, log_probs, trie.items(leaves)[..., 0]
 
     def check_best_metric(self, eval_dataset) -> None:
         """Refuse a `metric_for_best_model` that no evaluation returns; a reward with `log_metric` may return any."""

@@ -313,7 +313,38 @@ def saved_bytes(model, examples: list[list[int]], share: bool) -> int:
     return sum(storages.values())
 
 
-def prefix_training(args, model, catalog) -> dict[str, float]:
+def grpo_prefix_step(args, model, tokenizer, catalog, users: list[list[list[int]]]) -> float:
+    """Time of a whole GRPO step, draws included, for prompts that share no prefix over the four prompts of a user."""
+    size = 2 * 4 * args.candidates
+    start = model.config.latent_start_token_id
+    prompts = [tokenizer.decode(ids[: ids.index(start) + 1]) for user in users[:2] for ids in user[-4:]]
+    examples = {
+        "together": [f"w3 {prompt}" for prompt in prompts], "apart": [f"w{3 + i} {p}" for i, p in enumerate(prompts)]
+    }
+    options = {
+        "use_cpu": args.device == "cpu", "bf16": False, "report_to": "none", "beta": 0.0, "save_strategy": "no",
+        "per_device_train_batch_size": size, "num_generations": args.candidates, "gradient_checkpointing": False,
+    }
+    data = Dataset.from_list([{"prompt": prompt, "target": 0} for prompt in examples["together"]])
+    trainer = LasarGRPOTrainer(
+        model, LasarGRPOConfig(tempfile.mkdtemp(), **options), catalog,
+        [lambda completion_ids, **kwargs: [float(ids[0] % 7) for ids in completion_ids]], train_dataset=data,
+        processing_class=tokenizer,
+    )  # fmt: skip
+    trainer.current_gradient_accumulation_steps = 1
+
+    def step(name: str) -> None:
+        model.train()
+        model.zero_grad()
+        trainer._step = 0  # every step is a generation step
+        rows = [{"prompt": prompt, "target": 0} for prompt in examples[name] for _ in range(args.candidates)]
+        trainer.training_step(model, rows, None)
+
+    times = median_times(args, {name: lambda name=name: step(name) for name in examples})
+    return times["apart"] / times["together"]
+
+
+def prefix_training(args, model, tokenizer, catalog) -> dict[str, float]:
     """What sharing prefixes saves in stage 2 and GRPO, and stage 2 against a pass over the histories of stage 1."""
     add_catalog_head(model, catalog)
     model.eval()
@@ -366,6 +397,7 @@ def prefix_training(args, model, catalog) -> dict[str, float]:
         args, {"together": lambda: epoch(model, [together], True), "apart": lambda: epoch(model, [apart], True)}
     )
     result["grpo_prefix_speedup_4_prompts"] = times["apart"] / times["together"]
+    result["grpo_prefix_step_speedup_4_prompts"] = grpo_prefix_step(args, model, tokenizer, catalog, users)
     prompts = [len(ids) - 1 - args.steps - 1 - levels for ids in users[0][-4:]]
     tails = 4 * (1 + args.steps + args.candidates * (1 + levels))
     result["token_ratio_4_prompts"] = (sum(prompts) + tails) / (max(prompts) + tails)
@@ -380,7 +412,7 @@ def main(argv: list[str]) -> None:
     result = {f"stage2_over_stage1_n{d}": times[f"stage2_n{d}"] / times[f"stage1_n{d}"] for d in args.depths}
     result |= grpo_pass(args, model, catalog)
     result["grpo_speedup_vs_stock_trl"] = grpo_step(args, model, tokenizer, catalog)
-    result |= prefix_training(args, model, catalog)
+    result |= prefix_training(args, model, tokenizer, catalog)
     result["parameters"] = sum(p.numel() for p in model.parameters())
     if args.json:
         print(json.dumps({**result, "arguments": vars(args)}))
