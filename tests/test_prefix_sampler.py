@@ -5,6 +5,7 @@ import torch
 from trl.trainer.utils import RepeatSampler
 
 from lasar_hf import LasarSFTConfig, LasarSFTTrainer
+from lasar_hf.trainers import checkpoint_to_resume
 from lasar_hf.trainers.prefix_sampler import PrefixBatchSampler, PrefixRepeatSampler, prefix_groups
 from tests.training import COMMON, moved, parameters, user_setup
 
@@ -90,3 +91,22 @@ def test_one_prompt_per_user_is_the_order_of_trl():
         return RepeatSampler(range(7), mini_repeat_count=2, batch_size=3, repeat_count=2, seed=1)
 
     assert list(PrefixRepeatSampler(base(), [[i] for i in range(7)], 1)) == list(base())
+
+
+def test_a_stream_has_no_batches_of_users(tmp_path):
+    model, tokenizer, catalog, examples, anchors = user_setup()
+    args = LasarSFTConfig(str(tmp_path), **COMMON, max_tokens_per_batch=70)
+    with pytest.raises(ValueError, match="max_tokens_per_batch"):
+        LasarSFTTrainer(
+            model, args, catalog, anchors, train_dataset=examples.to_iterable_dataset(), processing_class=tokenizer
+        )
+
+
+@pytest.mark.parametrize("changed", [{"max_tokens_per_batch": 71}, {"max_tokens_per_batch": None}])
+def test_other_batches_are_not_resumed(tmp_path, changed):
+    first = LasarSFTConfig(str(tmp_path), **COMMON, max_tokens_per_batch=70)
+    checkpoint_to_resume(first)
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "checkpoint-1" / "trainer_state.json").write_text('{"global_step": 1, "max_steps": 2}')
+    with pytest.raises(ValueError, match="max_tokens_per_batch"):
+        checkpoint_to_resume(LasarSFTConfig(str(tmp_path), **COMMON, **changed))

@@ -348,6 +348,7 @@ def _check_arguments(args: LasarGRPOConfig, kwargs: dict, has_eval: bool, num_it
     is_boundary = args.save_steps >= 1 and int(args.save_steps) % boundary == 0
     whole_groups = f"must be divisible by num_generations ({group_size}): one process draws whole groups."
     checks = [
+        (args.prompts_per_user >= 1, f"prompts_per_user is {args.prompts_per_user}; expected at least 1."),
         (args.temperature > 0, f"temperature is {args.temperature}; expected a positive number."),
         (not uses_zero3(args) or args.ds3_gather_for_generation,
          "ds3_gather_for_generation must be True under ZeRO-3: drawing reads rows of the head."),

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from datasets import Dataset
 from peft.utils.other import TrainableTokensWrapper
 from torch import nn
 from trl import SFTTrainer
@@ -120,6 +121,11 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
             raise ValueError("packing and padding_free are not supported: the latent loop needs one example per row.")
         if args.label_smoothing_factor > 0 or kwargs.get("compute_loss_func") is not None:
             raise ValueError("label_smoothing_factor and compute_loss_func must be unset: they drop the latent terms.")
+        if args.max_tokens_per_batch is not None and not isinstance(train_dataset, Dataset):
+            raise ValueError(
+                f"max_tokens_per_batch needs a Dataset, since it groups the examples; train_dataset is a "
+                f"{type(train_dataset).__name__}."
+            )
         model = load_model(model, **(args.model_init_kwargs or {})) if is_adapter(model) else model
         named = ranking_evaluator if isinstance(ranking_evaluator, dict) else {"": ranking_evaluator}
         # Ranking evaluators by the prefix of their metrics.
