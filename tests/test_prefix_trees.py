@@ -142,3 +142,19 @@ def test_drawing_from_a_tree_equals_drawing_from_each_prompt():
     assert torch.equal(state.depths[index], depths)
     assert torch.equal(leaves[index], expected_leaves)
     torch.testing.assert_close(scores[index], expected, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_half_precision_shares_too(autocast):
+    model, _ = tiny_model()
+    if not autocast:
+        model.bfloat16()
+    inputs = batch(nested_batch(model))
+    real = inputs["attention_mask"].bool()
+    logits = {}
+    for share in (True, False):
+        model.model.share_prefixes = share
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            logits[share] = model(**inputs).logits[real].float()
+    error = (logits[True] - logits[False]).norm() / logits[False].norm()
+    assert error < 0.02
