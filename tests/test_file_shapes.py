@@ -499,3 +499,40 @@ def test_amazon_2023_files(tmp_path):
     rows = "".join(f"{user},{item},5.0,{time}000\n" for user, item, time in EVENTS)
     (tmp_path / "Toys.csv").write_text("user_id,parent_asin,rating,timestamp\n" + rows)
     assert histories(read_amazon2023(tmp_path / "Toys.csv", k_core=1)) == HISTORIES
+
+
+def test_a_quote_in_tab_separated_text_is_text(tmp_path):
+    path = tmp_path / "reviews.tsv"
+    rows = ["user_id\titem_id\treview\ttimestamp", 'u1\ti1\t"great\t1', "u1\ti2\tok\t2"]
+    rows += ['u2\ti1\t"bad\t3', "u2\ti2\tx\t4"]
+    path.write_text("\n".join(rows) + "\n")
+    data = read_table(path, k_core=1)
+    assert data.timestamps == [[1, 2], [3, 4]]
+
+
+def test_quotes_around_tab_separated_fields_go(tmp_path):
+    path = tmp_path / "log.tsv"
+    path.write_text('"user_id"\t"item_id"\t"timestamp"\n"u1"\t"i""1"\t"1"\n"u1"\t"i2"\t"2"\n')
+    data = read_table(path, k_core=1)
+    assert (data.user_ids, data.item_ids) == (["u1"], ['i"1', "i2"])
+
+
+def test_backslashes_escape_quotes(tmp_path):
+    (tmp_path / "log.csv").write_text("user_id,item_id,timestamp\nu,1,1\nu,2,2\n")
+    (tmp_path / "items.csv").write_text('item_id,title\n1,"He said \\"hi, you\\""\n2,plain\n')
+    data = read_table(tmp_path / "log.csv", items=tmp_path / "items.csv", k_core=1)
+    assert [item["title"] for item in data.items] == ['He said "hi, you"', "plain"]
+
+
+def test_times_with_and_without_a_zone_are_refused(tmp_path):
+    path = tmp_path / "log.csv"
+    path.write_text("user_id,item_id,timestamp\nu,1,2024-01-01T02:00:00+05:00\nu,2,2024-01-01 01:00:00\n")
+    with pytest.raises(ValueError, match="row 2"):
+        read_table(path, k_core=1)
+
+
+def test_nanoseconds_apart_are_no_ties(tmp_path, recwarn):
+    path = tmp_path / "log.csv"
+    path.write_text("user_id,item_id,timestamp\nu,1,1500000000000000002\nu,2,1500000000000000001\n")
+    read_table(path, k_core=1)
+    assert not [warning for warning in recwarn if "equal times" in str(warning.message)]

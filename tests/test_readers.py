@@ -247,10 +247,13 @@ def test_without_time_the_order_of_the_file_counts(tmp_path):
 def test_dates(tmp_path, monkeypatch):
     monkeypatch.setenv("TZ", "Asia/Tokyo")  # a date without zone must not depend on the machine
     time.tzset()
-    rows = [("a", "x", "2024-01-02"), ("a", "y", "2024-01-01T23:00:00+00:00"), ("a", "z", "2024-01-02 01:00:00+02:00")]
+    times = "2024-01-02T00:00Z", "2024-01-01T23:00:00+00:00", "2024-01-02 01:00+02:00"
+    rows = [("a", item, time) for item, time in zip("xyz", times, strict=True)]
     data = read_table(log_file(tmp_path, ".jsonl", rows), k_core=1)
     assert [data.item_ids[item] for item in data.histories[0]] == ["y", "z", "x"]
     assert data.timestamps[0] == [1704150000, 1704150000, 1704153600]
+    rows = [("a", "x", "2024-01-02"), ("a", "y", "2024-01-01T23:00:00")]
+    assert read_table(log_file(tmp_path, ".jsonl", rows), k_core=1).timestamps[0] == [1704150000, 1704153600]
     monkeypatch.undo()
     time.tzset()
 

@@ -908,3 +908,30 @@ def test_a_model_in_memory_needs_a_processing_class(tmp_path, kind):
     config, trainer = (LasarSFTConfig, LasarSFTTrainer) if kind == "sft" else (LasarGRPOConfig, LasarGRPOTrainer)
     with pytest.raises(ValueError, match="processing_class"):
         trainer(model, config(str(tmp_path), **COMMON), catalog, train_dataset=rows)
+
+
+@pytest.mark.parametrize("metric", ["align_loss", "policy_loss", "depth_accuracy"])
+def test_held_out_examples_have_no_metric_of_anchors_to_choose_by(tmp_path, metric):
+    model, tokenizer, catalog, rows, anchors = sft_setup()
+    args = LasarSFTConfig(
+        str(tmp_path), **COMMON, policy_weight=0.1, eval_strategy="steps", metric_for_best_model=metric
+    )
+    with pytest.raises(ValueError, match=f"metric_for_best_model is '{metric}'"):
+        LasarSFTTrainer(
+            model, args, catalog, anchors, train_dataset=rows, eval_dataset=rows.remove_columns("sample_index"),
+            processing_class=tokenizer,
+        )
+
+
+@pytest.mark.parametrize("targets", [[0.0, 1.0, 2.0, 3.0], [True, False, True, True]])
+def test_targets_are_whole_numbers_or_ids(grpo_with, targets):
+    with pytest.raises(ValueError, match="target"):
+        grpo_with(lambda rows: rows.remove_columns("target").add_column("target", targets))
+
+
+def test_untokenised_examples_are_not_cut(tmp_path):
+    model, tokenizer, catalog, _, _ = sft_setup()
+    args = LasarSFTConfig(str(tmp_path), **COMMON, max_length=3)
+    rows = Dataset.from_dict({"text": ["the red book", "the blue chair next item"]})
+    with pytest.raises(ValueError, match="max_length"):
+        LasarSFTTrainer(model, args, catalog, train_dataset=rows, processing_class=tokenizer)

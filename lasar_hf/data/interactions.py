@@ -132,8 +132,9 @@ def build_interactions(
     if not len(kept):
         raise ValueError(f"No interaction remains: no users and items have {k_core} each; decrease k_core.")
 
-    same_user = kept["user"].eq(kept["user"].shift())
-    num_neighbors, num_tied = int(same_user.sum()), int((same_user & kept["time"].eq(kept["time"].shift())).sum())
+    users, times = kept["user"].to_numpy(), kept["time"].to_numpy()  # not `shift`, which rounds nanoseconds
+    same_user = users[1:] == users[:-1]
+    num_neighbors, num_tied = int(same_user.sum()), int((same_user & (times[1:] == times[:-1])).sum())
     if num_tied > num_neighbors / 5:
         warnings.warn(f"{num_tied} of {num_neighbors} neighbours have equal times, ordered by {ties}.", stacklevel=3)
 

@@ -145,10 +145,17 @@ def _delimited_batches(
         fields = layout
     present = _present(path, fields, columns, names)
 
-    # 2. All rows as text: the id 007 keeps its zeros, and a column of numbers may contain a word further down.
+    # 2. Tab-separated text has no quotes, as RecBole's, except around whole fields. A file that writes `\"` escapes.
+    is_tab = delimiter == "\t"
+    with TextIOWrapper(_open(path), encoding, newline="") as file:
+        escape_char = "\\" if '\\"' in file.read(2**20) else False
+
+    # 3. All rows as text: the id 007 keeps its zeros, and a column of numbers may contain a word further down.
     numbers = [str(number) for number in range(len(row))]  # as names, since other columns may repeat
     read = csv.ReadOptions(column_names=numbers, skip_rows_after_names=1 if has_header else 0)
-    dialect = {"delimiter": "\x1f", "quote_char": False} if is_long else {"delimiter": delimiter}
+    dialect = {"delimiter": "\x1f" if is_long else delimiter, "escape_char": escape_char}
+    if is_long or is_tab:
+        dialect |= {"quote_char": False, "escape_char": False}
     parse = csv.ParseOptions(newlines_in_values=True, **dialect)
     chosen = [numbers[fields.index(name)] for name in present]
     convert = csv.ConvertOptions(include_columns=chosen, column_types=dict.fromkeys(chosen, pa.string()))
@@ -158,9 +165,20 @@ def _delimited_batches(
         # directly after them.
         mark = re.escape(delimiter)
         blanks = rf'''{mark} +(?="(?:"")*(?!")|""(?:{mark}|[\r\n]|\Z))'''
-        stream = pa.TransformInputStream(stream, _replace(mark, "\x1f") if is_long else _replace(blanks, delimiter))
+        replace = _replace(mark, "\x1f") if is_long else _replace(blanks, delimiter)
+        stream = pa.TransformInputStream(stream, replace)
         with csv.open_csv(stream, read_options=read, parse_options=parse, convert_options=convert) as reader:
-            yield from (dict(zip(present, batch.to_pydict().values(), strict=True)) for batch in reader)
+            for batch in reader:
+                values = [_without_quotes(part) if is_tab else part for part in batch.to_pydict().values()]
+                yield dict(zip(present, values, strict=True))
+
+
+def _without_quotes(values: list[str]) -> list[str]:
+    """Fields that are quoted as a whole, without the quotes."""
+    return [
+        value[1:-1].replace('""', '"') if len(value) > 1 and value[0] == value[-1] == '"' else value
+        for value in values
+    ]
 
 
 def _replace(pattern: str, new: str) -> Callable[[pa.Buffer], bytes]:

@@ -110,6 +110,9 @@ def _parse_dates(values: Sequence[object], form: str | None) -> tuple[np.ndarray
             formats = ["ISO8601", *guesses, *(guess.replace("%B", "%b") for guess in guesses), *FORMATS]
         for date_format in filter(None, dict.fromkeys(formats)):
             with suppress(ValueError, TypeError, OverflowError):
+                has_zone = column.astype(str).str.contains(r":\d\d.*(?:Z|[+-]\d\d:?\d\d)$")
+                if date_format == "ISO8601" and has_zone.nunique() > 1:
+                    continue  # times with and without a zone are two forms
                 times = pd.to_datetime(column, format=date_format, utc=True)
                 if not times.isna().any() and "ISO8601" not in parsed:
                     parsed[date_format] = times.dt.as_unit("ns").astype("int64").to_numpy()

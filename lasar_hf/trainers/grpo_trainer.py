@@ -28,7 +28,7 @@ from .losses import DISTANCES, reinforce_loss
 from .prefix_sampler import PrefixRepeatSampler, prefix_groups
 from .rewards import load_rewards
 from .sharding import refuse_zero3, uses_zero3
-from .trainer_mixin import LasarTrainerMixin, check_lengths, latent_metrics, split_processor, unwrap_lasar
+from .trainer_mixin import LasarTrainerMixin, as_sets, check_lengths, latent_metrics, split_processor, unwrap_lasar
 
 
 STATE_NAME = "lasar_state.json"
@@ -52,7 +52,7 @@ UNSUPPORTED = ("rollout_func", "tools", "environment_factory")
 # Metrics of an evaluation; there are more for each reward.
 METRICS = (
     "reward", "reward_std", "frac_reward_zero_std", "entropy", "mean_depth", "depth_entropy", "latent_norm_ratio",
-    "terminal_loss", "depth_loss", "reward_baseline",
+    "reward_baseline",
 )  # fmt: skip
 
 
@@ -197,6 +197,9 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
             return
         names = [f"{name}_loss" for name in eval_dataset] if isinstance(eval_dataset, dict) else ["loss"]
         names += [*METRICS, "kl"] if self.args.beta > 0 else METRICS
+        names += ["depth_loss"] if self.args.depth_weight > 0 else []
+        has_anchors = any("terminal_anchor" in dataset.column_names for dataset in as_sets(eval_dataset))
+        names += ["terminal_loss"] if self.args.alignment != "none" and has_anchors else []
         names += [f"rewards/{name}/{part}" for name in self.reward_func_names for part in ("mean", "std")]
         if not eval_dataset or metric.removeprefix("eval_") not in names:
             raise ValueError(
@@ -318,7 +321,8 @@ def _checked_examples(dataset: object, catalog: SidCatalog, where: str = "train_
         raise ValueError(f"prompt of {where} ends in {other[0][-20:]!r}; expected {LATENT_START_TOKEN} at its end.")
     targets = list(dataset["target"])
     indices = [catalog.index_of.get(item) if isinstance(item, str) else item for item in targets]
-    wrong = [item for item, index in zip(targets, indices, strict=True) if index not in range(len(catalog))]
+    pairs = list(zip(targets, indices, strict=True))
+    wrong = [item for item, index in pairs if type(index) is not int or index not in range(len(catalog))]
     if wrong:
         raise ValueError(
             f"target of {where} is {wrong[0]!r}; expected an item id of the catalogue or an index < {len(catalog)}."

@@ -28,7 +28,7 @@ from .losses import alignment_loss
 from .prefix_sampler import PrefixBatchSampler
 from .sft_config import LasarSFTConfig
 from .sharding import refuse_zero3
-from .trainer_mixin import LasarTrainerMixin, check_lengths, latent_metrics, split_processor, unwrap_lasar
+from .trainer_mixin import LasarTrainerMixin, as_sets, check_lengths, latent_metrics, split_processor, unwrap_lasar
 
 
 @dataclass
@@ -117,29 +117,23 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
         self.processor, tokenizer, self.catalog = split_processor(model, processing_class, catalog)
         if args.sid_loss == "catalog" and self.catalog is None:
             raise ValueError('sid_loss="catalog" needs the items. Pass catalog, or a LasarProcessor.')
-        if args.packing or args.padding_free:
-            raise ValueError("packing and padding_free are not supported: the latent loop needs one example per row.")
-        if args.label_smoothing_factor > 0 or kwargs.get("compute_loss_func") is not None:
-            raise ValueError("label_smoothing_factor and compute_loss_func must be unset: they drop the latent terms.")
-        if args.max_tokens_per_batch is not None and not isinstance(train_dataset, Dataset):
-            raise ValueError(
-                f"max_tokens_per_batch needs a Dataset, since it groups the examples; train_dataset is a "
-                f"{type(train_dataset).__name__}."
-            )
+        _check_arguments(args, train_dataset, kwargs)
         model = load_model(model, **(args.model_init_kwargs or {})) if is_adapter(model) else model
         named = ranking_evaluator if isinstance(ranking_evaluator, dict) else {"": ranking_evaluator}
         # Ranking evaluators by the prefix of their metrics.
         self.evaluators = {f"{name}_" if name else "": part for name, part in named.items() if part is not None}
         if eval_dataset is None and self.evaluators:
             eval_dataset = {}  # no sets; the Trainer would refuse None
-        _check_best_metric(args.metric_for_best_model, eval_dataset, self.evaluators)
+        _check_best_metric(args, eval_dataset, self.evaluators)
         refuse_zero3(model, args, kwargs.get("peft_config"))
         super().__init__(
             model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, processing_class=tokenizer, **kwargs
         )
         lasar = unwrap_lasar(self.model)
-        for dataset in (train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])):
-            check_lengths(dataset, lasar.config, args.max_length)
+        # As given, before TRL cuts them, and as tokenised by TRL.
+        for dataset in (train_dataset, eval_dataset, self.train_dataset, self.eval_dataset):
+            for part in as_sets(dataset):
+                check_lengths(part, lasar.config, args.max_length)
         if isinstance(self.data_collator, DataCollatorForLanguageModeling):
             self.data_collator = LasarDataCollator(
                 self.data_collator.pad_token_id, pad_to_multiple_of=self.data_collator.pad_to_multiple_of,
@@ -172,7 +166,9 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
         # so sums are divided by the mean number of labels and of examples.
         num_batches = len(self.batch_sampler) * self.args.world_size
         labels = sum(sum(label != -100 for label in row[1:]) for row in dataset["labels"])
-        self.labels_per_step = labels / num_batches * self.args.world_size * self.args.gradient_accumulation_steps
+        # Of all processes, or of one if the loss is averaged over them.
+        num_processes = self.args.world_size if self.args.average_tokens_across_devices else 1
+        self.labels_per_step = labels / num_batches * num_processes * self.args.gradient_accumulation_steps
         self.examples_per_batch = len(dataset) / num_batches
         return self.batch_sampler
 
@@ -237,6 +233,8 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """TRL's losses, plus the metrics of `ranking_evaluator`."""
+        for dataset in as_sets(eval_dataset):
+            check_lengths(dataset, unwrap_lasar(self.model).config, self.args.max_length)
         # The Trainer calls this method again for each named set, which must not rank.
         evaluators, self.evaluators = self.evaluators, {}
         try:
@@ -252,13 +250,36 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
         return metrics
 
 
-def _check_best_metric(metric: str | None, eval_dataset: Any, evaluators: dict[str, Callable]) -> None:
+def _check_arguments(args: LasarSFTConfig, train_dataset: Any, kwargs: dict) -> None:
+    """Refuse what would drop examples, parts of them or terms of the loss."""
+    if args.packing or args.padding_free:
+        raise ValueError("packing and padding_free are not supported: the latent loop needs one example per row.")
+    if args.label_smoothing_factor > 0 or kwargs.get("compute_loss_func") is not None:
+        raise ValueError("label_smoothing_factor and compute_loss_func must be unset: they drop the latent terms.")
+    is_dataset = isinstance(train_dataset, Dataset)
+    if args.max_length is not None and not (is_dataset and "input_ids" in train_dataset.column_names):
+        raise ValueError(
+            f"max_length is {args.max_length}, which would cut examples that are not tokenised yet. Leave it out, or "
+            "pass a Dataset with input_ids."
+        )
+    if args.max_tokens_per_batch is not None and not is_dataset:
+        raise ValueError(
+            "max_tokens_per_batch needs a Dataset, since it groups the examples; train_dataset is a "
+            f"{type(train_dataset).__name__}."
+        )
+
+
+def _check_best_metric(args: LasarSFTConfig, eval_dataset: Any, evaluators: dict[str, Callable]) -> None:
     """Refuse a `metric_for_best_model` that no evaluation returns; callables of a user may return any metric."""
+    metric = args.metric_for_best_model
     if metric is None or not all(hasattr(evaluator, "metric_names") for evaluator in evaluators.values()):
         return
     names = [f"{name}_loss" for name in eval_dataset] if isinstance(eval_dataset, dict) else ["loss"]
     names += [f"{prefix}{name}" for prefix, evaluator in evaluators.items() for name in evaluator.metric_names]
     if eval_dataset:  # TRL and `compute_loss`
-        names += ["mean_token_accuracy", "entropy", "align_loss", "policy_loss", "depth_accuracy", "depth_entropy"]
+        names += ["mean_token_accuracy", "entropy", "depth_entropy"]
+        if all("sample_index" in (dataset.column_names or ()) for dataset in as_sets(eval_dataset)):  # not held out
+            names += ["align_loss"] if args.alignment != "none" else []
+            names += ["policy_loss", "depth_accuracy"] if args.policy_weight > 0 else []
     if metric.removeprefix("eval_") not in names:
         raise ValueError(f"metric_for_best_model is {metric!r}; expected one of {', '.join(names)}.")

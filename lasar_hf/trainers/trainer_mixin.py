@@ -75,6 +75,11 @@ def split_processor(model, processing_class: PreTrainedTokenizerBase | LasarProc
     return processing_class, processing_class.tokenizer, saved
 
 
+def as_sets(dataset: Any) -> list:
+    """One data set (or none), or several by name, as a list."""
+    return list(dataset.values()) if isinstance(dataset, dict) else [] if dataset is None else [dataset]
+
+
 def check_lengths(dataset: object, config: LasarConfig, max_length: int | None = None, tokenizer=None) -> None:
     """Refuse examples (with a tokenizer, prompts of GRPO) that are too long for training or the backbone to read."""
     column, added = ("prompt", config.max_latent_steps + 1 + config.num_sid_levels) if tokenizer else ("input_ids", 0)
@@ -89,9 +94,11 @@ def check_lengths(dataset: object, config: LasarConfig, max_length: int | None =
     for name, limit in {**limits, "max_latent_steps": config.max_latent_steps}.items():
         size, index = max((size[name == "max_latent_steps"], i) for i, size in enumerate(sizes or [(0, 0)]))
         if limit is not None and size > limit:
+            what, remedy = "tokens", "a smaller max_history in the LasarProcessor"
+            if name == "max_latent_steps":
+                what, remedy = "latent slots", "fewer segments per sample, or a model with more latent steps"
             raise ValueError(
-                f"Example {index} is the longest with {size} tokens or latent slots, but {name} is {limit}. Use a "
-                "smaller max_history in the LasarProcessor, or fewer segments per sample."
+                f"Example {index} is the longest with {size} {what}, but {name} is {limit}. Use {remedy}."
             )
 
 
