@@ -118,7 +118,7 @@ class Int8Linear(nn.Module):
         output = product * scale * self.scale
         if self.bias is not None:
             output = output + self.bias
-        return output.to(states.dtype).view(*states.shape[:-1], -1)
+        return output.to(states.dtype).view(*states.shape[:-1], len(self.weight))
 
 
 def _to_int8(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

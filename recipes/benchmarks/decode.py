@@ -18,9 +18,9 @@ x86 CPU), `speedup_vs_generate_same_products` included, which `speedup_vs_genera
 at every level. `recommend` skips prefixes that only one item continues: `flop_ratio_as_read` counts the tokens that
 it read in this run.
 
-`latent_step_over_weight_reading` compares a latent step of one prompt with the sum of a flat tensor of as many bytes as
-the backbone's layers have. A sum reads memory in order with all threads, one addition per number, and a step cannot be
-faster than that. `latent_step_over_products` compares it with its matrix-vector products alone.
+`latent_step_over_weight_reading` compares a latent step of one prompt with the sum of a flat tensor of as many bytes
+as the weights of the backbone's layers. The sum reads memory in order with all threads and one addition per number; a
+step cannot be faster. `latent_step_over_products` compares it with its matrix-vector products alone.
 
 `--int8` compares the data types on a CPU instead: float32, bfloat16 and int8 weights (`int8_linear`). With
 `--checkpoint` and `--data` it counts how many users of the test split get another list of ten items.
@@ -248,8 +248,8 @@ def with_onednn(model, call: Callable, enabled: bool) -> Callable:
 
 def backbone_operations(config: LasarConfig, reads: list[int]) -> int:
     """
-    Floating-point operations of the backbone's layers for one sequence. `reads` are the numbers of tokens of its calls;
-    every token attends to those of its own call and all earlier ones, since masked pairs are computed too.
+    Floating-point operations of the backbone's layers for one sequence. `reads` are the numbers of tokens of its
+    calls. A token attends to all tokens of its own call and of earlier ones, since masked pairs are computed too.
     """
     shape, operations, num_keys = config.backbone_config, 0, 0
     query_size = shape.num_attention_heads * shape.head_dim
@@ -326,14 +326,14 @@ def latent_step_call(model, prompt: torch.Tensor) -> Callable:
     return step
 
 
-def layer_weights(model) -> list[torch.Tensor]:
-    """Weights that a latent step multiplies by: all of the backbone but the embeddings."""
-    return [part.weight for part in model.model.backbone.modules() if isinstance(part, nn.Linear)]
+def linear_layers(model) -> list[nn.Linear]:
+    """The layers whose weights a latent step reads."""
+    return [part for part in model.model.backbone.modules() if isinstance(part, nn.Linear)]
 
 
 def products_call(model) -> Callable:
     """The matrix-vector products of a latent step, without anything between them."""
-    layers = [part for part in model.model.backbone.modules() if isinstance(part, nn.Linear)]
+    layers = linear_layers(model)
     inputs = [torch.ones(1, layer.in_features, dtype=model.dtype, device=model.device) for layer in layers]
 
     def multiply():
@@ -346,7 +346,7 @@ def products_call(model) -> Callable:
 
 def measure_weight_reading(model, prompt: torch.Tensor, use_onednn: bool, device) -> dict:
     """A latent step of one prompt, its products, and the reading of as many bytes, interleaved."""
-    num_bytes = sum(weight.nbytes for weight in layer_weights(model))
+    num_bytes = sum(layer.weight.nbytes for layer in linear_layers(model))
     flat = torch.ones(num_bytes // 4, device=device)  # written to, so that every page exists
     calls = {
         "latent step": with_onednn(model, latent_step_call(model, prompt), use_onednn),
