@@ -54,7 +54,8 @@ from lasar_hf.onednn import HAS_ONEDNN, int8_linear, onednn_linear
 
 LEVELS, CODES = 4, 256
 BATCH = 8
-STEP_ROUNDS = 9  # of a latent step, which is short
+STEPS = 4  # latent steps that are timed together, since one is short
+STEP_ROUNDS = 7
 SIZES = {
     "small": dict(
         hidden_size=512, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4,
@@ -312,18 +313,19 @@ def measure_operations(model, catalog: SidCatalog, prompt: torch.Tensor, width: 
     return ratios
 
 
-def latent_step_call(model, prompt: torch.Tensor) -> Callable:
-    """The work of a latent step: one call of the backbone for one position after the prompt."""
+def latent_steps_call(model, prompt: torch.Tensor) -> Callable:
+    """The work of `STEPS` latent steps: each is a call of the backbone for one position after the prompt."""
     with model.evaluation_mode():
         state = model.encode_prompts(prompt, latent_steps=0)
     token = torch.full_like(prompt[:, :1], model.config.latent_token_id)
     itself = torch.ones(1, 1, 1, dtype=torch.bool, device=prompt.device)
 
-    def step():
-        with model.evaluation_mode():
+    @torch.no_grad()
+    def steps():
+        for _ in range(STEPS):
             model.model.read_tokens(replace(state, num_read=[]), token, itself)
 
-    return step
+    return steps
 
 
 def linear_layers(model) -> list[nn.Linear]:
@@ -332,14 +334,14 @@ def linear_layers(model) -> list[nn.Linear]:
 
 
 def products_call(model) -> Callable:
-    """The matrix-vector products of a latent step, without anything between them."""
+    """The matrix-vector products of `STEPS` latent steps, without anything between them."""
     layers = linear_layers(model)
     inputs = [torch.ones(1, layer.in_features, dtype=model.dtype, device=model.device) for layer in layers]
 
+    @torch.no_grad()
     def multiply():
-        with torch.no_grad():
-            for layer, states in zip(layers, inputs, strict=True):
-                layer(states)
+        for layer, states in STEPS * list(zip(layers, inputs, strict=True)):
+            layer(states)
 
     return multiply
 
@@ -349,11 +351,12 @@ def measure_weight_reading(model, prompt: torch.Tensor, use_onednn: bool, device
     num_bytes = sum(layer.weight.nbytes for layer in linear_layers(model))
     flat = torch.ones(num_bytes // 4, device=device)  # written to, so that every page exists
     calls = {
-        "latent step": with_onednn(model, latent_step_call(model, prompt), use_onednn),
+        "latent step": with_onednn(model, latent_steps_call(model, prompt), use_onednn),
         "products": with_onednn(model, products_call(model), use_onednn),
-        "weight reading": flat.sum,
+        "weight reading": lambda: [flat.sum() for _ in range(STEPS)],
     }
     seconds, _ = interleaved({name: (call, 1) for name, call in calls.items()}, STEP_ROUNDS, device)
+    seconds = {name: value / STEPS for name, value in seconds.items()}
     return {
         "latent_step_over_weight_reading": seconds["latent step"] / seconds["weight reading"],
         "latent_step_over_products": seconds["latent step"] / seconds["products"],
@@ -437,16 +440,19 @@ def measure_data_types(args) -> dict:
     catalog = SidCatalog(random_codes(args.items), list(map(str, range(args.items))))
     prompt, calls = make_prompt(model, args.prompt_length), {}
     for name, variant in cpu_variants(model).items():
-        parts = {"step": latent_step_call(variant, prompt)}
+        parts = {f"{STEPS} steps": latent_steps_call(variant, prompt)}
         parts |= {f"latent {n}": engine_call(variant, catalog, prompt, args.num_beams, n) for n in (0, 6)}
         calls |= {f"{name}, {part}": (with_onednn(variant, call, HAS_ONEDNN), 2) for part, call in parts.items()}
     seconds, _ = interleaved(calls, args.rounds, device)
     speedups = {
         f"{name}_speedup_{key}": seconds[f"float32, {part}"] / seconds[f"{name}, {part}"]
         for name in ("bfloat16", "int8")
-        for key, part in {"direct": "latent 0", "6_latent_steps": "latent 6", "latent_step": "step"}.items()
+        for key, part in {"direct": "latent 0", "6_latent_steps": "latent 6", "latent_step": f"{STEPS} steps"}.items()
     }
-    return {"size": args.size, "threads": torch.get_num_threads(), **speedups, "seconds": seconds}
+    return {
+        "size": args.size, "threads": torch.get_num_threads(), "prompt_length": args.prompt_length,
+        "num_beams": args.num_beams, **speedups, "seconds": seconds,
+    }
 
 
 def measure_changed_lists(checkpoint: str, data: str, num_users: int, num_beams: int) -> dict:
