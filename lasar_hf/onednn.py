@@ -1,10 +1,15 @@
-"""Faster linear layers for inference on x86 CPUs, by oneDNN instead of MKL.
+"""Faster linear layers for inference on x86 CPUs: oneDNN's float32 products instead of MKL's, and int8 weights.
 
     with onednn_linear(model):
         model.recommend(**prompts, catalog=catalog)
 
 PyTorch multiplies float32 matrices by MKL, which uses half the vector width of non-Intel processors, and one thread if
 there is a single row, as in a latent step. oneDNN has neither limit, and every x86 build of PyTorch contains it.
+
+    int8_linear(model)
+    model.recommend(**prompts, catalog=catalog)
+
+Int8 weights need a quarter of the memory and are several times faster again, but scores change in the third digit.
 """
 
 from contextlib import contextmanager
@@ -77,3 +82,84 @@ def onednn_linear(model: nn.Module):
     finally:
         for layer in layers:
             vars(layer).pop("forward", None)
+
+
+class Int8Linear(nn.Module):
+    """
+    A linear layer with int8 weights, for inference on a CPU.
+
+    Each row `w` of the weight and each input `x` is divided by its largest absolute value and rounded to -127 … 127.
+    The product of these numbers is exact, so the output for an input does not depend on the rest of the batch. The
+    scheme is that of torchao's `Int8DynamicActivationInt8WeightConfig`.
+
+    Args:
+        layer (`nn.Linear`):
+            The layer to convert. Its bias stays in its data type.
+    """
+
+    def __init__(self, layer: nn.Linear):
+        super().__init__()
+        weight, scale = _to_int8(layer.weight.detach())
+        self.register_buffer("weight", weight)  # (N, H)
+        self.register_buffer("scale", scale[:, 0])  # (N,)
+        self.bias = layer.bias
+        self.register_state_dict_pre_hook(_refuse_saving)
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled() and states.requires_grad:
+            raise ValueError("The model has int8 layers, which have no gradients. Train it before int8_linear.")
+        # 1. Round the inputs.
+        rows, scale = _to_int8(states.reshape(-1, states.shape[-1]))  # (R, H), (R, 1)
+        # 2. Multiply. Rows of zeros fill up to a size that oneDNN knows.
+        extra = _rounded(len(rows)) - len(rows)
+        padded = nn.functional.pad(rows, (0, 0, 0, extra)) if extra else rows
+        product = torch._int_mm(padded, self.weight.t())[: len(rows)]  # (R, N)
+        # 3. Scale back.
+        output = product * scale * self.scale
+        if self.bias is not None:
+            output = output + self.bias
+        return output.to(states.dtype).view(*states.shape[:-1], len(self.weight))
+
+
+def _to_int8(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows `(R, H)` as whole numbers in -127 … 127, and the float32 scale `(R, 1)` of each row."""
+    rows = rows.float()
+    scale = rows.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny * 127) / 127
+    return (rows / scale).round().to(torch.int8), scale
+
+
+def _refuse_saving(layer: Int8Linear, prefix: str, keep_vars: bool) -> None:
+    raise ValueError("The model has int8 layers, which cannot be saved. Save it before int8_linear.")
+
+
+def int8_linear(model: nn.Module) -> None:
+    """
+    Give the linear layers of a recommender's backbone int8 weights, in place and for inference only. The embeddings,
+    the head and the policy head keep their data type.
+
+    Args:
+        model ([`LasarForGenerativeRec`]):
+            The loaded model, on a CPU. It can neither be trained nor saved afterwards.
+
+    Raises:
+        `ValueError`: if the CPU has no AVX512-VNNI, the model is not on the CPU, or its backbone has no `nn.Linear`.
+
+    Example:
+
+    ```python
+    >>> model = LasarForGenerativeRec.from_pretrained("outputs/grpo")
+    >>> int8_linear(model)
+    >>> model.recommend(**prompts, catalog=catalog)
+    ```
+    """
+    if not (HAS_ONEDNN and torch.cpu._is_vnni_supported()):
+        raise ValueError("int8_linear needs a CPU with AVX512-VNNI. Use float32 or bfloat16 weights.")
+    backbone = model.model.backbone
+    layers = [
+        (parent, name, layer) for parent in backbone.modules() for name, layer in parent.named_children()
+        if type(layer) is nn.Linear
+    ]
+    if not layers or not all(layer.weight.is_cpu for _, _, layer in layers):
+        raise ValueError("model has no linear layers on the CPU. Load it with device_map='cpu'.")
+    for parent, name, layer in layers:
+        setattr(parent, name, Int8Linear(layer))

@@ -6,9 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from tests.references import score_every_item
 from tests.tiny import row, tiny_catalog, tiny_model
+
+
+needs_int8 = pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="CPU without AVX512-VNNI")
 
 
 @pytest.fixture
@@ -34,6 +38,12 @@ def test_one_run_measures_everything(benchmark, capsys):
     assert 1 <= report["policy_steps"] <= 8
     seconds = report["seconds"]
     latent = (seconds["latent 2"] + seconds["latent 3"]) / 2
+    speedup = report["speedup_vs_generate_same_products"]
+    assert speedup == report["speedup_vs_generate"]
+    assert report["share_of_flop_ratio"] == speedup / report["flop_ratio"]
+    assert report["flop_ratio_as_read"] >= report["flop_ratio"] > 1
+    assert report["latent_step_over_weight_reading"] > 0
+    assert report["latent_step_over_products"] > 0
     assert report["speedup_vs_generate"] == seconds["generate, direct"] / seconds["direct"]
     assert report["products"] in ("onednn", "pytorch")
     if report["products"] == "onednn":
@@ -46,6 +56,61 @@ def test_one_run_measures_everything(benchmark, capsys):
         assert index["bytes_per_item"] <= 32
         assert index["constraint_step_ms"] > 0
         assert index["catalog_seconds"] > 0
+
+
+def count_operations(call) -> int:
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_counted_operations_are_those_of_pytorch(benchmark, steps):
+    model = benchmark.make_model("small", torch.device("cpu"), torch.float32)
+    model.set_attn_implementation("eager")  # PyTorch does not count its fused attention on a CPU
+    config, prompt, width = model.config, benchmark.make_prompt(model, 24), 6
+    # Every prefix has several items, so the beams of all levels are read.
+    codes = torch.cartesian_prod(*[torch.arange(6)] * 4)
+    catalog = benchmark.SidCatalog(codes, list(map(str, range(len(codes)))))
+    processor = benchmark.HashedPrefixProcessor(catalog, config)
+
+    theirs = count_operations(benchmark.generate_call(model, processor, prompt, width, steps, share=False))
+    ours = count_operations(benchmark.engine_call(model, catalog, prompt, width, steps))
+    ratios = benchmark.measure_operations(model, catalog, prompt, width, policy=steps)
+    assert ratios["flop_ratio_at_policy_depth"] == pytest.approx(theirs / ours, rel=0.03)
+    assert benchmark.generate_operations(config, 24, width, steps) == pytest.approx(theirs, rel=0.03)
+    if steps == 0:
+        assert ratios["flop_ratio_as_read"] == ratios["flop_ratio"] == ratios["flop_ratio_at_policy_depth"]
+
+
+def test_prefixes_of_one_item_are_not_counted_as_read(benchmark):
+    model = benchmark.make_model("small", torch.device("cpu"), torch.float32)
+    catalog = benchmark.SidCatalog(benchmark.random_codes(300), list(map(str, range(300))))
+    ratios = benchmark.measure_operations(model, catalog, benchmark.make_prompt(model, 24), 6, policy=0)
+    assert ratios["flop_ratio_as_read"] > 1.05 * ratios["flop_ratio"]
+
+
+def test_flop_ratio_at_the_published_size(benchmark):
+    benchmark.SIZES["qwen3-0.6b"].update(num_hidden_layers=1, vocab_size=151_669 // 28)  # the same shares
+    model = benchmark.make_model("qwen3-0.6b", torch.device("meta"), torch.float32)
+    reads = [*benchmark.reasoning_reads(128, 0), 50, 50, 50]
+    ours = benchmark.recommend_operations(model.config, reads)
+    assert benchmark.generate_operations(model.config, 128, 50, 0) / ours == pytest.approx(23.6, rel=0.02)
+
+
+@needs_int8
+def test_data_types_are_compared(benchmark, capsys):
+    benchmark.main("--int8 --json --prompt_length 9 --num_beams 6 --items 500 --rounds 1".split())
+    report = json.loads(capsys.readouterr().out)
+    for part in ("direct", "6_latent_steps", "latent_step"):
+        assert report[f"int8_speedup_{part}"] > 0
+        assert report[f"bfloat16_speedup_{part}"] > 0
+
+
+def test_a_checkpoint_without_its_data_is_refused(benchmark, capsys):
+    with pytest.raises(SystemExit):
+        benchmark.main("--int8 --checkpoint outputs/grpo".split())
+    assert "--data" in capsys.readouterr().err
 
 
 def test_the_peers_processor_is_the_constraint(benchmark):

@@ -7,12 +7,15 @@ import pytest
 import torch
 from torch import nn
 
-from lasar_hf import onednn
-from lasar_hf.onednn import linear, onednn_linear
+from lasar_hf import LasarForGenerativeRec, onednn
+from lasar_hf.onednn import Int8Linear, int8_linear, linear, onednn_linear
 from tests.tiny import batch, row, tiny_catalog, tiny_model
 
 
 needs_onednn = pytest.mark.skipif(not onednn.HAS_ONEDNN, reason="PyTorch without oneDNN, or not on x86")
+needs_int8 = pytest.mark.skipif(
+    not (onednn.HAS_ONEDNN and torch.cpu._is_vnni_supported()), reason="CPU without AVX512-VNNI"
+)
 
 
 @pytest.fixture
@@ -147,3 +150,84 @@ def test_a_copy_made_meanwhile_multiplies_by_its_own_weights():
             other[0].bias.zero_()
             assert not other(torch.ones(1, 4)).any()
     assert model(torch.ones(1, 4)).any()
+
+
+@needs_int8
+@pytest.mark.parametrize("rows", [(1,), (3, 1), (2, 50), (0, 4)])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_int8_outputs_are_near_those_of_float32(rows, with_bias):
+    torch.manual_seed(0)
+    layer, states = nn.Linear(64, 40, bias=with_bias), torch.randn(*rows, 64)
+    with torch.no_grad():
+        expected, got = layer(states), Int8Linear(layer)(states)
+    assert got.shape == expected.shape and got.dtype == expected.dtype
+    assert (got - expected).norm() <= 0.02 * expected.norm()
+
+
+@needs_int8
+def test_an_int8_output_does_not_depend_on_the_batch():
+    torch.manual_seed(0)
+    layer, states = Int8Linear(nn.Linear(64, 40)), torch.randn(21, 64)
+    states[3] *= 1000
+    with torch.no_grad():
+        together, alone = layer(states), torch.cat([layer(state[None]) for state in states])
+    assert torch.equal(together, alone)
+
+
+@needs_int8
+def test_zeros_and_nan_pass_an_int8_layer():
+    layer = Int8Linear(nn.Linear(64, 40))
+    states = torch.zeros(2, 64)
+    states[1, 5] = torch.nan
+    with torch.no_grad():
+        output = layer(states)
+    assert torch.equal(output[0], layer.bias)
+    assert output[1].isnan().all()
+
+
+@needs_int8
+@pytest.mark.parametrize("kind", ["qwen3", "gpt_neox"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_int8_recommends_items_with_near_scores(tmp_path, kind, dtype):
+    tiny_model(kind)[0].save_pretrained(tmp_path)
+    model, catalog = LasarForGenerativeRec.from_pretrained(tmp_path, dtype=dtype).eval(), tiny_catalog()
+    inputs = batch([row(model, 5, 0), row(model, 9, 0, seed=1)])
+    expected = model.recommend(**inputs, catalog=catalog, top_k=20, latent_steps=2)
+    int8_linear(model)
+    assert not any(type(part) is nn.Linear for part in model.model.backbone.modules())
+    assert model.lm_head.weight.dtype == model.dtype == dtype
+    got = model.recommend(**inputs, catalog=catalog, top_k=20, latent_steps=2)
+    # All 20 items, so that the scores can be compared item by item.
+    assert torch.equal(got.items.sort().values, torch.arange(20).expand(2, -1))
+    scores = [output.scores.gather(1, output.items.argsort()) for output in (got, expected)]
+    torch.testing.assert_close(*scores, atol=0.2, rtol=0)
+
+
+@needs_int8
+def test_training_with_int8_is_refused():
+    model, _ = tiny_model()
+    int8_linear(model)
+    with pytest.raises(ValueError, match="int8"):
+        model.train()(**batch([row(model, 5, 1)]))
+
+
+@needs_int8
+def test_saving_with_int8_is_refused(tmp_path):
+    model, _ = tiny_model()
+    int8_linear(model)
+    with pytest.raises(ValueError, match="int8"):
+        model.save_pretrained(tmp_path)
+
+
+@needs_int8
+def test_a_backbone_without_linear_layers_is_refused():
+    model, _ = tiny_model()
+    int8_linear(model)
+    with pytest.raises(ValueError, match="linear"):
+        int8_linear(model)
+
+
+def test_a_cpu_without_vnni_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    with pytest.raises(ValueError, match="VNNI"):
+        int8_linear(tiny_model()[0])

@@ -1,19 +1,33 @@
 """
-Latency of recommending on random weights, compared with `generate`, with direct generation and with a written chain of
-thought; and the size and speed of the catalogue's index.
+Latency of recommending on random weights, compared with `generate` and with a written chain of thought, and judged by
+the operations and the bytes that it needs; and the size and speed of the catalogue's index.
 
     python recipes/benchmarks/decode.py --json
     python recipes/benchmarks/decode.py --size qwen3-0.6b --rounds 1 --json
+    python recipes/benchmarks/decode.py --size qwen3-0.6b --int8 --json
+    python recipes/benchmarks/decode.py --int8 --checkpoint outputs/grpo --data outputs/data --json
 
 `generate` runs as the field runs it: the prompt is expanded to every beam before it is read, and the constraint is a
 dictionary from a hash of the prefix to the tokens that can follow, looked up in a Python loop over the beams.
 
 Every ratio compares equal matrix products. All calls run inside `onednn_linear` where that is available (float32 on an
-x86 CPU), `speedup_vs_generate` included. `speedup_vs_generate_without_onednn` compares both engines on PyTorch's own
-products.
+x86 CPU), `speedup_vs_generate_same_products` included, which `speedup_vs_generate` repeats.
+`speedup_vs_generate_without_onednn` compares both engines on PyTorch's own products.
+
+`flop_ratio` is the number of floating-point operations of `generate` over those of `recommend`, if all beams are read
+at every level. `recommend` skips prefixes that only one item continues: `flop_ratio_as_read` counts the tokens that
+it read in this run.
+
+`latent_step_over_weight_reading` compares a latent step of one prompt with the sum of a flat tensor of as many bytes
+as the weights of the backbone's layers. The sum reads memory in order with all threads and one addition per number; a
+step cannot be faster. `latent_step_over_products` compares it with its matrix-vector products alone.
+
+`--int8` compares the data types on a CPU instead: float32, bfloat16 and int8 weights (`int8_linear`). With
+`--checkpoint` and `--data` it counts how many users of the test split get another list of ten items.
 """
 
 import argparse
+import copy
 import json
 import platform
 import statistics
@@ -21,21 +35,27 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
+from torch import nn
 from tqdm.auto import tqdm
 from transformers import LogitsProcessor, Qwen3Config
 
-from lasar_hf import LasarConfig, LasarForGenerativeRec, SidCatalog
+from lasar_hf import LasarConfig, LasarForGenerativeRec, LasarProcessor, SidCatalog
+from lasar_hf.data.prepared_data import PreparedData
+from lasar_hf.evaluation.recommendations import recommend_samples
 from lasar_hf.model.batching_lasar import ReasoningState
 from lasar_hf.model.cache_lasar import LinkedCache
 from lasar_hf.model.decoding_lasar import beam_search, child_log_probs, rank_items
 from lasar_hf.model.trie_lasar import SidTrie
-from lasar_hf.onednn import HAS_ONEDNN, onednn_linear
+from lasar_hf.onednn import HAS_ONEDNN, int8_linear, onednn_linear
 
 
 LEVELS, CODES = 4, 256
 BATCH = 8
+STEPS = 4  # latent steps that are timed together, since one is short
+STEP_ROUNDS = 7
 SIZES = {
     "small": dict(
         hidden_size=512, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4,
@@ -227,6 +247,124 @@ def with_onednn(model, call: Callable, enabled: bool) -> Callable:
     return run
 
 
+def backbone_operations(config: LasarConfig, reads: list[int]) -> int:
+    """
+    Floating-point operations of the backbone's layers for one sequence. `reads` are the numbers of tokens of its
+    calls. A token attends to all tokens of its own call and of earlier ones, since masked pairs are computed too.
+    """
+    shape, operations, num_keys = config.backbone_config, 0, 0
+    query_size = shape.num_attention_heads * shape.head_dim
+    key_size = shape.num_key_value_heads * shape.head_dim
+    weights = shape.hidden_size * (2 * query_size + 2 * key_size + 3 * shape.intermediate_size)  # per layer
+    for num_tokens in reads:
+        num_keys += num_tokens
+        operations += num_tokens * (2 * weights + 4 * query_size * num_keys)
+    return shape.num_hidden_layers * operations
+
+
+def generate_operations(config: LasarConfig, prompt_length: int, width: int, steps: int) -> int:
+    """
+    Floating-point operations of `generate` as peers run it: every beam reads the prompt and its own codes, and scores
+    the whole vocabulary at each level.
+    """
+    reads = [*reasoning_reads(prompt_length, steps), *[1] * (LEVELS - 1)]
+    head = 2 * config.hidden_size * config.vocab_size
+    return width * (backbone_operations(config, reads) + LEVELS * head)
+
+
+def recommend_operations(config: LasarConfig, reads: list[int]) -> int:
+    """Floating-point operations of `recommend`, whose last calls read the prefixes of each level after the first."""
+    head = 2 * config.hidden_size * config.codebook_size
+    return backbone_operations(config, reads) + head * (1 + sum(reads[1 - LEVELS :]))
+
+
+def reasoning_reads(prompt_length: int, steps: int) -> list[int]:
+    """Tokens per call for the prompt, the latent steps and `<|latent_end|>`, which is read with the last step."""
+    return [prompt_length, *[1] * (steps - 1), 1 + min(steps, 1)]
+
+
+def tokens_read(model, call: Callable) -> list[int]:
+    """Tokens of each call of the backbone."""
+    reads = []
+
+    def count(module, args, kwargs):
+        tokens = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
+        reads.append(tokens.shape[1])
+
+    handle = model.model.backbone.register_forward_pre_hook(count, with_kwargs=True)
+    call()
+    handle.remove()
+    return reads
+
+
+def measure_operations(model, catalog: SidCatalog, prompt: torch.Tensor, width: int, policy: int) -> dict:
+    """Floating-point operations of `generate` over those of `recommend`."""
+    config, length = model.config, prompt.shape[1]
+    # Prefixes are distinct, so the first levels may have fewer than `width`.
+    beams = [min(width, CODES**level) for level in range(1, LEVELS)]
+    ratios = {}
+    for name, steps in {"flop_ratio": 0, "flop_ratio_at_policy_depth": policy}.items():
+        ours = recommend_operations(config, [*reasoning_reads(length, steps), *beams])
+        ratios[name] = generate_operations(config, length, width, steps) / ours
+    reads = tokens_read(model, engine_call(model, catalog, prompt, width, 0))
+    # A level whose prefixes all have one item is not read.
+    reads += [0] * (1 + LEVELS - len(reads))
+    ratios["flop_ratio_as_read"] = generate_operations(config, length, width, 0) / recommend_operations(config, reads)
+    return ratios
+
+
+def latent_steps_call(model, prompt: torch.Tensor) -> Callable:
+    """The work of `STEPS` latent steps: each is a call of the backbone for one position after the prompt."""
+    with model.evaluation_mode():
+        state = model.encode_prompts(prompt, latent_steps=0)
+    token = torch.full_like(prompt[:, :1], model.config.latent_token_id)
+    itself = torch.ones(1, 1, 1, dtype=torch.bool, device=prompt.device)
+
+    @torch.no_grad()
+    def steps():
+        for _ in range(STEPS):
+            model.model.read_tokens(replace(state, num_read=[]), token, itself)
+
+    return steps
+
+
+def linear_layers(model) -> list[nn.Linear]:
+    """The layers whose weights a latent step reads."""
+    return [part for part in model.model.backbone.modules() if isinstance(part, nn.Linear)]
+
+
+def products_call(model) -> Callable:
+    """The matrix-vector products of `STEPS` latent steps, without anything between them."""
+    layers = linear_layers(model)
+    inputs = [torch.ones(1, layer.in_features, dtype=model.dtype, device=model.device) for layer in layers]
+
+    @torch.no_grad()
+    def multiply():
+        for layer, states in STEPS * list(zip(layers, inputs, strict=True)):
+            layer(states)
+
+    return multiply
+
+
+def measure_weight_reading(model, prompt: torch.Tensor, use_onednn: bool, device) -> dict:
+    """A latent step of one prompt, its products, and the reading of as many bytes, interleaved."""
+    num_bytes = sum(layer.weight.nbytes for layer in linear_layers(model))
+    flat = torch.ones(num_bytes // 4, device=device)  # written to, so that every page exists
+    calls = {
+        "latent step": with_onednn(model, latent_steps_call(model, prompt), use_onednn),
+        "products": with_onednn(model, products_call(model), use_onednn),
+        "weight reading": lambda: [flat.sum() for _ in range(STEPS)],
+    }
+    seconds, _ = interleaved({name: (call, 1) for name, call in calls.items()}, STEP_ROUNDS, device)
+    seconds = {name: value / STEPS for name, value in seconds.items()}
+    return {
+        "latent_step_over_weight_reading": seconds["latent step"] / seconds["weight reading"],
+        "latent_step_over_products": seconds["latent step"] / seconds["products"],
+        "latent_step_ms": 1000 * seconds["latent step"],
+        "weight_reading_gb_per_second": num_bytes / seconds["weight reading"] / 1e9,
+    }
+
+
 def measure_latency(model, catalog: SidCatalog, args, device) -> dict:
     """This engine, `generate` and a written chain of thought on one prompt, and whether they agree."""
     prompt, width, config = make_prompt(model, args.prompt_length), args.num_beams, model.config
@@ -262,10 +400,17 @@ def measure_latency(model, catalog: SidCatalog, args, device) -> dict:
 
     # 3. Ratios.
     latent = (seconds["latent 2"] + seconds["latent 3"]) / 2
+    speedup = seconds["generate, direct"] / seconds["direct"]
+    operations = measure_operations(model, catalog, prompt, width, policy)
     report = {
         "products": "onednn" if use_onednn else "pytorch",
         "policy_steps": policy,
-        "speedup_vs_generate": seconds["generate, direct"] / seconds["direct"],
+        "speedup_vs_generate_same_products": speedup,
+        **operations,
+        "share_of_flop_ratio": speedup / operations["flop_ratio"],
+        "share_of_flop_ratio_as_read": speedup / operations["flop_ratio_as_read"],
+        **measure_weight_reading(model, prompt, use_onednn, device),
+        "speedup_vs_generate": speedup,
         "speedup_vs_generate_at_policy_depth": seconds["generate, policy"] / seconds["policy"],
         "same_items": same,
         "max_score_difference": difference,
@@ -278,6 +423,54 @@ def measure_latency(model, catalog: SidCatalog, args, device) -> dict:
     if use_onednn:
         theirs, ours = (seconds[f"{name}, without onednn"] for name in ("generate, direct", "direct"))
         report["speedup_vs_generate_without_onednn"] = theirs / ours
+    return report
+
+
+def cpu_variants(model) -> dict[str, LasarForGenerativeRec]:
+    """The model with float32, bfloat16 and int8 weights."""
+    variants = {"float32": model, "bfloat16": copy.deepcopy(model).to(torch.bfloat16), "int8": copy.deepcopy(model)}
+    int8_linear(variants["int8"])
+    return variants
+
+
+def measure_data_types(args) -> dict:
+    """Speed of bfloat16 and int8 weights over float32 on a CPU, one prompt, on random weights."""
+    device = torch.device("cpu")
+    model = make_model(args.size, device, torch.float32)
+    catalog = SidCatalog(random_codes(args.items), list(map(str, range(args.items))))
+    prompt, calls = make_prompt(model, args.prompt_length), {}
+    for name, variant in cpu_variants(model).items():
+        parts = {f"{STEPS} steps": latent_steps_call(variant, prompt)}
+        parts |= {f"latent {n}": engine_call(variant, catalog, prompt, args.num_beams, n) for n in (0, 6)}
+        calls |= {f"{name}, {part}": (with_onednn(variant, call, HAS_ONEDNN), 2) for part, call in parts.items()}
+    seconds, _ = interleaved(calls, args.rounds, device)
+    speedups = {
+        f"{name}_speedup_{key}": seconds[f"float32, {part}"] / seconds[f"{name}, {part}"]
+        for name in ("bfloat16", "int8")
+        for key, part in {"direct": "latent 0", "6_latent_steps": "latent 6", "latent_step": f"{STEPS} steps"}.items()
+    }
+    return {
+        "size": args.size, "threads": torch.get_num_threads(), "prompt_length": args.prompt_length,
+        "num_beams": args.num_beams, **speedups, "seconds": seconds,
+    }
+
+
+def measure_changed_lists(checkpoint: str, data: str, num_users: int, num_beams: int) -> dict:
+    """How many users get another list of ten items from bfloat16 and int8 weights than from float32."""
+    processor = LasarProcessor.from_pretrained(checkpoint)
+    samples = PreparedData.load(data).samples["test"].shuffle(seed=0)
+    samples = samples.select(range(min(num_users, len(samples))))
+    lists, report = {}, {"users": len(samples)}
+    for name, variant in cpu_variants(LasarForGenerativeRec.from_pretrained(checkpoint).eval()).items():
+        with onednn_linear(variant):
+            output = recommend_samples(variant, samples, processor, top_k=10, num_beams=num_beams)
+        lists[name] = torch.from_numpy(output.items)
+        hits = (lists[name] == torch.tensor(samples["target"])[:, None]).any(dim=1)
+        report[f"{name}_hit_rate_at_10"] = hits.double().mean().item()
+        # As sets, then with the order.
+        same_items = (lists[name].sort(dim=1).values == lists["float32"].sort(dim=1).values).all(dim=1)
+        report[f"{name}_lists_with_other_items"] = int((~same_items).sum())
+        report[f"{name}_lists_with_another_order"] = int((lists[name] != lists["float32"]).any(dim=1).sum())
     return report
 
 
@@ -332,12 +525,21 @@ def benchmark(args) -> dict:
 
 
 def show(report: dict) -> None:
-    """The report as two tables."""
+    """The report as a headline and two tables."""
+    if "flop_ratio" in report:
+        print(
+            f"On equal products, recommend is {report['speedup_vs_generate_same_products']:.1f} times as fast as "
+            f"generate, {report['share_of_flop_ratio']:.0%} of the ratio of their operations "
+            f"({report['flop_ratio']:.1f}). A latent step takes {report['latent_step_over_weight_reading']:.2f} times "
+            "the time to read the weights.\n"
+        )
     for name, value in report.items():
         if name not in ("catalog", "seconds"):
             print(f"{name:40} {value:.4g}" if isinstance(value, float) else f"{name:40} {value}")
-    for name, value in report["seconds"].items():
+    for name, value in report.get("seconds", {}).items():
         print(f"{'ms, ' + name:40} {1000 * value:.1f}")
+    if "catalog" not in report:
+        return
     print("\n| " + " | ".join(report["catalog"][0]) + " |")
     print("|" + "---|" * len(report["catalog"][0]))
     for row in report["catalog"]:
@@ -360,8 +562,20 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda.")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="Data type.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of the weights and the prompt.")
+    parser.add_argument("--int8", action="store_true", help="Compare float32, bfloat16 and int8 weights on a CPU.")
+    parser.add_argument("--checkpoint", help="With --int8: a trained model, to count the lists that change.")
+    parser.add_argument("--data", help="With --checkpoint: the prepared data of its test users.")
+    parser.add_argument("--test_users", type=int, default=1000, help="With --checkpoint: number of test users.")
     args = parser.parse_args(argv)
-    report = benchmark(args)
+    if bool(args.checkpoint) != bool(args.data) or (args.checkpoint and not args.int8):
+        parser.error("--checkpoint and --data are used together, with --int8.")
+    if args.checkpoint:
+        report = measure_changed_lists(args.checkpoint, args.data, args.test_users, args.num_beams)
+    elif args.int8:
+        torch.manual_seed(args.seed)
+        report = measure_data_types(args)
+    else:
+        report = benchmark(args)
     print(json.dumps(report, indent=1)) if args.json else show(report)
 
 
