@@ -426,7 +426,8 @@ class LasarForGenerativeRec(LasarPreTrainedModel, GenerationMixin):
             `ValueError`: if a prompt does not end in its only control token `<|latent_start|>`, has unknown token ids
             or padding between tokens, or is too long for the backbone, `latent_steps` is not `0 … max_latent_steps`,
             `catalog` is missing or does not match the model, `top_k` or `num_beams` is not a whole number of at least
-            1, the request is larger than the sizes of `compile_for_serving`, a list is invalid, a prompt may get no item, or the logits contain NaN.
+            1, the request is larger than the sizes of `compile_for_serving`, a list is invalid, a prompt may get no
+            item, or the logits contain NaN.
         """
         if catalog is None:
             raise ValueError("catalog is missing. Pass catalog=SidCatalog(codes, item_ids).")
