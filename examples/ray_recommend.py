@@ -86,7 +86,9 @@ def main() -> None:
         catalog = LasarProcessor.from_pretrained(args.model).catalog
         args.popular = popular_items(PreparedData.load(args.data_dir), catalog, args.top_k)
     read = ray.data.read_parquet if args.histories.endswith(".parquet") else ray.data.read_json
-    recommendations = read(str(Path(args.histories).resolve())).map_batches(
+    # Blocks are shared out among the workers. Without this, a small file would be one block and use one worker.
+    histories = read(str(Path(args.histories).resolve())).repartition(target_num_rows_per_block=1024)
+    recommendations = histories.map_batches(
         Recommender, fn_constructor_args=(args,), batch_size=args.batch_size, batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=args.workers), num_cpus=args.cpus_per_worker,
         num_gpus=args.gpus_per_worker,

@@ -34,6 +34,7 @@ from transformers.utils import ModelOutput
 from .batching_lasar import BatchLayout, PrefixTrees, ReasoningState
 from .cache_lasar import LinkedCache
 from .configuration_lasar import LasarConfig
+from .static_lasar import StaticCache
 
 
 @dataclass
@@ -296,7 +297,8 @@ class LasarModel(LasarPreTrainedModel):
 
     def run_latent_steps(
         self, token_ids: torch.LongTensor, visible: torch.Tensor,
-        depths: torch.Tensor | Callable[[torch.Tensor], torch.Tensor], max_depth: int | None = None, **kwargs,
+        depths: torch.Tensor | Callable[[torch.Tensor], torch.Tensor], max_depth: int | None = None,
+        static_cache: StaticCache | None = None, **kwargs,
     ) -> ReasoningState:
         """
         Read prompts and take all their latent steps but the last, which [`~LasarModel.read_tokens`] reads together
@@ -306,7 +308,7 @@ class LasarModel(LasarPreTrainedModel):
         `(U, P + R)` says which of them a path sees, the last path of a tree all of its trunk. With one path per tree
         they are left-padded prompts and their mask. `depths` are the latent steps `(U,)`, or a function from the
         policy head's logits `(U, N_max)` to them. `max_depth` is the number of iterations, larger than all depths if
-        another process has deeper prompts.
+        another process has deeper prompts. With a `static_cache`, all calls have the fixed shapes of its bucket.
         """
         implementation = self.backbone.config._attn_implementation
         if implementation not in ("sdpa", "eager"):
@@ -325,10 +327,16 @@ class LasarModel(LasarPreTrainedModel):
             mask = torch.cat([by_tree[:, -1:] & causal[:-num_paths], by_tree], dim=1)  # (T, P + R, P + R)
             attention_mask = _additive_mask(mask, self.backbone.dtype)
             position_ids = (mask.sum(dim=-1) - 1).clamp(min=0)  # (T, P + R)
-        hidden_states = self.backbone(
-            input_ids=token_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=cache,
-            use_cache=False, **kwargs,
-        ).last_hidden_state
+        if static_cache is not None:
+            cache = static_cache
+            causal = torch.ones(token_ids.shape[1:] * 2, dtype=torch.bool, device=token_ids.device).tril()
+            mask = _additive_mask(visible[:, None] & causal, self.backbone.dtype)
+            hidden_states = cache.read(self.get_input_embeddings()(token_ids), mask, position_ids)
+        else:
+            hidden_states = self.backbone(
+                input_ids=token_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=cache,
+                use_cache=False, **kwargs,
+            ).last_hidden_state
         # 2. Choose the depths from h_0.
         start_states = hidden_states[:, -num_paths:].flatten(0, 1)  # (U, H), h_0
         depth_logits = self.policy_head(start_states)  # (U, N_max)
@@ -403,11 +411,14 @@ class LasarModel(LasarPreTrainedModel):
 
     def _extend(self, cache, inputs_embeds, position_ids, visible, **kwargs) -> tuple[torch.Tensor, LinkedCache]:
         """One call of the backbone on top of a cache, with an explicit mask `(T, Q, keys)`."""
+        mask = _additive_mask(visible, inputs_embeds.dtype)
+        if isinstance(cache, StaticCache):
+            return cache.read(inputs_embeds, mask, position_ids), cache
         block = LinkedCache(len(cache.layers), parent=cache)
         with block.keeping_blocks():
             outputs = self.backbone(
-                inputs_embeds=inputs_embeds, attention_mask=_additive_mask(visible, inputs_embeds.dtype),
-                position_ids=position_ids, past_key_values=block, use_cache=False, **kwargs,
+                inputs_embeds=inputs_embeds, attention_mask=mask, position_ids=position_ids, past_key_values=block,
+                use_cache=False, **kwargs,
             )
         return outputs.last_hidden_state, block
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from .cache_lasar import LinkedCache
 from .configuration_lasar import LasarConfig
+from .static_lasar import StaticCache
 
 
 @dataclass
@@ -24,7 +25,7 @@ class ReasoningState:
     hidden_states: torch.Tensor  # (T, P + R, H), final hidden states of the left-padded bodies and the starts
     depth_logits: torch.Tensor  # (U, N_max), logits of the policy head on h_0
     depths: torch.Tensor  # (U,), latent steps N of each path
-    cache: LinkedCache  # keys and values read so far
+    cache: LinkedCache | StaticCache  # keys and values read so far
     visible: torch.Tensor  # (U, S), the keys of bodies, starts and slots that a path sees
     position: torch.Tensor  # (U,), position of the first token after the latent slots
     slot: torch.Tensor | None  # (U, H), input of the last slot, which is read with the next tokens; None without slots

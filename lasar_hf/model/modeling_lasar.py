@@ -24,6 +24,7 @@ from .batching_lasar import BatchLayout, PrefixTrees, ReasoningState
 from .catalog_lasar import SidCatalog
 from .configuration_lasar import CONTROL_TOKENS, LATENT_START_TOKEN, LasarConfig, check_sizes, sid_tokens
 from .decoding_lasar import RecommendOutput, beam_search, rank_items
+from .static_lasar import StaticPasses
 from .trie_lasar import ItemFilter
 
 
@@ -72,6 +73,7 @@ class LasarForGenerativeRec(LasarPreTrainedModel, GenerationMixin):
         self.model = LasarModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self._tie_to_backbone()
+        self.static_passes: StaticPasses | None = None  # set by compile_for_serving
         self.post_init()
 
     def _tie_to_backbone(self) -> None:
@@ -280,14 +282,20 @@ class LasarForGenerativeRec(LasarPreTrainedModel, GenerationMixin):
     def encode_prompts(
         self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None,
         latent_steps: int | torch.Tensor | Callable[[torch.Tensor], torch.Tensor] | None = None,
+        static_num_beams: int | None = None,
     ) -> ReasoningState:
         """
         Read prompts and take their latent steps, for [`~decoding_lasar.beam_search`] and
         [`~decoding_lasar.sample_items`]. Arguments as for [`~LasarForGenerativeRec.recommend`]; `latent_steps` may
-        also be a function from the policy head's logits `(B, N_max)` to the steps `(B,)`.
+        also be a function from the policy head's logits `(B, N_max)` to the steps `(B,)`. With `static_num_beams`, the
+        passes are those of [`~LasarForGenerativeRec.compile_for_serving`] for a search of at most that width, and the
+        next call invalidates the returned state.
         """
         layout, latent_steps = self._checked_prompts(input_ids, attention_mask, latent_steps)
-        return self.model.run_latent_steps(*layout.prompts(), latent_steps)
+        static_cache = None
+        if static_num_beams is not None:
+            static_cache = self.static_passes.cache(self.model, len(input_ids), layout.max_prompt, static_num_beams)
+        return self.model.run_latent_steps(*layout.prompts(), latent_steps, static_cache=static_cache)
 
     def encode_prompt_trees(
         self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None,
@@ -342,6 +350,45 @@ class LasarForGenerativeRec(LasarPreTrainedModel, GenerationMixin):
                 f"backbone has max_position_embeddings={limit}. Use fewer history items."
             )
         return layout, latent_steps
+
+    def compile_for_serving(
+        self, prompt_buckets: Sequence[int] = (128, 256, 512), batch_buckets: Sequence[int] = (1, 8, 64),
+        num_beams: int = 50, mode: str | None = "reduce-overhead", **kwargs,
+    ) -> None:
+        """
+        Let [`~LasarForGenerativeRec.recommend`] run the backbone in compiled passes of fixed shape. A request uses the
+        next larger bucket; results do not change. A bucket compiles at most three graphs (prompts, latent slots,
+        beams), at its first request, whatever the number of latent steps.
+
+        Call it after the model was moved, cast and loaded. A bucket keeps keys and values for all its prompts, latent
+        steps and beams on the device. A compiled model serves one request at a time, not several threads. Attention is
+        `"sdpa"` or `"eager"`: a branch needs an explicit mask, which flash attention does not have and which
+        flex attention only has as a block mask.
+
+        Args:
+            prompt_buckets (`list[int]`, *optional*, defaults to `(128, 256, 512)`):
+                Prompt lengths in tokens. Longer prompts are refused.
+            batch_buckets (`list[int]`, *optional*, defaults to `(1, 8, 64)`):
+                Numbers of prompts of a request. Larger requests are refused.
+            num_beams (`int`, *optional*, defaults to `50`):
+                Largest width of the beam search.
+            mode (`str`, *optional*, defaults to `"reduce-overhead"`):
+                Mode of `torch.compile`; this one uses CUDA graphs on a GPU.
+            kwargs:
+                Other options of `torch.compile`, such as `backend` (then with `mode=None`).
+
+        Raises:
+            `ValueError`: if a number is below 1.
+
+        Example:
+
+        ```python
+        >>> model = LasarForGenerativeRec.from_pretrained("path/to/checkpoint").to("cuda", torch.bfloat16)
+        >>> model.compile_for_serving(prompt_buckets=[128, 256], batch_buckets=[1, 8])
+        >>> model.recommend(**processor([["12", "40"]]).to("cuda"), catalog=processor.catalog, top_k=10)
+        ```
+        """
+        self.static_passes = StaticPasses(prompt_buckets, batch_buckets, num_beams, mode=mode, **kwargs)
 
     def _checked_depths(self, latent_steps: int | torch.Tensor, batch_size: int, device) -> torch.Tensor:
         latent_steps = torch.as_tensor(latent_steps, device=device)
@@ -399,7 +446,8 @@ class LasarForGenerativeRec(LasarPreTrainedModel, GenerationMixin):
             `ValueError`: if a prompt does not end in its only control token `<|latent_start|>`, has unknown token ids
             or padding between tokens, or is too long for the backbone, `latent_steps` is not `0 … max_latent_steps`,
             `catalog` is missing or does not match the model, `top_k` or `num_beams` is not a whole number of at least
-            1, a list is invalid, a prompt may get no item, or the logits contain NaN.
+            1, the request is larger than the sizes of `compile_for_serving`, a list is invalid, a prompt may get no
+            item, or the logits contain NaN.
         """
         if catalog is None:
             raise ValueError("catalog is missing. Pass catalog=SidCatalog(codes, item_ids).")
@@ -410,9 +458,11 @@ class LasarForGenerativeRec(LasarPreTrainedModel, GenerationMixin):
         if allow is not None or deny is not None:
             item_filter = ItemFilter(catalog.trie(input_ids.device), len(input_ids), allow, deny, allow_empty)
         with self.evaluation_mode():
-            state = self.encode_prompts(input_ids, attention_mask, latent_steps)
+            width = max(num_beams, top_k)
+            static_num_beams = None if self.static_passes is None else width
+            state = self.encode_prompts(input_ids, attention_mask, latent_steps, static_num_beams)
             trie = catalog.trie(state.depths.device)
-            leaves, scores = beam_search(self, state, trie, max(num_beams, top_k), item_filter)
+            leaves, scores = beam_search(self, state, trie, width, item_filter)
         items, scores = rank_items(leaves, scores, trie, top_k, item_filter)
         return RecommendOutput(items=items, scores=scores, latent_steps=state.depths)
 

@@ -38,9 +38,9 @@ def interactions(rows: int, users: int, items: int, seed: int) -> Iterator[pa.Ta
         yield pa.table({"user_id": user, "item_id": item, "timestamp": generator.integers(0, 10**9, size)})
 
 
-def write_shop(folder: Path, rows: int, seed: int) -> None:
-    """`interactions.csv` with about ten rows per user, and `items.csv` with one item per fifty rows."""
-    users, items = max(rows // 10, 1), max(rows // 50, 50)
+def write_shop(folder: Path, rows: int, seed: int, items: int | None = None) -> None:
+    """`interactions.csv` with about ten rows per user, and `items.csv`, by default with one item per fifty rows."""
+    users, items = max(rows // 10, 1), items or max(rows // 50, 50)
     blocks = interactions(rows, users, items, seed)
     first = next(blocks)
     with csv.CSVWriter(folder / "interactions.csv", first.schema) as file:
@@ -85,7 +85,7 @@ def benchmark(args: argparse.Namespace) -> dict:
     """Measure every step; the report also has the counts of the data card."""
     with tempfile.TemporaryDirectory(dir=args.scratch) as name:
         folder = Path(name)
-        write_shop(folder, args.rows, args.seed)
+        write_shop(folder, args.rows, args.seed, args.items)
         steps = [measure(folder, step) for step in STEPS]
         card = json.loads((folder / "data" / "data_card.json").read_text(encoding="utf-8"))
     return {
@@ -108,6 +108,7 @@ def main(argv: list[str]) -> None:
     """Parse the options, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__.strip().split("\n\n")[0])
     parser.add_argument("--rows", type=int, default=1_000_000, help="Number of interactions.")
+    parser.add_argument("--items", type=int, help="Number of items; one per fifty interactions by default.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of the random data.")
     parser.add_argument("--scratch", help="Folder for the files, 1 GiB per million rows; a temporary one by default.")
     parser.add_argument("--json", action="store_true", help="Print one JSON object.")
