@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lasar_hf.data import Interactions, leave_one_out, read_lcrec, samples, toy_shop
@@ -160,6 +160,7 @@ LETTERS = st.text(alphabet="ab .<>_|1İßſSs", max_size=8)
     brands=st.lists(st.sampled_from(["", "a", "b a", "SS"]), min_size=4, max_size=4),
     history=st.lists(st.integers(0, 3), min_size=1, max_size=5),
 )
+@example(titles=["", "İ11", "", "11"], brands=[""] * 4, history=[1])
 @settings(max_examples=300, deadline=None)
 def test_chain_never_contains_the_title(titles, brands, history):
     items = [
@@ -170,7 +171,9 @@ def test_chain_never_contains_the_title(titles, brands, history):
     assert not contains_name(normalize_words(chain), normalize_words(titles[3]))
     folded = fold(titles[3])
     if sum(letter.isalnum() for letter in folded) > 1 and folded[0].isalnum() and folded[-1].isalnum():
-        assert not re.search(rf"(?<![^\W_]){re.escape(folded)}(?![^\W_])", chain.casefold())
+        # A combining mark, such as the dot of a folded "İ", is part of its word.
+        before, after = r"(?<![^\W_])(?<![\u0300-\u036f])", r"(?![^\W_])(?![\u0300-\u036f])"
+        assert not re.search(before + re.escape(folded) + after, chain.casefold())
     assert not SPECIAL_TOKENS.search(chain)
 
 
