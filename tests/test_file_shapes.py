@@ -536,3 +536,13 @@ def test_nanoseconds_apart_are_no_ties(tmp_path, recwarn):
     path.write_text("user_id,item_id,timestamp\nu,1,1500000000000000002\nu,2,1500000000000000001\n")
     read_table(path, k_core=1)
     assert not [warning for warning in recwarn if "equal times" in str(warning.message)]
+
+
+def test_a_zone_in_a_later_batch_is_another_form(tmp_path, monkeypatch):
+    monkeypatch.setattr(data.tables, "BATCH_SIZE", 1)
+    path = tmp_path / "log.jsonl"
+    times = ["2024-01-01T01:00", "2024-01-01T02:00Z"]
+    rows = [{"user_id": "u", "item_id": item, "timestamp": time} for item, time in enumerate(times)]
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    with pytest.raises(ValueError, match="row 2"):
+        read_table(path, k_core=1)

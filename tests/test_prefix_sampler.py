@@ -110,3 +110,15 @@ def test_other_batches_are_not_resumed(tmp_path, changed):
     (tmp_path / "checkpoint-1" / "trainer_state.json").write_text('{"global_step": 1, "max_steps": 2}')
     with pytest.raises(ValueError, match="max_tokens_per_batch"):
         checkpoint_to_resume(LasarSFTConfig(str(tmp_path), **COMMON, **changed))
+
+
+def test_the_loss_of_one_process_has_the_labels_of_one_process(tmp_path, monkeypatch):
+    """Without `average_tokens_across_devices` the loss is not multiplied by the number of processes."""
+    labels = {}
+    for averaged in (True, False):
+        users = trainer(tmp_path, max_tokens_per_batch=90, average_tokens_across_devices=averaged)
+        with monkeypatch.context() as patch:
+            patch.setattr(LasarSFTConfig, "world_size", 2)
+            users.get_train_dataloader()
+        labels[averaged] = users.labels_per_step
+    assert labels[True] == 2 * labels[False]

@@ -38,7 +38,7 @@ def prompts(model, lengths, side="left", seed=0):
     return batch([row(model, length, 0, seed=seed + i) for i, length in enumerate(lengths)], side)
 
 
-def check_equal(model, static, request, **options):
+def assert_same_recommendations(model, static, request, **options):
     options = {"catalog": tiny_catalog(), "top_k": 5, "num_beams": 6, **options}
     expected, output = model.recommend(**request, **options), static.recommend(**request, **options)
     assert output.items.tolist() == expected.items.tolist()
@@ -51,32 +51,32 @@ def test_padding_to_a_bucket_changes_no_result(kind, side):
     model, _ = tiny_model(kind)
     static = compiled(model)
     for lengths in ([5], [8], [16], [3, 7], [11, 2, 9], [4, 4, 16, 1]):
-        check_equal(model, static, prompts(model, lengths, side))
+        assert_same_recommendations(model, static, prompts(model, lengths, side))
 
 
 @pytest.mark.parametrize("steps", [0, 1, 3, torch.tensor([0, 4, 2])])
 def test_results_are_equal_at_every_depth(steps):
     model, _ = tiny_model()
-    check_equal(model, compiled(model), prompts(model, [9, 4, 6]), latent_steps=steps)
+    assert_same_recommendations(model, compiled(model), prompts(model, [9, 4, 6]), latent_steps=steps)
 
 
 @pytest.mark.parametrize("num_beams", [1, 2, 20])
 def test_results_are_equal_at_every_width(num_beams):
     model, _ = tiny_model()
     static = compiled(model, num_beams=num_beams)
-    check_equal(model, static, prompts(model, [9, 4]), num_beams=num_beams, top_k=1)
+    assert_same_recommendations(model, static, prompts(model, [9, 4]), num_beams=num_beams, top_k=1)
 
 
 def test_allow_and_deny_lists_work():
     model, _ = tiny_model()
     lists = {"allow": [torch.arange(9), None], "deny": [None, torch.arange(15)]}
-    check_equal(model, compiled(model), prompts(model, [9, 4]), **lists)
+    assert_same_recommendations(model, compiled(model), prompts(model, [9, 4]), **lists)
 
 
 def test_eager_attention_gives_equal_results():
     model, _ = tiny_model()
     model.set_attn_implementation("eager")
-    check_equal(model, compiled(model), prompts(model, [9, 4]))
+    assert_same_recommendations(model, compiled(model), prompts(model, [9, 4]))
 
 
 def test_bfloat16_gives_similar_scores():
@@ -95,7 +95,7 @@ def test_a_bucket_compiles_three_graphs():
     backend = CountingBackend()
     static = compiled(model, backend)
     for steps in (0, 1, 2, 4, None):
-        check_equal(model, static, prompts(model, [12, 9, 10]), latent_steps=steps)
+        assert_same_recommendations(model, static, prompts(model, [12, 9, 10]), latent_steps=steps)
     assert len(backend.shapes) == 3
 
 
@@ -103,10 +103,10 @@ def test_other_requests_of_a_bucket_compile_nothing():
     model, _ = tiny_model()
     backend = CountingBackend()
     static = compiled(model, backend)
-    check_equal(model, static, prompts(model, [12, 9, 10]), latent_steps=2)
+    assert_same_recommendations(model, static, prompts(model, [12, 9, 10]), latent_steps=2)
     num_graphs = len(backend.shapes)
     for lengths, width, seed in (([9, 2], 6, 5), ([16, 16, 16, 16], 3, 6), ([10, 3, 4], 4, 7)):
-        check_equal(model, static, prompts(model, lengths, seed=seed), num_beams=width, top_k=1)
+        assert_same_recommendations(model, static, prompts(model, lengths, seed=seed), num_beams=width, top_k=1)
     assert len(backend.shapes) == num_graphs
 
 
@@ -117,7 +117,7 @@ def test_the_number_of_buckets_bounds_the_number_of_graphs():
     static = compiled(model, backend, prompt_buckets=(10, 14), batch_buckets=(1, 3))
     for size in (1, 2, 3):
         for length in (7, 10, 11, 14):
-            check_equal(model, static, prompts(model, [length] * size, seed=length))
+            assert_same_recommendations(model, static, prompts(model, [length] * size, seed=length))
     assert len(backend.shapes) <= 3 * 4
     assert len(backend.shapes) > torch._dynamo.config.recompile_limit
 
@@ -135,13 +135,13 @@ def test_an_earlier_request_leaves_no_trace():
         static.recommend(**request, catalog=tiny_catalog(), num_beams=6, top_k=5, latent_steps=2)
     with torch.no_grad():
         weight[5] = saved
-    check_equal(model, static, prompts(model, [9, 4]))
+    assert_same_recommendations(model, static, prompts(model, [9, 4]))
 
 
 def test_inductor_gives_equal_items():
     model, _ = tiny_model(layers=1)
     static = compiled(model, "inductor", prompt_buckets=(6,), batch_buckets=(2,))
-    check_equal(model, static, prompts(model, [6, 4]), latent_steps=2)
+    assert_same_recommendations(model, static, prompts(model, [6, 4]), latent_steps=2)
 
 
 @pytest.mark.parametrize(

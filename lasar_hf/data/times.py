@@ -13,6 +13,7 @@ from pandas.tseries.api import guess_datetime_format
 
 # Forms of text that pandas does not guess: Goodreads' and Twitter's dates, and hours from 1 to 12.
 FORMATS = ("%a %b %d %H:%M:%S %z %Y", "%m/%d/%Y %I:%M:%S %p", "%m/%d/%Y %I:%M %p")
+ZONED = "ISO8601 with a zone"
 UNITS = ("seconds", "milliseconds", "microseconds", "nanoseconds")  # up to 1e11, 1e14, 1e17, more
 
 
@@ -102,19 +103,22 @@ def _parse_dates(values: Sequence[object], form: str | None) -> tuple[np.ndarray
     column = pd.Series([value if isinstance(value, date) else str(value).strip() for value in values], dtype=object)
     if column.astype(str).str.lower().isin(["now", "today"]).any():  # pandas reads these as the present
         raise ValueError("not a date")
+    # ISO times with and without a zone are two forms; a column of both has neither.
+    has_zone = column.astype(str).str.contains(r":\d\d.*(?:Z|[+-]\d\d:?\d\d)$")
+    iso = ZONED if has_zone.all() else None if has_zone.any() else "ISO8601"
+    if form in ("ISO8601", ZONED) and form != iso:
+        raise ValueError("ISO times with and without a zone")
     formats, parsed = [form], {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of pandas, about the order that `dayfirst` does not force
         if form is None:
             guesses = [guess_datetime_format(str(column[0]), dayfirst=day_first) or "" for day_first in (False, True)]
-            formats = ["ISO8601", *guesses, *(guess.replace("%B", "%b") for guess in guesses), *FORMATS]
+            formats = [iso, *guesses, *(guess.replace("%B", "%b") for guess in guesses), *FORMATS]
         for date_format in filter(None, dict.fromkeys(formats)):
             with suppress(ValueError, TypeError, OverflowError):
-                has_zone = column.astype(str).str.contains(r":\d\d.*(?:Z|[+-]\d\d:?\d\d)$")
-                if date_format == "ISO8601" and has_zone.nunique() > 1:
-                    continue  # times with and without a zone are two forms
-                times = pd.to_datetime(column, format=date_format, utc=True)
-                if not times.isna().any() and "ISO8601" not in parsed:
+                pandas_format = "ISO8601" if date_format == ZONED else date_format
+                times = pd.to_datetime(column, format=pandas_format, utc=True)
+                if not times.isna().any() and iso not in parsed:
                     parsed[date_format] = times.dt.as_unit("ns").astype("int64").to_numpy()
     if not parsed:
         raise ValueError("not dates of one form")

@@ -129,7 +129,7 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
         if isinstance(self.model, PeftModel):
             complete_reference(self.model)
         lasar = unwrap_lasar(self.model)
-        for dataset in (train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])):
+        for dataset in [*as_sets(train_dataset), *as_sets(eval_dataset)]:
             check_lengths(dataset, config, tokenizer=self.processing_class)
         self.check_best_metric(eval_dataset)
         for policy in (lasar, self.ref_model):
@@ -270,7 +270,7 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
             distances = DISTANCES[self.args.alignment](last, inputs["terminal_anchor"])  # (B,)
             total, count = (distances * inputs["has_anchor"]).sum(), inputs["has_anchor"].sum()
             metrics["terminal_loss"] = total, count
-            extra = extra + self.args.terminal_weight * self.share(count) * total / count.clamp(min=1)
+            extra = extra + self.args.terminal_weight * self.weight_of_mean(count) * total / count.clamp(min=1)
 
         # 3. REINFORCE on the depth policy.
         if self.args.depth_weight > 0:

@@ -1,4 +1,4 @@
-"""Batches of users: the samples of a user share the prefix of their histories, so they belong into one batch."""
+"""Samplers that keep the samples of a user together, because the model reads their common history once."""
 
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -60,7 +60,7 @@ class PrefixBatchSampler(BatchRebalanceSampler):
     Batches of whole groups of [`prefix_groups`], filled up to a number of tokens. A batch holds groups of similar
     size, so all batches cost about the same. The batches depend on the seed; their order on the seed and the epoch.
 
-    The base class marks it as a sampler that knows its process; the Trainer then does not split it once more.
+    The Trainer recognises the base class, and does not split the batches among the processes again.
 
     Args:
         sequences (`Iterable[list[int]]`):

@@ -117,7 +117,7 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
         self.processor, tokenizer, self.catalog = split_processor(model, processing_class, catalog)
         if args.sid_loss == "catalog" and self.catalog is None:
             raise ValueError('sid_loss="catalog" needs the items. Pass catalog, or a LasarProcessor.')
-        _check_arguments(args, train_dataset, kwargs)
+        _check_arguments(args, train_dataset, eval_dataset, kwargs)
         model = load_model(model, **(args.model_init_kwargs or {})) if is_adapter(model) else model
         named = ranking_evaluator if isinstance(ranking_evaluator, dict) else {"": ranking_evaluator}
         # Ranking evaluators by the prefix of their metrics.
@@ -130,10 +130,11 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
             model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, processing_class=tokenizer, **kwargs
         )
         lasar = unwrap_lasar(self.model)
-        # As given, before TRL cuts them, and as tokenised by TRL.
-        for dataset in (train_dataset, eval_dataset, self.train_dataset, self.eval_dataset):
-            for part in as_sets(dataset):
-                check_lengths(part, lasar.config, args.max_length)
+        # As tokenised by TRL, or as given if TRL may have cut them.
+        if args.max_length is None:
+            train_dataset, eval_dataset = self.train_dataset, self.eval_dataset
+        for dataset in [*as_sets(train_dataset), *as_sets(eval_dataset)]:
+            check_lengths(dataset, lasar.config, args.max_length)
         if isinstance(self.data_collator, DataCollatorForLanguageModeling):
             self.data_collator = LasarDataCollator(
                 self.data_collator.pad_token_id, pad_to_multiple_of=self.data_collator.pad_to_multiple_of,
@@ -173,7 +174,7 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
         return self.batch_sampler
 
     def _run_epoch(self, *args, epoch, **kwargs):
-        """The Trainer does not tell a batch sampler its epoch when it resumes inside of one."""
+        """When training resumes inside an epoch, the Trainer does not pass the epoch to the batch sampler."""
         if self.batch_sampler is not None:
             self.batch_sampler.set_epoch(epoch)
         return super()._run_epoch(*args, epoch=epoch, **kwargs)
@@ -183,9 +184,9 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
             return super()._get_num_items_in_batch(batch_samples, device)
         return torch.tensor(self.labels_per_step, device=device)
 
-    def share(self, count):
+    def weight_of_mean(self, count):
         if self.batch_sampler is None or not self.model.training:
-            return super().share(count)
+            return super().weight_of_mean(count)
         return count / self.examples_per_batch
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -209,7 +210,7 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
             alignment = alignment_loss(latents, anchors, mask, self.args.alignment)
             count = mask.any(dim=1).sum()
             metrics["align_loss"] = alignment * count, count
-            extra = extra + self.args.alignment_weight * self.share(count) * alignment
+            extra = extra + self.args.alignment_weight * self.weight_of_mean(count) * alignment
 
         # 3. Policy: class k means depth k + 1. Sequences without latent steps have no class; they are masked rather
         # than left out, so that the head gets a gradient in every batch.
@@ -220,7 +221,7 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
             total = nn.functional.cross_entropy(output.depth_logits.float(), labels, reduction="sum")
             metrics["policy_loss"] = total, count
             metrics["depth_accuracy"] = (output.depth_logits.argmax(-1) == labels).sum(), count
-            extra = extra + self.args.policy_weight * self.share(count) * total / count.clamp(min=1)
+            extra = extra + self.args.policy_weight * self.weight_of_mean(count) * total / count.clamp(min=1)
 
         # 4. The Trainer sums over accumulated micro-batches: TRL's loss is divided by the tokens of all of them
         # already, these terms by their number here.
@@ -250,19 +251,21 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
         return metrics
 
 
-def _check_arguments(args: LasarSFTConfig, train_dataset: Any, kwargs: dict) -> None:
+def _check_arguments(args: LasarSFTConfig, train_dataset: Any, eval_dataset: Any, kwargs: dict) -> None:
     """Refuse what would drop examples, parts of them or terms of the loss."""
     if args.packing or args.padding_free:
         raise ValueError("packing and padding_free are not supported: the latent loop needs one example per row.")
     if args.label_smoothing_factor > 0 or kwargs.get("compute_loss_func") is not None:
         raise ValueError("label_smoothing_factor and compute_loss_func must be unset: they drop the latent terms.")
-    is_dataset = isinstance(train_dataset, Dataset)
-    if args.max_length is not None and not (is_dataset and "input_ids" in train_dataset.column_names):
+    datasets = [*as_sets(train_dataset), *as_sets(eval_dataset)]
+    if args.max_length is not None and not all(
+        isinstance(dataset, Dataset) and "input_ids" in dataset.column_names for dataset in datasets
+    ):
         raise ValueError(
             f"max_length is {args.max_length}, which would cut examples that are not tokenised yet. Leave it out, or "
             "pass a Dataset with input_ids."
         )
-    if args.max_tokens_per_batch is not None and not is_dataset:
+    if args.max_tokens_per_batch is not None and not isinstance(train_dataset, Dataset):
         raise ValueError(
             "max_tokens_per_batch needs a Dataset, since it groups the examples; train_dataset is a "
             f"{type(train_dataset).__name__}."

@@ -25,8 +25,8 @@ def refuse_unused_search(args: TrainingArguments) -> None:
     """
     Turn off DDP's search for unused parameters; raise a `ValueError` if it was asked for.
 
-    DDP searches the output of the forward. The extra losses reach the policy head through a hook, so the search takes
-    the head for unused. Every parameter that is trained has a gradient in every step, so none is needed.
+    DDP searches the output of the forward. The extra losses reach the policy head through a hook, so the search would
+    mark the head as unused. The search is not needed: every trained parameter has a gradient in every step.
     """
     if args.ddp_find_unused_parameters:
         raise ValueError(

@@ -148,7 +148,7 @@ class LasarTrainerMixin:
             finally:
                 del model._gathered
 
-    def share(self, count: torch.Tensor) -> torch.Tensor:
+    def weight_of_mean(self, count: torch.Tensor) -> torch.Tensor:
         """
         Weight of a mean over `count` local terms that makes DDP's mean of the processes the mean over all terms. Every
         process must call it.
