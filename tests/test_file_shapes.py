@@ -546,3 +546,10 @@ def test_a_zone_in_a_later_batch_is_another_form(tmp_path, monkeypatch):
     path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     with pytest.raises(ValueError, match="row 2"):
         read_table(path, k_core=1)
+
+
+def test_equal_times_of_two_users_are_no_ties(tmp_path, recwarn):
+    path = tmp_path / "log.csv"
+    path.write_text("user_id,item_id,timestamp\nu,1,1500000000\nv,1,1500000000\n")
+    read_table(path, k_core=1)
+    assert not [warning for warning in recwarn if "equal times" in str(warning.message)]

@@ -67,13 +67,14 @@ def test_every_example_weighs_the_same(tmp_path):
         torch.testing.assert_close(users.model.get_parameter(name), parameter, atol=1e-6, rtol=1e-6)
 
 
-def test_training_resumes_bit_exactly_inside_an_epoch(tmp_path):
-    options = dict(max_tokens_per_batch=70, max_steps=9, save_strategy="steps", save_steps=7)
+@pytest.mark.parametrize("step", [5, 6, 7, 8])
+def test_training_resumes_bit_exactly_inside_an_epoch(tmp_path, step):
+    options = dict(max_tokens_per_batch=70, max_steps=9, save_strategy="steps", save_steps=step)
     whole = trainer(tmp_path / "whole", **options)
-    assert 3 < len(whole.get_train_dataloader()) < 7
+    assert len(whole.get_train_dataloader()) == 5
     whole.train()
     resumed = trainer(tmp_path / "again", **options)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-7"))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
     for name, parameter in resumed.model.named_parameters():
         assert torch.equal(parameter, whole.model.get_parameter(name)), name
 
@@ -122,3 +123,16 @@ def test_the_loss_of_one_process_has_the_labels_of_one_process(tmp_path, monkeyp
             users.get_train_dataloader()
         labels[averaged] = users.labels_per_step
     assert labels[True] == 2 * labels[False]
+
+
+def test_small_batches_do_not_weigh_more(tmp_path):
+    options = dict(learning_rate=0.0, policy_weight=0.0, alignment="none")
+    users = trainer(tmp_path / "users", max_tokens_per_batch=70, max_steps=5, **options)
+    sizes = set(map(len, users.get_train_dataloader().batch_sampler))
+    whole = trainer(tmp_path / "whole", per_device_train_batch_size=32, max_steps=1, **options)
+    losses = []
+    for part in (users, whole):
+        part.train()
+        losses.append([log["loss"] for log in part.state.log_history if "loss" in log])
+    assert len(sizes) > 1
+    assert sum(losses[0]) / 5 == pytest.approx(losses[1][0], rel=1e-4)

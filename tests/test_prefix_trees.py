@@ -158,3 +158,12 @@ def test_half_precision_shares_too(autocast):
             logits[share] = model(**inputs).logits[real].float()
     error = (logits[True] - logits[False]).norm() / logits[False].norm()
     assert error < 0.02
+
+
+def test_equal_prompts_of_a_tree_have_their_own_depths():
+    model, _ = tiny_model()
+    rows = [ids[: ids.index(model.config.latent_start_token_id) + 1] for ids in nested_batch(model)]
+    depths = torch.tensor([1] * len(rows) + [3] * len(rows))
+    with model.evaluation_mode():
+        state, index = model.encode_prompt_trees(**batch(rows * 2), latent_steps=depths)
+    assert torch.equal(state.depths[index], depths)

@@ -173,12 +173,6 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
         self.examples_per_batch = len(dataset) / num_batches
         return self.batch_sampler
 
-    def _run_epoch(self, *args, epoch, **kwargs):
-        """When training resumes inside an epoch, the Trainer does not pass the epoch to the batch sampler."""
-        if self.batch_sampler is not None:
-            self.batch_sampler.set_epoch(epoch)
-        return super()._run_epoch(*args, epoch=epoch, **kwargs)
-
     def _get_num_items_in_batch(self, batch_samples, device):
         if self.batch_sampler is None:
             return super()._get_num_items_in_batch(batch_samples, device)
