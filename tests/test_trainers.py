@@ -30,6 +30,7 @@ from lasar_hf.trainers import (
     depth_entropy,
     reinforce_loss,
 )
+from lasar_hf.trainers.catalog_head import score_labels
 from lasar_hf.trainers.trainer_mixin import latent_metrics
 from tests.tiny import batch, row, sid_ids, tiny_catalog, tiny_model
 from tests.training import (
@@ -124,6 +125,29 @@ def test_text_labels_are_scored_over_the_vocabulary():
     torch.testing.assert_close(scored.log_probs[0, 1:], expected[1:])
     assert scored.log_probs[0, 0] == 0
     assert scored.label_mask.tolist() == [[False, True, True, True, True]]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_last_token_of_a_sequence_is_not_read(side):
+    """It predicts no label. The states of `<|latent_start|>` and of slots are used, so those stay."""
+    model, _ = tiny_model()
+    catalog = tiny_catalog()
+    add_catalog_head(model, catalog)
+    answer = sid_ids(model, catalog.codes[0])
+    inputs = batch([row(model, 7, 2, answer), row(model, 4, 2, answer), row(model, 5, 2)], side)
+    ids = inputs["input_ids"]
+    labels = torch.where(ids >= model.config.sid_token_offset, ids, -100)
+    read, outputs = [], []
+    model.model.register_forward_hook(lambda module, args, output: outputs.append(output))
+    embeddings = model.get_input_embeddings()
+    embeddings.register_forward_hook(lambda module, args, output: read.append(args[0].shape))
+    scored = model(**inputs, labels=labels, fused_lm_head=True)
+    assert read[-1] == (3, 3)  # answers: <|latent_end|> and two of three codes
+    model(**inputs)
+    torch.testing.assert_close(outputs[0].latent_states, outputs[1].latent_states)
+    torch.testing.assert_close(outputs[0].depth_logits, outputs[1].depth_logits)
+    expected = score_labels(model, outputs[1].last_hidden_state, ids, labels, catalog.trie(ids.device))
+    torch.testing.assert_close(scored.log_probs, expected.log_probs)
 
 
 def test_a_label_outside_the_catalogue_is_refused():

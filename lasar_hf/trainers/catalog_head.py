@@ -35,10 +35,24 @@ def add_catalog_head(model: LasarForGenerativeRec, catalog: SidCatalog, temperat
         if not fused_lm_head:
             return type(self).forward(self, input_ids, attention_mask, labels=labels, **kwargs)
         kwargs.pop("num_items_in_batch", None)
-        hidden_states = self.model(input_ids, attention_mask, **kwargs).last_hidden_state
+        mask = without_last_token(self.config, input_ids, attention_mask)  # (B, L)
+        hidden_states = self.model(input_ids, mask, **kwargs).last_hidden_state  # (B, L, H)
         return score_labels(self, hidden_states, input_ids, labels, catalog.trie(input_ids.device), temperature)
 
     model.forward = types.MethodType(forward, model)
+
+
+def without_last_token(config, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """
+    The attention mask `(B, L)` without the last token of each sequence, which predicts no label and need not be read:
+    one token in five of an answer. A last token that is part of the latent region stays, since its state is used.
+    """
+    if attention_mask is None:
+        attention_mask = torch.ones_like(input_ids)
+    following = attention_mask.flip(1).cumsum(dim=1).flip(1)  # (B, L): 1 at the last token
+    region = torch.tensor([config.latent_start_token_id, config.latent_token_id], device=input_ids.device)
+    is_last = (following == 1) & (attention_mask == 1) & ~torch.isin(input_ids, region)  # (B, L)
+    return attention_mask * ~is_last
 
 
 def score_labels(

@@ -58,7 +58,7 @@ class PrefixRepeatSampler(RepeatSampler):
 class PrefixBatchSampler(BatchRebalanceSampler):
     """
     Batches of whole groups of [`prefix_groups`], filled up to a number of tokens. A batch holds groups of similar
-    size, so all batches cost about the same. The batches depend on the seed; their order on the seed and the epoch.
+    size, so all batches cost about the same. Batches and their order depend on the seed and the epoch alone.
 
     The Trainer recognises the base class, and does not split the batches among the processes again.
 
@@ -72,7 +72,7 @@ class PrefixBatchSampler(BatchRebalanceSampler):
         num_processes, process_index (`int`, *optional*):
             Every process gets the same number of batches.
         seed (`int`, *optional*, defaults to `0`):
-            Seed of batches and order.
+            Seed of the batches.
 
     Raises:
         `ValueError`: if a group has more than `max_tokens` tokens, or there are fewer examples than processes.
@@ -82,18 +82,19 @@ class PrefixBatchSampler(BatchRebalanceSampler):
         self, sequences: Iterable[list[int]], start_token_id: int, max_tokens: int, num_processes: int = 1,
         process_index: int = 0, seed: int = 0,
     ):
-        self.num_processes, self.process_index, self.seed, self.epoch = num_processes, process_index, seed, 0
+        self.num_processes, self.process_index = num_processes, process_index
+        self.max_tokens, self.seed, self.epoch = max_tokens, seed, 0
         sequences = list(sequences)
 
-        # 1. Groups in random order. Users with equal histories are in one group, which is cut where it exceeds the
-        #    budget, while the samples of one user fit into it.
+        # Users with equal histories are in one group, which is cut where it exceeds the budget, while the samples of
+        # one user fit into it.
         paths = np.array([len(ids) - ids.index(start_token_id) if start_token_id in ids else 1 for ids in sequences])
         bodies = np.array([len(ids) for ids in sequences]) - paths  # (n,), tokens before the path
         # Big-endian bytes sort like the numbers.
         pairs = zip(sequences, bodies, strict=True)
         groups = prefix_groups([np.asarray(ids[:body], dtype=">u4").tobytes() for ids, body in pairs])
-        trees = []  # (tokens of the body, number of paths, tokens of a path, examples)
-        for group in (groups[index] for index in np.random.default_rng(seed).permutation(len(groups))):
+        self.trees = []  # (tokens of the body, number of paths, tokens of a path, examples)
+        for group in groups:
             body, path = bodies[group[-1]], paths[group].max()
             needed = body + path * len(np.unique(bodies[group]))
             if needed > max_tokens:
@@ -102,32 +103,41 @@ class PrefixBatchSampler(BatchRebalanceSampler):
                     "larger budget, or a smaller max_history in the LasarProcessor."
                 )
             size = (max_tokens - body) // path
-            trees += [(body, min(size, len(group) - i), path, group[i : i + size]) for i in range(0, len(group), size)]
+            pieces = [group[i : i + size] for i in range(0, len(group), size)]
+            self.trees += [(body, len(piece), path, piece) for piece in pieces]
+        self.num_batches = len(self._batches(np.random.default_rng(seed)))
 
-        # 2. Fill batches with trees of similar size, since all are padded to the largest.
+    def _batches(self, generator: np.random.Generator) -> list[list[int]]:
+        """Batches of examples. Their sizes and number do not depend on the generator."""
+        # 1. Trees of similar size are together, since all are padded to the largest. Those of equal size are shuffled.
+        trees = [self.trees[index] for index in generator.permutation(len(self.trees))]
         trees.sort(key=lambda tree: tree[:3])
+
+        # 2. Fill batches.
         batches, largest = [], np.zeros(3, dtype=np.int64)
         num_trees = 0
         for *size, examples in trees:
             largest, num_trees = np.maximum(largest, size), num_trees + 1
-            if not batches or num_trees * (largest[0] + largest[1] * largest[2]) > max_tokens:
+            if not batches or num_trees * (largest[0] + largest[1] * largest[2]) > self.max_tokens:
                 batches.append([])
                 largest, num_trees = np.array(size), 1
             batches[-1] += examples
 
         # 3. The same number for every process: split the largest batches.
-        while len(batches) % num_processes:
+        while len(batches) % self.num_processes:
             batches.sort(key=len)
             largest = batches.pop()
             if len(largest) < 2:
-                raise ValueError(f"There are {len(sequences)} examples for {num_processes} processes; expected more.")
+                num_examples = sum(map(len, batches), len(largest))
+                raise ValueError(f"There are {num_examples} examples for {self.num_processes} processes; use fewer.")
             batches += [largest[: len(largest) // 2], largest[len(largest) // 2 :]]
-        self.batches = batches
+        return batches
 
     def __len__(self) -> int:
-        return len(self.batches) // self.num_processes
+        return self.num_batches // self.num_processes
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.batches))
-        for index in order[self.process_index :: self.num_processes]:
-            yield self.batches[index]
+        generator = np.random.default_rng([self.seed, self.epoch])
+        batches = self._batches(generator)
+        for index in generator.permutation(len(batches))[self.process_index :: self.num_processes]:
+            yield batches[index]

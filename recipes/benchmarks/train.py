@@ -280,12 +280,13 @@ def prefix_epoch(args, model, catalog, lengths: list[int]) -> dict[str, float]:
     (loss, gradients), (row_loss, row_gradients) = results["users"], results["rows"]
     difference = sum((gradients[name] - row_gradients[name]).pow(2).sum() for name in gradients).sqrt()
     norm = sum(gradient.pow(2).sum() for gradient in row_gradients.values()).sqrt()
-    paths = 2 + args.steps + model.config.num_sid_levels
+    # The last token of an answer is not read.
+    paths = 1 + args.steps + model.config.num_sid_levels
     trunks = sum(min(length - 1, 50) * model.config.num_sid_levels for length in lengths)
     trunks += sum(50 * model.config.num_sid_levels * max(length - 51, 0) for length in lengths)  # windows that moved
     return {
         "speedup": times["rows"] / times["users"],
-        "token_ratio": sum(map(len, examples)) / (trunks + paths * len(examples)),
+        "token_ratio": sum(len(ids) - 1 for ids in examples) / (trunks + paths * len(examples)),
         "loss_difference": abs(loss - row_loss) / abs(row_loss),
         "grad_difference": float(difference / norm),
         "seconds": times["users"],
@@ -399,7 +400,7 @@ def prefix_training(args, model, tokenizer, catalog) -> dict[str, float]:
     result["grpo_prefix_speedup_4_prompts"] = times["apart"] / times["together"]
     result["grpo_prefix_step_speedup_4_prompts"] = grpo_prefix_step(args, model, tokenizer, catalog, users)
     prompts = [len(ids) - 1 - args.steps - 1 - levels for ids in users[0][-4:]]
-    tails = 4 * (1 + args.steps + args.candidates * (1 + levels))
+    tails = 4 * (1 + args.steps + args.candidates * levels)
     result["token_ratio_4_prompts"] = (sum(prompts) + tails) / (max(prompts) + tails)
     return result
 
