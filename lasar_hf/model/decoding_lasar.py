@@ -52,19 +52,34 @@ class RecommendOutput(ModelOutput):
 
 def child_log_probs(
     hidden_states: torch.Tensor, head: torch.Tensor, trie: SidTrie, level: int, nodes: torch.Tensor,
-    temperature: float = 1.0,
+    temperature: float = 1.0, history: ItemFilter | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
     Float32 log-probabilities, codes and node numbers, all `(..., F)`, of the codes that can follow the prefixes
     `nodes` `(...)` of depth `level`. Missing children have `-inf`, 0 and -1.
 
     `hidden_states` `(..., H)` predict these codes through `head` `(K, H)`, the head's rows for the level. Logits are
-    divided by `temperature` and normalised over the children of each prefix.
+    divided by `temperature` and normalised over the children of each prefix. A child that leads to items of the
+    `history` only has `-inf` too, see [`history_filter`].
     """
     codes, child = trie.children(level, nodes)  # (..., F)
     logits = nn.functional.linear(hidden_states, head).float() / temperature  # (..., K)
-    logits = logits.gather(-1, codes).masked_fill(child < 0, -torch.inf)
-    return logits.log_softmax(dim=-1), codes, child
+    is_missing = child < 0
+    if history is not None:
+        is_missing = is_missing | history.excludes_nodes(level, child)
+    logits = logits.gather(-1, codes).masked_fill(is_missing, -torch.inf)
+    # The last step is for children of dead prefixes, all of which may be missing.
+    return logits.log_softmax(dim=-1).masked_fill(is_missing, -torch.inf), codes, child
+
+
+def history_filter(config: LasarConfig, trie: SidTrie, input_ids: torch.Tensor) -> ItemFilter | None:
+    """
+    The items that prompts `(B, L)` contain, which have no probability if the configuration says `exclude_history`. An
+    item that shares its Semantic ID with another one is not excluded.
+    """
+    if not config.exclude_history:
+        return None
+    return ItemFilter.without_leaves(trie, trie.leaves_in(input_ids - config.sid_token_offset, config.codebook_size))
 
 
 @dataclass
@@ -126,7 +141,7 @@ def _select_perturbed(beams: _Beams, log_probs, child, width: int) -> tuple[torc
 
 def _search(
     model, state: ReasoningState, trie: SidTrie, select, temperature: float, width_limit: bool,
-    item_filter: ItemFilter | None = None,
+    item_filter: ItemFilter | None = None, history: ItemFilter | None = None,
 ) -> _Beams:
     """Walk down the trie; `select` chooses the prefixes to keep at each level."""
     batch_size, device = len(state.depths), state.depths.device
@@ -142,7 +157,7 @@ def _search(
         # 3. Score their children, without those that lead to no permitted item.
         start = model.config.sid_token_id(level, 0)
         head = model.lm_head.weight[start : start + model.config.codebook_size]  # (K, H)
-        log_probs, codes, child = child_log_probs(hidden_states, head, trie, level, beams.nodes, temperature)
+        log_probs, codes, child = child_log_probs(hidden_states, head, trie, level, beams.nodes, temperature, history)
         if item_filter is not None:
             log_probs = log_probs.masked_fill(item_filter.excludes_nodes(level, child), -torch.inf)
         # 4. Choose. Distinct prefixes are at most as many as the trie has nodes.
@@ -191,7 +206,8 @@ def _read_open(model, state: ReasoningState, trie: SidTrie, level: int, beams: _
 
 @torch.no_grad()
 def beam_search(
-    model, state: ReasoningState, trie: SidTrie, num_beams: int, item_filter: ItemFilter | None = None
+    model, state: ReasoningState, trie: SidTrie, num_beams: int, item_filter: ItemFilter | None = None,
+    history: ItemFilter | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Trie-constrained beam search that shares the prompt (LASAR, arXiv 2605.10207, inference). Returns leaves of the
@@ -200,16 +216,17 @@ def beam_search(
     Level 0 reads `<|latent_end|>` once per prompt, and every later level at most `W` extra tokens of the prompt's
     sequence. A token sees the prompt, the latent steps, `<|latent_end|>` and its own ancestors, so the prompt is never
     expanded and no cache is reordered. `item_filter` prunes prefixes without a permitted item and does not change the
-    scores.
+    scores; `history` is that of [`history_filter`].
     """
     select = partial(_select_best, width=num_beams)
-    beams = _search(model, state, trie, select, 1.0, width_limit=True, item_filter=item_filter)
+    beams = _search(model, state, trie, select, 1.0, width_limit=True, item_filter=item_filter, history=history)
     return beams.nodes, beams.scores
 
 
 @torch.no_grad()
 def sample_items(
-    model, state: ReasoningState, trie: SidTrie, num_samples: int, temperature: float = 1.0, replacement: bool = True
+    model, state: ReasoningState, trie: SidTrie, num_samples: int, temperature: float = 1.0, replacement: bool = True,
+    history: ItemFilter | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Sample `num_samples` items per prompt from the policy at a temperature. Returns leaves of the trie and their
@@ -224,7 +241,7 @@ def sample_items(
         select = partial(_select_independent, num_samples=num_samples)
     else:
         select = partial(_select_perturbed, width=num_samples)
-    beams = _search(model, state, trie, select, temperature, width_limit=not replacement)
+    beams = _search(model, state, trie, select, temperature, width_limit=not replacement, history=history)
     scores, order = beams.scores.sort(dim=1, descending=True, stable=True)
     return beams.nodes.gather(1, order), scores
 

@@ -23,7 +23,7 @@ from .base_lasar import DepthPolicyHead, LasarModel, LasarPreTrainedModel, check
 from .batching_lasar import BatchLayout, PrefixTrees, ReasoningState
 from .catalog_lasar import SidCatalog
 from .configuration_lasar import CONTROL_TOKENS, LATENT_START_TOKEN, LasarConfig, check_sizes, sid_tokens
-from .decoding_lasar import RecommendOutput, beam_search, rank_items
+from .decoding_lasar import RecommendOutput, beam_search, history_filter, rank_items
 from .static_lasar import StaticPasses
 from .trie_lasar import ItemFilter
 
@@ -300,17 +300,18 @@ class LasarForGenerativeRec(LasarPreTrainedModel, GenerationMixin):
     def encode_prompt_trees(
         self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None,
         latent_steps: int | torch.Tensor | Callable[[torch.Tensor], torch.Tensor] | None = None,
-    ) -> tuple[ReasoningState, torch.Tensor]:
+    ) -> tuple[ReasoningState, PrefixTrees]:
         """
-        As [`~LasarForGenerativeRec.encode_prompts`], but prompts that are prefixes of one another are read once. The
-        second return value `(B,)` is the index of each prompt in the state, and so in the results of the search.
+        As [`~LasarForGenerativeRec.encode_prompts`], but prompts that are prefixes of one another are read once. In
+        the returned trees, `path` `(B,)` is the index of each prompt in the state, and so in the results of the
+        search, and `member` `(U,)` a prompt of each index.
         """
         layout, latent_steps = self._checked_prompts(input_ids, attention_mask, latent_steps)
         trees = PrefixTrees(layout, self.config.hidden_size, self.model.share_prefixes, join_equal=False)
         token_ids, visible = trees.prompts(layout)  # (T, P + R), (U, P + R)
         if not callable(latent_steps):
             latent_steps = latent_steps[trees.member]  # (U,)
-        return self.model.run_latent_steps(token_ids, visible, latent_steps), trees.path
+        return self.model.run_latent_steps(token_ids, visible, latent_steps), trees
 
     def _checked_prompts(self, input_ids, attention_mask, latent_steps):
         """The layout of prompts, and their depths `(B,)` or the function that chooses them."""
@@ -456,13 +457,15 @@ class LasarForGenerativeRec(LasarPreTrainedModel, GenerationMixin):
         catalog.check_matches(self.config.num_sid_levels, self.config.codebook_size)
         item_filter = None
         if allow is not None or deny is not None:
-            item_filter = ItemFilter(catalog.trie(input_ids.device), len(input_ids), allow, deny, allow_empty)
+            trie = catalog.trie(input_ids.device)
+            item_filter = ItemFilter.from_lists(trie, len(input_ids), allow, deny, allow_empty)
         with self.evaluation_mode():
             width = max(num_beams, top_k)
             static_num_beams = None if self.static_passes is None else width
             state = self.encode_prompts(input_ids, attention_mask, latent_steps, static_num_beams)
             trie = catalog.trie(state.depths.device)
-            leaves, scores = beam_search(self, state, trie, width, item_filter)
+            history = history_filter(self.config, trie, input_ids)
+            leaves, scores = beam_search(self, state, trie, width, item_filter, history)
         items, scores = rank_items(leaves, scores, trie, top_k, item_filter)
         return RecommendOutput(items=items, scores=scores, latent_steps=state.depths)
 
