@@ -23,9 +23,10 @@ from .base_lasar import DepthPolicyHead, LasarModel, LasarPreTrainedModel, check
 from .batching_lasar import BatchLayout, PrefixTrees, ReasoningState
 from .catalog_lasar import SidCatalog
 from .configuration_lasar import CONTROL_TOKENS, LATENT_START_TOKEN, LasarConfig, check_sizes, sid_tokens
-from .decoding_lasar import RecommendOutput, beam_search, history_filter, rank_items
+from .decoding_lasar import RecommendOutput, beam_search, history_filter, mix_memory, rank_items
+from .memory_lasar import ItemMemory, Recall
 from .static_lasar import StaticPasses
-from .trie_lasar import ItemFilter
+from .trie_lasar import ItemFilter, SidTrie
 
 
 @dataclass
@@ -414,6 +415,7 @@ class LasarForGenerativeRec(LasarPreTrainedModel, GenerationMixin):
         catalog: SidCatalog | None = None, top_k: int = 10, num_beams: int = 50,
         latent_steps: int | torch.Tensor | None = None, allow: Sequence[torch.Tensor | None] | None = None,
         deny: Sequence[torch.Tensor | None] | None = None, allow_empty: bool = False,
+        memory: ItemMemory | None = None,
     ) -> RecommendOutput:
         """
         Recommend items of a catalogue: latent steps, then beam search over the catalogue's Semantic IDs (LASAR, arXiv
@@ -439,22 +441,30 @@ class LasarForGenerativeRec(LasarPreTrainedModel, GenerationMixin):
                 those of the whole catalogue.
             allow_empty (`bool`, *optional*, defaults to `False`):
                 Whether `allow` and `deny` may leave a prompt without any item. Its result is then all padding.
+            memory ([`ItemMemory`], *optional*):
+                Mix the model's distribution with the memory of this catalogue. Candidates are the items of the beams
+                and as many of the memory, and scores are log-probabilities of the mixture.
 
         Returns:
-            [`RecommendOutput`] with `items` `(B, k)`, `scores` `(B, k)` and `latent_steps` `(B,)`.
+            [`RecommendOutput`] with `items` `(B, k)`, `scores` `(B, k)` and `latent_steps` `(B,)`; with a `memory`
+            also `model_scores` and `memory_scores` `(B, k)`.
 
         Raises:
             `ValueError`: if a prompt does not end in its only control token `<|latent_start|>`, has unknown token ids
             or padding between tokens, or is too long for the backbone, `latent_steps` is not `0 … max_latent_steps`,
             `catalog` is missing or does not match the model, `top_k` or `num_beams` is not a whole number of at least
             1, the request is larger than the sizes of `compile_for_serving`, a list is invalid, a prompt may get no
-            item, or the logits contain NaN.
+            item, `memory` is that of another catalogue or used after `compile_for_serving`, or the logits contain NaN.
         """
         if catalog is None:
             raise ValueError("catalog is missing. Pass catalog=SidCatalog(codes, item_ids).")
         if not isinstance(top_k, Integral) or not isinstance(num_beams, Integral) or top_k < 1 or num_beams < 1:
             raise ValueError(f"top_k is {top_k} and num_beams is {num_beams}; expected whole numbers of at least 1.")
         catalog.check_matches(self.config.num_sid_levels, self.config.codebook_size)
+        if memory is not None:
+            memory.check_matches(catalog)
+            if self.static_passes is not None:
+                raise ValueError("memory is not supported after compile_for_serving. Leave one of them out.")
         item_filter = None
         if allow is not None or deny is not None:
             trie = catalog.trie(input_ids.device)
@@ -466,8 +476,18 @@ class LasarForGenerativeRec(LasarPreTrainedModel, GenerationMixin):
             trie = catalog.trie(state.depths.device)
             history = history_filter(self.config, trie, input_ids)
             leaves, scores = beam_search(self, state, trie, width, item_filter, history)
+            if memory is not None:
+                recall = self._recall(memory, trie, input_ids)
+                return mix_memory(self, state, trie, leaves, scores, recall, top_k, item_filter, history)
         items, scores = rank_items(leaves, scores, trie, top_k, item_filter)
         return RecommendOutput(items=items, scores=scores, latent_steps=state.depths)
+
+    def _recall(self, memory: ItemMemory, trie: SidTrie, input_ids: torch.Tensor) -> Recall:
+        """The memory's distribution, given the items of the prompts."""
+        leaves = trie.leaves_in(input_ids - self.config.sid_token_offset, self.config.codebook_size)  # (B, L)
+        # Items that share a Semantic ID are represented by the first of them.
+        items = torch.where(leaves >= 0, trie.items(leaves.clamp(min=0))[..., 0], -1)
+        return memory.to(input_ids.device).recall(items, self.config.exclude_history)
 
 
 @torch.no_grad()
