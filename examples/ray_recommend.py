@@ -75,7 +75,9 @@ def main() -> None:
     parser.add_argument("--top_k", type=int, default=10)
     parser.add_argument("--num_beams", type=int, default=50)
     parser.add_argument("--latent_steps", type=int, help="Number of latent steps; by default the policy head chooses.")
-    parser.add_argument("--exclude_history", action="store_true", help="Leave out the items of the history.")
+    parser.add_argument(
+        "--exclude_history", action="store_true", default=None, help="Leave out the items of the history."
+    )
     parser.add_argument("--data_dir", help="Folder that recipes/prepare.py wrote, for the most popular items.")
     parser.add_argument("--strict", action="store_true", help="Refuse unknown items and empty histories.")
     parser.add_argument("--batch_size", type=int, default=64)

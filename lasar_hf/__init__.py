@@ -8,6 +8,7 @@ from .model.base_lasar import LasarModel
 from .model.catalog_lasar import SidCatalog
 from .model.configuration_lasar import LasarConfig
 from .model.decoding_lasar import RecommendOutput
+from .model.memory_lasar import ItemMemory
 from .model.modeling_lasar import LasarForGenerativeRec
 from .model.processing_lasar import LasarProcessor
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 _TRAINING = ("LasarGRPOConfig", "LasarGRPOTrainer", "LasarSFTConfig", "LasarSFTTrainer")
 
 __all__ = [
+    "ItemMemory",
     "LasarConfig",
     "LasarForGenerativeRec",
     "LasarGRPOConfig",

@@ -66,3 +66,23 @@ def read_json_object(arguments: Any, name: str) -> None:
     if not isinstance(value, dict):
         raise ValueError(f'{name} is {text!r}; expected an object such as {{"key": "value"}}.')
     setattr(arguments, name, value)
+
+
+def read_switch(arguments: Any, name: str) -> None:
+    """
+    Replace the words `"auto"`, `"true"` and `"false"` in a field by `None`, `True` and `False`. YAML has booleans.
+
+    Args:
+        arguments:
+            Instance of a dataclass; the field is replaced.
+        name (`str`):
+            The field.
+
+    Raises:
+        `ValueError`: if the field has another value.
+    """
+    value = getattr(arguments, name)
+    words = {"auto": None, "true": True, "false": False, "none": None}
+    if str(value).lower() not in words:
+        raise ValueError(f"{name} is {value!r}; expected auto, true or false.")
+    setattr(arguments, name, words[str(value).lower()])

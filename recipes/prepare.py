@@ -37,9 +37,9 @@ from lasar_hf.data import (
     read_source,
     samples,
 )
-from lasar_hf.data.prepared_data import load_interactions, save_interactions
+from lasar_hf.data.prepared_data import RARE_REPEATS, load_interactions, save_interactions
 from lasar_hf.data.readers import source_settings
-from lasar_hf.data.splits import PARTS
+from lasar_hf.data.splits import PARTS, repeat_rate
 from lasar_hf.files import file_hash, read_json, write_json
 from lasar_hf.model.configuration_lasar import check_sizes
 from lasar_hf.reasoning import Segmenter, TemplateTeacher
@@ -253,7 +253,11 @@ def write_samples(args: PrepareArguments, out: Path) -> None:
     texts = [open_arrow(folder / name) for name in ("chains.arrow", "segments.arrow")]
     parts["train"] = concatenate_datasets([parts["train"], *texts], axis=1)
     DatasetDict(parts).save_to_disk(out / "samples")
-    write_json(out / "prepared.json", {"codebook_size": args.codebook_size, "max_history": args.max_history})
+    rate = repeat_rate(split.train)
+    write_json(out / "prepared.json", {
+        "codebook_size": args.codebook_size, "max_history": args.max_history, "repeat_rate": rate,
+        "exclude_history": rate <= RARE_REPEATS,
+    })
 
 
 def write_card(args: PrepareArguments, out: Path) -> None:
@@ -271,7 +275,8 @@ def write_card(args: PrepareArguments, out: Path) -> None:
         "mean_depth": round(num_segments / len(data.samples["train"]), 3),
     }
     show(counts)
-    card = card_settings(args) | {"counts": counts, "data": description}
+    repeats = {"repeat_rate": data.repeat_rate, "exclude_history": data.exclude_history}
+    card = card_settings(args) | {"counts": counts, "data": description | repeats}
     card |= {name: read_json(folder / f"{name}.json") for name in ("semantic_ids", "chains")}
     write_json(out / "data_card.json", card)
 

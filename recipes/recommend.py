@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 from trl import TrlParser
 
 from lasar_hf import LasarForGenerativeRec, LasarProcessor, SidCatalog
+from lasar_hf.arguments import read_switch
 from lasar_hf.data import PreparedData
 from lasar_hf.data.interactions import id_text
 from lasar_hf.data.tables import read_batches
@@ -63,11 +64,15 @@ class RecommendArguments:
     latent_steps: int | None = field(
         default=None, metadata={"help": "Number of latent steps, 0 for direct generation. Default: the policy's."}
     )
-    exclude_history: bool = field(default=False, metadata={"help": "Leave out the items of the history."})
+    exclude_history: str = field(
+        default="auto",
+        metadata={"help": "Leave out the items of the history: true, false or auto, as the model was trained."},
+    )
     batch_size: int = field(default=64, metadata={"help": "Users per batch."})
     shard_size: int = field(default=2048, metadata={"help": "Users per shard."})
 
     def __post_init__(self):
+        read_switch(self, "exclude_history")
         for name in ("batch_size", "shard_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1.")

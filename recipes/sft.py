@@ -17,7 +17,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoT
 from trl import TrlParser
 
 from lasar_hf import LasarForGenerativeRec, LasarProcessor, LasarSFTConfig, LasarSFTTrainer
-from lasar_hf.arguments import check_choices, read_json_object
+from lasar_hf.arguments import check_choices, read_json_object, read_switch
 from lasar_hf.data import PreparedData, reasoning_examples, sft_examples, stage1_examples
 from lasar_hf.evaluation import RankingEvaluator
 from lasar_hf.files import folder_hashes
@@ -61,6 +61,13 @@ class SFTScriptArguments:
         default=None,
         metadata={"help": "Maximum number of history items in a prompt (most recent kept). Stage 2: as instruction."},
     )
+    exclude_history: str = field(
+        default="auto",
+        metadata={
+            "help": "Stage 1: give the items of the history no probability. auto: as the prepared data says. Later "
+            "stages use that of the stage-1 checkpoint. (auto, true, false)"
+        },
+    )
     anchor_context: str = field(
         default="segment",
         metadata={
@@ -78,6 +85,7 @@ class SFTScriptArguments:
 
     def __post_init__(self):
         check_choices(self)
+        read_switch(self, "exclude_history")
         read_json_object(self, "backbone_config")
         if self.backbone_config is not None and self.backbone_config.get("model_type") not in CONFIG_MAPPING:
             model_type = self.backbone_config.get("model_type")
@@ -119,6 +127,7 @@ def stage1_model(script: SFTScriptArguments, model_args: LasarModelConfig, data:
     model = LasarForGenerativeRec.from_backbone(
         backbone, tokenizer, data.catalog.num_levels, data.codebook_size, script.max_latent_steps
     )
+    model.config.exclude_history = data.exclude_history if script.exclude_history is None else script.exclude_history
     if script.codebook_init:
         quantizer = Path(script.data_dir, "quantizer")
         if not quantizer.exists():

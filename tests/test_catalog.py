@@ -284,7 +284,7 @@ def test_a_prompt_without_any_item():
 )
 def test_bad_lists_are_refused(lists, message):
     with pytest.raises(ValueError, match=message):
-        ItemFilter(tiny_catalog().trie("cpu"), 2, **lists)
+        ItemFilter.from_lists(tiny_catalog().trie("cpu"), 2, **lists)
 
 
 def test_an_interrupted_save_leaves_no_catalogue(tmp_path, monkeypatch):
@@ -326,7 +326,7 @@ def test_each_device_has_its_copy():
 def test_lists_contain_item_indices(name, wrong):
     """A mask or ids would mean other items."""
     with pytest.raises(ValueError, match=f"{name} list of prompt 1"):
-        ItemFilter(tiny_catalog().trie("cpu"), 2, **{name: [None, wrong]})
+        ItemFilter.from_lists(tiny_catalog().trie("cpu"), 2, **{name: [None, wrong]})
 
 
 TITLES = ["Apple", None, "Chair"]

@@ -136,12 +136,12 @@ def test_drawing_from_a_tree_equals_drawing_from_each_prompt():
         expected_leaves, expected = beam_search(model, model.encode_prompts(**inputs, latent_steps=depths), trie, 5)
         alone = sum(read)
         read.clear()
-        state, index = model.encode_prompt_trees(**inputs, latent_steps=depths)
+        state, trees = model.encode_prompt_trees(**inputs, latent_steps=depths)
         leaves, scores = beam_search(model, state, trie, 5)
     assert sum(read) < alone
-    assert torch.equal(state.depths[index], depths)
-    assert torch.equal(leaves[index], expected_leaves)
-    torch.testing.assert_close(scores[index], expected, atol=1e-6, rtol=1e-6)
+    assert torch.equal(state.depths[trees.path], depths)
+    assert torch.equal(leaves[trees.path], expected_leaves)
+    torch.testing.assert_close(scores[trees.path], expected, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -165,5 +165,5 @@ def test_equal_prompts_of_a_tree_have_their_own_depths():
     rows = [ids[: ids.index(model.config.latent_start_token_id) + 1] for ids in nested_batch(model)]
     depths = torch.tensor([1] * len(rows) + [3] * len(rows))
     with model.evaluation_mode():
-        state, index = model.encode_prompt_trees(**batch(rows * 2), latent_steps=depths)
-    assert torch.equal(state.depths[index], depths)
+        state, trees = model.encode_prompt_trees(**batch(rows * 2), latent_steps=depths)
+    assert torch.equal(state.depths[trees.path], depths)

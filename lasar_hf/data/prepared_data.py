@@ -15,10 +15,11 @@ from ..files import folder_hashes, read_json, write_json
 from ..model.catalog_lasar import SidCatalog
 from ..model.processing_lasar import LasarProcessor
 from .interactions import ID_FIELDS, TEXT_FIELDS, Interactions
-from .splits import PARTS, Split
+from .splits import PARTS, Split, repeat_rate
 
 
 ITEM_FIELDS = TEXT_FIELDS + ID_FIELDS
+RARE_REPEATS = 0.001  # repeat rate up to which nobody is said to take an item twice
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,10 @@ class PreparedData:
             Number of codes per level. Not every code needs to be in use.
         max_history (`int`, *optional*):
             Maximum number of history items that the samples keep.
+        repeat_rate (`float`, *optional*, defaults to `0.0`):
+            Share of the training interactions, without the first of each user, whose item the user already had.
+        exclude_history (`bool`, *optional*, defaults to `True`):
+            Whether the items of a user's history are left out of recommendations, as decided on this data.
         split_fields (`dict`, *optional*):
             Fields of [`Split`] that are not columns of `users`.
 
@@ -62,6 +67,8 @@ class PreparedData:
     catalog: SidCatalog
     codebook_size: int
     max_history: int | None = None
+    repeat_rate: float = 0.0
+    exclude_history: bool = True
     split_fields: dict[str, object] = field(default_factory=dict)
 
     @classmethod
@@ -73,12 +80,16 @@ class PreparedData:
             raise FileNotFoundError(
                 f"{folder} contains no complete prepared data; run recipes/prepare.py with output_dir={folder}."
             )
+        users, fields = Dataset.load_from_disk(folder / "users"), read_json(folder / "prepared.json")
+        if "repeat_rate" not in fields:  # prepared by an older version
+            fields["repeat_rate"] = repeat_rate(users["train"])
+            fields["exclude_history"] = fields["repeat_rate"] <= RARE_REPEATS
         return cls(
             Dataset.load_from_disk(folder / "items"),
-            Dataset.load_from_disk(folder / "users"),
+            users,
             DatasetDict.load_from_disk(folder / "samples"),
             SidCatalog.from_pretrained(folder / "catalog"),
-            **read_json(folder / "prepared.json"),
+            **fields,
             split_fields=read_json(folder / "interactions.json")["split_fields"],
         )
 

@@ -42,6 +42,12 @@ class Split:
     test_from: float | None = None
 
 
+def repeat_rate(sequences: list[list[int]]) -> float:
+    """Share of the items in sequences, without the first of each, that the sequence already has."""
+    num_repeats = sum(len(sequence) - len(set(sequence)) for sequence in sequences)
+    return num_repeats / max(sum(max(len(sequence) - 1, 0) for sequence in sequences), 1)
+
+
 def leave_one_out(interactions: Interactions) -> Split:
     """
     Split each history: the last item is test, the one before is validation, the others are training (the protocol of

@@ -27,7 +27,7 @@ class Recommendations:
 
 def recommend_samples(
     model: LasarForGenerativeRec, samples: Dataset, processor: LasarProcessor, top_k: int = 20, num_beams: int = 50,
-    latent_steps: int | None = None, batch_size: int = 64, progress: bool = False, exclude_history: bool = False,
+    latent_steps: int | None = None, batch_size: int = 64, progress: bool = False, exclude_history: bool | None = None,
 ) -> Recommendations:
     """
     Recommend for every sample. Samples are batched by length, which keeps padding small.
@@ -41,9 +41,22 @@ def recommend_samples(
             As for [`LasarForGenerativeRec.recommend`]; one `int` for all samples.
         batch_size (`int`, *optional*, defaults to `64`):
             Samples per batch.
-        progress, exclude_history (`bool`, *optional*, default to `False`):
-            Show a progress bar; leave the items of a sample's history out of its recommendations.
+        progress (`bool`, *optional*, defaults to `False`):
+            Show a progress bar.
+        exclude_history (`bool`, *optional*):
+            Leave the items of a sample's history out of its recommendations, also those that are too old for the
+            prompt. Defaults to `exclude_history` of the model's configuration.
+
+    Raises:
+        `ValueError`: if `exclude_history` is `False`, but the model was trained with it.
     """
+    if exclude_history is None:
+        exclude_history = model.config.exclude_history
+    if model.config.exclude_history and not exclude_history:
+        raise ValueError(
+            "exclude_history is False, but the model was trained with exclude_history=True and knows no probabilities "
+            "of history items. Use True, or train with exclude_history=False."
+        )
     histories = samples["history"]
     prompts = [processor.prompt_ids(history) for history in histories]
     order = sorted(range(len(prompts)), key=lambda sample: len(prompts[sample]), reverse=True)

@@ -49,6 +49,10 @@ class LasarConfig(PreTrainedConfig):
         latent_start_token_id, latent_token_id, latent_end_token_id (`int`, *optional*):
             Ids of `<|latent_start|>`, the last token of a prompt, `<|latent|>`, the slot of one latent step, and
             `<|latent_end|>`, which closes the latent region.
+        exclude_history (`bool`, *optional*, defaults to `False`):
+            Whether the items of the prompt have no probability, in training, sampling and recommending. The code
+            probabilities are then normalised over prefixes that lead to at least one other item. For data in which
+            nobody takes an item twice.
 
     Example:
 
@@ -73,6 +77,7 @@ class LasarConfig(PreTrainedConfig):
     latent_start_token_id: int | None = None
     latent_token_id: int | None = None
     latent_end_token_id: int | None = None
+    exclude_history: bool = False
 
     def __post_init__(self, **kwargs):
         # The remote code of a checkpoint. `save_pretrained` would only write the entry of its own class.

@@ -25,6 +25,7 @@ from transformers.utils import ModelOutput
 from .batching_lasar import ReasoningState
 from .catalog_lasar import SidCatalog
 from .configuration_lasar import LasarConfig
+from .memory_lasar import Recall
 from .trie_lasar import ItemFilter, SidTrie
 
 
@@ -43,28 +44,47 @@ class RecommendOutput(ModelOutput):
             Log-probability of each item under the catalogue-normalised policy; `-inf` at padding.
         latent_steps (`torch.Tensor` of shape `(B,)`):
             Latent steps `N` taken for each prompt.
+        model_scores, memory_scores (`torch.Tensor` of shape `(B, k)`, *optional*):
+            With a memory: log-probabilities under the model and under the memory, whose mixture `scores` are.
     """
 
     items: torch.Tensor | None = None
     scores: torch.Tensor | None = None
     latent_steps: torch.Tensor | None = None
+    model_scores: torch.Tensor | None = None
+    memory_scores: torch.Tensor | None = None
 
 
 def child_log_probs(
     hidden_states: torch.Tensor, head: torch.Tensor, trie: SidTrie, level: int, nodes: torch.Tensor,
-    temperature: float = 1.0,
+    temperature: float = 1.0, history: ItemFilter | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
     Float32 log-probabilities, codes and node numbers, all `(..., F)`, of the codes that can follow the prefixes
     `nodes` `(...)` of depth `level`. Missing children have `-inf`, 0 and -1.
 
     `hidden_states` `(..., H)` predict these codes through `head` `(K, H)`, the head's rows for the level. Logits are
-    divided by `temperature` and normalised over the children of each prefix.
+    divided by `temperature` and normalised over the children of each prefix. A child that leads to items of the
+    `history` only has `-inf` too, see [`history_filter`].
     """
     codes, child = trie.children(level, nodes)  # (..., F)
     logits = nn.functional.linear(hidden_states, head).float() / temperature  # (..., K)
-    logits = logits.gather(-1, codes).masked_fill(child < 0, -torch.inf)
-    return logits.log_softmax(dim=-1), codes, child
+    is_missing = child < 0
+    if history is not None:
+        is_missing = is_missing | history.excludes_nodes(level, child)
+    logits = logits.gather(-1, codes).masked_fill(is_missing, -torch.inf)
+    # The last step is for children of dead prefixes, all of which may be missing.
+    return logits.log_softmax(dim=-1).masked_fill(is_missing, -torch.inf), codes, child
+
+
+def history_filter(config: LasarConfig, trie: SidTrie, input_ids: torch.Tensor) -> ItemFilter | None:
+    """
+    The items that prompts `(B, L)` contain, which have no probability if the configuration says `exclude_history`. An
+    item that shares its Semantic ID with another one is not excluded.
+    """
+    if not config.exclude_history:
+        return None
+    return ItemFilter.without_leaves(trie, trie.leaves_in(input_ids - config.sid_token_offset, config.codebook_size))
 
 
 @dataclass
@@ -126,7 +146,7 @@ def _select_perturbed(beams: _Beams, log_probs, child, width: int) -> tuple[torc
 
 def _search(
     model, state: ReasoningState, trie: SidTrie, select, temperature: float, width_limit: bool,
-    item_filter: ItemFilter | None = None,
+    item_filter: ItemFilter | None = None, history: ItemFilter | None = None,
 ) -> _Beams:
     """Walk down the trie; `select` chooses the prefixes to keep at each level."""
     batch_size, device = len(state.depths), state.depths.device
@@ -142,7 +162,7 @@ def _search(
         # 3. Score their children, without those that lead to no permitted item.
         start = model.config.sid_token_id(level, 0)
         head = model.lm_head.weight[start : start + model.config.codebook_size]  # (K, H)
-        log_probs, codes, child = child_log_probs(hidden_states, head, trie, level, beams.nodes, temperature)
+        log_probs, codes, child = child_log_probs(hidden_states, head, trie, level, beams.nodes, temperature, history)
         if item_filter is not None:
             log_probs = log_probs.masked_fill(item_filter.excludes_nodes(level, child), -torch.inf)
         # 4. Choose. Distinct prefixes are at most as many as the trie has nodes.
@@ -191,7 +211,8 @@ def _read_open(model, state: ReasoningState, trie: SidTrie, level: int, beams: _
 
 @torch.no_grad()
 def beam_search(
-    model, state: ReasoningState, trie: SidTrie, num_beams: int, item_filter: ItemFilter | None = None
+    model, state: ReasoningState, trie: SidTrie, num_beams: int, item_filter: ItemFilter | None = None,
+    history: ItemFilter | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Trie-constrained beam search that shares the prompt (LASAR, arXiv 2605.10207, inference). Returns leaves of the
@@ -200,16 +221,17 @@ def beam_search(
     Level 0 reads `<|latent_end|>` once per prompt, and every later level at most `W` extra tokens of the prompt's
     sequence. A token sees the prompt, the latent steps, `<|latent_end|>` and its own ancestors, so the prompt is never
     expanded and no cache is reordered. `item_filter` prunes prefixes without a permitted item and does not change the
-    scores.
+    scores; `history` is that of [`history_filter`].
     """
     select = partial(_select_best, width=num_beams)
-    beams = _search(model, state, trie, select, 1.0, width_limit=True, item_filter=item_filter)
+    beams = _search(model, state, trie, select, 1.0, width_limit=True, item_filter=item_filter, history=history)
     return beams.nodes, beams.scores
 
 
 @torch.no_grad()
 def sample_items(
-    model, state: ReasoningState, trie: SidTrie, num_samples: int, temperature: float = 1.0, replacement: bool = True
+    model, state: ReasoningState, trie: SidTrie, num_samples: int, temperature: float = 1.0, replacement: bool = True,
+    history: ItemFilter | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Sample `num_samples` items per prompt from the policy at a temperature. Returns leaves of the trie and their
@@ -224,9 +246,50 @@ def sample_items(
         select = partial(_select_independent, num_samples=num_samples)
     else:
         select = partial(_select_perturbed, width=num_samples)
-    beams = _search(model, state, trie, select, temperature, width_limit=not replacement)
+    beams = _search(model, state, trie, select, temperature, width_limit=not replacement, history=history)
     scores, order = beams.scores.sort(dim=1, descending=True, stable=True)
     return beams.nodes.gather(1, order), scores
+
+
+@torch.no_grad()
+def score_items(
+    model, state: ReasoningState, trie: SidTrie, items: torch.Tensor, history: ItemFilter | None = None
+) -> torch.Tensor:
+    """
+    Log-probabilities of `items` `(B, C)` under the policy distribution, in one pass; `-inf` at padding (-1) and for
+    items that are not in the trie. May follow a search on the same state.
+    """
+    config, (batch_size, count) = model.config, items.shape
+    depth = trie.num_levels
+    # 1. The leaf of each item, and its nodes and codes from the root on.
+    position = torch.where(items >= 0, trie.item_positions[items.clamp(min=0)], len(trie.item_indices))  # (B, C)
+    exists = position < len(trie.item_indices)
+    nodes, codes = trie.path_to(torch.where(exists, position, 0))  # (M, B, C) each
+    # 2. Read <|latent_end|>, which all items see, and the codes of each item but the last.
+    offsets = config.sid_token_offset + config.codebook_size * torch.arange(depth, device=items.device)
+    tokens = (codes + offsets[:, None, None])[:-1].permute(1, 2, 0).flatten(1)  # (B, C · (M - 1))
+    tokens = nn.functional.pad(tokens, (1, 0), value=config.latent_end_token_id)
+    causal = torch.ones(depth - 1, depth - 1, dtype=torch.bool, device=items.device).tril()
+    visible = torch.kron(torch.eye(count, dtype=torch.bool, device=items.device), causal)
+    visible = nn.functional.pad(nn.functional.pad(visible, (1, 0), value=True), (0, 0, 1, 0))
+    visible[0, 0] = True
+    visible = nn.functional.pad(visible, (sum(state.num_read), 0)).expand(batch_size, -1, -1)
+    hidden_states = model.model.read_tokens(state, tokens, visible)  # (B, 1 + C · (M - 1), H)
+    # 3. Add up the log-probabilities of the codes.
+    end, rest = hidden_states[:, :1].expand(-1, count, -1), hidden_states[:, 1:].unflatten(1, (count, depth - 1))
+    scores = torch.zeros(items.shape, device=items.device)
+    root = torch.zeros_like(nodes[0])
+    for level in range(depth):
+        start = config.sid_token_id(level, 0)
+        head = model.lm_head.weight[start : start + config.codebook_size]  # (K, H)
+        states = end if level == 0 else rest[:, :, level - 1]  # (B, C, H)
+        parents = root if level == 0 else nodes[level - 1]
+        log_probs, _, child = child_log_probs(states, head, trie, level, parents, history=history)  # (B, C, F)
+        column = (child == nodes[level][..., None]).to(torch.uint8).argmax(dim=-1, keepdim=True)
+        scores = scores + log_probs.gather(-1, column)[..., 0]
+    if scores.isnan().any():
+        raise ValueError(NAN_MESSAGE)
+    return scores.masked_fill(~exists, -torch.inf)
 
 
 def rank_items(
@@ -252,6 +315,41 @@ def rank_items(
     # 3. Pad to k.
     missing = top_k - items.shape[1]
     return nn.functional.pad(items, (0, missing), value=-1), nn.functional.pad(scores, (0, missing), value=-torch.inf)
+
+
+@torch.no_grad()
+def mix_memory(
+    model, state: ReasoningState, trie: SidTrie, leaves: torch.Tensor, scores: torch.Tensor, recall: Recall,
+    top_k: int, item_filter: ItemFilter | None = None, history: ItemFilter | None = None,
+) -> RecommendOutput:
+    """
+    Rank the items of the beams (`leaves` and `scores` `(B, W)` of [`beam_search`]) and the `W` most likely ones of a
+    memory by the mixture of both distributions, see [`ItemMemory`].
+    """
+    # 1. Items of the beams, then those of the memory that are not among them.
+    width = leaves.shape[1] * trie.fan_out[-1]
+    items, log_probs = rank_items(leaves, scores, trie, width, item_filter)  # (B, W · C)
+    recalled = recall.candidates(leaves.shape[1])  # (B, W)
+    is_new = ~(recalled[..., None] == items[:, None]).any(dim=-1)
+    recalled = torch.where(is_new, recalled, -1)
+    if item_filter is not None:
+        recalled = recalled.masked_fill(item_filter.excludes_items(recalled.clamp(min=0)), -1)
+    # 2. Their probability under the model, then the mixture.
+    log_probs = torch.cat([log_probs, score_items(model, state, trie, recalled, history)], dim=1)
+    items = torch.cat([items, recalled], dim=1)
+    mixed = recall.mix(log_probs, items).masked_fill(log_probs == -torch.inf, -torch.inf)
+    items = items.masked_fill(mixed == -torch.inf, -1)
+    # 3. Sort by item index, then stably by score, and pad to k.
+    order = items.argsort(dim=1)
+    order = order.gather(1, mixed.gather(1, order).argsort(dim=1, descending=True, stable=True))[:, :top_k]
+    items, mixed, log_probs = (part.gather(1, order) for part in (items, mixed, log_probs))
+    missing = max(top_k - order.shape[1], 0)
+    items = nn.functional.pad(items, (0, missing), value=-1)
+    mixed, log_probs = (nn.functional.pad(part, (0, missing), value=-torch.inf) for part in (mixed, log_probs))
+    return RecommendOutput(
+        items=items, scores=mixed, latent_steps=state.depths, model_scores=log_probs,
+        memory_scores=recall.probabilities(items).log(),
+    )
 
 
 class SidLogitsProcessor(LogitsProcessor):

@@ -23,9 +23,10 @@ from .base_lasar import DepthPolicyHead, LasarModel, LasarPreTrainedModel, check
 from .batching_lasar import BatchLayout, PrefixTrees, ReasoningState
 from .catalog_lasar import SidCatalog
 from .configuration_lasar import CONTROL_TOKENS, LATENT_START_TOKEN, LasarConfig, check_sizes, sid_tokens
-from .decoding_lasar import RecommendOutput, beam_search, rank_items
+from .decoding_lasar import RecommendOutput, beam_search, history_filter, mix_memory, rank_items
+from .memory_lasar import ItemMemory, Recall
 from .static_lasar import StaticPasses
-from .trie_lasar import ItemFilter
+from .trie_lasar import ItemFilter, SidTrie
 
 
 @dataclass
@@ -300,17 +301,18 @@ class LasarForGenerativeRec(LasarPreTrainedModel, GenerationMixin):
     def encode_prompt_trees(
         self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None,
         latent_steps: int | torch.Tensor | Callable[[torch.Tensor], torch.Tensor] | None = None,
-    ) -> tuple[ReasoningState, torch.Tensor]:
+    ) -> tuple[ReasoningState, PrefixTrees]:
         """
-        As [`~LasarForGenerativeRec.encode_prompts`], but prompts that are prefixes of one another are read once. The
-        second return value `(B,)` is the index of each prompt in the state, and so in the results of the search.
+        As [`~LasarForGenerativeRec.encode_prompts`], but prompts that are prefixes of one another are read once. In
+        the returned trees, `path` `(B,)` is the index of each prompt in the state, and so in the results of the
+        search, and `member` `(U,)` a prompt of each index.
         """
         layout, latent_steps = self._checked_prompts(input_ids, attention_mask, latent_steps)
         trees = PrefixTrees(layout, self.config.hidden_size, self.model.share_prefixes, join_equal=False)
         token_ids, visible = trees.prompts(layout)  # (T, P + R), (U, P + R)
         if not callable(latent_steps):
             latent_steps = latent_steps[trees.member]  # (U,)
-        return self.model.run_latent_steps(token_ids, visible, latent_steps), trees.path
+        return self.model.run_latent_steps(token_ids, visible, latent_steps), trees
 
     def _checked_prompts(self, input_ids, attention_mask, latent_steps):
         """The layout of prompts, and their depths `(B,)` or the function that chooses them."""
@@ -413,6 +415,7 @@ class LasarForGenerativeRec(LasarPreTrainedModel, GenerationMixin):
         catalog: SidCatalog | None = None, top_k: int = 10, num_beams: int = 50,
         latent_steps: int | torch.Tensor | None = None, allow: Sequence[torch.Tensor | None] | None = None,
         deny: Sequence[torch.Tensor | None] | None = None, allow_empty: bool = False,
+        memory: ItemMemory | None = None,
     ) -> RecommendOutput:
         """
         Recommend items of a catalogue: latent steps, then beam search over the catalogue's Semantic IDs (LASAR, arXiv
@@ -438,33 +441,53 @@ class LasarForGenerativeRec(LasarPreTrainedModel, GenerationMixin):
                 those of the whole catalogue.
             allow_empty (`bool`, *optional*, defaults to `False`):
                 Whether `allow` and `deny` may leave a prompt without any item. Its result is then all padding.
+            memory ([`ItemMemory`], *optional*):
+                Mix the model's distribution with the memory of this catalogue. Candidates are the items of the beams
+                and as many of the memory, and scores are log-probabilities of the mixture.
 
         Returns:
-            [`RecommendOutput`] with `items` `(B, k)`, `scores` `(B, k)` and `latent_steps` `(B,)`.
+            [`RecommendOutput`] with `items` `(B, k)`, `scores` `(B, k)` and `latent_steps` `(B,)`; with a `memory`
+            also `model_scores` and `memory_scores` `(B, k)`.
 
         Raises:
             `ValueError`: if a prompt does not end in its only control token `<|latent_start|>`, has unknown token ids
             or padding between tokens, or is too long for the backbone, `latent_steps` is not `0 … max_latent_steps`,
             `catalog` is missing or does not match the model, `top_k` or `num_beams` is not a whole number of at least
             1, the request is larger than the sizes of `compile_for_serving`, a list is invalid, a prompt may get no
-            item, or the logits contain NaN.
+            item, `memory` is that of another catalogue or used after `compile_for_serving`, or the logits contain NaN.
         """
         if catalog is None:
             raise ValueError("catalog is missing. Pass catalog=SidCatalog(codes, item_ids).")
         if not isinstance(top_k, Integral) or not isinstance(num_beams, Integral) or top_k < 1 or num_beams < 1:
             raise ValueError(f"top_k is {top_k} and num_beams is {num_beams}; expected whole numbers of at least 1.")
         catalog.check_matches(self.config.num_sid_levels, self.config.codebook_size)
+        if memory is not None:
+            memory.check_matches(catalog)
+            if self.static_passes is not None:
+                raise ValueError("memory is not supported after compile_for_serving. Leave one of them out.")
         item_filter = None
         if allow is not None or deny is not None:
-            item_filter = ItemFilter(catalog.trie(input_ids.device), len(input_ids), allow, deny, allow_empty)
+            trie = catalog.trie(input_ids.device)
+            item_filter = ItemFilter.from_lists(trie, len(input_ids), allow, deny, allow_empty)
         with self.evaluation_mode():
             width = max(num_beams, top_k)
             static_num_beams = None if self.static_passes is None else width
             state = self.encode_prompts(input_ids, attention_mask, latent_steps, static_num_beams)
             trie = catalog.trie(state.depths.device)
-            leaves, scores = beam_search(self, state, trie, width, item_filter)
+            history = history_filter(self.config, trie, input_ids)
+            leaves, scores = beam_search(self, state, trie, width, item_filter, history)
+            if memory is not None:
+                recall = self._recall(memory, trie, input_ids)
+                return mix_memory(self, state, trie, leaves, scores, recall, top_k, item_filter, history)
         items, scores = rank_items(leaves, scores, trie, top_k, item_filter)
         return RecommendOutput(items=items, scores=scores, latent_steps=state.depths)
+
+    def _recall(self, memory: ItemMemory, trie: SidTrie, input_ids: torch.Tensor) -> Recall:
+        """The memory's distribution, given the items of the prompts."""
+        leaves = trie.leaves_in(input_ids - self.config.sid_token_offset, self.config.codebook_size)  # (B, L)
+        # Items that share a Semantic ID are represented by the first of them.
+        items = torch.where(leaves >= 0, trie.items(leaves.clamp(min=0))[..., 0], -1)
+        return memory.to(input_ids.device).recall(items, self.config.exclude_history)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The trie of a catalogue's Semantic IDs as flat tensors, and allow and deny lists on it.
+"""The trie of a catalogue's Semantic IDs as flat tensors, and filters of its items.
 
 The trie is stored as compressed sparse rows (CSR) with children in code order, so a step of the constraint is a gather
 and never a Python loop. Only the constructor sorts all items; changes insert into the tensors or delete from them.
@@ -46,9 +46,14 @@ def _insert(values: torch.Tensor, positions: torch.Tensor, new: torch.Tensor) ->
     return joined
 
 
-def _lower_bound(values: torch.Tensor, first: torch.Tensor, end: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """First index `(a,)` in each ascending run `values[first:end]` whose value is not below `target`, else `end`."""
-    for _ in range(int((end - first).max()).bit_length()):
+def _lower_bound(
+    values: torch.Tensor, first: torch.Tensor, end: torch.Tensor, target: torch.Tensor, max_length: int
+) -> torch.Tensor:
+    """
+    First index `(...)` in each ascending run `values[first:end]`, of at most `max_length`, whose value is not below
+    `target`, else `end`.
+    """
+    for _ in range(max_length.bit_length()):
         middle = (first + end) // 2
         is_below = (first < end) & (values[middle.clamp(max=len(values) - 1)] < target)
         first, end = torch.where(is_below, middle + 1, first), torch.where(is_below, end, middle)
@@ -146,7 +151,8 @@ class SidTrie:
             num_children = _insert(pointer.diff(), inserted, torch.zeros_like(inserted))
             # b. Search each target among the children of its old node. A node that does not exist has no children.
             end = pointer[old_node + exists].long()
-            old_node = _lower_bound(label, pointer[old_node].long(), end, target)
+            first = pointer[old_node].long()
+            old_node = _lower_bound(label, first, end, target, int((end - first).max()))
             exists = (old_node < end) & (label[old_node.clamp(max=len(label) - 1)] == target)
             # c. Insert each missing child once.
             is_first[1:] |= target[1:] != target[:-1]
@@ -190,10 +196,32 @@ class SidTrie:
         return torch.where(exists, codes, 0), torch.where(exists, child, -1)
 
     def descend(self, level: int, nodes: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-        """The child `(n,)` with the given code of each node of depth `level`; -1 if it does not exist or for -1."""
-        child_codes, child = self.children(level, nodes.clamp(min=0))
-        match = (child_codes == codes[:, None]) & (child >= 0) & (nodes >= 0)[:, None]
-        return torch.where(match, child, -1).max(dim=1).values
+        """The child `(...)` with the given code of each node of depth `level`; -1 if it does not exist or for -1."""
+        pointer, labels = self.child_ptr[level], self.child_code[level]
+        parents = nodes.clamp(min=0)
+        end = pointer[parents + 1].long()
+        child = _lower_bound(labels, pointer[parents].long(), end, codes, self.fan_out[level])
+        exists = (nodes >= 0) & (child < end) & (labels[child.clamp(max=len(labels) - 1)] == codes)
+        return torch.where(exists, child, -1)
+
+    def leaves_in(self, tokens: torch.Tensor, codebook_size: int) -> torch.Tensor:
+        """
+        The leaf whose Semantic ID ends in each column of `tokens` `(B, L)`, -1 elsewhere. A token is
+        `level · codebook_size + code`; all other tokens are outside `0 … M · codebook_size - 1`.
+        """
+        nodes = torch.zeros_like(tokens)  # of the codes that end in each column
+        for level in range(self.num_levels):
+            nodes = nn.functional.pad(nodes[:, :-1], (1, 0), value=-1) if level else nodes
+            nodes = self.descend(level, nodes, tokens - level * codebook_size)
+        return nodes
+
+    def path_to(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Nodes of depth 1 … M above `positions` `(...)` and their codes, both `(M, ...)`."""
+        nodes = [torch.searchsorted(self.leaf_ptr, positions, right=True) - 1]
+        for pointer in self.child_ptr[:0:-1]:  # from the leaves up to the children of the root
+            nodes.insert(0, torch.searchsorted(pointer, nodes[0].to(pointer.dtype), right=True) - 1)
+        codes = [labels[node].long() for labels, node in zip(self.child_code, nodes, strict=True)]
+        return torch.stack(nodes), torch.stack(codes)
 
     def items(self, leaves: torch.Tensor) -> torch.Tensor:
         """Ascending item indices `(..., C)` of `leaves` `(...)`, -1 pads; `C` is the most items of one leaf."""
@@ -214,23 +242,54 @@ def _as_indices(items, device: torch.device) -> torch.Tensor | None:
     return indices.long()
 
 
+def _listed_positions(trie: SidTrie, name: str, lists, batch_size: int) -> list[torch.Tensor | None]:
+    """Ascending unique positions of the items of each list. Items that are not in the trie are left out."""
+    if lists is None:
+        return [None] * batch_size
+    if len(lists) != batch_size:
+        raise ValueError(
+            f"{name} has {len(lists)} lists; expected a list or None for each of the {batch_size} prompts."
+        )
+    catalog_size, positions = len(trie.item_positions), []
+    for index, items in enumerate(lists):
+        if items is None:
+            positions.append(None)
+            continue
+        items = _as_indices(items, trie.item_positions.device)
+        if items is None or items.ndim != 1 or ((items < 0) | (items >= catalog_size)).any():
+            raise ValueError(
+                f"The {name} list of prompt {index} is invalid; expected a one-dimensional list of item indices, "
+                f"0 … {catalog_size - 1}."
+            )
+        unique = trie.item_positions[items].unique()
+        positions.append(unique[unique < len(trie.item_indices)])
+    return positions
+
+
 class ItemFilter:
     """
-    The items that each prompt of a batch may get: its allow list, if it has one, minus its deny list. Arguments as for
-    [`~LasarForGenerativeRec.recommend`].
+    The items that each prompt of a batch may get.
 
-    Lists are stored as ascending positions of the trie. A node is one run of positions, so two binary searches count
-    the listed items below it. A prefix without any permitted item is pruned before it becomes a beam.
+    `listed` `(B, D)` are ascending positions of the trie, padded with the number of its items: the permitted ones
+    where `is_allow` `(B,)` is true, else the excluded ones. A node is one run of positions, so two binary searches
+    count the listed items below it. A prefix without any permitted item is pruned before it becomes a beam.
     """
 
-    def __init__(
-        self, trie: SidTrie, batch_size: int, allow: Sequence[torch.Tensor | None] | None = None,
+    def __init__(self, trie: SidTrie, listed: torch.Tensor, is_allow: torch.Tensor):
+        self._trie, self.listed, self.is_allow = trie, listed, is_allow
+
+    @classmethod
+    def from_lists(
+        cls, trie: SidTrie, batch_size: int, allow: Sequence[torch.Tensor | None] | None = None,
         deny: Sequence[torch.Tensor | None] | None = None, allow_empty: bool = False,
-    ):
-        self._trie = trie
+    ) -> "ItemFilter":
+        """
+        The allow list of each prompt, if it has one, minus its deny list. Arguments as for
+        [`~LasarForGenerativeRec.recommend`].
+        """
         num_items, device = len(trie.item_indices), trie.item_indices.device
-        allow = self._positions("allow", allow, batch_size)
-        deny = self._positions("deny", deny, batch_size)
+        allow = _listed_positions(trie, "allow", allow, batch_size)
+        deny = _listed_positions(trie, "deny", deny, batch_size)
         # 1. One list per prompt: permitted positions if it has an allow list, else the denied positions.
         listed = []
         for allowed, denied in zip(allow, deny, strict=True):
@@ -238,53 +297,47 @@ class ItemFilter:
                 listed.append(trie.item_positions[:0] if denied is None else denied)
             else:
                 listed.append(allowed if denied is None else allowed[~torch.isin(allowed, denied)])
-        self.is_allow = torch.tensor([allowed is not None for allowed in allow], device=device)  # (B,)
+        is_allow = torch.tensor([allowed is not None for allowed in allow], device=device)  # (B,)
         # 2. Pad them after the last position, so that they stay sorted.
-        self.listed = nn.utils.rnn.pad_sequence(listed, batch_first=True, padding_value=num_items)  # (B, D)
+        listed = nn.utils.rnn.pad_sequence(listed, batch_first=True, padding_value=num_items)  # (B, D)
         # 3. Refuse prompts without any permitted item.
-        counts = (self.listed < num_items).sum(dim=1)
-        empty = torch.where(self.is_allow, counts == 0, counts == num_items)
+        counts = (listed < num_items).sum(dim=1)
+        empty = torch.where(is_allow, counts == 0, counts == num_items)
         if not allow_empty and empty.any():
             raise ValueError(
                 f"allow and deny permit no item for prompt {int(empty.nonzero()[0])}. Pass allow_empty=True to get an "
                 "empty result for such prompts."
             )
+        return cls(trie, listed, is_allow)
 
-    def _positions(self, name: str, lists, batch_size: int) -> list[torch.Tensor | None]:
-        """Ascending unique positions of the items of each list. Items that are not in the trie are left out."""
-        if lists is None:
-            return [None] * batch_size
-        if len(lists) != batch_size:
-            raise ValueError(
-                f"{name} has {len(lists)} lists; expected a list or None for each of the {batch_size} prompts."
-            )
-        catalog_size, positions = len(self._trie.item_positions), []
-        for index, items in enumerate(lists):
-            if items is None:
-                positions.append(None)
-                continue
-            items = _as_indices(items, self._trie.item_positions.device)
-            if items is None or items.ndim != 1 or ((items < 0) | (items >= catalog_size)).any():
-                raise ValueError(
-                    f"The {name} list of prompt {index} is invalid; expected a one-dimensional list of item indices, "
-                    f"0 … {catalog_size - 1}."
-                )
-            unique = self._trie.item_positions[items].unique()
-            positions.append(unique[unique < len(self._trie.item_indices)])
-        return positions
+    @classmethod
+    def without_leaves(cls, trie: SidTrie, leaves: torch.Tensor) -> "ItemFilter":
+        """
+        Exclude the first item of each leaf in `leaves` `(B, D)`, -1 pads. A leaf of several items therefore stays,
+        since it does not say which of them is meant. Leaves of all items of the catalogue exclude nothing.
+        """
+        num_items = len(trie.item_indices)
+        listed = torch.where(leaves >= 0, trie.leaf_ptr[leaves.clamp(min=0)], num_items).sort(dim=1).values
+        # Each position once.
+        is_repeated = nn.functional.pad(listed[:, 1:] == listed[:, :-1], (1, 0))
+        listed = listed.masked_fill(is_repeated, num_items).sort(dim=1).values
+        is_everything = (listed < num_items).sum(dim=1) == num_items  # (B,)
+        listed = listed.masked_fill(is_everything[:, None], num_items)
+        return cls(trie, listed, torch.zeros_like(is_everything))
 
     def excludes_nodes(self, level: int, child: torch.Tensor) -> torch.Tensor:
         """
-        Whether each child `(B, W, F)` of nodes of depth `level` leads to no permitted item of its prompt; undefined at
+        Whether each child `(B, …, F)` of nodes of depth `level` leads to no permitted item of its prompt; undefined at
         padding.
         """
         # 1. The children of a parent are consecutive nodes: F runs of positions with F + 1 edges.
         edges = child[..., :1] + torch.arange(child.shape[-1] + 1, device=child.device)
         edges = edges.clamp(max=self._trie.num_nodes[level + 1])
-        first = self._trie.first_position(level + 1, edges)  # (B, W, F + 1)
+        first = self._trie.first_position(level + 1, edges)  # (B, …, F + 1)
         # 2. Count the listed positions, and all positions, of each run.
         num_listed = torch.searchsorted(self.listed, first.flatten(1), out_int32=True).view_as(first).diff(dim=-1)
-        return torch.where(self.is_allow[:, None, None], num_listed == 0, num_listed == first.diff(dim=-1))
+        is_allow = self.is_allow.view(-1, *[1] * (child.ndim - 1))
+        return torch.where(is_allow, num_listed == 0, num_listed == first.diff(dim=-1))
 
     def excludes_items(self, items: torch.Tensor) -> torch.Tensor:
         """Whether each of the items `(B, n)` is not permitted for its prompt; undefined at padding."""

@@ -14,7 +14,7 @@ from trl.trainer.utils import FusedCausalLMOutput, maybe_gather_lm_head_ctx, sel
 from ..model.catalog_lasar import SidCatalog
 from ..model.decoding_lasar import child_log_probs
 from ..model.modeling_lasar import LasarForGenerativeRec
-from ..model.trie_lasar import SidTrie
+from ..model.trie_lasar import ItemFilter, SidTrie
 
 
 def add_catalog_head(model: LasarForGenerativeRec, catalog: SidCatalog, temperature: float = 1.0) -> None:
@@ -76,22 +76,28 @@ def score_labels(
     is_sid = label_mask & (sid >= 0) & (sid < config.num_sid_tokens)  # (B, L - 1)
     level_of = torch.where(is_sid, sid // config.codebook_size, -1)  # (B, L - 1)
 
+    # 2. The items of each sequence, if those before a label have no probability.
+    items = None
+    if config.exclude_history:
+        items = trie.leaves_in(input_ids - config.sid_token_offset, config.codebook_size)  # (B, L)
+
     indices, scores = [], []  # of the labels of each level, then of text
     weight = model.lm_head.weight  # (V, H)
     if isinstance(weight, DTensor):
         weight = weight.full_tensor()
     with maybe_gather_lm_head_ctx(weight):
-        # 2. SID labels, level by level, with that level's K rows of the head: n labels are scored at once.
+        # 3. SID labels, level by level, with that level's K rows of the head: n labels are scored at once.
         for level in range(config.num_sid_levels):
             index = (level_of == level).nonzero(as_tuple=True)  # 2 × (n,)
             first = config.sid_token_id(level, 0)
             head = weight[first : first + config.codebook_size]  # (K, H)
             nodes = _prefix_nodes(input_ids, index, level, trie, config)  # (n,)
             codes = sid[index] - level * config.codebook_size  # (n,)
+            history = None if items is None else _history_of_labels(items, index, level, trie)
             indices.append(index)
-            scores.append(_score_level(hidden_states[index], head, trie, level, nodes, codes, temperature))
+            scores.append(_score_level(hidden_states[index], head, trie, level, nodes, codes, temperature, history))
 
-        # 3. Text labels, with the whole head.
+        # 4. Text labels, with the whole head.
         index = (label_mask & ~is_sid).nonzero(as_tuple=True)  # 2 × (n,)
         if len(index[0]):
             logits = nn.functional.linear(hidden_states[index], weight).float() / temperature  # (n, V)
@@ -99,7 +105,7 @@ def score_labels(
             indices.append(index)
             scores.append((*selective_log_softmax_and_entropy(logits, targets[index]), is_top1))
 
-    # 4. Put the scores at their labels. The last line connects a batch without labels to the graph.
+    # 5. Put the scores at their labels. The last line connects a batch without labels to the graph.
     index = [torch.cat(parts) for parts in zip(*indices, strict=True)]
     zeros = hidden_states.new_zeros(targets.shape, dtype=torch.float32)  # (B, L - 1)
     log_probs, entropy, is_top1 = (zeros.index_put(index, torch.cat(parts)) for parts in zip(*scores, strict=True))
@@ -120,10 +126,30 @@ def _prefix_nodes(input_ids: torch.Tensor, index, level: int, trie: SidTrie, con
     return nodes
 
 
-def _score_level(hidden_states, head, trie: SidTrie, level: int, nodes, target_codes, temperature: float):
+def _history_of_labels(items: torch.Tensor, index, level: int, trie: SidTrie) -> ItemFilter:
+    """
+    Exclude the items that end before the item of each label begins, but not that item: the targets of a few users may
+    repeat. `items` `(B, L)` has the leaf of the item that ends in each column.
+    """
+    sequence, position = index
+    # The columns of the items: (B, D), D is the largest number of items.
+    is_item = items >= 0
+    columns = is_item.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, : int(is_item.sum(dim=1).max())]
+    leaves = items.gather(1, columns)[sequence]  # (n, D)
+    columns = columns[sequence]  # (n, D)
+    # A label of this level is predicted `level` columns after the column before its item.
+    last = (position - level + trie.num_levels).clamp(max=items.shape[1] - 1)  # (n,), last code of the label's item
+    target = items[sequence, last]  # (n,)
+    is_history = (columns <= position[:, None]) & (leaves != target[:, None])
+    return ItemFilter.without_leaves(trie, torch.where(is_history, leaves, -1))
+
+
+def _score_level(hidden_states, head, trie: SidTrie, level: int, nodes, target_codes, temperature: float, history):
     """Log-probability, entropy and top-1 hit `(n,)` of each label among the children of its node."""
     # 1. Distribution over the children of each node; C columns, child -1 where a node has fewer.
-    log_probs, codes, child = child_log_probs(hidden_states, head, trie, level, nodes.clamp(min=0), temperature)
+    log_probs, codes, child = child_log_probs(
+        hidden_states, head, trie, level, nodes.clamp(min=0), temperature, history
+    )
     # 2. The column of the label.
     is_target = (codes == target_codes[:, None]) & (child >= 0) & (nodes >= 0)[:, None]  # (n, C)
     is_unknown = ~is_target.any(dim=1)  # (n,)
@@ -134,9 +160,10 @@ def _score_level(hidden_states, head, trie: SidTrie, level: int, nodes, target_c
             "training examples and the catalogue from the same Semantic IDs."
         )
     target = log_probs.gather(1, is_target.float().argmax(dim=1, keepdim=True))[:, 0]  # (n,)
-    # 3. Metrics over the existing children.
+    # 3. Metrics over the children with a probability.
+    is_missing = log_probs == -torch.inf  # (n, C)
     with torch.no_grad():
         is_top1 = (target >= log_probs.max(dim=1).values).float()
-    finite = log_probs.masked_fill(child < 0, 0)  # (n, C)
-    entropy = -(finite.exp() * finite).masked_fill(child < 0, 0).sum(dim=1)
+    finite = log_probs.masked_fill(is_missing, 0)  # (n, C)
+    entropy = -(finite.exp() * finite).masked_fill(is_missing, 0).sum(dim=1)
     return target, entropy, is_top1

@@ -20,7 +20,7 @@ from ..files import read_json, write_json
 from ..model.base_lasar import sampled_depth
 from ..model.catalog_lasar import SidCatalog
 from ..model.configuration_lasar import LATENT_START_TOKEN
-from ..model.decoding_lasar import sample_items
+from ..model.decoding_lasar import history_filter, sample_items
 from .catalog_head import add_catalog_head
 from .grpo_config import LasarGRPOConfig
 from .lora import check_token_rows, complete_reference, is_adapter, load_model, train_policy_head
@@ -181,10 +181,13 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
         trie = self.catalog.trie(prompt_ids.device)
         options = {"replacement": self.args.sampling == "sample"}
         with lasar.evaluation_mode():
-            state, index = lasar.encode_prompt_trees(prompt_ids, prompt_mask, sampled_depth)
-            leaves, _ = sample_items(lasar, state, trie, self.num_generations, self.temperature, **options)  # (U, G)
-        depths, leaves = state.depths[index], leaves[index]  # (B,), (B, G)
-        log_policy = state.depth_logits[index].float().log_softmax(dim=-1)  # (B, N_max)
+            state, trees = lasar.encode_prompt_trees(prompt_ids, prompt_mask, sampled_depth)
+            history = history_filter(lasar.config, trie, prompt_ids[trees.member])
+            leaves, _ = sample_items(
+                lasar, state, trie, self.num_generations, self.temperature, history=history, **options
+            )  # (U, G)
+        depths, leaves = state.depths[trees.path], leaves[trees.path]  # (B,), (B, G)
+        log_policy = state.depth_logits[trees.path].float().log_softmax(dim=-1)  # (B, N_max)
         log_probs = log_policy.gather(1, depths[:, None] - 1)[:, 0]  # (B,)
         # Items that share a Semantic ID are one candidate, represented by the first of them.
         return depths, log_probs, trie.items(leaves)[..., 0]

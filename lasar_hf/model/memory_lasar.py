@@ -1,0 +1,214 @@
+"""A memory of item-to-item steps, mixed with the model's distribution at the level of items.
+
+A generative recommender generalises well and memorises badly; a table of which item follows which does the opposite.
+With `M` the memory's distribution over items, given the items of the prompt, and `g` its weight, the mixture is
+
+    p(item | X) = (1 - g) p_model(item | X) + g M(item | X)
+
+The candidates are the items of the beams and the most likely ones of the memory. Both distributions are exact for all
+of them.
+
+Shapes: `B` prompts of `D` items, `C` candidates per prompt, `I` items of the catalogue.
+"""
+
+import copy
+import hashlib
+import json
+import math
+import os
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers.utils import cached_file
+
+from .catalog_lasar import SidCatalog
+
+
+MEMORY_NAME = "item_memory.safetensors"
+TENSORS = ("pointers", "neighbours", "weights", "support")
+
+
+def catalog_hash(catalog: SidCatalog) -> str:
+    """SHA-256 of the ids of a catalogue's items, which say what an item index means."""
+    return hashlib.sha256(json.dumps(catalog.item_ids).encode()).hexdigest()
+
+
+class ItemMemory:
+    """
+    A sparse item-to-item matrix `S` `(I, I)` and the weight of the memory in the mixture.
+
+    Row `i` of the matrix has the items that follow item `i`. The score of an item is `Σ_k d^k S[h_{-k}, item]`, over
+    the history `h` from its newest item `h_{-0}` with the decay `d`, and the memory's distribution is the scores
+    divided by their sum. Its weight is `sigmoid(a + b log(1 + n))`, with `n` the number of training interactions of
+    the newest item, and 0 if no score is positive.
+
+    Args:
+        pointers (`torch.Tensor` of shape `(I + 1,)`), neighbours, weights (`torch.Tensor` of shape `(E,)`):
+            The matrix in compressed rows: `neighbours[pointers[i] : pointers[i + 1]]` are the items that follow item
+            `i`, and `weights`, all positive, their scores.
+        support (`torch.Tensor` of shape `(I,)`):
+            Number of training interactions of each item.
+        catalog_sha256 (`str`):
+            [`catalog_hash`] of the catalogue that the item indices belong to.
+        decay (`float`, *optional*, defaults to `0.7`):
+            Decay `d` of the items of a history.
+        gate (`tuple[float, float]`, *optional*, defaults to `(0.0, 0.0)`):
+            `a` and `b` of the memory's weight, which is one half by default.
+
+    Raises:
+        `ValueError`: if shapes or item indices do not fit, or a weight is not positive.
+
+    Example:
+
+    ```python
+    >>> memory = ItemMemory.from_pretrained("outputs/scientific/grpo")
+    >>> model.recommend(**processor([["12", "40"]]), catalog=processor.catalog, memory=memory)
+    ```
+    """
+
+    def __init__(
+        self, pointers: torch.Tensor, neighbours: torch.Tensor, weights: torch.Tensor, support: torch.Tensor,
+        catalog_sha256: str, decay: float = 0.7, gate: tuple[float, float] = (0.0, 0.0),
+    ):
+        num_items = len(support)
+        fits = len(pointers) == num_items + 1 and len(neighbours) == len(weights) == int(pointers[-1])
+        if not fits or (len(neighbours) and not 0 <= int(neighbours.min()) <= int(neighbours.max()) < num_items):
+            raise ValueError(
+                f"The memory has {len(pointers)} pointers, {len(neighbours)} neighbours and {len(weights)} weights of "
+                f"{num_items} items; expected the compressed rows of a matrix of these items."
+            )
+        if not bool((weights > 0).all()) or not 0 < decay <= 1:
+            raise ValueError(f"weights must be positive and decay in (0, 1]; decay is {decay}.")
+        self.pointers, self.neighbours, self.weights = pointers.long(), neighbours.long(), weights.float()
+        self.support, self.catalog_sha256 = support.long(), catalog_sha256
+        self.decay, self.gate = float(decay), (float(gate[0]), float(gate[1]))
+
+    def __len__(self) -> int:
+        return len(self.support)
+
+    def to(self, device: torch.device | str) -> "ItemMemory":
+        """This memory on a device."""
+        moved = copy.copy(self)
+        for name in TENSORS:
+            setattr(moved, name, getattr(self, name).to(device))
+        return moved
+
+    def check_matches(self, catalog: SidCatalog) -> None:
+        """Refuse the memory of another catalogue, with a `ValueError`."""
+        if self.catalog_sha256 != catalog_hash(catalog):
+            raise ValueError(
+                f"The memory of {len(self)} items belongs to another catalogue than that of {len(catalog)} items. "
+                "Build it from the same data, with recipes/memory.py."
+            )
+
+    def recall(self, history: torch.Tensor, exclude_history: bool = False) -> "Recall":
+        """
+        The memory's distribution for each prompt.
+
+        `history` `(B, D)` are item indices, oldest first, -1 at padding on either side. With `exclude_history` its
+        items have no probability. Returns a [`Recall`].
+        """
+        batch_size, num_items, device = len(history), len(self), history.device
+        # 1. The weight d^k of each item; k counts the newer items.
+        is_item = history >= 0  # (B, D)
+        age = is_item.flip(1).cumsum(dim=1).flip(1) - 1  # (B, D)
+        factor = torch.where(is_item, self.decay**age, 0.0)  # (B, D)
+        # 2. All neighbours of all items: E entries of (prompt, item, score).
+        rows = history.clamp(min=0).flatten()  # (B · D,)
+        lengths = torch.where(is_item.flatten(), self.pointers[rows + 1] - self.pointers[rows], 0)
+        source = torch.repeat_interleave(lengths)  # (E,), index among B · D
+        within = torch.arange(len(source), device=device) - (lengths.cumsum(0) - lengths)[source]
+        entry = self.pointers[rows[source]] + within  # (E,)
+        keys = source // history.shape[1] * num_items + self.neighbours[entry]
+        # 3. Add up the scores of equal items: N entries in ascending order of prompt and item.
+        keys, index = torch.unique(keys, return_inverse=True)
+        weights = factor.flatten()[source] * self.weights[entry]  # (E,)
+        scores = torch.zeros(len(keys), device=device).index_add(0, index, weights)  # (N,)
+        prompt = keys // num_items  # (N,)
+        if exclude_history:
+            own = torch.arange(batch_size, device=device)[:, None] * num_items + history
+            is_kept = ~torch.isin(keys, own[is_item])
+            keys, scores, prompt = keys[is_kept], scores[is_kept], prompt[is_kept]
+        # 4. Divide by the sum of each prompt.
+        total = torch.zeros(batch_size, device=device).index_add(0, prompt, scores)  # (B,)
+        # 5. The weight in the mixture.
+        last = torch.where(is_item, torch.arange(history.shape[1], device=device), 0).amax(dim=1)  # (B,)
+        newest = history.gather(1, last[:, None])[:, 0]  # (B,)
+        a, b = self.gate
+        weight = torch.sigmoid(a + b * torch.log1p(self.support[newest.clamp(min=0)].float()))  # (B,)
+        return Recall(keys, scores / total[prompt], torch.where(total > 0, weight, 0.0), num_items)
+
+    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
+        """Write `item_memory.safetensors` to a folder, beside the catalogue."""
+        os.makedirs(save_directory, exist_ok=True)
+        path = os.path.join(save_directory, MEMORY_NAME)
+        settings = {"catalog_sha256": self.catalog_sha256, "decay": self.decay, "gate": self.gate}
+        tensors = {name: getattr(self, name).cpu() for name in TENSORS}
+        save_file(tensors, path + ".tmp", metadata={"settings": json.dumps(settings)})
+        os.replace(path + ".tmp", path)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_directory: str | os.PathLike, **kwargs) -> "ItemMemory":
+        """
+        Read a memory written by [`~ItemMemory.save_pretrained`], from a folder or a model id on the Hub. `kwargs` such
+        as `revision` and `token` are passed to [`~transformers.utils.cached_file`].
+        """
+        if os.path.isdir(pretrained_directory):
+            path = os.path.join(pretrained_directory, MEMORY_NAME)
+            if not os.path.exists(path):
+                raise FileNotFoundError(
+                    f"{pretrained_directory} has no {MEMORY_NAME}. Make one with recipes/memory.py."
+                )
+        else:
+            path = cached_file(pretrained_directory, MEMORY_NAME, **kwargs)
+        with safe_open(path, framework="pt") as file:
+            settings = json.loads(file.metadata()["settings"])
+            return cls(**{name: file.get_tensor(name) for name in file.keys()}, **settings)
+
+
+class Recall:
+    """
+    The memory's distribution for a batch: `probs` `(N,)` of the items that `keys` `(N,)` name, `prompt · I + item` in
+    ascending order, and the `weight` `(B,)` of the memory. All other items have probability 0.
+    """
+
+    def __init__(self, keys: torch.Tensor, probs: torch.Tensor, weight: torch.Tensor, num_items: int):
+        self.keys, self.probs, self.weight, self.num_items = keys, probs, weight, num_items
+
+    def candidates(self, count: int) -> torch.Tensor:
+        """The `count` most likely items of each prompt, `(B, count)`, best first; -1 pads."""
+        # Sort by probability, then stably by prompt, so that the prompts keep that order.
+        order = self.probs.argsort(descending=True, stable=True)
+        order = order[(self.keys[order] // self.num_items).argsort(stable=True)]  # (N,)
+        prompt = self.keys[order] // self.num_items
+        num_of = torch.bincount(prompt, minlength=len(self.weight))  # (B,)
+        rank = torch.arange(len(order), device=order.device) - (num_of.cumsum(0) - num_of)[prompt]  # (N,)
+        items = torch.full((len(self.weight), count), -1, device=order.device)
+        is_kept = rank < count
+        items[prompt[is_kept], rank[is_kept]] = self.keys[order][is_kept] % self.num_items
+        return items
+
+    def probabilities(self, items: torch.Tensor) -> torch.Tensor:
+        """Probabilities of `items` `(B, C)`, 0 at padding (-1)."""
+        if len(self.keys) == 0:
+            return torch.zeros(items.shape, device=items.device)
+        wanted = torch.arange(len(items), device=items.device)[:, None] * self.num_items + items
+        index = torch.searchsorted(self.keys, wanted).clamp(max=len(self.keys) - 1)  # (B, C)
+        return torch.where((self.keys[index] == wanted) & (items >= 0), self.probs[index], 0.0)
+
+    def mix(self, log_probs: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities `(B, C)` of items under the mixture, from those under the model."""
+        weight = self.weight[:, None]
+        model = log_probs + torch.log1p(-weight)
+        return torch.logaddexp(model, (weight * self.probabilities(items)).log())
+
+
+def gate_of(weight: float) -> tuple[float, float]:
+    """The gate of [`ItemMemory`] with the same weight, between 0 and 1, for all items."""
+    if not 0 < weight < 1:
+        raise ValueError(f"weight is {weight}; expected a number between 0 and 1.")
+    return math.log(weight / (1 - weight)), 0.0
+
+
+__all__ = ["ItemMemory", "Recall"]
