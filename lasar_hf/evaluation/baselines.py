@@ -118,7 +118,9 @@ def item_knn_matrix(
 
     With `C_g[i, j]` the number of times that `j` comes `g` places after `i`:
 
-        W = Σ_{g=1..window} gap_decay^(g-1) C_g,   W ← W + mirror · Wᵀ,   S = D W D,   D = diag(popularity + shrinkage)^(-1/2)
+        W = Σ_{g=1..window} gap_decay^(g-1) C_g
+        W ← W + mirror · Wᵀ
+        S = D W D  with  D = diag(popularity + shrinkage)^(-1/2)
 
     Args:
         train_sequences, num_items:
@@ -133,7 +135,8 @@ def item_knn_matrix(
             Added to popularity; the larger, the less rare items gain. Not negative.
 
     Returns:
-        `scipy.sparse.csr_array` of shape `(num_items, num_items)`, float64: `S`; row `i` has the neighbours of item `i`.
+        `scipy.sparse.csr_array` of shape `(num_items, num_items)`, float64: `S`, with the neighbours of item `i` in
+        row `i`.
     """
     if window < 1 or shrinkage < 0:
         raise ValueError(f"window is {window} and shrinkage {shrinkage}; expected at least 1 and at least 0.")
@@ -141,7 +144,9 @@ def item_knn_matrix(
     pairs = pairs + mirror * pairs.T
     # An item without popularity is in no pair: its weight does not matter, but it must be finite.
     scale = sparse.diags_array(np.maximum(_popularity(train_sequences, num_items) + shrinkage, 1e-9) ** -0.5)
-    return (scale @ pairs @ scale).tocsr()
+    similarity = (scale @ pairs @ scale).tocsr()
+    similarity.eliminate_zeros()
+    return similarity
 
 
 def ease_matrix(
@@ -171,7 +176,7 @@ def ease_matrix(
         )
     if regularization <= 0:
         raise ValueError(f"regularization is {regularization}; expected a positive number.")
-    users, items, _ = _flat(train_sequences)
+    users, items, _ = flat_sequences(train_sequences)
     _check_items("train_sequences", items, num_items)
     ones = np.ones(len(items), dtype=np.float32)
     interactions = sparse.csr_array((ones, (users, items)), shape=(len(train_sequences), num_items))
@@ -206,7 +211,7 @@ def matrix_ranking(
         `np.ndarray` of shape `(U, k)`, int64, as [`popularity_ranking`].
     """
     num_items = scores.shape[0]
-    users, items, places = _flat(histories)
+    users, items, places = flat_sequences(histories)
     _check_items("histories", items, num_items)
     weights = sparse.csr_array(
         (np.power(float(history_decay), places), (users, items)), shape=(len(histories), num_items)
@@ -278,7 +283,7 @@ def _blocks(room: np.ndarray) -> Iterator[slice]:
         yield slice(first, last)
 
 
-def _flat(sequences: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def flat_sequences(sequences: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """All items of sequences in one array `(N,)`: the sequence, the item and the place, counted from the newest."""
     lengths = np.fromiter(map(len, sequences), dtype=np.int64, count=len(sequences))
     owners = np.repeat(np.arange(len(sequences)), lengths)
@@ -288,7 +293,7 @@ def _flat(sequences: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray, n
 
 def _pair_counts(train_sequences: Sequence[Sequence[int]], num_items: int, gap: int) -> sparse.csr_array:
     """`(I, I)`: how often the item of the column comes `gap` places after the item of the row."""
-    owners, items, _ = _flat(train_sequences)
+    owners, items, _ = flat_sequences(train_sequences)
     _check_items("train_sequences", items, num_items)
     is_pair = owners[:-gap] == owners[gap:]
     before, after = items[:-gap][is_pair], items[gap:][is_pair]
@@ -297,7 +302,7 @@ def _pair_counts(train_sequences: Sequence[Sequence[int]], num_items: int, gap: 
 
 def _popularity(train_sequences: Sequence[Sequence[int]], num_items: int) -> np.ndarray:
     """Number of training interactions of each item `(I,)`."""
-    _, items, _ = _flat(train_sequences)
+    _, items, _ = flat_sequences(train_sequences)
     _check_items("train_sequences", items, num_items)
     return np.bincount(items, minlength=num_items)
 

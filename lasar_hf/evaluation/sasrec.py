@@ -19,9 +19,10 @@ def sasrec_ranking(
     exclude_history: bool = False, num_epochs: int = 20, max_history: int = 20, seed: int = 0,
 ) -> np.ndarray:
     """
-    SASRec (Kang and McAuley, 2018) with cross-entropy over the target, the batch's other targets and 2,048 random items.
+    SASRec (Kang and McAuley, 2018), a small transformer over item embeddings, with cross-entropy.
 
-    Every prefix of a training sequence is an example. The network has 2 layers of width 64 and dropout 0.5.
+    Every prefix of a training sequence is an example. The softmax covers the target, the other targets of the batch
+    and 2,048 random items. The network has 2 layers of width 64 and dropout 0.5.
 
     Args:
         train_sequences, histories, num_items, top_k, exclude_history:
