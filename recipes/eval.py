@@ -37,6 +37,7 @@ from lasar_hf.evaluation import (
     slice_report,
     slice_table,
     slices,
+    tuning_notes,
 )
 from lasar_hf.onednn import onednn_linear
 
@@ -144,13 +145,17 @@ def report(args: EvaluateArguments, data: PreparedData, samples, predictions, ro
     """Print the tables and write the report."""
     exclude, parts = history_is_excluded(args, data), slices(samples, data.split.train)
     by_slice = slice_report(predictions, samples["target"], parts)
-    print(comparison_table(rows), exclusion_note(exclude), slice_table(by_slice), sep="\n")
+    notes = [exclusion_note(exclude), *tuning_notes(tuning)]
+    print(comparison_table(rows), *notes, "", slice_table(by_slice), sep="\n")
     hits = {name: hits_per_user(ranks(items, samples["target"]), 10) for name, items in predictions.items()}
     pairs = list(zip(list(hits)[1:], list(hits)[:-1], strict=True))  # each recommender against the row above
     users = samples["user_id"]
     tests = {f"{a} - {b}": asdict(paired_bootstrap(hits[a], hits[b], users)) for a, b in pairs}
-    details = {"arguments": asdict(args), "baselines": tuning, "HR@10_against_the_row_before": tests}
-    save_report(args.output_dir, rows, details | {"repeat_rate": data.repeat_rate}, by_slice, exclude)
+    details = {
+        "arguments": asdict(args), "exclude_history": exclude, "repeat_rate": data.repeat_rate, "baselines": tuning,
+        "HR@10_against_the_row_before": tests,
+    }
+    save_report(args.output_dir, rows, details, by_slice, notes)
 
 
 def main(args: EvaluateArguments) -> None:

@@ -52,10 +52,11 @@ def test_exclusion_holds_in_every_row_and_is_said(recipe, folder, tmp_path, choi
     args = recipe.EvaluateArguments(**arguments(folder, tmp_path), exclude_history=choice)
     recipe.main(args)
     content, is_excluded = report(tmp_path), choice != "false"
-    assert content["exclude_history"] is is_excluded
+    assert content["details"]["exclude_history"] is is_excluded
     assert all((row["repeats"] == 0) is is_excluded for row in content["results"].values())
-    note = "are left out" if is_excluded else "are not left out"
-    assert note in (tmp_path / "report.md").read_text(encoding="utf-8")
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert ("are left out" if is_excluded else "are not left out") in text
+    assert "best of 27 settings" in text
 
 
 def test_exclusion_is_read_from_yaml(recipe, tmp_path):

@@ -148,12 +148,11 @@ def test_slice_report_by_hand(tmp_path):
     assert report["first"] == {"n": 1, "results": {"x": {"HR@10": 1.0, "NDCG@10": 1.0}}}
     assert report["all"]["results"]["x"]["NDCG@10"] == pytest.approx((1 + 1 / np.log2(3)) / 2)
     assert report["nobody"] == {"n": 0}
-    save_report(tmp_path, {"x": {"HR@10": 1.0}}, slices=report, exclude_history=True)
+    save_report(tmp_path, {"x": {"HR@10": 1.0}}, slices=report, notes=["One line."])
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert "| first | 1 | 1.0000 / 1.0000 |" in text and "| nobody | 0 | – |" in text
-    assert "are left out of every list" in text
-    content = json.loads((tmp_path / "report.json").read_text())
-    assert content["slices"] == report and content["exclude_history"] is True
+    assert "* One line.\n" in text
+    assert json.loads((tmp_path / "report.json").read_text())["slices"] == report
 
 
 def test_latent_steps_must_be_one_per_user():

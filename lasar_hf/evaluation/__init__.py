@@ -31,7 +31,7 @@ from .report import (
 from .sasrec import has_sasrec, sasrec_ranking
 from .significance import BootstrapResult, paired_bootstrap
 from .slices import slices
-from .tuning import BASELINES, Tuning, baseline_rankings, tune
+from .tuning import BASELINES, Tuning, baseline_rankings, tune, tuning_notes
 
 
 __all__ = [
@@ -68,4 +68,5 @@ __all__ = [
     "slice_table",
     "slices",
     "tune",
+    "tuning_notes",
 ]

@@ -106,7 +106,7 @@ def exclusion_note(exclude_history: bool) -> str:
 
 def save_report(
     folder: str | os.PathLike, rows: Mapping[str, Mapping[str, float | int]], details: Mapping[str, Any] | None = None,
-    slices: Mapping[str, Mapping[str, Any]] | None = None, exclude_history: bool | None = None,
+    slices: Mapping[str, Mapping[str, Any]] | None = None, notes: Sequence[str] = (),
 ) -> None:
     """
     Write `report.json` (`{"results": rows, "details": details}`) and `report.md` ([`comparison_table`]).
@@ -118,18 +118,16 @@ def save_report(
             Anything else to keep with the numbers, such as settings or the seed.
         slices (`Mapping[str, Mapping]`, *optional*):
             A [`slice_report`], which becomes `"slices"` in `report.json` and a second table in `report.md`.
-        exclude_history (`bool`, *optional*):
-            Whether items of the history were left out of the lists, for a field in `report.json` and a line in
-            `report.md`.
+        notes (`Sequence[str]`, *optional*):
+            Sentences under the first table of `report.md`, such as [`exclusion_note`].
 
     Raises:
         `ValueError`: if a number is not finite. Nothing is written then.
     """
     content: dict[str, Any] = {"results": rows, "details": details or {}}
     tables = [comparison_table(rows)]
-    if exclude_history is not None:
-        content["exclude_history"] = exclude_history
-        tables.append(exclusion_note(exclude_history) + "\n")
+    if notes:
+        tables.append("".join(f"* {note}\n" for note in notes))
     if slices is not None:
         content["slices"] = slices
         tables.append("HR@10 / NDCG@10 of parts of the users:\n\n" + slice_table(slices))

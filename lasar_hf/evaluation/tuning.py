@@ -41,6 +41,21 @@ class Tuning:
     users: int
 
 
+def tuning_notes(tunings: Mapping[str, Any]) -> list[str]:
+    """A sentence for each baseline on its tuning, from the second return value of [`baseline_rankings`]."""
+    notes = []
+    for name, tuning in tunings.items():
+        if isinstance(tuning, str):
+            notes.append(f"{name}: {tuning}.")
+            continue
+        settings = ", ".join(f"{setting} {value:g}" for setting, value in tuning["settings"].items())
+        notes.append(
+            f"{name}: {settings}; best of {tuning['settings_tried']} settings by NDCG@10 of {tuning['users']} "
+            f"validation samples ({tuning['validation_ndcg']:.4f})."
+        )
+    return notes
+
+
 def tune(
     matrix: Callable[..., Any], grid: Mapping[str, Sequence[Any]], train_sequences: Sequence[Sequence[int]],
     histories: Sequence[Sequence[int]], targets: Sequence[int], num_items: int, exclude_history: bool,
