@@ -138,9 +138,8 @@ def main() -> None:
 
     test = samples(split, "test")
     table, targets = {}, np.array(test["target"])
-    markov = markov_ranking(split.train, [h[-1] for h in test["history"]], len(catalog), 20)
-    popular = np.tile(popularity_ranking(split.train, len(catalog), 20), (len(test), 1))
-    for name, predictions in (("popularity", popular), ("Markov", markov)):
+    for name, ranking in (("popularity", popularity_ranking), ("Markov", markov_ranking)):
+        predictions = ranking(split.train, test["history"], len(catalog), 20)
         table[name] = evaluate_recommendations(predictions, targets, len(catalog))
 
     def evaluate(name: str, latent_steps: int | None = None) -> None:

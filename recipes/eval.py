@@ -1,15 +1,17 @@
 """
-Rank the whole catalogue for held-out users: popularity, Markov, then checkpoints.
+Rank the whole catalogue for held-out users: popularity, Markov, item-kNN, EASE, SASRec, then checkpoints.
 
     accelerate launch recipes/eval.py --config recipes/scientific/eval.yaml
 
 A model is `name=path` or, with `N` latent steps for every user, `name=path@N` (`@0` is direct generation). Prints the
-table and writes `report.json` and `report.md`, with the significance of each difference between neighbouring rows (a
-bootstrap over users). The prompt format is that of each checkpoint.
+tables and writes `report.json` and `report.md`, with the significance of each difference between neighbouring rows (a
+bootstrap over users). The prompt format is that of each checkpoint. Item-kNN and EASE are tuned on validation users.
+SASRec has a row if cornac is installed (`pip install "lasar_hf[baselines]"`).
 """
 
 import tempfile
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -19,18 +21,23 @@ from accelerate.utils import gather_object
 from trl import TrlParser
 
 from lasar_hf import LasarForGenerativeRec, LasarProcessor
-from lasar_hf.arguments import check_choices
+from lasar_hf.arguments import check_choices, read_switch
 from lasar_hf.data import PreparedData
 from lasar_hf.evaluation import (
+    BASELINES,
+    baseline_rankings,
     comparison_table,
     evaluate_recommendations,
+    exclusion_note,
     hits_per_user,
-    markov_ranking,
     paired_bootstrap,
-    popularity_ranking,
     ranks,
     recommend_samples,
     save_report,
+    slice_report,
+    slice_table,
+    slices,
+    tuning_notes,
 )
 from lasar_hf.onednn import onednn_linear
 
@@ -49,9 +56,17 @@ class EvaluateArguments:
     users: int = field(default=0, metadata={"help": "Evaluate on this many users, the first ones; 0 for all."})
     num_beams: int = field(default=50, metadata={"help": "Width of the beam search."})
     batch_size: int = field(default=64, metadata={"help": "Users per batch."})
+    exclude_history: str = field(
+        default="auto",
+        metadata={
+            "help": "Leave the items of a user's history out of every list: true, false or auto, as the prepared data "
+            "says."
+        },
+    )
 
     def __post_init__(self):
         check_choices(self)
+        read_switch(self, "exclude_history")
 
 
 def parse_models(entries: list[str]) -> dict[str, tuple[str, int | None]]:
@@ -62,7 +77,7 @@ def parse_models(entries: list[str]) -> dict[str, tuple[str, int | None]]:
         path, _, depth = location.partition("@")
         if not path or not (depth or "0").isdecimal():
             raise ValueError(f"models has {entry!r}; expected name=path or name=path@N with N latent steps.")
-        if name in ("popularity", "Markov", *models):
+        if name in (*BASELINES, *models):
             raise ValueError(f"models has the name {name!r} twice, or it is that of a baseline; use another name.")
         models[name] = path, int(depth) if depth else None
     return models
@@ -73,6 +88,11 @@ def select_users(samples, users: int):
     if not 0 <= users <= len(samples):
         raise ValueError(f"users is {users}; expected at most {len(samples)}, or 0 for all.")
     return samples.select(range(users)) if users else samples
+
+
+def history_is_excluded(args: EvaluateArguments, data: PreparedData) -> bool:
+    """Whether lists have no items of the history; `auto` follows the data."""
+    return data.exclude_history if args.exclude_history is None else args.exclude_history
 
 
 def evaluate_model(args: EvaluateArguments, data: PreparedData, samples, path: str, depth: int | None):
@@ -91,43 +111,68 @@ def evaluate_model(args: EvaluateArguments, data: PreparedData, samples, path: s
 
     # 2. Recommend. The first batch runs once without the clock, to warm up.
     options = (processor, TOP_K, args.num_beams, depth, args.batch_size)
+    exclude = history_is_excluded(args, data)
     with onednn_linear(model):
-        recommend_samples(model, samples.select(own_users[: args.batch_size]), *options)
-        output = recommend_samples(model, samples.select(own_users), *options, progress=state.is_main_process)
+        recommend_samples(model, samples.select(own_users[: args.batch_size]), *options, exclude_history=exclude)
+        output = recommend_samples(
+            model, samples.select(own_users), *options, progress=state.is_main_process, exclude_history=exclude
+        )
 
     # 3. Every process gets the recommendations of all.
     items, latent_steps, seconds = np.full((len(samples), TOP_K), -1), np.zeros(len(samples), dtype=np.int64), 0.0
     for users, part in gather_object([(own_users, output)]):
         items[users], latent_steps[users], seconds = part.items, part.latent_steps, max(seconds, part.seconds)
-    row = evaluate_recommendations(items, samples["target"], len(processor.catalog), latent_steps, seconds)
+    row = evaluate_recommendations(
+        items, samples["target"], len(processor.catalog), latent_steps, seconds, histories=samples["history"]
+    )
     return items, row
+
+
+def evaluate_baselines(args: EvaluateArguments, data: PreparedData, samples):
+    """Recommended item indices `(U, 20)` and the row of each baseline by its name, and how each was tuned."""
+    num_items, histories = len(data.items), list(samples["history"])
+    predictions, tuning = baseline_rankings(
+        data.split.train, histories, num_items, TOP_K, history_is_excluded(args, data), data.samples["validation"]
+    )
+    rows = {
+        name: evaluate_recommendations(items, samples["target"], num_items, histories=histories)
+        for name, items in predictions.items()
+    }
+    return predictions, rows, tuning
+
+
+def report(args: EvaluateArguments, data: PreparedData, samples, predictions, rows, tuning) -> None:
+    """Print the tables and write the report."""
+    exclude, parts = history_is_excluded(args, data), slices(samples, data.split.train)
+    by_slice = slice_report(predictions, samples["target"], parts)
+    notes = [exclusion_note(exclude), *tuning_notes(tuning)]
+    print(comparison_table(rows), *notes, "", slice_table(by_slice), sep="\n")
+    hits = {name: hits_per_user(ranks(items, samples["target"]), 10) for name, items in predictions.items()}
+    pairs = list(zip(list(hits)[1:], list(hits)[:-1], strict=True))  # each recommender against the row above
+    users = samples["user_id"]
+    tests = {f"{a} - {b}": asdict(paired_bootstrap(hits[a], hits[b], users)) for a, b in pairs}
+    details = {
+        "arguments": asdict(args), "exclude_history": exclude, "repeat_rate": data.repeat_rate, "baselines": tuning,
+        "HR@10_against_the_row_before": tests,
+    }
+    save_report(args.output_dir, rows, details, by_slice, notes)
 
 
 def main(args: EvaluateArguments) -> None:
     """Evaluate the baselines and every model; print and write the report."""
     models = parse_models(args.models)
-    state = PartialState(cpu=not torch.accelerator.is_available())  # otherwise CPU processes do not find each other
+    # On the CPU processes find each other only with `cpu`. While the main one tunes baselines, the others wait.
+    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(hours=12))
     if state.is_main_process:  # a folder that cannot be written to must fail before hours of work
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=args.output_dir).close()
     data = PreparedData.load(args.data_dir)
     samples = select_users(data.samples[args.split], args.users)
-    train, num_items = data.split.train, len(data.items)
-    contexts = [history[-1] for history in samples["history"]]
-    popular = popularity_ranking(train, num_items, TOP_K)
-    predictions = {
-        "popularity": np.tile(popular, (len(samples), 1)), "Markov": markov_ranking(train, contexts, num_items, TOP_K)
-    }
-    rows = {name: evaluate_recommendations(p, samples["target"], num_items) for name, p in predictions.items()}
+    predictions, rows, tuning = evaluate_baselines(args, data, samples) if state.is_main_process else ({}, {}, {})
     for name, (path, depth) in models.items():
         predictions[name], rows[name] = evaluate_model(args, data, samples, path, depth)
     if state.is_main_process:
-        print(comparison_table(rows))
-        hits = {name: hits_per_user(ranks(items, samples["target"]), 10) for name, items in predictions.items()}
-        pairs = list(zip(list(hits)[1:], list(hits)[:-1], strict=True))  # each recommender against the row above
-        users = samples["user_id"]
-        tests = {f"{a} - {b}": asdict(paired_bootstrap(hits[a], hits[b], users)) for a, b in pairs}
-        save_report(args.output_dir, rows, {"arguments": asdict(args), "HR@10_against_the_row_before": tests})
+        report(args, data, samples, predictions, rows, tuning)
 
 
 if __name__ == "__main__":

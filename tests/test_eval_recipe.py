@@ -12,6 +12,7 @@ from trl import TrlParser
 
 from lasar_hf import LasarForGenerativeRec
 from lasar_hf.data import PreparedData
+from lasar_hf.evaluation import has_sasrec
 from tests.recipes import ROOT, load_recipe, report, save_checkpoint, save_prepared
 from tests.tiny import tiny_catalog
 
@@ -37,7 +38,33 @@ def arguments(folder: Path, out: Path) -> dict:
 
 def test_report_has_baselines_and_models(recipe, folder, tmp_path):
     recipe.main(recipe.EvaluateArguments(**arguments(folder, tmp_path)))
-    assert list(report(tmp_path)["results"]) == ["popularity", "Markov", "direct", "policy"]
+    names = ["popularity", "Markov", "item-kNN", "EASE", *["SASRec"] * has_sasrec(), "direct", "policy"]
+    content = report(tmp_path)
+    assert list(content["results"]) == names
+    assert list(content["slices"]["all"]["results"]) == names
+    assert content["slices"]["pair seen"]["n"] + content["slices"]["pair unseen"]["n"] == 23
+    assert content["details"]["baselines"]["item-kNN"]["settings_tried"] == 27
+
+
+@pytest.mark.parametrize("choice", [True, "false", "auto"])
+def test_exclusion_holds_in_every_row_and_is_said(recipe, folder, tmp_path, choice):
+    """No user of the prepared data takes an item twice, so `auto` leaves the history out."""
+    args = recipe.EvaluateArguments(**arguments(folder, tmp_path), exclude_history=choice)
+    recipe.main(args)
+    content, is_excluded = report(tmp_path), choice != "false"
+    assert content["details"]["exclude_history"] is is_excluded
+    assert all((row["repeats"] == 0) is is_excluded for row in content["results"].values())
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert ("are left out" if is_excluded else "are not left out") in text
+    assert "best of 27 settings" in text
+
+
+def test_exclusion_is_read_from_yaml(recipe, tmp_path):
+    (tmp_path / "eval.yaml").write_text("data_dir: data\noutput_dir: out\nexclude_history: false\n")
+    (args,) = TrlParser((recipe.EvaluateArguments,)).parse_args_and_config(["--config", str(tmp_path / "eval.yaml")])
+    assert args.exclude_history is False
+    with pytest.raises(ValueError, match="exclude_history"):
+        recipe.EvaluateArguments("data", "out", exclude_history="sometimes")
 
 
 def test_significance_draws_users(recipe, folder, tmp_path, monkeypatch):
@@ -46,7 +73,7 @@ def test_significance_draws_users(recipe, folder, tmp_path, monkeypatch):
         recipe, "paired_bootstrap", lambda a, b, users: (drawn.append(list(users)), paired_bootstrap(a, b, users))[1]
     )
     recipe.main(recipe.EvaluateArguments(**arguments(folder, tmp_path)))
-    assert drawn == 3 * [list(PreparedData.load(folder / "data").samples["test"]["user_id"])]
+    assert drawn == (5 + has_sasrec()) * [list(PreparedData.load(folder / "data").samples["test"]["user_id"])]
 
 
 def test_table_is_printed_even_if_saving_fails(recipe, folder, tmp_path, monkeypatch, capsys):

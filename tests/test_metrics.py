@@ -17,8 +17,11 @@ from lasar_hf.evaluation import (
     ndcg_per_user,
     ranking_metrics,
     ranks,
+    repeat_share,
     save_report,
     score_predictions,
+    slice_report,
+    slices,
 )
 
 
@@ -116,6 +119,40 @@ def test_report_row_without_depth_and_time():
     predictions, references = random_lists(0, num_users=4)
     row = evaluate_recommendations(predictions, references, NUM_ITEMS, ks=(5,))
     assert row == score_predictions(predictions, references, NUM_ITEMS, ks=(5,))
+
+
+def test_repeats_by_hand():
+    """The second list has padding, and the history item of the third is beyond the first two entries."""
+    predictions, histories = [[0, 1, 2], [4, -1, -1], [5, 6, 7]], [[1, 9], [4], [7]]
+    assert repeat_share(predictions, histories, k=2) == 2 / 5
+    row = evaluate_recommendations(predictions, [0, 4, 1], NUM_ITEMS, ks=(1,), histories=histories)
+    assert row["repeats"] == 3 / 7
+
+
+def test_slices_by_hand():
+    samples = {"history": [[0], [5, 1], [2, 0, 1], [7, 7, 7, 9]], "target": [1, 2, 0, 9]}
+    parts = {name: users.tolist() for name, users in slices(samples, train=[[0, 1, 2], [1, 1, 1], [9]]).items()}
+    assert parts == {
+        "pair seen": [True, True, False, False],
+        "pair unseen": [False, False, True, True],
+        "history <= 2.5 items": [True, True, False, False],
+        "history > 2.5 items": [False, False, True, True],
+        "target <= 1 times": [False, True, True, True],
+        "target > 1 times": [True, False, False, False],
+    }
+
+
+def test_slice_report_by_hand(tmp_path):
+    parts = {"first": np.array([True, False]), "nobody": np.array([False, False])}
+    report = slice_report({"x": [[3, 1], [2, 0]]}, [3, 0], parts)
+    assert report["first"] == {"n": 1, "results": {"x": {"HR@10": 1.0, "NDCG@10": 1.0}}}
+    assert report["all"]["results"]["x"]["NDCG@10"] == pytest.approx((1 + 1 / np.log2(3)) / 2)
+    assert report["nobody"] == {"n": 0}
+    save_report(tmp_path, {"x": {"HR@10": 1.0}}, slices=report, notes=["One line."])
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "| first | 1 | 1.0000 / 1.0000 |" in text and "| nobody | 0 | – |" in text
+    assert "* One line.\n" in text
+    assert json.loads((tmp_path / "report.json").read_text())["slices"] == report
 
 
 def test_latent_steps_must_be_one_per_user():

@@ -251,7 +251,7 @@ def prepared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     save_prepared(folder)
     data = PreparedData.load(folder)
-    ranking = popularity_ranking(data.split.train, len(data.items), len(data.items))
+    (ranking,) = popularity_ranking(data.split.train, [[]], len(data.items), len(data.items))
     return folder, [data.catalog.item_ids[item] for item in ranking]
 
 

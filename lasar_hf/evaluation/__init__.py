@@ -1,21 +1,58 @@
 """Ranking metrics, baselines, significance tests and reports over item indices; recommending for many samples."""
 
-from .baselines import markov_ranking, popular_items, popularity_ranking
-from .metrics import RankingMetrics, hits_per_user, ndcg_per_user, ranking_metrics, ranks, score_predictions
+from .baselines import (
+    ease_matrix,
+    ease_ranking,
+    item_knn_matrix,
+    item_knn_ranking,
+    markov_ranking,
+    matrix_ranking,
+    popular_items,
+    popularity_ranking,
+)
+from .metrics import (
+    RankingMetrics,
+    hits_per_user,
+    ndcg_per_user,
+    ranking_metrics,
+    ranks,
+    repeat_share,
+    score_predictions,
+)
 from .recommendations import RankingEvaluator, Recommendations, recommend_samples
-from .report import comparison_table, evaluate_recommendations, save_report
+from .report import (
+    comparison_table,
+    evaluate_recommendations,
+    exclusion_note,
+    save_report,
+    slice_report,
+    slice_table,
+)
+from .sasrec import has_sasrec, sasrec_ranking
 from .significance import BootstrapResult, paired_bootstrap
+from .slices import slices
+from .tuning import BASELINES, Tuning, baseline_rankings, tune, tuning_notes
 
 
 __all__ = [
+    "BASELINES",
     "BootstrapResult",
     "RankingEvaluator",
     "RankingMetrics",
     "Recommendations",
+    "Tuning",
+    "baseline_rankings",
     "comparison_table",
+    "ease_matrix",
+    "ease_ranking",
     "evaluate_recommendations",
+    "exclusion_note",
+    "has_sasrec",
     "hits_per_user",
+    "item_knn_matrix",
+    "item_knn_ranking",
     "markov_ranking",
+    "matrix_ranking",
     "ndcg_per_user",
     "paired_bootstrap",
     "popular_items",
@@ -23,6 +60,13 @@ __all__ = [
     "ranking_metrics",
     "ranks",
     "recommend_samples",
+    "repeat_share",
+    "sasrec_ranking",
     "save_report",
     "score_predictions",
+    "slice_report",
+    "slice_table",
+    "slices",
+    "tune",
+    "tuning_notes",
 ]

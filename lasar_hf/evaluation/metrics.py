@@ -102,6 +102,23 @@ def score_predictions(
     }
 
 
+def repeat_share(predictions: Any, histories: Sequence[Sequence[int]], k: int = 10) -> float:
+    """
+    Share of the first `k` recommended entries, without padding, that are in the history of their user.
+
+    Args:
+        predictions (of shape `(U, k)` or wider):
+            As for [`ranks`].
+        histories (`Sequence[Sequence[int]]` of length `U`):
+            Items of each user.
+    """
+    predictions = _integers("predictions", predictions, 2)[:, :k]
+    if len(predictions) != len(histories):
+        raise ValueError(f"predictions has {len(predictions)} lists, histories {len(histories)} users.")
+    num_repeats = sum(np.isin(items, history).sum() for items, history in zip(predictions, histories, strict=True))
+    return float(num_repeats / max((predictions >= 0).sum(), 1))
+
+
 class RankingMetrics(evaluate.Metric):
     """
     [`score_predictions`] as an `evaluate.Metric`, which collects batches. `kwargs` are those of `evaluate.Metric`.

@@ -22,5 +22,5 @@ $LAUNCH recipes/sft.py --config recipes/amazon_qwen3_0.6b/stage2.yaml
 # Reinforcement learning of quality and depth.
 $LAUNCH recipes/grpo.py --config recipes/amazon_qwen3_0.6b/grpo.yaml
 
-# Rank the whole catalogue for every test user: popularity, Markov and the three checkpoints.
+# Rank the whole catalogue for every test user: baselines (item-kNN and others) and the three checkpoints.
 $LAUNCH recipes/eval.py --config recipes/amazon_qwen3_0.6b/eval.yaml

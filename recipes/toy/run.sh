@@ -20,5 +20,5 @@ $LAUNCH recipes/sft.py --config recipes/toy/stage2.yaml
 # Reinforcement learning of quality and depth.
 $LAUNCH recipes/grpo.py --config recipes/toy/grpo.yaml
 
-# Rank the whole catalogue for every test user: popularity, Markov and the three checkpoints.
+# Rank the whole catalogue for every test user: baselines (item-kNN and others) and the three checkpoints.
 $LAUNCH recipes/eval.py --config recipes/toy/eval.yaml
