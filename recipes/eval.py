@@ -5,7 +5,8 @@ Rank the whole catalogue for held-out users: popularity, Markov, item-kNN, EASE,
 
 A model is `name=path` or, with `N` latent steps for every user, `name=path@N` (`@0` is direct generation). Prints the
 tables and writes `report.json` and `report.md`, with the significance of each difference between neighbouring rows (a
-bootstrap over users). The prompt format is that of each checkpoint. Item-kNN and EASE are tuned on validation users.
+bootstrap over users). The prompt format is that of each checkpoint. A checkpoint with an item memory
+(recipes/memory.py) has a second row, `name + memory`. Item-kNN and EASE are tuned on validation users.
 SASRec has a row if cornac is installed (`pip install "lasar_hf[baselines]"`).
 """
 
@@ -20,7 +21,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from trl import TrlParser
 
-from lasar_hf import LasarForGenerativeRec, LasarProcessor
+from lasar_hf import ItemMemory, LasarForGenerativeRec, LasarProcessor
 from lasar_hf.arguments import check_choices, read_switch
 from lasar_hf.data import PreparedData
 from lasar_hf.evaluation import (
@@ -39,6 +40,7 @@ from lasar_hf.evaluation import (
     slices,
     tuning_notes,
 )
+from lasar_hf.model.memory_lasar import MEMORY_NAME
 from lasar_hf.onednn import onednn_linear
 
 
@@ -95,7 +97,7 @@ def history_is_excluded(args: EvaluateArguments, data: PreparedData) -> bool:
     return data.exclude_history if args.exclude_history is None else args.exclude_history
 
 
-def evaluate_model(args: EvaluateArguments, data: PreparedData, samples, path: str, depth: int | None):
+def evaluate_model(args: EvaluateArguments, data: PreparedData, samples, path: str, depth: int | None, memory=None):
     """Recommended item indices `(U, 20)` and the row of the results table; processes share the batches."""
     state = PartialState()
     processor = LasarProcessor.from_pretrained(path)
@@ -111,11 +113,11 @@ def evaluate_model(args: EvaluateArguments, data: PreparedData, samples, path: s
 
     # 2. Recommend. The first batch runs once without the clock, to warm up.
     options = (processor, TOP_K, args.num_beams, depth, args.batch_size)
-    exclude = history_is_excluded(args, data)
+    lists = {"exclude_history": history_is_excluded(args, data), "memory": memory}
     with onednn_linear(model):
-        recommend_samples(model, samples.select(own_users[: args.batch_size]), *options, exclude_history=exclude)
+        recommend_samples(model, samples.select(own_users[: args.batch_size]), *options, **lists)
         output = recommend_samples(
-            model, samples.select(own_users), *options, progress=state.is_main_process, exclude_history=exclude
+            model, samples.select(own_users), *options, progress=state.is_main_process, **lists
         )
 
     # 3. Every process gets the recommendations of all.
@@ -171,6 +173,10 @@ def main(args: EvaluateArguments) -> None:
     predictions, rows, tuning = evaluate_baselines(args, data, samples) if state.is_main_process else ({}, {}, {})
     for name, (path, depth) in models.items():
         predictions[name], rows[name] = evaluate_model(args, data, samples, path, depth)
+        if Path(path, MEMORY_NAME).exists():
+            memory = ItemMemory.from_pretrained(path)
+            mixed = f"{name} + memory"
+            predictions[mixed], rows[mixed] = evaluate_model(args, data, samples, path, depth, memory)
     if state.is_main_process:
         report(args, data, samples, predictions, rows, tuning)
 

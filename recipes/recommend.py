@@ -25,13 +25,14 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from trl import TrlParser
 
-from lasar_hf import LasarForGenerativeRec, LasarProcessor, SidCatalog
+from lasar_hf import ItemMemory, LasarForGenerativeRec, LasarProcessor, SidCatalog
 from lasar_hf.arguments import read_switch
 from lasar_hf.data import PreparedData
 from lasar_hf.data.interactions import id_text
 from lasar_hf.data.tables import read_batches
 from lasar_hf.evaluation import popular_items, recommend_samples
 from lasar_hf.files import atomic_file, file_hash, folder_hashes, read_json, write_json
+from lasar_hf.model.memory_lasar import MEMORY_NAME
 from lasar_hf.onednn import int8_linear, onednn_linear
 
 
@@ -68,6 +69,10 @@ class RecommendArguments:
         default="auto",
         metadata={"help": "Leave out the items of the history: true, false or auto, as the model was trained."},
     )
+    memory: str = field(
+        default="auto",
+        metadata={"help": "Mix the model with its item memory: true, false or auto, if the checkpoint has one."},
+    )
     int8: bool = field(
         default=False, metadata={"help": "Round the weights to int8: faster on a CPU, and scores change a little."}
     )
@@ -76,6 +81,7 @@ class RecommendArguments:
 
     def __post_init__(self):
         read_switch(self, "exclude_history")
+        read_switch(self, "memory")
         for name in ("batch_size", "shard_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1.")
@@ -179,6 +185,8 @@ def main(args: RecommendArguments) -> None:
     model = LasarForGenerativeRec.from_pretrained(args.model).to(state.device).eval()
     if args.int8:
         int8_linear(model)
+    has_memory = Path(args.model, MEMORY_NAME).exists() if args.memory is None else args.memory
+    memory = ItemMemory.from_pretrained(args.model) if has_memory else None
     shards = list(enumerate(range(0, len(users), args.shard_size)))[state.process_index :: state.num_processes]
     for number, start in tqdm(shards, desc="Shards", disable=not state.is_main_process):
         path = folder / f"part-{number:05d}.parquet"
@@ -190,6 +198,7 @@ def main(args: RecommendArguments) -> None:
             output = recommend_samples(
                 model, Dataset.from_dict({"history": known}), processor, args.top_k, args.num_beams,
                 args.latent_steps, args.batch_size, exclude_history=args.exclude_history,
+                memory=memory,
             )
         recommended = processor.decode_recommendations(output)
         table = shard_table(

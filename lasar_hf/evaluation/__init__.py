@@ -10,6 +10,7 @@ from .baselines import (
     popular_items,
     popularity_ranking,
 )
+from .memory import build_memory, fit_gate
 from .metrics import (
     RankingMetrics,
     hits_per_user,
@@ -31,7 +32,7 @@ from .report import (
 from .sasrec import has_sasrec, sasrec_ranking
 from .significance import BootstrapResult, paired_bootstrap
 from .slices import slices
-from .tuning import BASELINES, Tuning, baseline_rankings, tune, tuning_notes
+from .tuning import BASELINES, Tuning, baseline_rankings, compare_exclusion, tune, tune_item_knn, tuning_notes
 
 
 __all__ = [
@@ -42,11 +43,14 @@ __all__ = [
     "Recommendations",
     "Tuning",
     "baseline_rankings",
+    "build_memory",
+    "compare_exclusion",
     "comparison_table",
     "ease_matrix",
     "ease_ranking",
     "evaluate_recommendations",
     "exclusion_note",
+    "fit_gate",
     "has_sasrec",
     "hits_per_user",
     "item_knn_matrix",
@@ -68,5 +72,6 @@ __all__ = [
     "slice_table",
     "slices",
     "tune",
+    "tune_item_knn",
     "tuning_notes",
 ]

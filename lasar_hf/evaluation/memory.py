@@ -19,7 +19,9 @@ WEIGHTS = (0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9)  # of the memory at an average ite
 SLOPES = (-1.0, -0.5, -0.25, 0.0, 0.25, 0.5, 1.0)  # per unit of log(1 + interactions)
 
 
-def build_memory(data: PreparedData, max_neighbours: int = 200, history_decay: float = 0.7, **kwargs: Any) -> ItemMemory:
+def build_memory(
+    data: PreparedData, max_neighbours: int = 200, history_decay: float = 0.7, **kwargs: Any
+) -> ItemMemory:
     """
     The memory of the training sequences of a data set.
 
@@ -38,7 +40,7 @@ def build_memory(data: PreparedData, max_neighbours: int = 200, history_decay: f
     """
     num_items = len(data.items)
     matrix = _largest(item_knn_matrix(data.split.train, num_items, **kwargs), max_neighbours)
-    support = np.bincount(np.concatenate([*data.split.train, [0]]).astype(np.int64), minlength=num_items)
+    support = np.bincount(np.concatenate(data.split.train).astype(np.int64), minlength=num_items)
     parts = (matrix.indptr, matrix.indices, matrix.data, support)
     return ItemMemory(*map(torch.from_numpy, parts), catalog_hash(data.catalog), history_decay)
 
@@ -56,7 +58,7 @@ def _largest(matrix: sparse.csr_array, count: int) -> sparse.csr_array:
 
 def fit_gate(
     memory: ItemMemory, recommendations: Recommendations, histories: list[list[int]], targets: list[int]
-) -> ItemMemory:
+) -> tuple[ItemMemory, np.ndarray]:
     """
     The memory with the weight that gives the best NDCG@10 on validation samples, among 49 settings of its two numbers.
 
@@ -70,12 +72,12 @@ def fit_gate(
             Items of each sample's history, oldest first, and its target.
 
     Returns:
-        [`ItemMemory`]: the memory with another gate.
+        `tuple[ItemMemory, np.ndarray]`: the memory with that gate, and the lists `(U, 10)` that it leads to.
     """
     newest = np.log1p(memory.support.numpy()[[history[-1] for history in histories]])  # (U,)
     model, recalled = np.exp(recommendations.model_scores), np.exp(recommendations.memory_scores)  # (U, C)
     has_memory = recalled.sum(axis=1, keepdims=True) > 0
-    best_gate, best = memory.gate, -1.0
+    best_gate, best_lists, best = memory.gate, None, -1.0
     for weight, slope in itertools.product(WEIGHTS, SLOPES):
         gate = float(np.log(weight / (1 - weight)) - slope * newest.mean()), slope
         share = np.where(has_memory, 1 / (1 + np.exp(-(gate[0] + slope * newest[:, None]))), 0.0)  # (U, 1)
@@ -84,7 +86,7 @@ def fit_gate(
         lists = np.take_along_axis(recommendations.items, order, axis=1)
         ndcg = ndcg_per_user(ranks(lists, targets), 10).mean()
         if ndcg > best:
-            best_gate, best = gate, ndcg
+            best_gate, best_lists, best = gate, lists, ndcg
     fitted = copy.copy(memory)
     fitted.gate = best_gate
-    return fitted
+    return fitted, best_lists

@@ -18,7 +18,7 @@ from .baselines import (
     matrix_ranking,
     popularity_ranking,
 )
-from .metrics import ndcg_per_user, ranks
+from .metrics import hits_per_user, ndcg_per_user, ranks
 from .sasrec import has_sasrec, sasrec_ranking
 
 
@@ -54,6 +54,20 @@ def tuning_notes(tunings: Mapping[str, Any]) -> list[str]:
             f"validation samples ({tuning['validation_ndcg']:.4f})."
         )
     return notes
+
+
+def compare_exclusion(
+    train_sequences: Sequence[Sequence[int]], histories: Sequence[Sequence[int]], targets: Sequence[int],
+    num_items: int, max_users: int = 10_000,
+) -> tuple[float, float]:
+    """
+    HR@10 of item-kNN on validation samples with and without the items of the history in its lists, which says whether
+    they should be recommended again. Arguments as for [`tune`]; the first `max_users` samples count.
+    """
+    histories, targets = list(histories)[:max_users], list(targets)[:max_users]
+    rankings = [item_knn_ranking(train_sequences, histories, num_items, 10, exclude) for exclude in (False, True)]
+    kept, excluded = (float(hits_per_user(ranks(lists, targets), 10).mean()) for lists in rankings)
+    return kept, excluded
 
 
 def tune(
@@ -99,6 +113,15 @@ def tune(
     return Tuning(best, float(best_ndcg), tried, len(users))
 
 
+def tune_item_knn(
+    train_sequences: Sequence[Sequence[int]], validation: Mapping[str, Sequence[Any]], num_items: int,
+    exclude_history: bool,
+) -> Tuning:
+    """[`tune`] for [`item_knn_ranking`] on the columns `history` and `target` of the validation part."""
+    histories, targets = list(validation["history"]), list(validation["target"])
+    return tune(item_knn_matrix, ITEM_KNN_GRID, train_sequences, histories, targets, num_items, exclude_history)
+
+
 def baseline_rankings(
     train_sequences: Sequence[Sequence[int]], histories: Sequence[Sequence[int]], num_items: int, top_k: int,
     exclude_history: bool, validation: Mapping[str, Sequence[Any]],
@@ -121,7 +144,7 @@ def baseline_rankings(
     notes: dict[str, Any] = {"popularity": "nothing to tune", "Markov": "nothing to tune"}
     held_out = (train_sequences, list(validation["history"]), list(validation["target"]), num_items, exclude_history)
 
-    tuning = tune(item_knn_matrix, ITEM_KNN_GRID, *held_out)
+    tuning = tune_item_knn(train_sequences, validation, num_items, exclude_history)
     rankings["item-kNN"] = item_knn_ranking(*common, **tuning.settings)
     notes["item-kNN"] = asdict(tuning)
     if num_items <= EASE_MAX_ITEMS:

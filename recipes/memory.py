@@ -1,0 +1,78 @@
+"""
+Give checkpoints an item memory: a matrix of item-to-item steps of the training sequences, mixed with the model.
+
+    python recipes/memory.py --data_dir outputs/toy/data --models outputs/toy/stage1@0 outputs/toy/grpo
+
+The matrix is item-kNN's, tuned on validation samples. Its weight in the mixture is fitted for each checkpoint on
+validation samples, with `path@N` for `N` latent steps. Writes `item_memory.safetensors` into each checkpoint, which
+`eval.py` and `recommend.py` then use.
+"""
+
+import logging
+from dataclasses import dataclass, field
+
+import torch
+from trl import TrlParser
+
+from lasar_hf import ItemMemory, LasarForGenerativeRec, LasarProcessor
+from lasar_hf.data import PreparedData
+from lasar_hf.evaluation import build_memory, fit_gate, ranking_metrics, ranks, recommend_samples, tune_item_knn
+from lasar_hf.onednn import onednn_linear
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class MemoryArguments:
+    """Arguments of the item memory."""
+
+    data_dir: str = field(metadata={"help": "Folder that recipes/prepare.py wrote."})
+    models: list[str] = field(metadata={"help": "Checkpoints: `path`, or `path@N` for N latent steps."})
+    max_neighbours: int = field(default=200, metadata={"help": "Neighbours to keep per item."})
+    users: int = field(default=10_000, metadata={"help": "Largest number of validation samples to fit the weight on."})
+    num_beams: int = field(default=50, metadata={"help": "Width of the beam search."})
+    batch_size: int = field(default=64, metadata={"help": "Users per batch."})
+
+    def __post_init__(self):
+        wrong = [entry for entry in self.models if not (entry.partition("@")[2] or "0").isdecimal()]
+        if wrong or not self.models:
+            raise ValueError(f"models is {wrong or self.models}; expected paths, or path@N with N latent steps.")
+
+
+def fit(args: MemoryArguments, data: PreparedData, memory: ItemMemory, path: str, depth: int | None) -> ItemMemory:
+    """The memory with the weight for one checkpoint."""
+    processor = LasarProcessor.from_pretrained(path)
+    data.check_catalog(processor.catalog, path)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = LasarForGenerativeRec.from_pretrained(path).to(device).eval()
+    samples = data.samples["validation"].shuffle(seed=0)
+    samples = samples.select(range(min(args.users, len(samples))))
+    with onednn_linear(model):
+        candidates = recommend_samples(
+            model, samples, processor, 2 * args.num_beams, args.num_beams, depth, args.batch_size, progress=True,
+            exclude_history=data.exclude_history, memory=memory,
+        )
+    fitted, lists = fit_gate(memory, candidates, list(samples["history"]), list(samples["target"]))
+    results = ranking_metrics(ranks(lists, samples["target"]), ks=(10,))
+    logger.info(
+        "%s: weight sigmoid(%.3f + %.3f log(1 + n)), with n the interactions of the newest item; validation HR@10 "
+        "%.4f, NDCG@10 %.4f.", path, *fitted.gate, results["HR@10"], results["NDCG@10"],
+    )
+    return fitted
+
+
+def main(args: MemoryArguments) -> None:
+    """Tune the matrix once, and fit and save it for every checkpoint."""
+    data = PreparedData.load(args.data_dir)
+    tuning = tune_item_knn(data.split.train, data.samples["validation"], len(data.items), data.exclude_history)
+    logger.info("item-kNN: %s, validation NDCG@10 %.4f.", tuning.settings, tuning.validation_ndcg)
+    memory = build_memory(data, args.max_neighbours, **tuning.settings)
+    for entry in args.models:
+        path, _, depth = entry.partition("@")
+        fit(args, data, memory, path, int(depth) if depth else None).save_pretrained(path)
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    main(*TrlParser((MemoryArguments,)).parse_args_and_config())
