@@ -50,7 +50,7 @@ def fit(args: MemoryArguments, data: PreparedData, memory: ItemMemory, path: str
     samples = samples.select(range(min(args.users, len(samples))))
     with onednn_linear(model):
         candidates = recommend_samples(
-            model, samples, processor, 2 * args.num_beams, args.num_beams, depth, args.batch_size, progress=True,
+            model, samples, processor, args.num_beams, args.num_beams, depth, args.batch_size, progress=True,
             exclude_history=data.exclude_history, memory=memory,
         )
     fitted, lists = fit_gate(memory, candidates, list(samples["history"]), list(samples["target"]))

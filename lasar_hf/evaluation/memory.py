@@ -67,7 +67,7 @@ def fit_gate(
             A memory with any weight.
         recommendations ([`Recommendations`]):
             Candidates of the samples with both of their probabilities: [`recommend_samples`] with the memory and a
-            `top_k` of twice the beams.
+            `top_k` of all beams, so that another weight can bring a lower one to the top.
         histories (`list[list[int]]`), targets (`list[int]`):
             Items of each sample's history, oldest first, and its target.
 

@@ -258,38 +258,70 @@ def score_items(
     """
     Log-probabilities of `items` `(B, C)` under the policy distribution, in one pass; `-inf` at padding (-1) and for
     items that are not in the trie. May follow a search on the same state.
+
+    Items share the tokens of their common prefixes, and prefixes that only one item continues are not read.
     """
-    config, (batch_size, count) = model.config, items.shape
-    depth = trie.num_levels
-    # 1. The leaf of each item, and its nodes and codes from the root on.
+    config = model.config
+    # 1. The nodes above each item, from the root to its leaf.
     position = torch.where(items >= 0, trie.item_positions[items.clamp(min=0)], len(trie.item_indices))  # (B, C)
     exists = position < len(trie.item_indices)
-    nodes, codes = trie.path_to(torch.where(exists, position, 0))  # (M, B, C) each
-    # 2. Read <|latent_end|>, which all items see, and the codes of each item but the last.
-    offsets = config.sid_token_offset + config.codebook_size * torch.arange(depth, device=items.device)
-    tokens = (codes + offsets[:, None, None])[:-1].permute(1, 2, 0).flatten(1)  # (B, C · (M - 1))
-    tokens = nn.functional.pad(tokens, (1, 0), value=config.latent_end_token_id)
-    causal = torch.ones(depth - 1, depth - 1, dtype=torch.bool, device=items.device).tril()
-    visible = torch.kron(torch.eye(count, dtype=torch.bool, device=items.device), causal)
-    visible = nn.functional.pad(nn.functional.pad(visible, (1, 0), value=True), (0, 0, 1, 0))
-    visible[0, 0] = True
-    visible = nn.functional.pad(visible, (sum(state.num_read), 0)).expand(batch_size, -1, -1)
-    hidden_states = model.model.read_tokens(state, tokens, visible)  # (B, 1 + C · (M - 1), H)
-    # 3. Add up the log-probabilities of the codes.
-    end, rest = hidden_states[:, :1].expand(-1, count, -1), hidden_states[:, 1:].unflatten(1, (count, depth - 1))
+    nodes = trie.path_to(torch.where(exists, position, 0))  # (1 + M, B, C)
+    # 2. Read the last token of each prefix, which is <|latent_end|> at the root and sees its ancestors.
+    base = torch.tensor([0, *trie.num_nodes], device=items.device).cumsum(0)  # number of the first node of each depth
+    keys = _open_prefixes(trie, nodes, exists, base)  # (B, T)
+    tokens, visible = _prefix_tokens(trie, keys, base, config)  # (B, T), (B, T, T)
+    visible = nn.functional.pad(visible, (sum(state.num_read), 0))  # nothing that a search read
+    hidden_states = model.model.read_tokens(state, tokens, visible)  # (B, T, H)
+    # 3. Add up the log-probabilities of the codes. The code after a prefix that was not read has probability 1.
     scores = torch.zeros(items.shape, device=items.device)
-    root = torch.zeros_like(nodes[0])
-    for level in range(depth):
+    for level in range(trie.num_levels):
         start = config.sid_token_id(level, 0)
         head = model.lm_head.weight[start : start + config.codebook_size]  # (K, H)
-        states = end if level == 0 else rest[:, :, level - 1]  # (B, C, H)
-        parents = root if level == 0 else nodes[level - 1]
-        log_probs, _, child = child_log_probs(states, head, trie, level, parents, history=history)  # (B, C, F)
-        column = (child == nodes[level][..., None]).to(torch.uint8).argmax(dim=-1, keepdim=True)
+        index = torch.searchsorted(keys, nodes[level] + base[level]).clamp(max=keys.shape[1] - 1)  # (B, C)
+        states = hidden_states.gather(1, index[..., None].expand(-1, -1, hidden_states.shape[-1]))  # (B, C, H)
+        log_probs, _, child = child_log_probs(states, head, trie, level, nodes[level], history=history)  # (B, C, F)
+        column = (child == nodes[level + 1][..., None]).to(torch.uint8).argmax(dim=-1, keepdim=True)
         scores = scores + log_probs.gather(-1, column)[..., 0]
     if scores.isnan().any():
         raise ValueError(NAN_MESSAGE)
     return scores.masked_fill(~exists, -torch.inf)
+
+
+def _open_prefixes(trie: SidTrie, nodes: torch.Tensor, exists: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+    """
+    The root and the distinct prefixes of items that at least two items of the trie continue. `nodes` `(1 + M, B, C)`
+    are those above each item. Returns ascending numbers `(B, T)` of nodes, `base[depth] + node`; `base[-1]` pads.
+    """
+    keys = []
+    for depth in range(trie.num_levels):
+        num_items = trie.first_position(depth, nodes[depth] + 1) - trie.first_position(depth, nodes[depth])
+        is_open = exists & (num_items > 1)
+        keys.append(torch.where(is_open, nodes[depth] + base[depth], base[-1]))  # (B, C)
+    keys[0] = torch.zeros_like(keys[0])  # the root is always read
+    keys = torch.cat(keys, dim=1).sort(dim=1).values  # (B, M · C)
+    is_repeated = nn.functional.pad(keys[:, 1:] == keys[:, :-1], (1, 0))
+    keys = torch.where(is_repeated, base[-1], keys).sort(dim=1).values
+    return keys[:, : int((keys < base[-1]).sum(dim=1).max())].contiguous()
+
+
+def _prefix_tokens(trie: SidTrie, keys: torch.Tensor, base: torch.Tensor, config: LasarConfig):
+    """Last tokens `(B, T)` of the prefixes `keys` `(B, T)`, and which of each other they see, `(B, T, T)`."""
+    depth_of = torch.searchsorted(base, keys, right=True) - 1  # (B, T)
+    tokens = torch.full_like(keys, config.latent_end_token_id)
+    first, end = torch.zeros_like(keys), torch.zeros_like(keys)  # the run of items below each prefix
+    for depth in range(trie.num_levels):
+        is_depth = depth_of == depth
+        node = torch.where(is_depth, keys - base[depth], 0)
+        first = torch.where(is_depth, trie.first_position(depth, node), first)
+        end = torch.where(is_depth, trie.first_position(depth, node + 1), end)
+        if depth > 0:
+            codes = trie.child_code[depth - 1][node].long()
+            tokens = torch.where(is_depth, config.sid_token_id(depth - 1, 0) + codes, tokens)
+    # A prefix sees those whose run contains its own, among two with the same run the shorter one.
+    visible = (first[:, None] <= first[..., None]) & (end[..., None] <= end[:, None])
+    visible &= depth_of[:, None] <= depth_of[..., None]
+    # Padding sees the root, and nothing sees padding.
+    return tokens, visible & (keys < base[-1])[:, None]
 
 
 def rank_items(

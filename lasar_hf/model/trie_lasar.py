@@ -215,13 +215,14 @@ class SidTrie:
             nodes = self.descend(level, nodes, tokens - level * codebook_size)
         return nodes
 
-    def path_to(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Nodes of depth 1 … M above `positions` `(...)` and their codes, both `(M, ...)`."""
-        nodes = [torch.searchsorted(self.leaf_ptr, positions, right=True) - 1]
-        for pointer in self.child_ptr[:0:-1]:  # from the leaves up to the children of the root
-            nodes.insert(0, torch.searchsorted(pointer, nodes[0].to(pointer.dtype), right=True) - 1)
-        codes = [labels[node].long() for labels, node in zip(self.child_code, nodes, strict=True)]
-        return torch.stack(nodes), torch.stack(codes)
+    def path_to(self, positions: torch.Tensor) -> torch.Tensor:
+        """The nodes above `positions` `(...)`, from the root to the leaf, `(1 + M, ...)`."""
+        nodes = positions
+        path = []
+        for pointer in [self.leaf_ptr, *self.child_ptr[::-1]]:
+            nodes = torch.searchsorted(pointer, nodes.to(pointer.dtype), right=True) - 1
+            path.insert(0, nodes)
+        return torch.stack(path)
 
     def items(self, leaves: torch.Tensor) -> torch.Tensor:
         """Ascending item indices `(..., C)` of `leaves` `(...)`, -1 pads; `C` is the most items of one leaf."""
