@@ -1,5 +1,6 @@
 """recipes/memory.py: the matrix, its fitted weight, and the scripts that use the saved memory."""
 
+import copy
 import json
 
 import numpy as np
@@ -68,7 +69,9 @@ def test_the_fitted_list_is_what_the_model_recommends(folder):
     memory = ItemMemory.from_pretrained(path)
     recipe = load_recipe("memory")
     args = recipe.MemoryArguments(str(folder / "data"), [f"{path}@0"], num_beams=8, batch_size=5)
-    fitted = recipe.fit(args, PreparedData.load(folder / "data"), memory, str(path), 0)
+    start = copy.copy(memory)
+    start.gate = (0.0, 0.0)
+    fitted = recipe.fit(args, PreparedData.load(folder / "data"), start, str(path), 0)
     assert fitted.gate == memory.gate
     prompts = processor.pad([processor.prompt_ids(history) for history in samples["history"][:3]])
     output = model.recommend(
