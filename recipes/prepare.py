@@ -270,9 +270,9 @@ def measure_repeats(split: Split, validation: Dataset, num_items: int) -> dict[s
     logger.info(
         "%.2f %% of the training interactions repeat an item of the user. HR@10 of item-kNN on validation: %.4f with "
         "and %.4f without the history, so exclude_history is %s.",
-        100 * rate, kept, excluded, excluded > kept,
+        100 * rate, kept, excluded, excluded >= kept,
     )
-    return {"repeat_rate": rate, "exclude_history": excluded > kept}
+    return {"repeat_rate": rate, "exclude_history": excluded >= kept}
 
 
 def write_card(args: PrepareArguments, out: Path) -> None:

@@ -75,6 +75,13 @@ class SFTScriptArguments:
             "choices": ["segment", "chain"],
         },
     )
+    depth_source: str = field(
+        default="segments",
+        metadata={
+            "help": "Stage 2: latent steps of a sample. segments: as its chain of thought, which was written with the "
+            "target in view (as in the paper); uniform: drawn from 1 to max_latent_steps; a number: that many."
+        },
+    )
     eval_users: int = field(
         default=0,
         metadata={
@@ -87,6 +94,9 @@ class SFTScriptArguments:
         check_choices(self)
         read_switch(self, "exclude_history")
         read_json_object(self, "backbone_config")
+        self.depth_source = str(self.depth_source)
+        if not (self.depth_source in ("segments", "uniform") or self.depth_source.isdecimal()):
+            raise ValueError(f"depth_source is {self.depth_source!r}; expected segments, uniform or a number of steps.")
         if self.backbone_config is not None and self.backbone_config.get("model_type") not in CONFIG_MAPPING:
             model_type = self.backbone_config.get("model_type")
             raise ValueError(f"backbone_config has model_type {model_type!r}; expected one that transformers knows.")
@@ -162,6 +172,15 @@ def stage2_anchors(script: SFTScriptArguments, model, data: PreparedData, proces
     return AnchorStore.load(folder, checkpoint_hash(model))
 
 
+def training_depths(source: str, anchors: AnchorStore, max_latent_steps: int, seed: int) -> np.ndarray:
+    """Latent steps of each training sample."""
+    if source == "segments":
+        return anchors.depths
+    if source == "uniform":
+        return np.random.default_rng(seed).integers(1, max_latent_steps + 1, len(anchors))
+    return np.full(len(anchors), int(source))
+
+
 def main(script: SFTScriptArguments, training_args: LasarSFTConfig, model_args: LasarModelConfig) -> None:
     """Train one stage and save a checkpoint that the next stage, evaluation and serving load."""
     set_seed(training_args.seed)
@@ -178,7 +197,9 @@ def main(script: SFTScriptArguments, training_args: LasarSFTConfig, model_args: 
         examples = stage1_examples(data, processor, script.tasks)
     else:
         anchors = stage2_anchors(script, model, data, processor, Path(training_args.output_dir, "anchors"))
-        examples = reasoning_examples(data.samples["train"], processor, anchors.depths)
+        depths = training_depths(script.depth_source, anchors, model.config.max_latent_steps, training_args.seed)
+        training_args.anchors_at_any_depth |= script.depth_source != "segments"
+        examples = reasoning_examples(data.samples["train"], processor, depths)
     eval_examples, evaluator = None, None
     if script.eval_users:
         validation = data.samples["validation"].shuffle(seed=0)
@@ -186,8 +207,8 @@ def main(script: SFTScriptArguments, training_args: LasarSFTConfig, model_args: 
         if script.stage == 1:
             eval_examples = sft_examples(validation, processor)
         else:  # held-out samples have no segments: all have the most common depth of training
-            depths = np.full(len(validation), np.bincount(anchors.depths).argmax())
-            eval_examples = reasoning_examples(validation, processor, depths).remove_columns("sample_index")
+            common = np.full(len(validation), np.bincount(depths).argmax())
+            eval_examples = reasoning_examples(validation, processor, common).remove_columns("sample_index")
         evaluator = RankingEvaluator(validation, processor, latent_steps=0 if script.stage == 1 else None)
     trainer = LasarSFTTrainer(
         model, training_args, anchors=anchors, ranking_evaluator=evaluator, train_dataset=examples,

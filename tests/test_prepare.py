@@ -16,6 +16,7 @@ import types
 import huggingface_hub
 import numpy as np
 import pytest
+from datasets import Dataset
 
 from lasar_hf import SidCatalog
 from lasar_hf.data import (
@@ -30,6 +31,7 @@ from lasar_hf.data import (
     toy_shop,
 )
 from lasar_hf.data.prepared_data import load_interactions, save_interactions
+from lasar_hf.data.splits import Split, repeat_rate
 from lasar_hf.model.configuration_lasar import sid_token
 from lasar_hf.reasoning import TemplateTeacher, segment
 from lasar_hf.reasoning.segments import split_sentences
@@ -556,3 +558,31 @@ def test_a_file_as_source_is_an_error(tmp_path):
     path = ratings(tmp_path)
     with pytest.raises(ValueError, match="source=table"):
         run(tmp_path / "out", path)
+
+
+@pytest.mark.parametrize("target_repeats", [True, False])
+def test_validation_decides_where_items_repeat_a_little(target_repeats):
+    """Users take one item twice in training. Their validation item is one that they have, or never is."""
+
+    train = [[user % 5, 5 + user % 5, user % 5] for user in range(40)]
+    targets = [[5 + user % 5 if target_repeats else 5 + (user + 1) % 5] for user in range(40)]
+    split = Split([f"user-{i}" for i in range(40)], train, targets, targets)
+    validation = Dataset.from_dict({"history": train, "target": [target[0] for target in targets]})
+    found = recipe.measure_repeats(split, validation, 10)
+    assert found == {"repeat_rate": 0.5, "exclude_history": not target_repeats}
+
+
+def test_the_card_has_the_repeat_rate(toy):
+    card = read_json(toy / "data_card.json")
+    data = PreparedData.load(toy)
+    assert card["data"]["repeat_rate"] == data.repeat_rate == repeat_rate(data.split.train)
+    assert card["data"]["exclude_history"] is data.exclude_history
+
+
+def test_data_of_an_older_version_gets_its_repeat_rate(toy, tmp_path):
+    shutil.copytree(toy, tmp_path / "data")
+    settings = read_json(toy / "prepared.json")
+    rate = settings.pop("repeat_rate")
+    settings.pop("exclude_history")
+    (tmp_path / "data" / "prepared.json").write_text(json.dumps(settings))
+    assert PreparedData.load(tmp_path / "data").repeat_rate == rate

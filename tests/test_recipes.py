@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 import re
 import subprocess
 import sys
@@ -244,6 +245,42 @@ def test_stage2_evaluates_with_latent_slots(folder, stage1, tmp_path, monkeypatc
     slots = [ids.count(trainer.processor.latent_token_id) for ids in trainer.eval_dataset["input_ids"]]
     assert slots == [2] * 4  # most training samples have two segments
     assert any("eval_loss" in log for log in trainer.state.log_history)
+
+
+@pytest.mark.parametrize(("source", "expected"), [("uniform", {1, 2, 3, 4}), (3, {3})])
+def test_depths_need_not_follow_the_chains(folder, stage1, tmp_path, monkeypatch, source, expected):
+    """The anchor of a step is then that at the same place in the chain of thought."""
+    recipe, trainers = load_recipe("sft"), []
+    make = recipe.LasarSFTTrainer
+    monkeypatch.setattr(recipe, "LasarSFTTrainer", lambda *a, **k: (trainers.append(make(*a, **k)), trainers[0])[1])
+    script = recipe.SFTScriptArguments(data_dir=str(folder), stage=2, depth_source=source)
+    recipe.main(script, LasarSFTConfig(**settings(tmp_path)), LasarModelConfig(model_name_or_path=str(stage1)))
+    (trainer,) = trainers
+    examples = [dict(trainer.train_dataset[index]) for index in range(len(trainer.train_dataset))]
+    depths = [example["input_ids"].count(trainer.processor.latent_token_id) for example in examples]
+    assert set(depths) == expected
+    anchors = trainer.data_collator(examples)["anchors"]
+    store = trainer.data_collator.anchors
+    for row, (depth, example) in enumerate(zip(depths, examples, strict=True)):
+        own = store[example["sample_index"]]
+        for step in range(1, depth + 1):
+            assert (anchors[row, step - 1].numpy() == own[math.ceil(step * len(own) / depth) - 1]).all()
+
+
+@pytest.mark.parametrize("source", ["policy", "-1", "2.5"])
+def test_unknown_depth_sources_are_refused(source):
+    with pytest.raises(ValueError, match="depth_source"):
+        load_recipe("sft").SFTScriptArguments(data_dir="x", depth_source=source)
+
+
+@pytest.mark.parametrize(("choice", "is_excluded"), [("auto", True), (False, False)])
+def test_stage1_excludes_the_history_as_the_data_says(folder, tmp_path, choice, is_excluded):
+    recipe = load_recipe("sft")
+    script = recipe.SFTScriptArguments(
+        data_dir=str(folder), backbone_config=BACKBONE, tasks=["history"], exclude_history=choice
+    )
+    recipe.main(script, LasarSFTConfig(**settings(tmp_path)), LasarModelConfig())
+    assert LasarForGenerativeRec.from_pretrained(tmp_path).config.exclude_history is is_excluded
 
 
 @pytest.mark.parametrize("use_peft", [False, True])

@@ -58,6 +58,14 @@ class AnchorStore:
             raise IndexError(f"Sample {sample} has no anchors: the store has {len(self)} samples.")
         return np.asarray(self.vectors[self.index[self.offsets[sample] : self.offsets[sample + 1]]])
 
+    def at_depth(self, sample: int, depth: int) -> np.ndarray:
+        """
+        Anchors of a sample for `depth` latent steps, `(depth, H)`: step `t` has that of segment `⌈t · n / depth⌉` of
+        the `n` segments, so its place in the chain of thought is the same.
+        """
+        anchors = self[sample]
+        return anchors[np.ceil(np.arange(1, depth + 1) * len(anchors) / depth).astype(int) - 1]
+
     @property
     def depths(self) -> np.ndarray:
         """Number of segments of each sample, its depth label `N`, `(S,)`."""

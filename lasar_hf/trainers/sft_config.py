@@ -22,6 +22,9 @@ class LasarSFTConfig(SFTConfig):
             Distance between latent states and semantic anchors: `"kl"`, `"cosine"`, `"mse"` or `"none"`.
         alignment_weight (`float`, *optional*, defaults to `0.1`):
             Weight `α` of the alignment loss.
+        anchors_at_any_depth (`bool`, *optional*, defaults to `False`):
+            Allow examples whose number of latent steps is not their number of segments. A step then has the anchor at
+            the same place in the chain of thought.
         policy_weight (`float`, *optional*, defaults to `0.0`):
             Weight `β` of the policy head's cross-entropy. At 0 (stage 1) the policy head is frozen.
         max_tokens_per_batch (`int`, *optional*):
@@ -48,6 +51,9 @@ class LasarSFTConfig(SFTConfig):
         default="kl", metadata={"help": "Distance of latent states and anchors.", "choices": [*DISTANCES, "none"]}
     )
     alignment_weight: float = field(default=0.1, metadata={"help": "Weight of the alignment loss, alpha."})
+    anchors_at_any_depth: bool = field(
+        default=False, metadata={"help": "Allow other numbers of latent steps than of segments."}
+    )
     policy_weight: float = field(default=0.0, metadata={"help": "Policy loss weight, beta; 0 freezes the head."})
     max_tokens_per_batch: int | None = field(
         default=None, metadata={"help": "Batches of users with this many tokens; a shared prefix counts once."}

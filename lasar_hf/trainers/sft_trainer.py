@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from peft.utils.other import TrainableTokensWrapper
@@ -41,24 +42,32 @@ class LasarDataCollator(DataCollatorForLanguageModeling):
         anchors, latent_token_id ([`~lasar_hf.reasoning.AnchorStore`] and `int`, *optional*):
             Anchors of each sample, and the id of `<|latent|>` to count latent slots. Held-out examples, without a
             column `sample_index`, get no anchors.
+        any_depth (`bool`, *optional*, defaults to `False`):
+            Allow examples whose depth is not their number of anchors, see [`~lasar_hf.reasoning.AnchorStore.at_depth`].
     """
 
     anchors: AnchorStore | None = field(default=None, kw_only=True)
     latent_token_id: int | None = field(default=None, kw_only=True)
+    any_depth: bool = field(default=False, kw_only=True)
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = super().torch_call(examples)
         if self.anchors is not None and "sample_index" in examples[0]:
-            vectors = [torch.as_tensor(self.anchors[example["sample_index"]]) for example in examples]  # B × (N, H)
-            for example, anchors in zip(examples, vectors, strict=True):
-                slots = sum(token == self.latent_token_id for token in example["input_ids"])
-                if slots != len(anchors):
-                    raise ValueError(
-                        f"sample_index {example['sample_index']}: the example has {slots} latent slots and the sample "
-                        f"{len(anchors)} anchors. Make both from the same segments."
-                    )
+            vectors = [torch.as_tensor(self._anchors_of(example)) for example in examples]  # B × (N, H)
             batch["anchors"] = nn.utils.rnn.pad_sequence(vectors, batch_first=True)  # (B, max N, H)
         return batch
+
+    def _anchors_of(self, example: dict[str, Any]) -> np.ndarray:
+        sample, slots = example["sample_index"], sum(token == self.latent_token_id for token in example["input_ids"])
+        if self.any_depth:
+            return self.anchors.at_depth(sample, slots)
+        anchors = self.anchors[sample]
+        if slots != len(anchors):
+            raise ValueError(
+                f"sample_index {sample}: the example has {slots} latent slots and the sample {len(anchors)} anchors. "
+                "Make both from the same segments, or set anchors_at_any_depth."
+            )
+        return anchors
 
 
 class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
@@ -139,6 +148,7 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
             self.data_collator = LasarDataCollator(
                 self.data_collator.pad_token_id, pad_to_multiple_of=self.data_collator.pad_to_multiple_of,
                 anchors=anchors if args.alignment != "none" else None, latent_token_id=lasar.config.latent_token_id,
+                any_depth=args.anchors_at_any_depth,
             )
         if args.sid_loss == "catalog":
             add_catalog_head(lasar, self.catalog)
