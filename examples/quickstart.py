@@ -42,6 +42,7 @@ from lasar_hf.data import (
 from lasar_hf.evaluation import (
     comparison_table,
     evaluate_recommendations,
+    item_knn_ranking,
     markov_ranking,
     popularity_ranking,
     recommend_samples,
@@ -86,6 +87,7 @@ def make_model(shop, quantizer):
     backbone = AutoModelForCausalLM.from_config(config)
     model = LasarForGenerativeRec.from_backbone(backbone, tokenizer, LEVELS, CODES, STEPS)
     model.set_sid_embeddings(quantizer.codebooks)
+    model.config.exclude_history = True  # hardly anybody buys a book twice
     return model, tokenizer
 
 
@@ -138,8 +140,9 @@ def main() -> None:
 
     test = samples(split, "test")
     table, targets = {}, np.array(test["target"])
-    for name, ranking in (("popularity", popularity_ranking), ("Markov", markov_ranking)):
-        predictions = ranking(split.train, test["history"], len(catalog), 20)
+    baselines = {"popularity": popularity_ranking, "Markov": markov_ranking, "item-kNN": item_knn_ranking}
+    for name, ranking in baselines.items():
+        predictions = ranking(split.train, test["history"], len(catalog), 20, exclude_history=True)
         table[name] = evaluate_recommendations(predictions, targets, len(catalog))
 
     def evaluate(name: str, latent_steps: int | None = None) -> None:

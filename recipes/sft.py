@@ -96,7 +96,7 @@ class SFTScriptArguments:
         read_json_object(self, "backbone_config")
         self.depth_source = str(self.depth_source)
         if not (self.depth_source in ("segments", "uniform") or self.depth_source.isdecimal()):
-            raise ValueError(f"depth_source is {self.depth_source!r}; expected segments, uniform or a number of steps.")
+            raise ValueError(f"depth_source is {self.depth_source!r}; expected segments, uniform or a number.")
         if self.backbone_config is not None and self.backbone_config.get("model_type") not in CONFIG_MAPPING:
             model_type = self.backbone_config.get("model_type")
             raise ValueError(f"backbone_config has model_type {model_type!r}; expected one that transformers knows.")

@@ -31,7 +31,7 @@ from lasar_hf.data import (
     toy_shop,
 )
 from lasar_hf.data.prepared_data import load_interactions, save_interactions
-from lasar_hf.data.splits import Split, repeat_rate
+from lasar_hf.data.splits import repeat_rate
 from lasar_hf.model.configuration_lasar import sid_token
 from lasar_hf.reasoning import TemplateTeacher, segment
 from lasar_hf.reasoning.segments import split_sentences

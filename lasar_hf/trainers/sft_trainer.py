@@ -43,7 +43,8 @@ class LasarDataCollator(DataCollatorForLanguageModeling):
             Anchors of each sample, and the id of `<|latent|>` to count latent slots. Held-out examples, without a
             column `sample_index`, get no anchors.
         any_depth (`bool`, *optional*, defaults to `False`):
-            Allow examples whose depth is not their number of anchors, see [`~lasar_hf.reasoning.AnchorStore.at_depth`].
+            Allow examples whose depth is not their number of anchors, see
+            [`~lasar_hf.reasoning.AnchorStore.at_depth`].
     """
 
     anchors: AnchorStore | None = field(default=None, kw_only=True)
