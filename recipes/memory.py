@@ -1,7 +1,7 @@
 """
 Give checkpoints an item memory: a matrix of item-to-item steps of the training sequences, mixed with the model.
 
-    python recipes/memory.py --data_dir outputs/toy/data --models outputs/toy/stage1@0 outputs/toy/grpo
+    python recipes/memory.py --config recipes/scientific/memory.yaml
 
 The matrix is item-kNN's, tuned on validation samples. Its weight in the mixture is fitted for each checkpoint on
 validation samples, with `path@N` for `N` latent steps. Writes `item_memory.safetensors` into each checkpoint, which

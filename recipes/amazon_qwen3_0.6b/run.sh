@@ -22,5 +22,8 @@ $LAUNCH recipes/sft.py --config recipes/amazon_qwen3_0.6b/stage2.yaml
 # Reinforcement learning of quality and depth.
 $LAUNCH recipes/grpo.py --config recipes/amazon_qwen3_0.6b/grpo.yaml
 
-# Rank the whole catalogue for every test user: baselines (item-kNN and others) and the three checkpoints.
+# Give each checkpoint an item memory, whose weight is fitted on validation users.
+python recipes/memory.py --config recipes/amazon_qwen3_0.6b/memory.yaml
+
+# Rank the whole catalogue for every test user: baselines, and the checkpoints with and without their memory.
 $LAUNCH recipes/eval.py --config recipes/amazon_qwen3_0.6b/eval.yaml

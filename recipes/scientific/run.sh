@@ -22,5 +22,8 @@ $LAUNCH recipes/sft.py --config recipes/scientific/stage2.yaml
 # Reinforcement learning of quality and depth.
 $LAUNCH recipes/grpo.py --config recipes/scientific/grpo.yaml
 
-# Rank the whole catalogue for every test user: baselines (item-kNN and others) and the three checkpoints.
+# Give each checkpoint an item memory, whose weight is fitted on validation users.
+python recipes/memory.py --config recipes/scientific/memory.yaml
+
+# Rank the whole catalogue for every test user: baselines, and the checkpoints with and without their memory.
 $LAUNCH recipes/eval.py --config recipes/scientific/eval.yaml
