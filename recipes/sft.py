@@ -187,7 +187,7 @@ def main(script: SFTScriptArguments, training_args: LasarSFTConfig, model_args: 
     data = PreparedData.load(script.data_dir)
     checkpoint = checkpoint_to_resume(
         training_args, **asdict(script), **asdict(model_args), data=PreparedData.file_hashes(script.data_dir),
-        start=folder_hashes(model_args.model_name_or_path, "*.safetensors")
+        start=folder_hashes(model_args.model_name_or_path, "*model*.safetensors")
         | folder_hashes(model_args.model_name_or_path, "processor_config.json"),
     )
     with unsharded_weights():

@@ -5,6 +5,7 @@ import functools
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -232,6 +233,17 @@ def test_stage2_refuses_another_prompt_format(folder, stage1, tmp_path, setting)
     script = recipe.SFTScriptArguments(data_dir=str(folder), stage=2, **setting)
     with pytest.raises(ValueError, match=next(iter(setting))):
         recipe.main(script, LasarSFTConfig(**settings(tmp_path)), LasarModelConfig(model_name_or_path=str(stage1)))
+
+
+def test_a_run_resumes_after_its_start_got_a_memory(folder, stage1, tmp_path):
+    """recipes/memory.py writes into the checkpoint that stage 2 began with."""
+    recipe, start = load_recipe("sft"), tmp_path / "stage1"
+    shutil.copytree(stage1, start)
+    for _ in range(2):
+        script = recipe.SFTScriptArguments(data_dir=str(folder), stage=2)
+        args = LasarSFTConfig(**settings(tmp_path / "stage2") | dict(save_strategy="steps", save_steps=1))
+        recipe.main(script, args, LasarModelConfig(model_name_or_path=str(start)))
+        (start / "item_memory.safetensors").write_bytes(b"any")
 
 
 def test_stage2_evaluates_with_latent_slots(folder, stage1, tmp_path, monkeypatch):
