@@ -16,7 +16,7 @@ from .recommendations import Recommendations
 
 
 WEIGHTS = (0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9)  # of the memory at an average item
-SLOPES = (-1.0, -0.5, -0.25, 0.0, 0.25, 0.5, 1.0)  # per unit of log(1 + interactions)
+SLOPES = (-0.5, -0.25, 0.0, 0.25, 0.5, 1.0, 2.0)  # per unit of log(1 + interactions)
 
 
 def build_memory(
