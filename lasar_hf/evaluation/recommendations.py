@@ -9,6 +9,7 @@ import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
 
+from ..model.memory_lasar import ItemMemory
 from ..model.modeling_lasar import LasarForGenerativeRec
 from ..model.processing_lasar import LasarProcessor
 from .metrics import DEFAULT_KS
@@ -23,11 +24,14 @@ class Recommendations:
     scores: np.ndarray  # (U, k) log-probabilities; -inf at padding
     latent_steps: np.ndarray  # (U,)
     seconds: float  # wall-clock time of all samples together
+    model_scores: np.ndarray | None = None  # (U, k) with a memory: log-probabilities under the model alone
+    memory_scores: np.ndarray | None = None  # (U, k) with a memory: those under the memory alone
 
 
 def recommend_samples(
     model: LasarForGenerativeRec, samples: Dataset, processor: LasarProcessor, top_k: int = 20, num_beams: int = 50,
     latent_steps: int | None = None, batch_size: int = 64, progress: bool = False, exclude_history: bool | None = None,
+    memory: ItemMemory | None = None,
 ) -> Recommendations:
     """
     Recommend for every sample. Samples are batched by length, which keeps padding small.
@@ -46,6 +50,8 @@ def recommend_samples(
         exclude_history (`bool`, *optional*):
             Leave the items of a sample's history out of its recommendations, also those that are too old for the
             prompt. Defaults to `exclude_history` of the model's configuration.
+        memory ([`ItemMemory`], *optional*):
+            As for [`LasarForGenerativeRec.recommend`].
 
     Raises:
         `ValueError`: if `exclude_history` is `False`, but the model was trained with it.
@@ -60,7 +66,9 @@ def recommend_samples(
     histories = samples["history"]
     prompts = [processor.prompt_ids(history) for history in histories]
     order = sorted(range(len(prompts)), key=lambda sample: len(prompts[sample]), reverse=True)
-    items, scores = np.empty((len(prompts), top_k), dtype=np.int64), np.empty((len(prompts), top_k), dtype=np.float32)
+    names = ["items", "scores"] if memory is None else ["items", "scores", "model_scores", "memory_scores"]
+    lists = {name: np.empty((len(prompts), top_k), dtype=np.float32) for name in names}
+    lists["items"] = np.empty((len(prompts), top_k), dtype=np.int64)
     depths = np.empty(len(prompts), dtype=np.int64)
     start_time = time.perf_counter()
     for start in tqdm(range(0, len(order), batch_size), desc="Recommending", disable=not progress):
@@ -69,10 +77,12 @@ def recommend_samples(
         output = model.recommend(
             **inputs, catalog=processor.catalog, top_k=top_k, num_beams=num_beams, latent_steps=latent_steps,
             deny=[torch.tensor(histories[sample]) for sample in batch] if exclude_history else None, allow_empty=True,
+            memory=memory,
         )
-        items[batch], scores[batch] = output.items.cpu().numpy(), output.scores.float().cpu().numpy()
+        for name, rows in lists.items():
+            rows[batch] = getattr(output, name).cpu().numpy()
         depths[batch] = output.latent_steps.cpu().numpy()
-    return Recommendations(items, scores, depths, time.perf_counter() - start_time)
+    return Recommendations(latent_steps=depths, seconds=time.perf_counter() - start_time, **lists)
 
 
 class RankingEvaluator:
