@@ -18,7 +18,7 @@ from ..data.prepared_data import PreparedData
 from ..model.catalog_lasar import SidCatalog
 
 
-EASE_MAX_ITEMS = 20_000  # a float32 matrix of items x items then has 1.6 GB, and its inverse as much again
+EASE_MAX_ITEMS = 20_000  # a float32 matrix of items x items then has 1.6 GB; EASE needs about five at a time
 BLOCK_SIZE = 2**22  # scores per block of users
 
 
@@ -63,7 +63,9 @@ def markov_ranking(
 
     Arguments and return value are those of [`popularity_ranking`].
     """
-    counts = _pair_counts(train_sequences, num_items, gap=1)
+    users, items, _ = flat_sequences(train_sequences)
+    _check_items("train_sequences", items, num_items)
+    counts = _pair_counts(users, items, num_items, gap=1)
     return matrix_ranking(counts, train_sequences, histories, top_k, 0.0, exclude_history)
 
 
@@ -140,10 +142,12 @@ def item_knn_matrix(
     """
     if window < 1 or shrinkage < 0:
         raise ValueError(f"window is {window} and shrinkage {shrinkage}; expected at least 1 and at least 0.")
-    pairs = sum(gap_decay ** (gap - 1) * _pair_counts(train_sequences, num_items, gap) for gap in range(1, window + 1))
+    users, items, _ = flat_sequences(train_sequences)
+    _check_items("train_sequences", items, num_items)
+    pairs = sum(gap_decay ** (gap - 1) * _pair_counts(users, items, num_items, gap) for gap in range(1, window + 1))
     pairs = pairs + mirror * pairs.T
     # An item without popularity is in no pair: its weight does not matter, but it must be finite.
-    scale = sparse.diags_array(np.maximum(_popularity(train_sequences, num_items) + shrinkage, 1e-9) ** -0.5)
+    scale = sparse.diags_array(np.maximum(np.bincount(items, minlength=num_items) + shrinkage, 1e-9) ** -0.5)
     similarity = (scale @ pairs @ scale).tocsr()
     similarity.eliminate_zeros()
     return similarity
@@ -184,7 +188,9 @@ def ease_matrix(
     gram = (interactions.T @ interactions).toarray()
     gram[np.diag_indices(num_items)] += np.float32(regularization)
     # By Cholesky, a fifth of the time of np.linalg.inv. LAPACK fills the upper triangle only.
-    factor, _ = linalg.lapack.spotrf(gram.T, overwrite_a=True)
+    factor, failed = linalg.lapack.spotrf(gram.T, overwrite_a=True)
+    if failed:
+        raise ValueError(f"regularization is {regularization}, too small for float32; use a larger one.")
     inverse, _ = linalg.lapack.spotri(factor, overwrite_c=True)
     inverse = np.triu(inverse) + np.triu(inverse, 1).T
     weights = inverse / -np.diag(inverse)
@@ -213,9 +219,8 @@ def matrix_ranking(
     num_items = scores.shape[0]
     users, items, places = flat_sequences(histories)
     _check_items("histories", items, num_items)
-    weights = sparse.csr_array(
-        (np.power(float(history_decay), places), (users, items)), shape=(len(histories), num_items)
-    )
+    decays = np.power(float(history_decay), places).astype(scores.dtype)
+    weights = sparse.csr_array((decays, (users, items)), shape=(len(histories), num_items))
     weights.eliminate_zeros()
     # Numbers that a user needs: at most what a sparse matrix stores for the items of the history, or all items.
     row_sizes = np.diff(scores.indptr) if sparse.issparse(scores) else np.full(num_items, num_items)
@@ -291,25 +296,18 @@ def flat_sequences(sequences: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.n
     return owners, items, np.cumsum(lengths)[owners] - 1 - np.arange(len(items))
 
 
-def _pair_counts(train_sequences: Sequence[Sequence[int]], num_items: int, gap: int) -> sparse.csr_array:
+def _pair_counts(users: np.ndarray, items: np.ndarray, num_items: int, gap: int) -> sparse.csr_array:
     """`(I, I)`: how often the item of the column comes `gap` places after the item of the row."""
-    owners, items, _ = flat_sequences(train_sequences)
-    _check_items("train_sequences", items, num_items)
-    is_pair = owners[:-gap] == owners[gap:]
+    is_pair = users[:-gap] == users[gap:]
     before, after = items[:-gap][is_pair], items[gap:][is_pair]
     return sparse.coo_array((np.ones(len(before)), (before, after)), shape=(num_items, num_items)).tocsr()
 
 
-def _popularity(train_sequences: Sequence[Sequence[int]], num_items: int) -> np.ndarray:
-    """Number of training interactions of each item `(I,)`."""
-    _, items, _ = flat_sequences(train_sequences)
-    _check_items("train_sequences", items, num_items)
-    return np.bincount(items, minlength=num_items)
-
-
 def _popularity_order(train_sequences: Sequence[Sequence[int]], num_items: int) -> np.ndarray:
     """All item indices `(I,)`, the most frequent first."""
-    return np.argsort(-_popularity(train_sequences, num_items), kind="stable")
+    _, items, _ = flat_sequences(train_sequences)
+    _check_items("train_sequences", items, num_items)
+    return np.argsort(-np.bincount(items, minlength=num_items), kind="stable")
 
 
 def _check_items(name: str, items: np.ndarray, num_items: int) -> None:
