@@ -128,6 +128,26 @@ def test_the_memory_of_another_catalogue_is_refused():
         model.recommend(**batch(rows), catalog=catalog, memory=memory_of(matrix, other))
 
 
+def test_added_and_removed_items_are_allowed():
+    """Added items are unknown to the memory, also in a history; removed ones are not recommended."""
+    model, catalog, rows, matrix = setup(exclude_history=True)
+    memory = memory_of(matrix, catalog)
+    free = [[a, b, 3] for a in range(4) for b in range(4) if [a, b, 3] not in catalog.codes.tolist()][:2]
+    larger = catalog.add(torch.tensor(free), ["new-0", "new-1"])
+    first = model.recommend(**batch(rows), catalog=larger, top_k=22, num_beams=22, latent_steps=0, memory=memory)
+    assert all(20 in row or 21 in row for row in first.items.tolist())
+    known = first.items[0] < 20
+    expected = expected_memory(matrix, HISTORIES[0], 0.7, True)
+    found = first.memory_scores[0][known & (first.items[0] >= 0)].exp()
+    torch.testing.assert_close(found, expected[first.items[0][known & (first.items[0] >= 0)]])
+    tokens = sid_ids(model, larger.codes[21])
+    with_new = batch([[3, *sid_ids(model, catalog.codes[4]), *tokens, model.config.latent_start_token_id]])
+    output = model.recommend(**with_new, catalog=larger, top_k=22, num_beams=22, latent_steps=0, memory=memory)
+    assert 21 not in output.items[0] and output.scores[0].max().isfinite()
+    smaller = larger.remove([catalog.item_ids[3]])
+    assert 3 not in model.recommend(**batch(rows), catalog=smaller, top_k=22, num_beams=22, memory=memory).items
+
+
 def test_a_folder_without_a_memory_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="item_memory"):
         ItemMemory.from_pretrained(tmp_path)

@@ -29,9 +29,9 @@ MEMORY_NAME = "item_memory.safetensors"
 TENSORS = ("pointers", "neighbours", "weights", "support")
 
 
-def catalog_hash(catalog: SidCatalog) -> str:
-    """SHA-256 of the ids of a catalogue's items, which say what an item index means."""
-    return hashlib.sha256(json.dumps(catalog.item_ids).encode()).hexdigest()
+def catalog_hash(catalog: SidCatalog, num_items: int | None = None) -> str:
+    """SHA-256 of the ids of a catalogue's items, or of the first `num_items`: they say what an item index means."""
+    return hashlib.sha256(json.dumps(catalog.item_ids[:num_items]).encode()).hexdigest()
 
 
 class ItemMemory:
@@ -95,8 +95,11 @@ class ItemMemory:
         return moved
 
     def check_matches(self, catalog: SidCatalog) -> None:
-        """Refuse the memory of another catalogue, with a `ValueError`."""
-        if self.catalog_sha256 != catalog_hash(catalog):
+        """
+        Refuse the memory of another catalogue, with a `ValueError`. Items may have been added or removed since: the
+        memory does not know added ones.
+        """
+        if len(catalog) < len(self) or self.catalog_sha256 != catalog_hash(catalog, len(self)):
             raise ValueError(
                 f"The memory of {len(self)} items belongs to another catalogue than that of {len(catalog)} items. "
                 "Build it from the same data, with recipes/memory.py."
@@ -110,13 +113,14 @@ class ItemMemory:
         items have no probability. Returns a [`Recall`].
         """
         batch_size, num_items, device = len(history), len(self), history.device
-        # 1. The weight d^k of each item; k counts the newer items.
+        # 1. The weight d^k of each item; k counts the newer items. Added items have no neighbours.
         is_item = history >= 0  # (B, D)
         age = is_item.flip(1).cumsum(dim=1).flip(1) - 1  # (B, D)
-        factor = torch.where(is_item, self.decay**age, 0.0)  # (B, D)
+        is_known = is_item & (history < num_items)
+        factor = torch.where(is_known, self.decay**age, 0.0)  # (B, D)
         # 2. All neighbours of all items: E entries of (prompt, item, score).
-        rows = history.clamp(min=0).flatten()  # (B · D,)
-        lengths = torch.where(is_item.flatten(), self.pointers[rows + 1] - self.pointers[rows], 0)
+        rows = torch.where(is_known, history, 0).flatten()  # (B · D,)
+        lengths = torch.where(is_known.flatten(), self.pointers[rows + 1] - self.pointers[rows], 0)
         source = torch.repeat_interleave(lengths)  # (E,), index among B · D
         within = torch.arange(len(source), device=device) - (lengths.cumsum(0) - lengths)[source]
         entry = self.pointers[rows[source]] + within  # (E,)
@@ -128,7 +132,7 @@ class ItemMemory:
         prompt = keys // num_items  # (N,)
         if exclude_history:
             own = torch.arange(batch_size, device=device)[:, None] * num_items + history
-            is_kept = ~torch.isin(keys, own[is_item])
+            is_kept = ~torch.isin(keys, own[is_known])
             keys, scores, prompt = keys[is_kept], scores[is_kept], prompt[is_kept]
         # 4. Divide by the sum of each prompt.
         total = torch.zeros(batch_size, device=device).index_add(0, prompt, scores)  # (B,)
@@ -136,7 +140,8 @@ class ItemMemory:
         last = torch.where(is_item, torch.arange(history.shape[1], device=device), 0).amax(dim=1)  # (B,)
         newest = history.gather(1, last[:, None])[:, 0]  # (B,)
         a, b = self.gate
-        weight = torch.sigmoid(a + b * torch.log1p(self.support[newest.clamp(min=0)].float()))  # (B,)
+        support = torch.where(newest < num_items, self.support[newest.clamp(min=0, max=num_items - 1)], 0)  # (B,)
+        weight = torch.sigmoid(a + b * torch.log1p(support.float()))  # (B,)
         return Recall(keys, scores / total[prompt], torch.where(total > 0, weight, 0.0), num_items)
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
@@ -190,12 +195,13 @@ class Recall:
         return items
 
     def probabilities(self, items: torch.Tensor) -> torch.Tensor:
-        """Probabilities of `items` `(B, C)`, 0 at padding (-1)."""
+        """Probabilities of `items` `(B, C)`, 0 at padding (-1) and for items that the memory does not know."""
         if len(self.keys) == 0:
             return torch.zeros(items.shape, device=items.device)
         wanted = torch.arange(len(items), device=items.device)[:, None] * self.num_items + items
         index = torch.searchsorted(self.keys, wanted).clamp(max=len(self.keys) - 1)  # (B, C)
-        return torch.where((self.keys[index] == wanted) & (items >= 0), self.probs[index], 0.0)
+        is_known = (self.keys[index] == wanted) & (items >= 0) & (items < self.num_items)
+        return torch.where(is_known, self.probs[index], 0.0)
 
     def mix(self, log_probs: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
         """Log-probabilities `(B, C)` of items under the mixture, from those under the model."""
