@@ -3,17 +3,22 @@ Reinforcement learning (GRPO) of recommendation quality and depth.
 
     accelerate launch recipes/grpo.py --config recipes/scientific/grpo.yaml
 
-Resumes from the last checkpoint in `output_dir`. The prompt format is that of the starting checkpoint.
+Resumes from the last checkpoint in `output_dir`. The prompt format is that of the starting checkpoint. With
+`eval_users`, the result is compared with the starting checkpoint on validation users, and the better one is saved.
 """
 
+import logging
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
+from accelerate.utils import broadcast_object_list
+from peft import PeftModel
 from transformers import set_seed
 from trl import TrlParser
 
 from lasar_hf import LasarConfig, LasarForGenerativeRec, LasarGRPOConfig, LasarGRPOTrainer, LasarProcessor
 from lasar_hf.data import PreparedData, grpo_examples
+from lasar_hf.evaluation import RankingEvaluator
 from lasar_hf.files import folder_hashes
 from lasar_hf.reasoning import AnchorStore, checkpoint_hash
 from lasar_hf.trainers import (
@@ -26,6 +31,9 @@ from lasar_hf.trainers import (
     save_trained,
     unsharded_weights,
 )
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -41,6 +49,13 @@ class GRPOScriptArguments:
         default_factory=lambda: ["exact_match", "ranking"],
         metadata={"help": "Rewards: exact_match, ranking, or the dotted path of a function, such as mine.diversity."},
     )
+    eval_users: int = field(
+        default=0,
+        metadata={
+            "help": "Validation users on whom the result must not be worse (NDCG@10) than the starting checkpoint, "
+            "which is saved otherwise; 0 for no comparison."
+        },
+    )
 
 
 def terminal_anchors(script: GRPOScriptArguments, dtype: str) -> np.ndarray | None:
@@ -52,6 +67,24 @@ def terminal_anchors(script: GRPOScriptArguments, dtype: str) -> np.ndarray | No
     with unsharded_weights():
         stage1 = LasarForGenerativeRec.from_pretrained(script.stage1_model, dtype=dtype)
     return AnchorStore.load(script.anchors_dir, checkpoint_hash(stage1)).terminal()
+
+
+def save_better(trainer: LasarGRPOTrainer, evaluator: RankingEvaluator, start: LasarForGenerativeRec) -> None:
+    """Save the trained model, or the one it started from if that ranks better on validation users."""
+    trained = trainer.on_gathered_weights(evaluator)["NDCG@10"]
+    before = evaluator(start.to(trainer.accelerator.device))["NDCG@10"]
+    logger.info("Validation NDCG@10: %.4f before and %.4f after training.", before, trained)
+    is_worse = [trained < before]
+    broadcast_object_list(is_worse)  # all processes save the same
+    if not is_worse[0]:
+        save_trained(trainer)
+        return
+    logger.warning("Training made the model worse on validation users. The starting checkpoint is saved instead.")
+    if trainer.is_world_process_zero():
+        start.save_pretrained(trainer.args.output_dir)
+        trainer.processing_class.save_pretrained(trainer.args.output_dir)
+        trainer.save_processor(trainer.args.output_dir)
+    trainer.accelerator.wait_for_everyone()
 
 
 def main(script: GRPOScriptArguments, training_args: LasarGRPOConfig, model_args: LasarModelConfig) -> None:
@@ -83,7 +116,15 @@ def main(script: GRPOScriptArguments, training_args: LasarGRPOConfig, model_args
         peft_config=lora_from_arguments(model, model_args),
     )
     trainer.train(resume_from_checkpoint=checkpoint)
-    save_trained(trainer)
+    if script.eval_users:
+        validation = data.samples["validation"].shuffle(seed=0)
+        validation = validation.select(range(min(script.eval_users, len(validation))))
+        with unsharded_weights():
+            start = load_model(model_args.model_name_or_path, **model_args.init_kwargs)
+        start = start.merge_and_unload() if isinstance(start, PeftModel) else start
+        save_better(trainer, RankingEvaluator(validation, processor), start)
+    else:
+        save_trained(trainer)
     trainer.accelerator.end_training()
 
 

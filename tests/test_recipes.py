@@ -295,6 +295,21 @@ def test_stage1_excludes_the_history_as_the_data_says(folder, tmp_path, choice, 
     assert LasarForGenerativeRec.from_pretrained(tmp_path).config.exclude_history is is_excluded
 
 
+@pytest.mark.parametrize(("learning_rate", "is_kept"), [(0.0, True), (1.0, False)])
+def test_grpo_saves_its_start_if_training_made_it_worse(folder, stage2, tmp_path, monkeypatch, learning_rate, is_kept):
+    """A learning rate of 1 destroys the model; with 0 nothing changes, which is not worse."""
+    recipe, saved = load_recipe("grpo"), []
+    save = recipe.save_trained
+    monkeypatch.setattr(recipe, "save_trained", lambda trainer: (saved.append(trainer), save(trainer)))
+    script = recipe.GRPOScriptArguments(data_dir=str(folder), eval_users=100)
+    args = LasarGRPOConfig(**settings(tmp_path, num_generations=4, learning_rate=learning_rate))
+    recipe.main(script, args, LasarModelConfig(model_name_or_path=str(stage2)))
+    assert bool(saved) is is_kept
+    start, result = (LasarForGenerativeRec.from_pretrained(path).state_dict() for path in (stage2, tmp_path))
+    assert all(torch.equal(start[name], result[name]) for name in start)
+    assert prompt_format(tmp_path) == prompt_format(stage2)
+
+
 @pytest.mark.parametrize("use_peft", [False, True])
 def test_grpo_continues_stage2(folder, stage1, stage2, tmp_path, use_peft):
     recipe = load_recipe("grpo")
