@@ -31,6 +31,7 @@ from lasar_hf.evaluation import (
     evaluate_recommendations,
     exclusion_note,
     hits_per_user,
+    ndcg_per_user,
     paired_bootstrap,
     ranks,
     recommend_samples,
@@ -143,19 +144,36 @@ def evaluate_baselines(args: EvaluateArguments, data: PreparedData, samples):
     return predictions, rows, tuning
 
 
+def significance(predictions: dict[str, np.ndarray], samples) -> dict[str, dict]:
+    """Bootstrap of the difference of each row to the one above, and of each row below item-kNN to item-kNN."""
+    target_ranks = {name: ranks(items, samples["target"]) for name, items in predictions.items()}
+    metrics = {"HR@10": hits_per_user, "NDCG@10": ndcg_per_user}
+    values = {
+        metric: {name: per_user(rank, 10) for name, rank in target_ranks.items()}
+        for metric, per_user in metrics.items()
+    }
+    names, users = list(predictions), samples["user_id"]
+
+    def tests(metric: str, pairs) -> dict[str, dict]:
+        part = values[metric]
+        return {f"{a} - {b}": asdict(paired_bootstrap(part[a], part[b], users)) for a, b in pairs}
+
+    below = names[names.index("item-kNN") + 1 :]
+    return {
+        "HR@10_against_the_row_before": tests("HR@10", zip(names[1:], names[:-1], strict=True)),
+        **{f"{metric}_against_item-kNN": tests(metric, [(name, "item-kNN") for name in below]) for metric in metrics},
+    }
+
+
 def report(args: EvaluateArguments, data: PreparedData, samples, predictions, rows, tuning) -> None:
     """Print the tables and write the report."""
     exclude, parts = history_is_excluded(args, data), slices(samples, data.split.train)
     by_slice = slice_report(predictions, samples["target"], parts)
     notes = [exclusion_note(exclude), *tuning_notes(tuning)]
     print(comparison_table(rows), *notes, "", slice_table(by_slice), sep="\n")
-    hits = {name: hits_per_user(ranks(items, samples["target"]), 10) for name, items in predictions.items()}
-    pairs = list(zip(list(hits)[1:], list(hits)[:-1], strict=True))  # each recommender against the row above
-    users = samples["user_id"]
-    tests = {f"{a} - {b}": asdict(paired_bootstrap(hits[a], hits[b], users)) for a, b in pairs}
     details = {
         "arguments": asdict(args), "exclude_history": exclude, "repeat_rate": data.repeat_rate, "baselines": tuning,
-        "HR@10_against_the_row_before": tests,
+        **significance(predictions, samples),
     }
     save_report(args.output_dir, rows, details, by_slice, notes)
 

@@ -44,6 +44,11 @@ def test_report_has_baselines_and_models(recipe, folder, tmp_path):
     assert list(content["slices"]["all"]["results"]) == names
     assert content["slices"]["pair seen"]["n"] + content["slices"]["pair unseen"]["n"] == 23
     assert content["details"]["baselines"]["item-kNN"]["settings_tried"] == 27
+    for metric in ("HR@10", "NDCG@10"):
+        tests, rows = content["details"][f"{metric}_against_item-kNN"], content["results"]
+        assert list(tests)[-2:] == ["direct - item-kNN", "policy - item-kNN"]
+        difference = rows["policy"][metric] - rows["item-kNN"][metric]
+        assert tests["policy - item-kNN"]["difference"] == pytest.approx(difference)
 
 
 @pytest.mark.parametrize("choice", [True, "false", "auto"])
@@ -73,7 +78,8 @@ def test_significance_draws_users(recipe, folder, tmp_path, monkeypatch):
         recipe, "paired_bootstrap", lambda a, b, users: (drawn.append(list(users)), paired_bootstrap(a, b, users))[1]
     )
     recipe.main(recipe.EvaluateArguments(**arguments(folder, tmp_path)))
-    assert drawn == (5 + has_sasrec()) * [list(PreparedData.load(folder / "data").samples["test"]["user_id"])]
+    num_tests = 5 + has_sasrec() + 2 * (3 + has_sasrec())  # neighbours, and both metrics of the rows below item-kNN
+    assert drawn == num_tests * [list(PreparedData.load(folder / "data").samples["test"]["user_id"])]
 
 
 def test_table_is_printed_even_if_saving_fails(recipe, folder, tmp_path, monkeypatch, capsys):
