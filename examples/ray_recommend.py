@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import ray
 
-from lasar_hf import LasarForGenerativeRec, LasarProcessor
+from lasar_hf import ItemMemory, LasarForGenerativeRec, LasarProcessor
 from lasar_hf.data import PreparedData
 from lasar_hf.evaluation import popular_items, recommend_samples
 
@@ -36,6 +36,7 @@ class Recommender:
         self.processor = LasarProcessor.from_pretrained(args.model)
         device = "cuda" if args.gpus_per_worker else "cpu"
         self.model = LasarForGenerativeRec.from_pretrained(args.model).to(device).eval()
+        self.memory = ItemMemory.find(args.model)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """`user_id` and `history` (item ids, oldest first) to the columns of recipes/recommend.py."""
@@ -54,6 +55,7 @@ class Recommender:
         output = recommend_samples(
             self.model, {"history": [row["history"] for row in known_rows]}, self.processor, self.args.top_k,
             self.args.num_beams, self.args.latent_steps, exclude_history=self.args.exclude_history,
+            memory=self.memory,
         )
         decoded = self.processor.decode_recommendations(output)
         for row, entries, steps in zip(known_rows, decoded, output.latent_steps.tolist(), strict=True):

@@ -21,12 +21,13 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from trl import TrlParser
 
-from lasar_hf import ItemMemory, LasarForGenerativeRec, LasarProcessor
+from lasar_hf import ItemMemory, LasarConfig, LasarForGenerativeRec, LasarProcessor
 from lasar_hf.arguments import check_choices, read_switch
 from lasar_hf.data import PreparedData
 from lasar_hf.evaluation import (
     BASELINES,
     baseline_rankings,
+    check_exclusion,
     comparison_table,
     evaluate_recommendations,
     exclusion_note,
@@ -41,11 +42,11 @@ from lasar_hf.evaluation import (
     slices,
     tuning_notes,
 )
-from lasar_hf.model.memory_lasar import MEMORY_NAME
 from lasar_hf.onednn import onednn_linear
 
 
 TOP_K = 20
+WITH_MEMORY = " + memory"  # end of the name of a row
 
 
 @dataclass
@@ -80,8 +81,8 @@ def parse_models(entries: list[str]) -> dict[str, tuple[str, int | None]]:
         path, _, depth = location.partition("@")
         if not path or not (depth or "0").isdecimal():
             raise ValueError(f"models has {entry!r}; expected name=path or name=path@N with N latent steps.")
-        if name in (*BASELINES, *models):
-            raise ValueError(f"models has the name {name!r} twice, or it is that of a baseline; use another name.")
+        if name in (*BASELINES, *models) or name.endswith(WITH_MEMORY):
+            raise ValueError(f"models has the name {name!r} twice, or it is that of another row; use another name.")
         models[name] = path, int(depth) if depth else None
     return models
 
@@ -187,13 +188,15 @@ def main(args: EvaluateArguments) -> None:
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=args.output_dir).close()
     data = PreparedData.load(args.data_dir)
+    for path, _ in models.values():  # before the baselines are tuned
+        check_exclusion(LasarConfig.from_pretrained(path), history_is_excluded(args, data))
     samples = select_users(data.samples[args.split], args.users)
     predictions, rows, tuning = evaluate_baselines(args, data, samples) if state.is_main_process else ({}, {}, {})
     for name, (path, depth) in models.items():
         predictions[name], rows[name] = evaluate_model(args, data, samples, path, depth)
-        if Path(path, MEMORY_NAME).exists():
-            memory = ItemMemory.from_pretrained(path)
-            mixed = f"{name} + memory"
+        memory = ItemMemory.find(path)
+        if memory is not None:
+            mixed = name + WITH_MEMORY
             predictions[mixed], rows[mixed] = evaluate_model(args, data, samples, path, depth, memory)
     if state.is_main_process:
         report(args, data, samples, predictions, rows, tuning)

@@ -19,7 +19,6 @@ from trl import TrlParser
 from lasar_hf import LasarConfig, LasarForGenerativeRec, LasarGRPOConfig, LasarGRPOTrainer, LasarProcessor
 from lasar_hf.data import PreparedData, grpo_examples
 from lasar_hf.evaluation import RankingEvaluator
-from lasar_hf.files import folder_hashes
 from lasar_hf.reasoning import AnchorStore, checkpoint_hash
 from lasar_hf.trainers import (
     LasarModelConfig,
@@ -29,6 +28,7 @@ from lasar_hf.trainers import (
     load_rewards,
     lora_from_arguments,
     save_trained,
+    starting_files,
     unsharded_weights,
 )
 
@@ -95,8 +95,7 @@ def main(script: GRPOScriptArguments, training_args: LasarGRPOConfig, model_args
     data = PreparedData.load(script.data_dir)
     checkpoint = checkpoint_to_resume(
         training_args, **asdict(script), **asdict(model_args), data=PreparedData.file_hashes(script.data_dir),
-        start=folder_hashes(model_args.model_name_or_path, "*model*.safetensors")
-        | folder_hashes(model_args.model_name_or_path, "processor_config.json"),
+        start=starting_files(model_args.model_name_or_path),
     )
     model = model_args.model_name_or_path
     processor = LasarProcessor.from_pretrained(model)

@@ -10,6 +10,7 @@ validation samples, with `path@N` for `N` latent steps. Writes `item_memory.safe
 
 import logging
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from trl import TrlParser
@@ -36,8 +37,14 @@ class MemoryArguments:
 
     def __post_init__(self):
         wrong = [entry for entry in self.models if not (entry.partition("@")[2] or "0").isdecimal()]
-        if wrong or not self.models:
-            raise ValueError(f"models is {wrong or self.models}; expected paths, or path@N with N latent steps.")
+        paths = [entry.partition("@")[0] for entry in self.models]
+        if wrong or not self.models or len(set(paths)) < len(paths):
+            raise ValueError(
+                f"models is {wrong or self.models}; expected distinct paths, or path@N with N latent steps."
+            )
+        missing = [path for path in paths if not Path(path, "config.json").exists()]
+        if missing:
+            raise ValueError(f"models has {missing}, which are no folders of checkpoints.")
 
 
 def fit(args: MemoryArguments, data: PreparedData, memory: ItemMemory, path: str, depth: int | None) -> ItemMemory:

@@ -264,7 +264,7 @@ def write_samples(args: PrepareArguments, out: Path) -> None:
 def measure_repeats(split: Split, validation: Dataset, num_items: int) -> dict[str, object]:
     """The repeat rate, and whether lists leave the history out: by rate if it is tiny, else as validation says."""
     rate = repeat_rate(split.train)
-    if rate <= RARE_REPEATS:
+    if rate <= RARE_REPEATS or not len(validation):
         return {"repeat_rate": rate, "exclude_history": True}
     kept, excluded = compare_exclusion(split.train, validation["history"], validation["target"], num_items)
     logger.info(

@@ -32,7 +32,6 @@ from lasar_hf.data.interactions import id_text
 from lasar_hf.data.tables import read_batches
 from lasar_hf.evaluation import popular_items, recommend_samples
 from lasar_hf.files import atomic_file, file_hash, folder_hashes, read_json, write_json
-from lasar_hf.model.memory_lasar import MEMORY_NAME
 from lasar_hf.onednn import int8_linear, onednn_linear
 
 
@@ -185,8 +184,8 @@ def main(args: RecommendArguments) -> None:
     model = LasarForGenerativeRec.from_pretrained(args.model).to(state.device).eval()
     if args.int8:
         int8_linear(model)
-    has_memory = Path(args.model, MEMORY_NAME).exists() if args.memory is None else args.memory
-    memory = ItemMemory.from_pretrained(args.model) if has_memory else None
+    find = {None: ItemMemory.find, True: ItemMemory.from_pretrained, False: lambda path: None}[args.memory]
+    memory = find(args.model)
     shards = list(enumerate(range(0, len(users), args.shard_size)))[state.process_index :: state.num_processes]
     for number, start in tqdm(shards, desc="Shards", disable=not state.is_main_process):
         path = folder / f"part-{number:05d}.parquet"

@@ -20,7 +20,6 @@ from lasar_hf import LasarForGenerativeRec, LasarProcessor, LasarSFTConfig, Lasa
 from lasar_hf.arguments import check_choices, read_json_object, read_switch
 from lasar_hf.data import PreparedData, reasoning_examples, sft_examples, stage1_examples
 from lasar_hf.evaluation import RankingEvaluator
-from lasar_hf.files import folder_hashes
 from lasar_hf.reasoning import AnchorStore, checkpoint_hash, encode_anchors
 from lasar_hf.semantic_ids import load_quantizer
 from lasar_hf.trainers import (
@@ -29,6 +28,7 @@ from lasar_hf.trainers import (
     load_model,
     lora_from_arguments,
     save_trained,
+    starting_files,
     unsharded_weights,
 )
 
@@ -79,7 +79,8 @@ class SFTScriptArguments:
         default="segments",
         metadata={
             "help": "Stage 2: latent steps of a sample. segments: as its chain of thought, which was written with the "
-            "target in view (as in the paper); uniform: drawn from 1 to max_latent_steps; a number: that many."
+            "target in view (as in the paper); uniform: drawn from 1 to max_latent_steps, so the policy head learns "
+            "to draw likewise; a number: that many."
         },
     )
     eval_users: int = field(
@@ -172,6 +173,11 @@ def stage2_anchors(script: SFTScriptArguments, model, data: PreparedData, proces
     return AnchorStore.load(folder, checkpoint_hash(model))
 
 
+def check_depth_source(source: str, max_latent_steps: int) -> None:
+    if source.isdecimal() and not 1 <= int(source) <= max_latent_steps:
+        raise ValueError(f"depth_source is {source}; expected 1 to {max_latent_steps} (max_latent_steps).")
+
+
 def training_depths(source: str, anchors: AnchorStore, max_latent_steps: int, seed: int) -> np.ndarray:
     """Latent steps of each training sample."""
     if source == "segments":
@@ -187,8 +193,7 @@ def main(script: SFTScriptArguments, training_args: LasarSFTConfig, model_args: 
     data = PreparedData.load(script.data_dir)
     checkpoint = checkpoint_to_resume(
         training_args, **asdict(script), **asdict(model_args), data=PreparedData.file_hashes(script.data_dir),
-        start=folder_hashes(model_args.model_name_or_path, "*model*.safetensors")
-        | folder_hashes(model_args.model_name_or_path, "processor_config.json"),
+        start=starting_files(model_args.model_name_or_path),
     )
     with unsharded_weights():
         model, processor = (stage1_model if script.stage == 1 else stage2_model)(script, model_args, data)
@@ -196,6 +201,7 @@ def main(script: SFTScriptArguments, training_args: LasarSFTConfig, model_args: 
     if script.stage == 1:
         examples = stage1_examples(data, processor, script.tasks)
     else:
+        check_depth_source(script.depth_source, model.config.max_latent_steps)
         anchors = stage2_anchors(script, model, data, processor, Path(training_args.output_dir, "anchors"))
         depths = training_depths(script.depth_source, anchors, model.config.max_latent_steps, training_args.seed)
         training_args.anchors_at_any_depth |= script.depth_source != "segments"

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from trl import TrlParser
 
-from lasar_hf import LasarForGenerativeRec
+from lasar_hf import LasarConfig, LasarForGenerativeRec
 from lasar_hf.data import PreparedData
 from lasar_hf.evaluation import has_sasrec
 from tests.recipes import ROOT, load_recipe, report, save_checkpoint, save_prepared
@@ -80,6 +80,22 @@ def test_significance_draws_users(recipe, folder, tmp_path, monkeypatch):
     recipe.main(recipe.EvaluateArguments(**arguments(folder, tmp_path)))
     num_tests = 5 + has_sasrec() + 2 * (3 + has_sasrec())  # neighbours, and both metrics of the rows below item-kNN
     assert drawn == num_tests * [list(PreparedData.load(folder / "data").samples["test"]["user_id"])]
+
+
+def test_a_model_that_cannot_recommend_the_history_is_refused_first(recipe, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(recipe, "evaluate_baselines", lambda *_: pytest.fail("the baselines were tuned first"))
+    save_checkpoint(tmp_path / "model")
+    config = LasarConfig.from_pretrained(tmp_path / "model")
+    config.exclude_history = True
+    config.save_pretrained(tmp_path / "model")
+    options = arguments(folder, tmp_path) | dict(models=[f"x={tmp_path / 'model'}"], exclude_history=False)
+    with pytest.raises(ValueError, match="exclude_history"):
+        recipe.main(recipe.EvaluateArguments(**options))
+
+
+def test_names_of_rows_with_memory_are_reserved(recipe):
+    with pytest.raises(ValueError, match="memory"):
+        recipe.parse_models(["x=path", "x + memory=path"])
 
 
 def test_table_is_printed_even_if_saving_fails(recipe, folder, tmp_path, monkeypatch, capsys):

@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from datasets import Dataset
 
-from lasar_hf import LasarConfig, SidCatalog
-from lasar_hf.model.decoding_lasar import history_filter, sample_items
+from lasar_hf import LasarConfig, LasarGRPOConfig, LasarGRPOTrainer, LasarProcessor, SidCatalog
+from lasar_hf.model.decoding_lasar import SidLogitsProcessor, history_filter, sample_items
 from lasar_hf.trainers import add_catalog_head
 from tests.references import score_every_item
 from tests.tiny import batch, sid_ids, tiny_catalog, tiny_model
+from tests.training import COMMON, first_code
 
 
 def recommender(num_items: int = 20):
@@ -116,6 +118,49 @@ def test_a_history_of_all_items_excludes_none():
     ids = torch.tensor([prompt_of(model, items)])
     output = model.recommend(ids, catalog=catalog, top_k=5, num_beams=5, latent_steps=0)
     assert sorted(output.items[0].tolist()) == list(range(5))
+
+
+def test_training_agrees_on_a_history_of_all_items():
+    """Drawing excludes nothing then, so training does not either."""
+    model, catalog, items = recommender(num_items=5)
+    ids = prompt_of(model, items)
+    output = model.recommend(torch.tensor([ids]), catalog=catalog, top_k=5, num_beams=5, latent_steps=0)
+    inputs = batch([[*ids, model.config.latent_end_token_id, *items[item]] for item in output.items[0].tolist()])
+    labels = inputs["input_ids"].clone()
+    labels[:, :-3] = -100
+    add_catalog_head(model, catalog)
+    model.eval()
+    scored = model(**inputs, labels=labels, fused_lm_head=True)
+    torch.testing.assert_close(scored.log_probs.sum(dim=1), output.scores[0], atol=1e-5, rtol=1e-5)
+
+
+def test_generate_agrees_with_recommend():
+    model, catalog, items = recommender()
+    model.eval()
+    ids = torch.tensor([[*prompt_of(model, [items[4], items[2]]), model.config.latent_end_token_id]])
+    constraint = SidLogitsProcessor(catalog, model.config)
+    written = model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), logits_processor=[constraint], num_beams=6,
+        num_return_sequences=6, max_new_tokens=3, length_penalty=0.0, do_sample=False,
+    )
+    output = model.recommend(ids[:, :-1], catalog=catalog, top_k=6, num_beams=6, latent_steps=0)
+    assert written[:, -3:].tolist() == [items[item] for item in output.items[0].tolist()]
+
+
+def test_a_group_needs_enough_items_without_repeats(tmp_path):
+    """Stochastic beams are distinct, so a prompt with nearly all items cannot fill a group."""
+    model, tokenizer = tiny_model()
+    model.config.exclude_history = True
+    catalog = tiny_catalog()
+    processor = LasarProcessor(tokenizer, catalog, instruction="")
+    prompt = processor.prompt_text(list(range(17)))
+    args = LasarGRPOConfig(str(tmp_path), **COMMON, num_generations=8, sampling="stochastic_beams")
+    rows = Dataset.from_list([{"prompt": prompt, "target": 18}] * 8)
+    trainer = LasarGRPOTrainer(
+        model, args, reward_funcs=[first_code], train_dataset=rows, processing_class=processor
+    )
+    with pytest.raises(ValueError, match="num_generations"):
+        trainer.train()
 
 
 def test_the_configuration_keeps_it(tmp_path):

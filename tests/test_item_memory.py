@@ -7,7 +7,7 @@ import torch
 
 from lasar_hf import ItemMemory, SidCatalog
 from lasar_hf.model.decoding_lasar import beam_search, score_items
-from lasar_hf.model.memory_lasar import catalog_hash, gate_of
+from lasar_hf.model.memory_lasar import catalog_hash
 from tests.references import score_every_item
 from tests.tiny import batch, sid_ids, tiny_catalog, tiny_model
 
@@ -20,6 +20,11 @@ def memory_of(matrix: torch.Tensor, catalog, **kwargs) -> ItemMemory:
     pointers = torch.nn.functional.pad(torch.bincount(rows, minlength=len(matrix)).cumsum(0), (1, 0))
     support = torch.arange(len(matrix))
     return ItemMemory(pointers, neighbours, matrix[rows, neighbours], support, catalog_hash(catalog), **kwargs)
+
+
+def gate_of(weight: float) -> tuple[float, float]:
+    """The gate with the same weight for all items."""
+    return math.log(weight / (1 - weight)), 0.0
 
 
 def setup(exclude_history: bool = False, levels: int = 3):
@@ -50,7 +55,7 @@ def test_the_distribution_is_the_decayed_sum_of_rows(exclude_history):
     _, catalog, _, matrix = setup()
     memory = memory_of(matrix, catalog, decay=0.5, gate=(0.3, -0.2))
     padded = torch.tensor([[4, 2, -1, 9], [-1, 7, -1, -1], [-1, 1, 4, -1]])
-    recall = memory.recall(padded, exclude_history)
+    recall = memory.recall(padded, padded if exclude_history else None)
     everything = torch.arange(20).expand(3, -1)
     expected = torch.stack([expected_memory(matrix, history, 0.5, exclude_history) for history in HISTORIES])
     torch.testing.assert_close(recall.probabilities(everything), expected)
@@ -148,6 +153,63 @@ def test_added_and_removed_items_are_allowed():
     assert 3 not in model.recommend(**batch(rows), catalog=smaller, top_k=22, num_beams=22, memory=memory).items
 
 
+@pytest.mark.parametrize("lists", [dict(deny=[[0, 1, 2], None, None]), dict(allow=[[3, 4, 5], None, None])])
+def test_lists_do_not_hide_the_next_candidates(lists):
+    """The memory's best items are denied; the next one is found although it is not among the beams."""
+    model, catalog, rows, matrix = setup()
+    worst = model.recommend(**batch(rows), catalog=catalog, top_k=20, num_beams=20, latent_steps=0).items[0]
+    target = next(item for item in reversed(worst.tolist()) if item in (3, 4, 5))
+    row = torch.zeros_like(matrix)
+    row[9, [0, 1, 2]], row[9, target] = 1.0, 0.9
+    memory = memory_of(row, catalog, gate=gate_of(0.99))
+    output = model.recommend(
+        **batch(rows), catalog=catalog, top_k=1, num_beams=1, latent_steps=0, memory=memory, **lists
+    )
+    assert output.items[0].tolist() == [target]
+
+
+def test_removed_items_have_no_part_of_the_distribution():
+    """Neither as candidates nor in the sum, but they count in a history."""
+    model, catalog, rows, matrix = setup()
+    smaller = catalog.remove([catalog.item_ids[i] for i in (9, 3)])
+    row = torch.zeros_like(matrix)
+    row[9, 3], row[9, 5] = 0.9, 0.1
+    memory = memory_of(row, catalog, gate=gate_of(0.5))
+    output = model.recommend(**batch(rows), catalog=smaller, top_k=18, num_beams=20, latent_steps=0, memory=memory)
+    assert output.scores[0].exp().sum() == pytest.approx(1.0, abs=1e-4)
+    found = dict(zip(output.items[0].tolist(), output.memory_scores[0].exp().tolist(), strict=True))
+    assert found[5] == pytest.approx(1.0)
+
+
+def test_scores_that_underflow_leave_the_memory_out():
+    _, catalog, _, matrix = setup()
+    row = torch.zeros_like(matrix)
+    row[0, 3] = 1.0
+    recall = memory_of(row, catalog, decay=0.05).recall(torch.tensor([[0] + [7] * 60]))
+    assert recall.weight.tolist() == [0.0] and recall.probs.isfinite().all()
+
+
+def test_a_semantic_id_of_several_items_is_not_excluded():
+    model, catalog, _, matrix = setup(exclude_history=True)
+    codes = catalog.codes.clone()
+    codes[1] = codes[0]
+    shared = SidCatalog(codes, catalog.item_ids, allow_collisions=True)
+    row = torch.zeros_like(matrix)
+    row[4, [0, 1]] = 0.5
+    tokens = [*sid_ids(model, codes[1]), *sid_ids(model, codes[4])]
+    prompt = torch.tensor([[3, *tokens, model.config.latent_start_token_id]])
+    output = model.recommend(prompt, catalog=shared, top_k=2, latent_steps=0, memory=memory_of(row, shared))
+    assert output.items[0].tolist() == [0, 1]
+    assert output.memory_scores[0].exp().tolist() == pytest.approx([0.5, 0.5])
+
+
+def test_more_items_than_beams_are_found():
+    model, catalog, rows, matrix = setup()
+    memory = memory_of(matrix, catalog)
+    output = model.recommend(**batch(rows), catalog=catalog, top_k=20, num_beams=2, latent_steps=0, memory=memory)
+    assert output.items.min() >= 0
+
+
 def test_a_folder_without_a_memory_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="item_memory"):
         ItemMemory.from_pretrained(tmp_path)
@@ -155,7 +217,8 @@ def test_a_folder_without_a_memory_is_named(tmp_path):
 
 @pytest.mark.parametrize(
     "change", [dict(neighbours=torch.tensor([3])), dict(weights=torch.tensor([-1.0])), dict(decay=0.0),
-               dict(pointers=torch.tensor([0, 2, 2]))]
+               dict(pointers=torch.tensor([0, 2, 2])), dict(pointers=torch.tensor([1, 0, 1])),
+               dict(gate=(math.nan, 0.0))]
 )  # fmt: skip
 def test_a_broken_memory_is_refused(change):
     parts = dict(pointers=torch.tensor([0, 1, 1]), neighbours=torch.tensor([1]), weights=torch.tensor([1.0]),

@@ -1,6 +1,5 @@
 """recipes/memory.py: the matrix, its fitted weight, and the scripts that use the saved memory."""
 
-import copy
 import json
 
 import numpy as np
@@ -10,7 +9,15 @@ import torch
 
 from lasar_hf import ItemMemory, LasarForGenerativeRec, LasarProcessor
 from lasar_hf.data import PreparedData
-from lasar_hf.evaluation import Recommendations, build_memory, fit_gate, item_knn_matrix, ndcg_per_user, ranks
+from lasar_hf.evaluation import (
+    Recommendations,
+    build_memory,
+    fit_gate,
+    item_knn_matrix,
+    ndcg_per_user,
+    ranks,
+    recommend_samples,
+)
 from tests.recipes import load_recipe, report, save_checkpoint, save_prepared
 
 
@@ -61,26 +68,26 @@ def test_the_weight_follows_the_better_part(folder, memory_is_right):
     assert memory.gate == (0.0, 0.0)  # the given memory is unchanged
 
 
-def test_the_fitted_list_is_what_the_model_recommends(folder):
-    """The weight found on candidates gives the same lists in `recommend`."""
+def test_the_fitted_lists_are_what_the_model_recommends(folder):
+    """With all items among the candidates."""
     path = folder / "checkpoint"
     model, processor = LasarForGenerativeRec.from_pretrained(path), LasarProcessor.from_pretrained(path)
-    samples = PreparedData.load(folder / "data").samples["validation"]
-    memory = ItemMemory.from_pretrained(path)
+    data = PreparedData.load(folder / "data")
+    samples, options = data.samples["validation"], dict(num_beams=20, latent_steps=0)
+    memory = build_memory(data)
+    candidates = recommend_samples(model, samples, processor, 20, memory=memory, **options)
+    fitted, lists = fit_gate(memory, candidates, list(samples["history"]), list(samples["target"]))
+    assert fitted.gate != memory.gate
+    output = recommend_samples(model, samples, processor, 10, memory=fitted, **options)
+    assert (output.items == lists).all()
+
+
+@pytest.mark.parametrize("models", [["missing"], ["{0}@0", "{0}"]])
+def test_models_are_distinct_folders(folder, models):
+    """The memory is written into the folder, once."""
     recipe = load_recipe("memory")
-    args = recipe.MemoryArguments(str(folder / "data"), [f"{path}@0"], num_beams=8, batch_size=5)
-    start = copy.copy(memory)
-    start.gate = (0.0, 0.0)
-    fitted = recipe.fit(args, PreparedData.load(folder / "data"), start, str(path), 0)
-    assert fitted.gate == memory.gate
-    prompts = processor.pad([processor.prompt_ids(history) for history in samples["history"][:3]])
-    output = model.recommend(
-        **prompts, catalog=processor.catalog, num_beams=8, latent_steps=0, memory=memory
-    )
-    weight = memory.recall(torch.tensor([history[-1:] for history in samples["history"][:3]])).weight[:, None]
-    mixed = ((1 - weight) * output.model_scores.exp() + weight * output.memory_scores.exp()).log()
-    has_item = output.items >= 0
-    torch.testing.assert_close(output.scores[has_item], mixed[has_item])
+    with pytest.raises(ValueError, match="models"):
+        recipe.MemoryArguments(str(folder / "data"), [name.format(folder / "checkpoint") for name in models])
 
 
 def test_eval_has_a_second_row(folder, tmp_path):

@@ -19,7 +19,7 @@ from .splits import PARTS, Split, repeat_rate
 
 
 ITEM_FIELDS = TEXT_FIELDS + ID_FIELDS
-RARE_REPEATS = 0.001  # repeat rate up to which nobody is said to take an item twice
+RARE_REPEATS = 0.001  # largest repeat rate that counts as no repeats
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class PreparedData:
     @staticmethod
     def file_hashes(folder: str | Path) -> dict[str, str]:
         """SHA-256 of the tables, the catalogue and the tokenizer in a folder, which a resumed run compares."""
-        patterns = ("**/data-*.arrow", "catalog/*", "tokenizer/*")
+        patterns = ("**/data-*.arrow", "catalog/*", "tokenizer/*", "prepared.json")
         return {name: sha for pattern in patterns for name, sha in folder_hashes(folder, pattern).items()}
 
     @cached_property

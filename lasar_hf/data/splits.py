@@ -43,7 +43,7 @@ class Split:
 
 
 def repeat_rate(sequences: list[list[int]]) -> float:
-    """Share of the items in sequences, without the first of each, that the sequence already has."""
+    """Share of the items that occur earlier in their sequence. The first item of each sequence does not count."""
     num_repeats = sum(len(sequence) - len(set(sequence)) for sequence in sequences)
     return num_repeats / max(sum(max(len(sequence) - 1, 0) for sequence in sequences), 1)
 

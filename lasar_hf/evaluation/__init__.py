@@ -20,7 +20,7 @@ from .metrics import (
     repeat_share,
     score_predictions,
 )
-from .recommendations import RankingEvaluator, Recommendations, recommend_samples
+from .recommendations import RankingEvaluator, Recommendations, check_exclusion, recommend_samples
 from .report import (
     comparison_table,
     evaluate_recommendations,
@@ -44,6 +44,7 @@ __all__ = [
     "Tuning",
     "baseline_rankings",
     "build_memory",
+    "check_exclusion",
     "compare_exclusion",
     "comparison_table",
     "ease_matrix",

@@ -9,6 +9,7 @@ import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
 
+from ..model.configuration_lasar import LasarConfig
 from ..model.memory_lasar import ItemMemory
 from ..model.modeling_lasar import LasarForGenerativeRec
 from ..model.processing_lasar import LasarProcessor
@@ -26,6 +27,15 @@ class Recommendations:
     seconds: float  # wall-clock time of all samples together
     model_scores: np.ndarray | None = None  # (U, k) with a memory: log-probabilities under the model alone
     memory_scores: np.ndarray | None = None  # (U, k) with a memory: those under the memory alone
+
+
+def check_exclusion(config: LasarConfig, exclude_history: bool) -> None:
+    """Refuse to recommend items of the history by a model that gives them no probability, with a `ValueError`."""
+    if config.exclude_history and not exclude_history:
+        raise ValueError(
+            "exclude_history is False, but the model was trained with exclude_history=True, so items of the history "
+            "have no probability. Use True, or train with exclude_history=False."
+        )
 
 
 def recommend_samples(
@@ -48,7 +58,7 @@ def recommend_samples(
         progress (`bool`, *optional*, defaults to `False`):
             Show a progress bar.
         exclude_history (`bool`, *optional*):
-            Leave the items of a sample's history out of its recommendations, also those that are too old for the
+            Leave the items of a sample's history out of its recommendations, even if they are too old to be in the
             prompt. Defaults to `exclude_history` of the model's configuration.
         memory ([`ItemMemory`], *optional*):
             As for [`LasarForGenerativeRec.recommend`].
@@ -58,11 +68,8 @@ def recommend_samples(
     """
     if exclude_history is None:
         exclude_history = model.config.exclude_history
-    if model.config.exclude_history and not exclude_history:
-        raise ValueError(
-            "exclude_history is False, but the model was trained with exclude_history=True and knows no probabilities "
-            "of history items. Use True, or train with exclude_history=False."
-        )
+    check_exclusion(model.config, exclude_history)
+    memory = None if memory is None else memory.to(model.device)
     histories = samples["history"]
     prompts = [processor.prompt_ids(history) for history in histories]
     order = sorted(range(len(prompts)), key=lambda sample: len(prompts[sample]), reverse=True)

@@ -116,6 +116,15 @@ class SidCatalog:
             self._copies[device] = self._trie.to(device)
         return self._copies[device]
 
+    def trie_of_all(self, device: torch.device | str) -> SidTrie:
+        """The trie of all items on a device, also the hidden ones, which histories may contain; built once."""
+        if not self.removed.any():
+            return self.trie(device)
+        key = "all", torch.device(device)
+        if key not in self._copies:
+            self._copies[key] = SidTrie(self.codes.to(device))
+        return self._copies[key]
+
     def add(self, codes, item_ids: Sequence[str], titles: Sequence[str | None] | None = None) -> "SidCatalog":
         """
         A new catalogue that also has these `A` items. Indices do not change, and a removed item returns to its old

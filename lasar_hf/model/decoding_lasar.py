@@ -64,8 +64,8 @@ def child_log_probs(
     `nodes` `(...)` of depth `level`. Missing children have `-inf`, 0 and -1.
 
     `hidden_states` `(..., H)` predict these codes through `head` `(K, H)`, the head's rows for the level. Logits are
-    divided by `temperature` and normalised over the children of each prefix. A child that leads to items of the
-    `history` only has `-inf` too, see [`history_filter`].
+    divided by `temperature` and normalised over the children of each prefix. A child also has `-inf` if `history`
+    excludes all items below it, see [`history_filter`].
     """
     codes, child = trie.children(level, nodes)  # (..., F)
     logits = nn.functional.linear(hidden_states, head).float() / temperature  # (..., K)
@@ -317,7 +317,7 @@ def _prefix_tokens(trie: SidTrie, keys: torch.Tensor, base: torch.Tensor, config
         if depth > 0:
             codes = trie.child_code[depth - 1][node].long()
             tokens = torch.where(is_depth, config.sid_token_id(depth - 1, 0) + codes, tokens)
-    # A prefix sees those whose run contains its own, among two with the same run the shorter one.
+    # A prefix sees all prefixes whose run contains its own run. Of two with the same run, the longer sees the shorter.
     visible = (first[:, None] <= first[..., None]) & (end[..., None] <= end[:, None])
     visible &= depth_of[:, None] <= depth_of[..., None]
     # Padding sees the root, and nothing sees padding.
@@ -361,11 +361,9 @@ def mix_memory(
     # 1. Items of the beams, then those of the memory that are not among them.
     width = leaves.shape[1] * trie.fan_out[-1]
     items, log_probs = rank_items(leaves, scores, trie, width, item_filter)  # (B, W · C)
-    recalled = recall.candidates(leaves.shape[1])  # (B, W)
+    recalled = recall.candidates(leaves.shape[1], item_filter)  # (B, W)
     is_new = ~(recalled[..., None] == items[:, None]).any(dim=-1)
     recalled = torch.where(is_new, recalled, -1)
-    if item_filter is not None:
-        recalled = recalled.masked_fill(item_filter.excludes_items(recalled.clamp(min=0)), -1)
     # 2. Their probability under the model, then the mixture.
     log_probs = torch.cat([log_probs, score_items(model, state, trie, recalled, history)], dim=1)
     items = torch.cat([items, recalled], dim=1)
@@ -430,10 +428,12 @@ class SidLogitsProcessor(LogitsProcessor):
         scores[is_open, config.latent_end_token_id] = 0.0
         # 3. Walk down the trie. Sequences that have reached a level are constrained to the children of their node.
         nodes = torch.zeros_like(end)  # (B,)
+        prompt_ids = input_ids.masked_fill(column > end[:, None], -1)  # (B, L)
         for level in range(config.num_sid_levels):
             start = config.sid_token_id(level, 0)
             selected = (num_codes == level).nonzero()[:, 0]  # (n,)
-            scores[selected] = self._constrain(scores[selected], nodes[selected], trie, level, start)
+            history = history_filter(config, trie, prompt_ids[selected])
+            scores[selected] = self._constrain(scores[selected], nodes[selected], trie, level, start, history)
             token = input_ids.gather(1, (end + 1 + level).clamp(max=input_ids.shape[1] - 1)[:, None])[:, 0]
             nodes = torch.where(num_codes > level, trie.descend(level, nodes, token - start), nodes)
             if (nodes < 0).any():
@@ -455,11 +455,16 @@ class SidLogitsProcessor(LogitsProcessor):
         return scores
 
     @staticmethod
-    def _constrain(scores: torch.Tensor, nodes: torch.Tensor, trie: SidTrie, level: int, start: int) -> torch.Tensor:
+    def _constrain(
+        scores: torch.Tensor, nodes: torch.Tensor, trie: SidTrie, level: int, start: int, history: ItemFilter | None
+    ) -> torch.Tensor:
         """Scores `(n, V)` normalised over the children of the prefixes `nodes` `(n,)`, `-inf` elsewhere."""
         codes, child = trie.children(level, nodes)  # (n, F)
-        token_ids = torch.where(child >= 0, start + codes, scores.shape[1])  # an extra column for missing children
-        log_probs = scores.gather(1, start + codes).masked_fill(child < 0, -torch.inf).log_softmax(dim=-1)
+        is_missing = child < 0
+        if history is not None:
+            is_missing = is_missing | history.excludes_nodes(level, child)
+        token_ids = torch.where(is_missing, scores.shape[1], start + codes)  # an extra column for missing children
+        log_probs = scores.gather(1, start + codes).masked_fill(is_missing, -torch.inf).log_softmax(dim=-1)
         if log_probs.isnan().any():
             raise ValueError(NAN_MESSAGE)
         constrained = scores.new_full((scores.shape[0], scores.shape[1] + 1), -torch.inf)

@@ -20,9 +20,11 @@ import os
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import nn
 from transformers.utils import cached_file
 
 from .catalog_lasar import SidCatalog
+from .trie_lasar import ItemFilter
 
 
 MEMORY_NAME = "item_memory.safetensors"
@@ -40,8 +42,8 @@ class ItemMemory:
 
     Row `i` of the matrix has the items that follow item `i`. The score of an item is `Σ_k d^k S[h_{-k}, item]`, over
     the history `h` from its newest item `h_{-0}` with the decay `d`, and the memory's distribution is the scores
-    divided by their sum. Its weight is `sigmoid(a + b log(1 + n))`, with `n` the number of training interactions of
-    the newest item, and 0 if no score is positive.
+    divided by their sum over the items that can be recommended. Its weight is `sigmoid(a + b log(1 + n))`, with `n`
+    the number of training interactions of the newest item, and 0 if no score is positive.
 
     Args:
         pointers (`torch.Tensor` of shape `(I + 1,)`), neighbours, weights (`torch.Tensor` of shape `(E,)`):
@@ -78,11 +80,16 @@ class ItemMemory:
                 f"The memory has {len(pointers)} pointers, {len(neighbours)} neighbours and {len(weights)} weights of "
                 f"{num_items} items; expected the compressed rows of a matrix of these items."
             )
-        if not bool((weights > 0).all()) or not 0 < decay <= 1:
-            raise ValueError(f"weights must be positive and decay in (0, 1]; decay is {decay}.")
+        is_valid = bool((weights > 0).all()) and 0 < decay <= 1 and all(map(math.isfinite, gate))
+        if not is_valid or int(pointers[0]) != 0 or bool((pointers.diff() < 0).any()):
+            raise ValueError(
+                f"The memory has decay {decay} and gate {gate}; expected a decay in (0, 1], finite numbers, positive "
+                "weights and ascending pointers."
+            )
         self.pointers, self.neighbours, self.weights = pointers.long(), neighbours.long(), weights.float()
         self.support, self.catalog_sha256 = support.long(), catalog_sha256
         self.decay, self.gate = float(decay), (float(gate[0]), float(gate[1]))
+        self._matched: SidCatalog | None = None  # the catalogue that was checked last
 
     def __len__(self) -> int:
         return len(self.support)
@@ -99,18 +106,23 @@ class ItemMemory:
         Refuse the memory of another catalogue, with a `ValueError`. Items may have been added or removed since: the
         memory does not know added ones.
         """
+        if catalog is self._matched:  # hashing a million ids takes time
+            return
         if len(catalog) < len(self) or self.catalog_sha256 != catalog_hash(catalog, len(self)):
             raise ValueError(
                 f"The memory of {len(self)} items belongs to another catalogue than that of {len(catalog)} items. "
                 "Build it from the same data, with recipes/memory.py."
             )
+        self._matched = catalog
 
-    def recall(self, history: torch.Tensor, exclude_history: bool = False) -> "Recall":
+    def recall(
+        self, history: torch.Tensor, excluded: torch.Tensor | None = None, is_available: torch.Tensor | None = None
+    ) -> "Recall":
         """
         The memory's distribution for each prompt.
 
-        `history` `(B, D)` are item indices, oldest first, -1 at padding on either side. With `exclude_history` its
-        items have no probability. Returns a [`Recall`].
+        `history` `(B, D)` are item indices, oldest first, -1 at padding anywhere. The items `excluded` `(B, D')`, -1
+        pads, and those that are not `is_available` `(I,)` have no probability. Returns a [`Recall`].
         """
         batch_size, num_items, device = len(history), len(self), history.device
         # 1. The weight d^k of each item; k counts the newer items. Added items have no neighbours.
@@ -125,24 +137,34 @@ class ItemMemory:
         within = torch.arange(len(source), device=device) - (lengths.cumsum(0) - lengths)[source]
         entry = self.pointers[rows[source]] + within  # (E,)
         keys = source // history.shape[1] * num_items + self.neighbours[entry]
-        # 3. Add up the scores of equal items: N entries in ascending order of prompt and item.
+        # 3. Add up the scores of equal items: entries in ascending order of prompt and item.
         keys, index = torch.unique(keys, return_inverse=True)
         weights = factor.flatten()[source] * self.weights[entry]  # (E,)
-        scores = torch.zeros(len(keys), device=device).index_add(0, index, weights)  # (N,)
-        prompt = keys // num_items  # (N,)
-        if exclude_history:
-            own = torch.arange(batch_size, device=device)[:, None] * num_items + history
-            is_kept = ~torch.isin(keys, own[is_known])
-            keys, scores, prompt = keys[is_kept], scores[is_kept], prompt[is_kept]
-        # 4. Divide by the sum of each prompt.
-        total = torch.zeros(batch_size, device=device).index_add(0, prompt, scores)  # (B,)
-        # 5. The weight in the mixture.
+        scores = torch.zeros(len(keys), device=device).index_add(0, index, weights)
+        # 4. Leave out what cannot be recommended, and scores that are too small for a float32.
+        is_kept = scores > 0
+        if excluded is not None:
+            own = torch.arange(batch_size, device=device)[:, None] * num_items + excluded
+            is_kept &= ~torch.isin(keys, own[(excluded >= 0) & (excluded < num_items)])
+        if is_available is not None:
+            is_kept &= is_available[keys % num_items]
+        keys, scores = keys[is_kept], scores[is_kept]
+        # 5. One row per prompt, N entries at most.
+        prompt = keys // num_items
+        num_of = torch.bincount(prompt, minlength=batch_size)  # (B,)
+        column = torch.arange(len(keys), device=device) - (num_of.cumsum(0) - num_of)[prompt]
+        shape = batch_size, max(int(num_of.max()), 1)
+        items = torch.full(shape, num_items, device=device).index_put((prompt, column), keys % num_items)  # (B, N)
+        scores = torch.zeros(shape, device=device).index_put((prompt, column), scores)  # (B, N)
+        total = scores.sum(dim=1, keepdim=True)  # (B, 1)
+        # 6. The weight in the mixture.
         last = torch.where(is_item, torch.arange(history.shape[1], device=device), 0).amax(dim=1)  # (B,)
         newest = history.gather(1, last[:, None])[:, 0]  # (B,)
-        a, b = self.gate
         support = torch.where(newest < num_items, self.support[newest.clamp(min=0, max=num_items - 1)], 0)  # (B,)
+        a, b = self.gate
         weight = torch.sigmoid(a + b * torch.log1p(support.float()))  # (B,)
-        return Recall(keys, scores / total[prompt], torch.where(total > 0, weight, 0.0), num_items)
+        probs = torch.where(total > 0, scores / total, 0.0)  # (B, N)
+        return Recall(items, probs, torch.where(total[:, 0] > 0, weight, 0.0))
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
         """Write `item_memory.safetensors` to a folder, beside the catalogue."""
@@ -159,14 +181,17 @@ class ItemMemory:
         Read a memory written by [`~ItemMemory.save_pretrained`], from a folder or a model id on the Hub. `kwargs` such
         as `revision` and `token` are passed to [`~transformers.utils.cached_file`].
         """
-        if os.path.isdir(pretrained_directory):
-            path = os.path.join(pretrained_directory, MEMORY_NAME)
-            if not os.path.exists(path):
-                raise FileNotFoundError(
-                    f"{pretrained_directory} has no {MEMORY_NAME}. Make one with recipes/memory.py."
-                )
-        else:
-            path = cached_file(pretrained_directory, MEMORY_NAME, **kwargs)
+        memory = cls.find(pretrained_directory, **kwargs)
+        if memory is None:
+            raise FileNotFoundError(f"{pretrained_directory} has no {MEMORY_NAME}. Make one with recipes/memory.py.")
+        return memory
+
+    @classmethod
+    def find(cls, pretrained_directory: str | os.PathLike, **kwargs) -> "ItemMemory | None":
+        """As [`~ItemMemory.from_pretrained`], but `None` if a checkpoint has no memory."""
+        path = cached_file(pretrained_directory, MEMORY_NAME, _raise_exceptions_for_missing_entries=False, **kwargs)
+        if path is None:
+            return None
         with safe_open(path, framework="pt") as file:
             settings = json.loads(file.metadata()["settings"])
             return cls(**{name: file.get_tensor(name) for name in file.keys()}, **settings)
@@ -174,47 +199,33 @@ class ItemMemory:
 
 class Recall:
     """
-    The memory's distribution for a batch: `probs` `(N,)` of the items that `keys` `(N,)` name, `prompt · I + item` in
-    ascending order, and the `weight` `(B,)` of the memory. All other items have probability 0.
+    The memory's distribution for a batch: `probs` `(B, N)` of the ascending `items` `(B, N)`, padded with the number
+    of items, and the `weight` `(B,)` of the memory. All other items have probability 0.
     """
 
-    def __init__(self, keys: torch.Tensor, probs: torch.Tensor, weight: torch.Tensor, num_items: int):
-        self.keys, self.probs, self.weight, self.num_items = keys, probs, weight, num_items
+    def __init__(self, items: torch.Tensor, probs: torch.Tensor, weight: torch.Tensor):
+        self.items, self.probs, self.weight = items, probs, weight
 
-    def candidates(self, count: int) -> torch.Tensor:
-        """The `count` most likely items of each prompt, `(B, count)`, best first; -1 pads."""
-        # Sort by probability, then stably by prompt, so that the prompts keep that order.
-        order = self.probs.argsort(descending=True, stable=True)
-        order = order[(self.keys[order] // self.num_items).argsort(stable=True)]  # (N,)
-        prompt = self.keys[order] // self.num_items
-        num_of = torch.bincount(prompt, minlength=len(self.weight))  # (B,)
-        rank = torch.arange(len(order), device=order.device) - (num_of.cumsum(0) - num_of)[prompt]  # (N,)
-        items = torch.full((len(self.weight), count), -1, device=order.device)
-        is_kept = rank < count
-        items[prompt[is_kept], rank[is_kept]] = self.keys[order][is_kept] % self.num_items
-        return items
+    def candidates(self, count: int, item_filter: ItemFilter | None = None) -> torch.Tensor:
+        """The `count` most likely permitted items of each prompt, `(B, count)`, best first; -1 pads."""
+        probs = self.probs
+        if item_filter is not None:
+            items = torch.where(probs > 0, self.items, 0)
+            probs = probs.masked_fill(item_filter.excludes_items(items), 0.0)
+        order = probs.argsort(dim=1, descending=True, stable=True)[:, :count]
+        items = torch.where(probs.gather(1, order) > 0, self.items.gather(1, order), -1)
+        return nn.functional.pad(items, (0, count - items.shape[1]), value=-1)
 
     def probabilities(self, items: torch.Tensor) -> torch.Tensor:
         """Probabilities of `items` `(B, C)`, 0 at padding (-1) and for items that the memory does not know."""
-        if len(self.keys) == 0:
-            return torch.zeros(items.shape, device=items.device)
-        wanted = torch.arange(len(items), device=items.device)[:, None] * self.num_items + items
-        index = torch.searchsorted(self.keys, wanted).clamp(max=len(self.keys) - 1)  # (B, C)
-        is_known = (self.keys[index] == wanted) & (items >= 0) & (items < self.num_items)
-        return torch.where(is_known, self.probs[index], 0.0)
+        index = torch.searchsorted(self.items, items).clamp(max=self.items.shape[1] - 1)  # (B, C)
+        return torch.where(self.items.gather(1, index) == items, self.probs.gather(1, index), 0.0)
 
     def mix(self, log_probs: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
         """Log-probabilities `(B, C)` of items under the mixture, from those under the model."""
         weight = self.weight[:, None]
         model = log_probs + torch.log1p(-weight)
         return torch.logaddexp(model, (weight * self.probabilities(items)).log())
-
-
-def gate_of(weight: float) -> tuple[float, float]:
-    """The gate of [`ItemMemory`] with the same weight, between 0 and 1, for all items."""
-    if not 0 < weight < 1:
-        raise ValueError(f"weight is {weight}; expected a number between 0 and 1.")
-    return math.log(weight / (1 - weight)), 0.0
 
 
 __all__ = ["ItemMemory", "Recall"]

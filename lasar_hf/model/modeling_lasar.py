@@ -26,7 +26,7 @@ from .configuration_lasar import CONTROL_TOKENS, LATENT_START_TOKEN, LasarConfig
 from .decoding_lasar import RecommendOutput, beam_search, history_filter, mix_memory, rank_items
 from .memory_lasar import ItemMemory, Recall
 from .static_lasar import StaticPasses
-from .trie_lasar import ItemFilter, SidTrie
+from .trie_lasar import ItemFilter
 
 
 @dataclass
@@ -443,7 +443,7 @@ class LasarForGenerativeRec(LasarPreTrainedModel, GenerationMixin):
                 Whether `allow` and `deny` may leave a prompt without any item. Its result is then all padding.
             memory ([`ItemMemory`], *optional*):
                 Mix the model's distribution with the memory of this catalogue. Candidates are the items of the beams
-                and as many of the memory, and scores are log-probabilities of the mixture.
+                and the same number of the memory's most likely items, and scores are log-probabilities of the mixture.
 
         Returns:
             [`RecommendOutput`] with `items` `(B, k)`, `scores` `(B, k)` and `latent_steps` `(B,)`; with a `memory`
@@ -477,17 +477,23 @@ class LasarForGenerativeRec(LasarPreTrainedModel, GenerationMixin):
             history = history_filter(self.config, trie, input_ids)
             leaves, scores = beam_search(self, state, trie, width, item_filter, history)
             if memory is not None:
-                recall = self._recall(memory, trie, input_ids)
+                recall = self._recall(memory, catalog, input_ids)
                 return mix_memory(self, state, trie, leaves, scores, recall, top_k, item_filter, history)
         items, scores = rank_items(leaves, scores, trie, top_k, item_filter)
         return RecommendOutput(items=items, scores=scores, latent_steps=state.depths)
 
-    def _recall(self, memory: ItemMemory, trie: SidTrie, input_ids: torch.Tensor) -> Recall:
-        """The memory's distribution, given the items of the prompts."""
-        leaves = trie.leaves_in(input_ids - self.config.sid_token_offset, self.config.codebook_size)  # (B, L)
-        # Items that share a Semantic ID are represented by the first of them.
-        items = torch.where(leaves >= 0, trie.items(leaves.clamp(min=0))[..., 0], -1)
-        return memory.to(input_ids.device).recall(items, self.config.exclude_history)
+    def _recall(self, memory: ItemMemory, catalog: SidCatalog, input_ids: torch.Tensor) -> Recall:
+        """The memory's distribution over the items that the trie has, given the items of the prompts."""
+        trie, every_item = catalog.trie(input_ids.device), catalog.trie_of_all(input_ids.device)
+        leaves = every_item.leaves_in(input_ids - self.config.sid_token_offset, self.config.codebook_size)  # (B, L)
+        # Items that share a Semantic ID are represented by the first of them, and not excluded.
+        sharing = every_item.items(leaves.clamp(min=0))  # (B, L, C)
+        history = torch.where(leaves >= 0, sharing[..., 0], -1)
+        excluded = None
+        if self.config.exclude_history:
+            excluded = torch.where((sharing >= 0).sum(dim=-1) == 1, history, -1)
+        is_available = trie.item_positions[: len(memory)] < len(trie.item_indices)  # (I,)
+        return memory.to(input_ids.device).recall(history, excluded, is_available)
 
 
 @torch.no_grad()

@@ -312,18 +312,22 @@ class ItemFilter:
         return cls(trie, listed, is_allow)
 
     @classmethod
-    def without_leaves(cls, trie: SidTrie, leaves: torch.Tensor) -> "ItemFilter":
+    def without_leaves(cls, trie: SidTrie, leaves: torch.Tensor, kept: torch.Tensor | None = None) -> "ItemFilter":
         """
-        Exclude the first item of each leaf in `leaves` `(B, D)`, -1 pads. A leaf of several items therefore stays,
-        since it does not say which of them is meant. Leaves of all items of the catalogue exclude nothing.
+        Exclude the first item of each leaf in `leaves` `(B, D)`, -1 pads, except the leaves `kept` `(B,)`. A leaf of
+        several items therefore stays, since it does not say which of them is meant. Leaves of all items of the
+        catalogue exclude nothing.
         """
         num_items = len(trie.item_indices)
         listed = torch.where(leaves >= 0, trie.leaf_ptr[leaves.clamp(min=0)], num_items).sort(dim=1).values
         # Each position once.
         is_repeated = nn.functional.pad(listed[:, 1:] == listed[:, :-1], (1, 0))
-        listed = listed.masked_fill(is_repeated, num_items).sort(dim=1).values
+        listed = listed.masked_fill(is_repeated, num_items)
         is_everything = (listed < num_items).sum(dim=1) == num_items  # (B,)
-        listed = listed.masked_fill(is_everything[:, None], num_items)
+        is_dropped = is_everything[:, None]
+        if kept is not None:
+            is_dropped = is_dropped | (listed == torch.where(kept >= 0, trie.leaf_ptr[kept.clamp(min=0)], -1)[:, None])
+        listed = listed.masked_fill(is_dropped, num_items).sort(dim=1).values
         return cls(trie, listed, torch.zeros_like(is_everything))
 
     def excludes_nodes(self, level: int, child: torch.Tensor) -> torch.Tensor:

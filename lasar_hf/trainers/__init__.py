@@ -6,7 +6,7 @@ from .grpo_trainer import LasarGRPOTrainer
 from .lora import is_adapter, lasar_lora_config, load_model, lora_from_arguments, save_trained
 from .losses import DISTANCES, alignment_loss, bidirectional_kl, depth_entropy, exact_depth_loss, reinforce_loss
 from .model_config import LasarModelConfig
-from .resume import checkpoint_to_resume
+from .resume import checkpoint_to_resume, starting_files
 from .rewards import ExactMatchReward, RankingReward, load_rewards
 from .sft_config import LasarSFTConfig
 from .sft_trainer import LasarDataCollator, LasarSFTTrainer
@@ -36,5 +36,6 @@ __all__ = [
     "lora_from_arguments",
     "reinforce_loss",
     "save_trained",
+    "starting_files",
     "unsharded_weights",
 ]

@@ -44,14 +44,15 @@ def add_catalog_head(model: LasarForGenerativeRec, catalog: SidCatalog, temperat
 
 def without_last_token(config, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
     """
-    The attention mask `(B, L)` without the last token of each sequence, which predicts no label and need not be read:
-    one token in five of an answer. A last token that is part of the latent region stays, since its state is used.
+    The attention mask `(B, L)` without the last token of each sequence, which predicts no label and need not be read.
+    A last token that is part of the latent region stays, since its state is used, and so does a single token.
     """
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
     following = attention_mask.flip(1).cumsum(dim=1).flip(1)  # (B, L): 1 at the last token
     region = torch.tensor([config.latent_start_token_id, config.latent_token_id], device=input_ids.device)
     is_last = (following == 1) & (attention_mask == 1) & ~torch.isin(input_ids, region)  # (B, L)
+    is_last = is_last & (attention_mask.sum(dim=1, keepdim=True) > 1)
     return attention_mask * ~is_last
 
 
@@ -76,10 +77,13 @@ def score_labels(
     is_sid = label_mask & (sid >= 0) & (sid < config.num_sid_tokens)  # (B, L - 1)
     level_of = torch.where(is_sid, sid // config.codebook_size, -1)  # (B, L - 1)
 
-    # 2. The items of each sequence, if those before a label have no probability.
+    # 2. The items of each sequence, if those before a label have no probability: the leaf of the item that ends in
+    #    each column (B, L), and the columns of the D items (B, D).
     items = None
     if config.exclude_history:
-        items = trie.leaves_in(input_ids - config.sid_token_offset, config.codebook_size)  # (B, L)
+        leaves = trie.leaves_in(input_ids - config.sid_token_offset, config.codebook_size)
+        count = int((leaves >= 0).sum(dim=1).max())
+        items = leaves, (leaves < 0).to(torch.uint8).argsort(dim=1, stable=True)[:, :count]
 
     indices, scores = [], []  # of the labels of each level, then of text
     weight = model.lm_head.weight  # (V, H)
@@ -126,22 +130,17 @@ def _prefix_nodes(input_ids: torch.Tensor, index, level: int, trie: SidTrie, con
     return nodes
 
 
-def _history_of_labels(items: torch.Tensor, index, level: int, trie: SidTrie) -> ItemFilter:
+def _history_of_labels(items: tuple[torch.Tensor, torch.Tensor], index, level: int, trie: SidTrie) -> ItemFilter:
     """
     Exclude the items that end before the item of each label begins, but not that item: the targets of a few users may
-    repeat. `items` `(B, L)` has the leaf of the item that ends in each column.
+    repeat.
     """
-    sequence, position = index
-    # The columns of the items: (B, D), D is the largest number of items.
-    is_item = items >= 0
-    columns = is_item.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, : int(is_item.sum(dim=1).max())]
-    leaves = items.gather(1, columns)[sequence]  # (n, D)
-    columns = columns[sequence]  # (n, D)
+    (leaves, columns), (sequence, position) = items, index
     # A label of this level is predicted `level` columns after the column before its item.
-    last = (position - level + trie.num_levels).clamp(max=items.shape[1] - 1)  # (n,), last code of the label's item
-    target = items[sequence, last]  # (n,)
-    is_history = (columns <= position[:, None]) & (leaves != target[:, None])
-    return ItemFilter.without_leaves(trie, torch.where(is_history, leaves, -1))
+    last = (position - level + trie.num_levels).clamp(max=leaves.shape[1] - 1)  # (n,), last code of the label's item
+    is_before = columns[sequence] <= position[:, None]  # (n, D)
+    history = torch.where(is_before, leaves.gather(1, columns)[sequence], -1)  # (n, D)
+    return ItemFilter.without_leaves(trie, history, kept=leaves[sequence, last])
 
 
 def _score_level(hidden_states, head, trie: SidTrie, level: int, nodes, target_codes, temperature: float, history):

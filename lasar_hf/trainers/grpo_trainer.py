@@ -183,9 +183,14 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
         with lasar.evaluation_mode():
             state, trees = lasar.encode_prompt_trees(prompt_ids, prompt_mask, sampled_depth)
             history = history_filter(lasar.config, trie, prompt_ids[trees.member])
-            leaves, _ = sample_items(
+            leaves, scores = sample_items(
                 lasar, state, trie, self.num_generations, self.temperature, history=history, **options
             )  # (U, G)
+        if (scores == -torch.inf).any():
+            raise ValueError(
+                f"num_generations is {self.num_generations}, but a prompt has fewer items to draw that are not in its "
+                'history. Lower it, or set sampling="sample".'
+            )
         depths, leaves = state.depths[trees.path], leaves[trees.path]  # (B,), (B, G)
         log_policy = state.depth_logits[trees.path].float().log_softmax(dim=-1)  # (B, N_max)
         log_probs = log_policy.gather(1, depths[:, None] - 1)[:, 0]  # (B,)

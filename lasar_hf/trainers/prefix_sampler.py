@@ -129,7 +129,9 @@ class PrefixBatchSampler(BatchRebalanceSampler):
             largest = batches.pop()
             if len(largest) < 2:
                 num_examples = sum(map(len, batches), len(largest))
-                raise ValueError(f"There are {num_examples} examples for {self.num_processes} processes; use fewer.")
+                raise ValueError(
+                    f"There are {num_examples} examples for {self.num_processes} processes. Start fewer processes."
+                )
             batches += [largest[: len(largest) // 2], largest[len(largest) // 2 :]]
         return batches
 

@@ -10,13 +10,14 @@ from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..files import read_json, write_json
+from ..files import folder_hashes, read_json, write_json
 
 
 RUN_NAME = "run.json"
 # Arguments that decide the weights. The length of a run is not one of them, so a run can be extended.
 TRAINING = (
-    "adam_beta1", "adam_beta2", "adam_epsilon", "alignment", "alignment_weight", "baseline_decay", "beta",
+    "adam_beta1", "adam_beta2", "adam_epsilon", "alignment", "alignment_weight", "anchors_at_any_depth",
+    "baseline_decay", "beta",
     "data_seed", "delta", "depth_entropy_weight", "depth_weight", "entropy_coef", "entropy_coef_delta",
     "entropy_coef_max", "entropy_coef_min", "entropy_target", "epsilon", "epsilon_high",
     "gradient_accumulation_steps", "importance_sampling_level", "learning_rate", "loss_type", "max_grad_norm",
@@ -27,6 +28,16 @@ TRAINING = (
     "train_sampling_strategy", "use_adaptive_entropy", "use_bias_correction_kl", "vespo_k_neg", "vespo_k_pos",
     "vespo_lambda_neg", "vespo_lambda_pos", "weight_decay",
 )  # fmt: skip
+
+
+# Files of a checkpoint that a run begins with. A memory may be added later.
+STARTING_FILES = ("*model*.safetensors", "sid_catalog*", "processor_config.json")
+
+
+def starting_files(model: str | None) -> dict[str, str]:
+    """SHA-256 of the files of a checkpoint that decide a run that begins with it, for [`checkpoint_to_resume`]."""
+    parts = [folder_hashes(model, pattern) for pattern in STARTING_FILES]
+    return {name: digest for part in parts for name, digest in part.items()}
 
 
 def checkpoint_to_resume(args: TrainingArguments, **origin: Any) -> str | None:

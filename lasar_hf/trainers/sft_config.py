@@ -52,7 +52,7 @@ class LasarSFTConfig(SFTConfig):
     )
     alignment_weight: float = field(default=0.1, metadata={"help": "Weight of the alignment loss, alpha."})
     anchors_at_any_depth: bool = field(
-        default=False, metadata={"help": "Allow other numbers of latent steps than of segments."}
+        default=False, metadata={"help": "Latent steps of an example may differ from its segments."}
     )
     policy_weight: float = field(default=0.0, metadata={"help": "Policy loss weight, beta; 0 freezes the head."})
     max_tokens_per_batch: int | None = field(
