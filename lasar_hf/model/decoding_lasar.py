@@ -339,14 +339,21 @@ def rank_items(
     if item_filter is not None:
         scores = scores.masked_fill(item_filter.excludes_items(items), -torch.inf)
     items = items.masked_fill(scores == -torch.inf, -1)
-    # 2. Sort by item index, then stably by score.
-    by_index = items.argsort(dim=1)
-    items, scores = items.gather(1, by_index), scores.gather(1, by_index)
-    best = scores.argsort(dim=1, descending=True, stable=True)[:, :top_k]
-    items, scores = items.gather(1, best), scores.gather(1, best)
-    # 3. Pad to k.
-    missing = top_k - items.shape[1]
-    return nn.functional.pad(items, (0, missing), value=-1), nn.functional.pad(scores, (0, missing), value=-torch.inf)
+    # 2. The best ones.
+    items, (scores,) = _sort_and_pad(items, scores, top_k)
+    return items, scores
+
+
+def _sort_and_pad(items: torch.Tensor, scores: torch.Tensor, top_k: int, *others: torch.Tensor):
+    """
+    The `top_k` best of `items` `(B, n)`, and `scores` and `others` in their order. Equal scores are in order of the
+    item index; -1 and `-inf` pad.
+    """
+    order = items.argsort(dim=1)
+    order = order.gather(1, scores.gather(1, order).argsort(dim=1, descending=True, stable=True))[:, :top_k]
+    missing = top_k - order.shape[1]
+    items = nn.functional.pad(items.gather(1, order), (0, missing), value=-1)
+    return items, [nn.functional.pad(p.gather(1, order), (0, missing), value=-torch.inf) for p in (scores, *others)]
 
 
 @torch.no_grad()
@@ -369,13 +376,8 @@ def mix_memory(
     items = torch.cat([items, recalled], dim=1)
     mixed = recall.mix(log_probs, items).masked_fill(log_probs == -torch.inf, -torch.inf)
     items = items.masked_fill(mixed == -torch.inf, -1)
-    # 3. Sort by item index, then stably by score, and pad to k.
-    order = items.argsort(dim=1)
-    order = order.gather(1, mixed.gather(1, order).argsort(dim=1, descending=True, stable=True))[:, :top_k]
-    items, mixed, log_probs = (part.gather(1, order) for part in (items, mixed, log_probs))
-    missing = max(top_k - order.shape[1], 0)
-    items = nn.functional.pad(items, (0, missing), value=-1)
-    mixed, log_probs = (nn.functional.pad(part, (0, missing), value=-torch.inf) for part in (mixed, log_probs))
+    # 3. The best ones.
+    items, (mixed, log_probs) = _sort_and_pad(items, mixed, top_k, log_probs)
     return RecommendOutput(
         items=items, scores=mixed, latent_steps=state.depths, model_scores=log_probs,
         memory_scores=recall.probabilities(items).log(),
