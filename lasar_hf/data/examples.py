@@ -262,8 +262,8 @@ def stage1_examples(data: PreparedData, processor: LasarProcessor, tasks: Sequen
             Prepared data set, and its processor.
         tasks (`Sequence[str]`):
             Each `name` or `name=weight` ([`mix_examples`]), all distinct: `next_item` ([`sft_examples`]), `history`
-            ([`history_examples`]), `chain_end` ([`chain_end_examples`]), `alignment` ([`alignment_examples`]) or single
-            tasks of `ALIGNMENT_TASKS`.
+            ([`history_examples`]), `chain_end` ([`chain_end_examples`]), `alignment` ([`alignment_examples`]) or
+            single tasks of `ALIGNMENT_TASKS`.
 
     Returns:
         `Dataset`: `input_ids`, `labels`.

@@ -1,5 +1,6 @@
 """A generated shop where reasoning is needed: each user has routines of their own, and must follow several of them."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,13 +10,12 @@ from ..files import write_json
 from ..model.catalog_lasar import SidCatalog
 from .examples import INSTRUCTIONS
 from .interactions import Interactions
-from .prepared_data import save_interactions
+from .prepared_data import RARE_REPEATS, save_interactions
 from .splits import PARTS, Split, repeat_rate
 from .tokenizer import build_tokenizer
 
 
 PRODUCTS = ("Tea", "Walk", "Bath", "Book", "Chess", "Piano", "Yoga", "Soup", "Film", "Nap")
-NUM_ROUTINES = 10  # of a user
 MAX_LINKS = 6
 _NUMBERS = ("One", "Two", "Three", "Four", "Five", "Six")
 TOKENIZER_SIZE = 600  # at most; each word becomes one token
@@ -44,7 +44,8 @@ def write_routines(
             Folder to write.
         num_users, validation_users, test_users (`int`, *optional*, default to `12_000`, `500` and `1200`):
             Number of users of each part, each with one sample. No two users have the same circle, so those of
-            validation and test are new.
+            validation and test are new; they depend on nothing but their numbers and `seed`, so they are new to
+            models that were trained on several such folders.
         max_links (`int`, *optional*, defaults to `6`):
             Largest number of links that a cue asks for. The items do not depend on it.
         seed (`int`, *optional*, defaults to `0`):
@@ -58,13 +59,13 @@ def write_routines(
         raise ValueError(f"max_links is {max_links}; expected 1 to {MAX_LINKS}.")
     # 1. Users, part after part: history, and the items that the chain of thought reaches.
     rng = np.random.default_rng(seed)
-    circles: set[tuple[int, ...]] = set()
-    users = [_user(rng, circles, max_links) for _ in range(sum(counts.values()))]
+    order = ("test", "validation", "train")
+    part_of = np.repeat(order, [counts[part] for part in order])
+    users = [_user(circle, int(rng.integers(1, max_links + 1)), rng) for circle in _circles(len(part_of), rng)]
     user_ids = [f"user-{user}" for user in range(len(users))]
     titles = item_titles()
     items = [{"title": title} for title in titles]
     item_ids = [f"item-{item}" for item in range(len(items))]
-    part_of = np.repeat(PARTS, list(counts.values()))
 
     # 2. A user is whole in one part.
     sequences = [[*history, chain[-1]] for history, chain in users]
@@ -90,7 +91,8 @@ def write_routines(
     build_tokenizer(texts, TOKENIZER_SIZE).save_pretrained(folder / "tokenizer")
     rate = repeat_rate([row for row in split.train if row])
     write_json(folder / "prepared.json", {
-        "codebook_size": len(items), "max_history": NUM_ROUTINES + 2, "repeat_rate": rate, "exclude_history": rate == 0,
+        "codebook_size": len(items), "max_history": len(PRODUCTS) + 2, "repeat_rate": rate,
+        "exclude_history": rate <= RARE_REPEATS,
     })
 
 
@@ -110,25 +112,25 @@ def _pairs() -> list[tuple[int, int]]:
     return [(one, other) for one in range(len(PRODUCTS)) for other in range(len(PRODUCTS)) if one != other]
 
 
-def _user(
-    rng: np.random.Generator, circles: set[tuple[int, ...]], max_links: int
-) -> tuple[list[int], list[int]]:
-    """History of a user with a new circle, which is added to `circles`, and the products from the last one on."""
-    while True:
-        circle = rng.permutation(len(PRODUCTS))[:NUM_ROUTINES].tolist()
-        start = circle.index(min(circle))
-        key = (*circle[start:], *circle[:start])
-        if key not in circles:
-            circles.add(key)
-            break
-    number = {pair: len(PRODUCTS) + MAX_LINKS + index for index, pair in enumerate(_pairs())}
-    routines = [number[circle[turn - 1], circle[turn]] for turn in range(NUM_ROUTINES)]
-    cue = int(rng.integers(max_links))
-    chain = [circle[turn % NUM_ROUTINES] for turn in range(cue + 2)]
-    return [*rng.permutation(routines).tolist(), len(PRODUCTS) + cue, chain[0]], chain
+def _circles(count: int, rng: np.random.Generator) -> list[list[int]]:
+    """Distinct circles of all products, each from a random product on; the first ones do not depend on `count`."""
+    circles: dict[tuple[int, ...], list[int]] = {}
+    while len(circles) < count:
+        circle = rng.permutation(len(PRODUCTS)).tolist()
+        start = circle.index(0)
+        circles.setdefault((*circle[start:], *circle[:start]), circle)
+    return list(circles.values())
 
 
-def _segments(chain: list[int] | tuple[int, ...]) -> list[str]:
+def _user(circle: list[int], num_links: int, rng: np.random.Generator) -> tuple[list[int], list[int]]:
+    """History of a user, and the products of the chain, which begins with the first of the circle."""
+    numbers = {pair: len(PRODUCTS) + MAX_LINKS + index for index, pair in enumerate(_pairs())}
+    routines = [numbers[pair] for pair in zip(circle, [*circle[1:], circle[0]], strict=True)]
+    cue = len(PRODUCTS) + num_links - 1
+    return [*rng.permutation(routines).tolist(), cue, circle[0]], circle[: num_links + 1]
+
+
+def _segments(chain: Sequence[int]) -> list[str]:
     """What a chain of thought says at each link."""
     names = [PRODUCTS[product] for product in chain]
     return [f"after {one} comes {other}" for one, other in zip(names, names[1:], strict=False)]
