@@ -1,18 +1,11 @@
 """The routines: circles are new for every user, the chain follows the links, and the depth follows from the cue."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 from lasar_hf.data import PreparedData, chain_end_examples, reasoning_examples, stage1_examples, write_routines
 from lasar_hf.data.routines import MAX_LINKS, PRODUCTS, links
-from tests.preparing import files, processor_of
-
-
-ROOT = Path(__file__).resolve().parents[1]
+from tests.preparing import files, processor_of, run
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +111,6 @@ def test_impossible_sizes_are_refused(arguments, tmp_path):
 
 
 def test_the_recipe_writes_the_folder(tmp_path):
-    command = [sys.executable, str(ROOT / "recipes/routines/prepare.py"), "--output_dir", "data", "--num_users", "5"]
-    subprocess.run([*command, "--validation_users", "2", "--test_users", "3"], check=True, cwd=tmp_path)
-    assert len(PreparedData.load(tmp_path / "data").samples["test"]) == 3
+    arguments = {"num_users": 5, "validation_users": 2, "test_users": 3}
+    run(tmp_path, "routines", arguments)
+    assert [len(part) for part in PreparedData.load(tmp_path).samples.values()] == [5, 2, 3]

@@ -5,12 +5,13 @@
 #     LAUNCH="accelerate launch --cpu --num_processes 1" bash recipes/routines/run.sh  # without a GPU
 set -euo pipefail
 LAUNCH=${LAUNCH:-accelerate launch}
-OUT=outputs/routines
 
-# Users whose next item lies 1 to 6 links ahead -> data, and others whose next item lies one link ahead -> one_link
-[ -e $OUT/data/prepared.json ] || python recipes/routines/prepare.py --config recipes/routines/prepare.yaml
-[ -e $OUT/one_link/prepared.json ] || python recipes/routines/prepare.py --config recipes/routines/prepare.yaml \
-    --output_dir $OUT/one_link --max_links 1 --num_users 20000
+# Users whose next item lies 1 to 6 links ahead -> outputs/routines/data
+python recipes/prepare.py --config recipes/routines/prepare.yaml
+
+# Others, whose next item lies one link ahead, for stage 1. Validation and test users are the same.
+python recipes/prepare.py --source routines --source_args '{"num_users": 20000, "max_links": 1}' \
+    --output_dir outputs/routines/one_link
 
 # Stage 1: one link in one pass, what the items are called, and what a segment says.
 $LAUNCH recipes/sft.py --config recipes/routines/stage1.yaml
@@ -23,4 +24,5 @@ $LAUNCH recipes/grpo.py --config recipes/routines/grpo.yaml
 
 # Rank the whole catalogue for every test user, then exact match by number of links.
 $LAUNCH recipes/eval.py --config recipes/routines/eval.yaml
-python recipes/routines/by_links.py direct=$OUT/stage1@0 LASAR-SFT=$OUT/stage2 LASAR-RL=$OUT/grpo
+python recipes/routines/by_links.py direct=outputs/routines/stage1@0 \
+    LASAR-SFT=outputs/routines/stage2 LASAR-RL=outputs/routines/grpo
