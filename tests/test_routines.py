@@ -1,11 +1,16 @@
 """The routines: circles are new for every user, the chain follows the links, and the depth follows from the cue."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from lasar_hf.data import PreparedData, chain_end_examples, reasoning_examples, stage1_examples, write_routines
 from lasar_hf.data.routines import MAX_LINKS, PRODUCTS, links
 from tests.preparing import files, processor_of, run
+from tests.recipes import ROOT, load_recipe
 
 
 @pytest.fixture(scope="module")
@@ -114,3 +119,19 @@ def test_the_recipe_writes_the_folder(tmp_path):
     arguments = {"num_users": 5, "validation_users": 2, "test_users": 3}
     run(tmp_path, "routines", arguments)
     assert [len(part) for part in PreparedData.load(tmp_path).samples.values()] == [5, 2, 3]
+
+
+@pytest.mark.slow
+def test_latent_steps_follow_the_links_of_new_users(tmp_path, monkeypatch):
+    """The recipe's stages 1 and 2: one pass follows one link, as many latent steps as links follow all."""
+    monkeypatch.chdir(tmp_path)
+    run(Path("outputs/routines/data"), "routines")
+    run(Path("outputs/routines/one_link"), "routines", {"num_users": 20_000, "max_links": 1})
+    for stage in ("stage1", "stage2"):
+        script, config = ROOT / "recipes/sft.py", ROOT / f"recipes/routines/{stage}.yaml"
+        subprocess.run([sys.executable, script, "--config", config, "--use_cpu", "true"], check=True)
+    models = {"direct": "outputs/routines/stage1@0", "latent": "outputs/routines/stage2"}
+    rows = load_recipe("routines/by_links").main([f"{name}={path}" for name, path in models.items()])
+    *exact, _, right_depth = rows["latent"]
+    assert min(exact) >= 0.95 and right_depth >= 0.95
+    assert rows["direct"][0] >= 0.95 and max(rows["direct"][2:MAX_LINKS]) <= 0.5

@@ -14,22 +14,25 @@ from lasar_hf.data.routines import MAX_LINKS, links
 from lasar_hf.evaluation import recommend_samples
 
 
-def main(models: list[str], data_dir: str = "outputs/routines/data") -> list[str]:
-    """Rows of a table, one per `name=path` or `name=path@N` with `N` latent steps; printed as well."""
+def main(models: list[str], data_dir: str = "outputs/routines/data") -> dict[str, list[float]]:
+    """
+    Print a row of a table for each `name=path`, or `name=path@N` with `N` latent steps. Returns the numbers by name:
+    exact match at each number of links, mean depth, share of users whose depth is their number of links.
+    """
     samples = PreparedData.load(data_dir).samples["test"]
     needed, targets = np.array([links(history) for history in samples["history"]]), np.array(samples["target"])
-    columns = " | ".join(f"{number} links" for number in range(1, MAX_LINKS + 1))
-    rows = [f"| model | {columns} | mean depth | depth = links |", "|---|" + "---:|" * (MAX_LINKS + 2)]
+    columns = " | ".join(map(str, range(1, MAX_LINKS + 1)))
+    print(f"| links | {columns} | mean depth | depth = links |\n|---|" + "---:|" * (MAX_LINKS + 2))
+    rows = {}
     for entry in models:
         name, _, location = entry.partition("=")
         path, _, depth = location.partition("@")
         model, processor = LasarForGenerativeRec.from_pretrained(path).eval(), LasarProcessor.from_pretrained(path)
         output = recommend_samples(model, samples, processor, 10, 10, int(depth) if depth else None)
         hits = output.items[:, 0] == targets
-        cells = [f"{hits[needed == number].mean():.3f}" for number in range(1, MAX_LINKS + 1)]
-        cells += [f"{output.latent_steps.mean():.2f}", f"{(output.latent_steps == needed).mean():.3f}"]
-        rows.append(f"| {name} | {' | '.join(cells)} |")
-    print("\n".join(rows))
+        rows[name] = [float(hits[needed == number].mean()) for number in range(1, MAX_LINKS + 1)]
+        rows[name] += [float(output.latent_steps.mean()), float((output.latent_steps == needed).mean())]
+        print(f"| {name} | " + " | ".join(f"{value:.3f}" for value in rows[name]) + " |", flush=True)
     return rows
 
 
