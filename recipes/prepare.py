@@ -36,6 +36,7 @@ from lasar_hf.data import (
     read_index,
     read_source,
     samples,
+    write_routines,
 )
 from lasar_hf.data.prepared_data import RARE_REPEATS, load_interactions, save_interactions
 from lasar_hf.data.readers import source_settings
@@ -69,7 +70,7 @@ class PrepareArguments:
 
     source: str = field(
         metadata={
-            "help": "toy, table (your own files), amazon2014, amazon2018, amazon2023, a folder with "
+            "help": "toy, routines, table (your own files), amazon2014, amazon2018, amazon2023, a folder with "
             "<Name>.inter.json and <Name>.item.json, or the dotted path of a function that returns Interactions."
         }
     )
@@ -367,6 +368,9 @@ def prepare_steps(args: PrepareArguments) -> list[Step]:
 
 def prepare(args: PrepareArguments) -> list[str]:
     """Run the steps that are not up to date; returns their names."""
+    if args.source == "routines":  # comes with its own split, Semantic IDs and chains of thought
+        write_routines(args.output_dir, **(args.source_args or {}))
+        return ["routines"]
     return run_steps(args.output_dir, prepare_steps(args), args.steps)
 
 

@@ -50,8 +50,9 @@ class SFTScriptArguments:
         default_factory=lambda: ["next_item", "alignment"],
         metadata={
             "help": "Stage 1 tasks: next_item (one example per sample), history (loss on every item of a user), "
-            "alignment, or some of its parts title_to_sid, description_to_sid, sid_to_title, titles_to_sid. "
-            "next_item=2 repeats the examples of a task, alignment=0.5 keeps a fixed half of them."
+            "chain_end (the last segment alone, then the target: gives anchors a meaning), alignment, or some of its "
+            "parts title_to_sid, description_to_sid, sid_to_title, titles_to_sid. next_item=2 repeats the examples "
+            "of a task, alignment=0.5 keeps a fixed half of them."
         },
     )
     instruction: str | None = field(

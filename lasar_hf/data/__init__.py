@@ -4,6 +4,7 @@ from .examples import (
     ALIGNMENT_TASKS,
     INSTRUCTIONS,
     alignment_examples,
+    chain_end_examples,
     grpo_examples,
     history_examples,
     mix_examples,
@@ -14,6 +15,7 @@ from .examples import (
 from .interactions import Interactions, read_index, read_lcrec
 from .prepared_data import PreparedData, describe
 from .readers import read_amazon2014, read_amazon2018, read_amazon2023, read_items, read_source, read_table
+from .routines import write_routines
 from .splits import Split, global_time, leave_one_out, samples
 from .tokenizer import build_tokenizer
 from .toy import toy_shop
@@ -27,6 +29,7 @@ __all__ = [
     "Split",
     "alignment_examples",
     "build_tokenizer",
+    "chain_end_examples",
     "describe",
     "global_time",
     "grpo_examples",
@@ -46,4 +49,5 @@ __all__ = [
     "sft_examples",
     "stage1_examples",
     "toy_shop",
+    "write_routines",
 ]

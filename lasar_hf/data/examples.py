@@ -2,6 +2,7 @@
 Training examples: samples as token ids with labels, for each stage of training and for the alignment tasks.
 
 Stage 1:  prompt <|latent_start|><|latent_end|> SID                    [`sft_examples`], [`history_examples`]
+          segment SID                                                  [`chain_end_examples`]
 Stage 2:  prompt <|latent_start|><|latent|>…<|latent|><|latent_end|> SID       [`reasoning_examples`]
 GRPO:     prompt <|latent_start|>                                      [`grpo_examples`]
 """
@@ -77,6 +78,30 @@ def history_examples(split: Split, processor: LasarProcessor) -> Dataset:
         return batch
 
     return sft_examples(samples(split, "train", targets="last"), processor).map(label_history, batched=True)
+
+
+def chain_end_examples(samples: Dataset, processor: LasarProcessor) -> Dataset:
+    """
+    Examples that teach stage 1 what a segment says: the last segment of a chain of thought, alone as for anchors, then
+    the Semantic ID of the target. So the hidden state at its end, the anchor, knows the item. The loss is on the
+    Semantic ID.
+
+    Args:
+        samples (`Dataset`):
+            Training samples: columns `segments` and `target`.
+        processor ([`LasarProcessor`]):
+            Token ids.
+
+    Returns:
+        `Dataset`: `input_ids` and `labels`; one example per sample, in order.
+    """
+    bos_ids = [processor.tokenizer.bos_token_id] if processor.add_bos else []
+
+    def build(batch: dict[str, list]) -> dict[str, list]:
+        texts = processor.text_ids([segments[-1] for segments in batch["segments"]])
+        return _labelled([bos_ids + text for text in texts], processor.answer_ids(batch["target"]))
+
+    return _map(samples, build, FEATURES)
 
 
 def alignment_examples(
@@ -237,7 +262,8 @@ def stage1_examples(data: PreparedData, processor: LasarProcessor, tasks: Sequen
             Prepared data set, and its processor.
         tasks (`Sequence[str]`):
             Each `name` or `name=weight` ([`mix_examples`]), all distinct: `next_item` ([`sft_examples`]), `history`
-            ([`history_examples`]), `alignment` ([`alignment_examples`]) or single tasks of `ALIGNMENT_TASKS`.
+            ([`history_examples`]), `chain_end` ([`chain_end_examples`]), `alignment` ([`alignment_examples`]) or
+            single tasks of `ALIGNMENT_TASKS`.
 
     Returns:
         `Dataset`: `input_ids`, `labels`.
@@ -252,6 +278,7 @@ def stage1_examples(data: PreparedData, processor: LasarProcessor, tasks: Sequen
     makers = {
         "next_item": lambda: sft_examples(data.samples["train"], processor),
         "history": lambda: history_examples(data.split, processor),
+        "chain_end": lambda: chain_end_examples(data.samples["train"], processor),
         "alignment": align,
         **{task: partial(align, [task]) for task in ALIGNMENT_TASKS},
     }
