@@ -24,5 +24,6 @@ $LAUNCH recipes/grpo.py --config recipes/routines/grpo.yaml
 
 # Rank the whole catalogue for every test user, then exact match by number of links.
 $LAUNCH recipes/eval.py --config recipes/routines/eval.yaml
-python recipes/routines/by_links.py direct=outputs/routines/stage1@0 \
-    LASAR-SFT=outputs/routines/stage2 LASAR-RL=outputs/routines/grpo
+python recipes/routines/by_links.py "direct=outputs/routines/stage1@0" "2 latent steps=outputs/routines/stage2@2" \
+    "4 latent steps=outputs/routines/stage2@4" "LASAR-SFT (policy)=outputs/routines/stage2" \
+    "LASAR-RL (policy)=outputs/routines/grpo"
