@@ -49,7 +49,7 @@ def plot(rows: dict[str, list[float]], path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(6, 3), layout="constrained")
     for number, (name, row) in enumerate(rows.items()):
         width = len(rows) - number  # lines that are drawn later are thinner, so that equal ones are both seen
-        axes.plot(range(1, MAX_LINKS + 1), row[:MAX_LINKS], marker="o", linewidth=1.5 * width, label=name)
+        axes.plot(range(1, MAX_LINKS + 1), row[:MAX_LINKS], marker="o", linewidth=1 + 0.6 * width, label=name)
     axes.set(xlabel="links from the last item to the next", ylabel="exact match", ylim=(-0.05, 1.05))
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     with atomic_file(path) as temporary:
