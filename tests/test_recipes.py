@@ -245,6 +245,7 @@ def test_a_run_resumes_after_its_start_got_a_memory(folder, stage1, tmp_path):
         script = recipe.SFTScriptArguments(data_dir=str(folder), stage=2)
         args = LasarSFTConfig(**settings(tmp_path / "stage2") | dict(save_strategy="steps", save_steps=1))
         recipe.main(script, args, LasarModelConfig(model_name_or_path=str(start)))
+        assert prompt_format(tmp_path / "stage2") == prompt_format(start)
         (start / "item_memory.safetensors").write_bytes(b"any")
 
 
