@@ -266,7 +266,7 @@ def measure_repeats(split: Split, validation: Dataset, num_items: int) -> dict[s
     """The repeat rate, and whether lists leave the history out: by rate if it is tiny, else as validation says."""
     rate = repeat_rate(split.train)
     if rate <= RARE_REPEATS or not len(validation):
-        return {"repeat_rate": rate, "exclude_history": True}
+        return {"repeat_rate": rate, "exclude_history": rate <= RARE_REPEATS}
     kept, excluded = compare_exclusion(split.train, validation["history"], validation["target"], num_items)
     logger.info(
         "%.2f %% of the training interactions repeat an item of the user. HR@10 of item-kNN on validation: %.4f with "

@@ -570,6 +570,8 @@ def test_validation_decides_where_items_repeat_a_little(target_repeats):
     validation = Dataset.from_dict({"history": train, "target": [target[0] for target in targets]})
     found = recipe.measure_repeats(split, validation, 10)
     assert found == {"repeat_rate": 0.5, "exclude_history": not target_repeats}
+    # Without validation samples nothing speaks for leaving the history out.
+    assert not recipe.measure_repeats(split, validation.select([]), 10)["exclude_history"]
 
 
 def test_the_card_has_the_repeat_rate(toy):
