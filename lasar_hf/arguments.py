@@ -70,7 +70,8 @@ def read_json_object(arguments: Any, name: str) -> None:
 
 def read_switch(arguments: Any, name: str) -> None:
     """
-    Replace the words `"auto"`, `"true"` and `"false"` in a field by `None`, `True` and `False`. YAML has booleans.
+    Replace the words `"auto"`, `"true"` and `"false"` in a field by `None`, `True` and `False`. These values are
+    accepted too, since YAML has booleans.
 
     Args:
         arguments:
