@@ -1,5 +1,5 @@
 """
-All stages of LASAR on a generated shop, without network and GPU: a few minutes on two CPU cores.
+All stages of LASAR on a generated shop, without network and GPU: under two minutes on two CPU cores.
 
     pip install -e ".[test]" && python examples/quickstart.py
 
