@@ -101,6 +101,28 @@ def test_gradients_equal_unshared_sequences(kind, checkpointing):
         torch.testing.assert_close(results[True][name] / scale, expected / scale, atol=1e-6, rtol=1e-6)
 
 
+def test_one_chain_serves_all_depths_of_a_prompt():
+    model, _ = tiny_model()
+    model.double().train()
+    rows = user_rows(model, [3, 4, 5, 6], [4] * 5, [4, 0, 2, 3, 1], [[0, 1, 2], [3, 3, 0], [1, 0, 0], [2, 1, 1], [0]])
+    inputs = batch(rows)
+    real = inputs["attention_mask"].bool()
+    read = tokens_read(model)
+    outputs = model(**inputs)
+    # The prompt, three slots alone, and the last slot with five answers of at most 4 tokens.
+    assert read == [5, 1, 1, 1, 1 + 5 * 4]
+    shared = gradients(model, functional(outputs.logits[real], outputs.latent_states))
+    for i, ids in enumerate(rows):
+        logits, states = plain_loop(model, ids)
+        torch.testing.assert_close(outputs.logits[i][real[i]], logits, atol=1e-9, rtol=1e-9)
+        torch.testing.assert_close(outputs.latent_states[i, : len(states)], states, atol=1e-9, rtol=1e-9)
+        assert not outputs.latent_states[i, len(states) :].any()
+    model.model.share_prefixes = False
+    outputs = model(**inputs)
+    for name, expected in gradients(model, functional(outputs.logits[real], outputs.latent_states)).items():
+        torch.testing.assert_close(shared[name], expected, atol=1e-9, rtol=1e-9)
+
+
 def test_histories_that_contradict_do_not_share():
     model, _ = tiny_model()
     rows = [user_rows(model, history, [4], [1], [[0, 1, 2]])[0] for history in ([3, 4, 5, 6], [3, 4, 6, 6])]

@@ -7,11 +7,12 @@ The path of a batch from `input_ids` `(B, L)` to hidden states `(B, L, H)`:
 1. `BatchLayout` cuts each sequence into prompt, `N` latent slots and answer.
 2. `PrefixTrees` joins sequences whose prompts share a prefix. The samples of a user become one tree: the longest
    history is its trunk, and each sample is a path that leaves the trunk after its own history. Equal prompts, such as
-   those of a GRPO batch, share the path.
+   those of a GRPO batch, share the path, whatever their depths: one chain of latent steps serves them all.
 3. `run_latent_steps` calls the backbone once for the prompts and once for each latent step but the last, which reads
    a slot of every path. Depths may differ: steps are aligned at their end, and a path that has not begun is masked.
 4. `read_tokens` calls the backbone once more, for the last latent slots together with the answers. The attention mask
-   separates the paths of a tree and the answers of a path. A tree has one copy of the trunk's keys.
+   separates the paths of a tree and the answers of a path, and hides the steps after the depth of an answer. A tree
+   has one copy of the trunk's keys.
 5. `_read_branches` puts every hidden state back into the column of its token.
 
 Keys and values are in append-only linked blocks (`LinkedCache`), so gradient checkpointing can replay a layer, and a
@@ -237,7 +238,7 @@ class LasarModel(LasarPreTrainedModel):
 
         # 2. Read one trunk per tree and take the latent steps of its paths.
         token_ids, visible = trees.prompts(layout)  # (T, P + R), (U, P + R)
-        state = self.run_latent_steps(token_ids, visible, layout.depth[trees.member], max_depth, **kwargs)
+        state = self.run_latent_steps(token_ids, visible, trees.depth, max_depth, **kwargs)
 
         # 3. Read the answers, and put every hidden state back into the column of its token.
         hidden_states, key_index = self._read_branches(state, layout, trees, **kwargs)  # (B, L, H), (B, L)
@@ -246,11 +247,17 @@ class LasarModel(LasarPreTrainedModel):
         return LasarModelOutput(
             last_hidden_state=hidden_states,
             past_key_values=past_key_values if use_cache else None,
-            # Cut to the depths of this batch: with sharded parameters, another process may have deeper prompts.
-            latent_states=state.latent_states()[trees.path, : 1 + layout.max_depth],
+            latent_states=self._latent_states(state, layout, trees),
             latent_steps=layout.depth,
             depth_logits=state.depth_logits[trees.path],
         )
+
+    def _latent_states(self, state: ReasoningState, layout: BatchLayout, trees: PrefixTrees) -> torch.Tensor:
+        """`h_0 … h_N` of each sequence, `(B, 1 + max N, H)`, zero after its depth."""
+        # Cut to the depths of this batch: with sharded parameters, another process may have deeper prompts.
+        states = state.latent_states()[trees.path, : 1 + layout.max_depth]
+        steps = torch.arange(states.shape[1], device=states.device)  # (1 + max N,)
+        return states.masked_fill((steps > layout.depth[:, None])[..., None], 0)
 
     def _continue(self, input_ids, attention_mask, position_ids, past_key_values, **kwargs) -> LasarModelOutput:
         if (input_ids == self.config.latent_token_id).any():
@@ -374,21 +381,28 @@ class LasarModel(LasarPreTrainedModel):
         return state.slot_states[-1]
 
     def read_tokens(
-        self, state: ReasoningState, token_ids: torch.LongTensor, visible: torch.Tensor, **kwargs
+        self, state: ReasoningState, token_ids: torch.LongTensor, visible: torch.Tensor,
+        depths: torch.Tensor | None = None, **kwargs,
     ) -> torch.Tensor:
         """
         Read tokens `(U, Q)` after the latent region, several branches side by side, and append them to the state.
         Returns their final hidden states `(U, Q, H)`.
 
-        Each token sees the prompt and the latent slots of its path. `visible` `(U, Q, C + Q)` says which of the `C`
-        tokens read before and of these `Q` it sees in addition: its ancestors and itself. Their number gives its
-        position.
+        Each token sees the prompt and the latent slots of its path, or the first `depths` `(U, Q)` of these slots.
+        `visible` `(U, Q, C + Q)` says which of the `C` tokens read before and of these `Q` it sees in addition: its
+        ancestors and itself. Their number gives its position.
         """
         # 1. Every token sees the prompt and the slots (S keys), then its ancestors and itself.
         num_paths = state.num_paths
         embeds = self.get_input_embeddings()(token_ids)  # (U, Q, H)
         positions = state.position[:, None] + visible.sum(dim=-1) - 1  # (U, Q)
         prompt_visible = state.visible[:, None].expand(-1, token_ids.shape[1], -1)  # (U, Q, S)
+        if depths is not None:
+            # The last slots of the path are those of the last iterations.
+            skipped = state.depths[:, None] - depths  # (U, Q)
+            from_end = torch.arange(state.visible.shape[1], 0, -1, device=skipped.device)  # (S,), 1 for the last key
+            prompt_visible = prompt_visible & (from_end > num_paths * skipped[..., None])  # (U, Q, S)
+            positions = positions - skipped
         mask = torch.cat([prompt_visible, state.keys_of_tokens(visible)], dim=-1)  # (U, Q, S + R · (C + Q))
         state.num_read.append(token_ids.shape[1])
         # The tokens of all paths of a tree are one sequence.
@@ -435,7 +449,10 @@ class LasarModel(LasarPreTrainedModel):
         causal = torch.ones(width, width, dtype=torch.bool, device=answers.device).tril()
         same_branch = torch.eye(num_branches, dtype=torch.bool, device=answers.device)
         visible = torch.kron(same_branch, causal).expand(len(trees.member), -1, -1)  # (U, W · A, W · A)
-        branch_states = self.read_tokens(state, token_ids.flatten(1), visible, **kwargs)  # (U, W · A, H)
+        depths = trees.depth[:, None].repeat(1, num_branches)  # (U, W)
+        depths[trees.path, trees.branch] = layout.depth
+        depths = depths.repeat_interleave(width, dim=1)  # (U, W · A)
+        branch_states = self.read_tokens(state, token_ids.flatten(1), visible, depths, **kwargs)  # (U, W · A, H)
 
         # 2. All hidden states of a tree, in the order of its keys: trunk, starts, slots of each step, branches.
         num_paths, num_slots = trees.num_paths, len(state.slot_states)
@@ -449,8 +466,8 @@ class LasarModel(LasarPreTrainedModel):
         offset = layout.position - body_length[:, None]  # (B, L): 0 for the last prompt token, then slots, then answer
         trunk_padding = layout.max_prompt - layout.prompt_length[trees.longest][tree]  # (B,)
         in_trunk = layout.position + trunk_padding[:, None]  # (B, L)
-        # Slots are aligned at the last step. An answer comes after the branches before it.
-        step = torch.where(offset > 0, offset + (num_slots - layout.depth)[:, None], 0)  # (B, L)
+        # Slots are aligned at the last step of the path. An answer comes after the branches before it.
+        step = torch.where(offset > 0, offset + (num_slots - trees.depth[trees.path])[:, None], 0)  # (B, L)
         in_path = layout.max_prompt - 1 + step * num_paths + path[:, None]
         branch = trees.branch + num_branches * path  # (B,)
         in_answer = layout.max_prompt - 1 + (1 + num_slots) * num_paths + (branch * width)[:, None]

@@ -24,7 +24,7 @@ class ReasoningState:
 
     hidden_states: torch.Tensor  # (T, P + R, H), final hidden states of the left-padded bodies and the starts
     depth_logits: torch.Tensor  # (U, N_max), logits of the policy head on h_0
-    depths: torch.Tensor  # (U,), latent steps N of each path
+    depths: torch.Tensor  # (U,), latent steps N of each path; a branch may leave it after fewer
     cache: LinkedCache | StaticCache  # keys and values read so far
     visible: torch.Tensor  # (U, S), the keys of bodies, starts and slots that a path sees
     position: torch.Tensor  # (U,), position of the first token after the latent slots
@@ -139,8 +139,9 @@ class BatchLayout:
 class PrefixTrees:
     """
     Trees of sequences whose prompts share a prefix. Bodies that are prefixes of one another are read once, as the
-    longest of them. Every distinct pair of prompt and depth is a path, which leaves the body after its own tokens, and
-    the answers of equal pairs are branches of that path; without `join_equal` they are paths of their own.
+    longest of them. Every distinct prompt is a path, which leaves the body after its own tokens and takes the latent
+    steps of its deepest sequence. The sequences of equal prompts are branches of that path, each of which leaves it
+    after its own number of steps; without `join_equal` they are paths of their own.
 
     All trees are padded to `R` paths and all paths to `W` branches. If that padding or the attention of long trees
     would cost more than sharing saves, trees and paths are split into the number that needs the least work.
@@ -148,6 +149,7 @@ class PrefixTrees:
     Attributes:
         path, branch (`torch.Tensor` of shape `(B,)`): path of each sequence, among the `U`, and branch of that path.
         member (`torch.Tensor` of shape `(U,)`): a sequence of each path.
+        depth (`torch.Tensor` of shape `(U,)`): latent steps of each path, the most of its branches.
         longest (`torch.Tensor` of shape `(T,)`): the sequence with the body of each tree.
         num_trees, num_paths, num_branches (`int`): `T`, `R` and `W`.
     """
@@ -159,19 +161,20 @@ class PrefixTrees:
         self.num_trees, self.num_paths, self.num_branches = batch_size, 1, 1
         self.path = self.member = self.longest = sequences
         self.branch = torch.zeros_like(sequences)
+        self.depth = layout.depth
         if not share or batch_size == 1:
             return
 
-        # 1. Find the D classes of equal bodies, last tokens and depths; class_of (B,), counts (D,). The order is that
-        #    of a dictionary, so the bodies that begin with a body follow it.
+        # 1. Find the D classes of equal prompts; class_of (B,), counts (D,). The order is that of a dictionary, so the
+        #    bodies that begin with a body follow it.
         prompt_ids, prompt_mask = layout.prompts()  # (B, P + 1)
         prompt_ids = prompt_ids.masked_fill(~prompt_mask, -1)
         first = prompt_mask.long().argmax(dim=1, keepdim=True)  # (B, 1)
         column = first + torch.arange(layout.max_prompt - 1, device=device)  # (B, P)
         bodies = prompt_ids[:, :-1].gather(1, column.clamp(max=max(layout.max_prompt - 2, 0)))
         bodies = bodies.masked_fill(column > layout.max_prompt - 2, -1)  # (B, P), right-padded
-        depths = layout.depth if join_equal else sequences
-        keys = torch.cat([bodies, prompt_ids[:, -1:], depths[:, None]], dim=1)  # (B, P + 2)
+        number = torch.zeros_like(sequences) if join_equal else sequences
+        keys = torch.cat([bodies, prompt_ids[:, -1:], number[:, None]], dim=1)  # (B, P + 2)
         unique, class_of, counts = torch.unique(keys, dim=0, return_inverse=True, return_counts=True)
 
         # 2. A class is in the tree of the next one if its body is a prefix of the next body. K trees.
@@ -206,6 +209,7 @@ class PrefixTrees:
         order = torch.argsort(self.path, stable=True)  # (B,)
         self.longest = order[torch.bincount(tree).cumsum(0) - 1]
         self.member = self.longest.repeat_interleave(num_paths).scatter(0, self.path, sequences)
+        self.depth = torch.zeros_like(self.member).scatter_reduce(0, self.path, layout.depth, "amax")
 
     def prompts(self, layout: BatchLayout) -> tuple[torch.Tensor, torch.Tensor]:
         """
