@@ -120,7 +120,8 @@ def test_one_chain_serves_all_depths_of_a_prompt():
     model.model.share_prefixes = False
     outputs = model(**inputs)
     for name, expected in gradients(model, functional(outputs.logits[real], outputs.latent_states)).items():
-        torch.testing.assert_close(shared[name], expected, atol=1e-9, rtol=1e-9)
+        scale = expected.abs().max().clamp(min=1)
+        torch.testing.assert_close(shared[name] / scale, expected / scale, atol=1e-6, rtol=1e-6)
 
 
 def test_histories_that_contradict_do_not_share():
