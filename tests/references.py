@@ -39,9 +39,23 @@ def plain_loop(model, ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         hidden = base.backbone(inputs_embeds=embeds[:, : first + step]).last_hidden_state
         states.append(hidden[:, -1])
         if step < len(slots):
-            embeds = torch.cat([embeds[:, : first + step], states[-1][:, None], embeds[:, first + step + 1 :]], dim=1)
+            slot = slot_input(model, states, step)  # (1, H)
+            embeds = torch.cat([embeds[:, : first + step], slot[:, None], embeds[:, first + step + 1 :]], dim=1)
     hidden = base.backbone(inputs_embeds=embeds).last_hidden_state
     return model.lm_head(hidden)[0], torch.cat(states)
+
+
+def slot_input(model, states: list[torch.Tensor], step: int) -> torch.Tensor:
+    """What the slot after the states `h_0 … h_step` reads, `(1, H)`."""
+    base, config = model.model, model.config
+    if config.latent_input == "raw":
+        return states[-1]
+    if config.latent_input == "pause":
+        return base.get_input_embeddings().weight[config.latent_token_id][None]
+    norm, total = base.latent_input.norm, states[-1] + states[0]
+    centred = total - total.mean()
+    scaled = centred / (centred.square().mean() + norm.eps).sqrt() * norm.weight + norm.bias
+    return scaled + base.latent_input.step.weight[step]
 
 
 def gradients(model, loss):

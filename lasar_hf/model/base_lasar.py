@@ -99,6 +99,25 @@ class DepthPolicyHead(nn.Module):
         return self.out_proj(torch.tanh(self.dense(hidden_states)))
 
 
+class LatentInput(nn.Module):
+    """
+    Input of a latent slot from the state before it (not in the paper, which feeds back `h_{t-1}` itself):
+
+        LayerNorm(h_{t-1} + h_0) + e_t,    t = 1 … N_max
+
+    so that the slots' inputs are on the scale of the embeddings, remember `h_0`, and know their step. The module takes
+    `h_{t-1}` and `h_0` `(B, H)` and `t - 1` `(B,)`, and returns the inputs `(B, H)`.
+    """
+
+    def __init__(self, hidden_size: int, max_latent_steps: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(hidden_size)
+        self.step = nn.Embedding(max_latent_steps, hidden_size)
+
+    def forward(self, states: torch.Tensor, start_states: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+        return self.norm(states + start_states) + self.step(step)
+
+
 def most_likely_depth(depth_logits: torch.Tensor) -> torch.Tensor:
     """Most likely numbers of latent steps `(B,)` under the policy head's logits `(B, N_max)`."""
     if depth_logits.isnan().any():
@@ -159,8 +178,8 @@ class LasarModel(LasarPreTrainedModel):
         h_0 = f(X),    h_t = f([E_X, h_0, …, h_{t-1}]),    t = 1 … N
 
     `h_0` is the backbone's last hidden state at `<|latent_start|>`. The t-th `<|latent|>` slot has `h_{t-1}` as its
-    input instead of a token embedding. The tokens after the slots are ordinary tokens over the same keys and values,
-    and gradients flow through all steps.
+    input instead of a token embedding, or another input that `config.latent_input` names. The tokens after the slots
+    are ordinary tokens over the same keys and values, and gradients flow through all steps.
 
     Args:
         config ([`LasarConfig`]):
@@ -176,6 +195,8 @@ class LasarModel(LasarPreTrainedModel):
         self.backbone = AutoModel.from_config(config.backbone_config)
         self.prepare_backbone()
         self.policy_head = DepthPolicyHead(config.hidden_size, config.max_latent_steps)
+        if config.latent_input == "normalized":
+            self.latent_input = LatentInput(config.hidden_size, config.max_latent_steps)
         self.share_prefixes = True  # prompts that share a prefix are read once
         self.post_init()
 
@@ -245,7 +266,7 @@ class LasarModel(LasarPreTrainedModel):
         if use_cache:
             self._fill_cache(past_key_values, state, trees.path // trees.num_paths, key_index)
         return LasarModelOutput(
-            last_hidden_state=hidden_states,
+            last_hidden_state=self._connect_latent_input(hidden_states, max_depth),
             past_key_values=past_key_values if use_cache else None,
             latent_states=self._latent_states(state, layout, trees),
             latent_steps=layout.depth,
@@ -298,9 +319,16 @@ class LasarModel(LasarPreTrainedModel):
         start = layout.last_prompt_column()[..., None].expand(-1, -1, hidden_states.shape[-1])
         start_states = hidden_states.gather(1, start)  # (B, 1, H)
         return LasarModelOutput(
-            last_hidden_state=hidden_states, past_key_values=past_key_values if use_cache else None,
-            latent_states=start_states, latent_steps=layout.depth, depth_logits=self.policy_head(start_states[:, 0]),
+            last_hidden_state=self._connect_latent_input(hidden_states, max_depth=0),
+            past_key_values=past_key_values if use_cache else None, latent_states=start_states,
+            latent_steps=layout.depth, depth_logits=self.policy_head(start_states[:, 0]),
         )
+
+    def _connect_latent_input(self, hidden_states: torch.Tensor, max_depth: int) -> torch.Tensor:
+        """Weights that a batch without latent slots does not use get a gradient of 0, for which DDP waits."""
+        if max_depth > 0 or self.config.latent_input != "normalized":
+            return hidden_states
+        return hidden_states + 0 * sum(weight.sum() for weight in self.latent_input.parameters())
 
     def run_latent_steps(
         self, token_ids: torch.LongTensor, visible: torch.Tensor,
@@ -359,18 +387,26 @@ class LasarModel(LasarPreTrainedModel):
         own_slot = torch.eye(num_paths, dtype=torch.bool, device=visible.device).repeat(len(token_ids), 1)  # (U, R)
         for step in range(max_depth):
             remaining = max_depth - step
-            if step == 0:
-                state.slot = start_states
-            else:
+            states = start_states
+            if step > 0:
                 # Read the slots by themselves: h_t = f([E_X, h_0, …, h_{t-1}]).
                 outputs = self._read_slots(state, **kwargs)  # (U, H)
-                # The input of the next slot is this output, or h_0 where a path begins.
-                state.slot = torch.where((depths == remaining)[:, None], start_states, outputs)  # (U, H)
+                # The state before the next slot is this output, or h_0 where a path begins.
+                states = torch.where((depths == remaining)[:, None], start_states, outputs)  # (U, H)
+            state.slot = self._slot_inputs(states, start_states, (depths - remaining).clamp(min=0))  # (U, H)
             # Paths that have not begun neither see the slot nor advance their position.
             is_active = depths >= remaining  # (U,)
             state.visible = torch.cat([state.visible, own_slot & is_active[:, None]], dim=1)
             state.position = state.position + is_active
         return state
+
+    def _slot_inputs(self, states: torch.Tensor, start_states: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+        """Inputs `(U, H)` of the next slots, from the states before them, `h_0` and their steps, counted from 0."""
+        if self.config.latent_input == "normalized":
+            return self.latent_input(states, start_states, step)
+        if self.config.latent_input == "pause":
+            return self.get_input_embeddings()(torch.full_like(step, self.config.latent_token_id))
+        return states
 
     def _read_slots(self, state: ReasoningState, **kwargs) -> torch.Tensor:
         """Read the latest latent slot of every path. Returns the states `(U, H)`."""

@@ -10,6 +10,7 @@ LATENT_START_TOKEN = "<|latent_start|>"
 LATENT_TOKEN = "<|latent|>"
 LATENT_END_TOKEN = "<|latent_end|>"
 CONTROL_TOKENS = (LATENT_START_TOKEN, LATENT_TOKEN, LATENT_END_TOKEN)
+LATENT_INPUTS = ("raw", "normalized", "pause")
 
 
 def sid_token(level: int, code: int) -> str:
@@ -49,6 +50,10 @@ class LasarConfig(PreTrainedConfig):
         latent_start_token_id, latent_token_id, latent_end_token_id (`int`, *optional*):
             Ids of `<|latent_start|>`, the last token of a prompt, `<|latent|>`, the slot of one latent step, and
             `<|latent_end|>`, which closes the latent region.
+        latent_input (`str`, *optional*, defaults to `"raw"`):
+            Input of the t-th latent slot. `"raw"`: the state before it, `h_{t-1}`, as in the paper. `"normalized"`:
+            `LayerNorm(h_{t-1} + h_0) + e_t` with a learned vector `e_t` for each step. `"pause"`: the embedding of
+            `<|latent|>`, so that no state is fed back. This is a control with the same amount of computation.
         exclude_history (`bool`, *optional*, defaults to `False`):
             Whether the items of the prompt have no probability, in training, sampling and recommending. The code
             probabilities are then normalised over prefixes that lead to at least one other item. For data in which
@@ -77,6 +82,7 @@ class LasarConfig(PreTrainedConfig):
     latent_start_token_id: int | None = None
     latent_token_id: int | None = None
     latent_end_token_id: int | None = None
+    latent_input: str = "raw"
     exclude_history: bool = False
 
     def __post_init__(self, **kwargs):
@@ -97,6 +103,8 @@ class LasarConfig(PreTrainedConfig):
         if experts is not None:
             self.backbone_config._experts_implementation = experts
         check_sizes(self.num_sid_levels, self.codebook_size, self.max_latent_steps)
+        if self.latent_input not in LATENT_INPUTS:
+            raise ValueError(f"latent_input is {self.latent_input!r}; expected one of {', '.join(LATENT_INPUTS)}.")
         self.tie_word_embeddings = self.backbone_config.tie_word_embeddings
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:

@@ -19,10 +19,24 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import ModelOutput
 
-from .base_lasar import DepthPolicyHead, LasarModel, LasarPreTrainedModel, check_backbone, most_likely_depth
+from .base_lasar import (
+    DepthPolicyHead,
+    LasarModel,
+    LasarPreTrainedModel,
+    LatentInput,
+    check_backbone,
+    most_likely_depth,
+)
 from .batching_lasar import BatchLayout, PrefixTrees, ReasoningState
 from .catalog_lasar import SidCatalog
-from .configuration_lasar import CONTROL_TOKENS, LATENT_START_TOKEN, LasarConfig, check_sizes, sid_tokens
+from .configuration_lasar import (
+    CONTROL_TOKENS,
+    LATENT_INPUTS,
+    LATENT_START_TOKEN,
+    LasarConfig,
+    check_sizes,
+    sid_tokens,
+)
 from .decoding_lasar import RecommendOutput, beam_search, history_filter, mix_memory, rank_items
 from .memory_lasar import ItemMemory, Recall
 from .static_lasar import StaticPasses
@@ -203,6 +217,34 @@ class LasarForGenerativeRec(LasarPreTrainedModel, GenerationMixin):
         start = config.sid_token_id(0, 0)
         for weight in (self.get_input_embeddings().weight, self.lm_head.weight):
             weight[start : start + config.num_sid_tokens] = embeddings.to(weight.device, weight.dtype)
+
+    @torch.no_grad()
+    def set_latent_input(self, latent_input: str) -> None:
+        """
+        Change what a latent slot reads. New weights start on the scale of the embeddings, with steps that differ
+        little.
+
+        Args:
+            latent_input (`str`):
+                As for [`LasarConfig`].
+
+        Raises:
+            `ValueError`: if it is none of `"raw"`, `"normalized"` and `"pause"`.
+        """
+        if latent_input == self.config.latent_input:
+            return
+        if latent_input not in LATENT_INPUTS:
+            raise ValueError(f"latent_input is {latent_input!r}; expected one of {', '.join(LATENT_INPUTS)}.")
+        if self.config.latent_input == "normalized":
+            del self.model.latent_input
+        self.config.latent_input = latent_input
+        if latent_input == "normalized":
+            weight = self.get_input_embeddings().weight  # (V, H)
+            scale = float(weight.float().square().mean().sqrt())
+            module = LatentInput(self.config.hidden_size, self.config.max_latent_steps)
+            nn.init.constant_(module.norm.weight, scale)
+            nn.init.normal_(module.step.weight, std=0.1 * scale)
+            self.model.latent_input = module.to(weight.device, weight.dtype)
 
     def forward(
         self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None,

@@ -19,8 +19,9 @@ def lasar_lora_config(
     """
     LoRA configuration for `peft_config` of the trainers or for `peft.get_peft_model`.
 
-    The backbone's linear layers get adapters of rank `r`. The depth policy head and the token rows of Semantic IDs and
-    control tokens, in the embeddings and in a head that is not tied to them, are trained in full.
+    The backbone's linear layers get adapters of rank `r`. The depth policy head, the weights of
+    `latent_input="normalized"` and the token rows of Semantic IDs and control tokens, in the embeddings and in a head
+    that is not tied to them, are trained in full.
 
     Args:
         model ([`LasarForGenerativeRec`]):
@@ -31,8 +32,8 @@ def lasar_lora_config(
             As for [`~peft.LoraConfig`].
     """
     # 1. Names of the layers to adapt.
-    modules = model.model.backbone.named_modules()
-    linear = {name.split(".")[-1] for name, module in modules if isinstance(module, nn.Linear)}
+    parts = model.model.backbone.named_modules()
+    linear = {name.split(".")[-1] for name, module in parts if isinstance(module, nn.Linear)}
     if target_modules == "all-linear":
         names = linear
     else:
@@ -48,11 +49,12 @@ def lasar_lora_config(
     token_modules = [name for name, module in model.named_modules() if module is embeddings]
     if model.lm_head.weight is not embeddings.weight:
         token_modules.append("lm_head")
+    modules = ["policy_head"] + ["latent_input"] * (model.config.latent_input == "normalized")
     return LoraConfig(
         task_type="CAUSAL_LM", r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout,
         # The path excludes the policy head, whose linear layers have the same names as those of some backbones.
         target_modules=rf"model\.backbone\..*\.({'|'.join(sorted(names))})",
-        trainable_token_indices={name: list(token_ids) for name in token_modules}, modules_to_save=["policy_head"],
+        trainable_token_indices={name: list(token_ids) for name in token_modules}, modules_to_save=modules,
         **kwargs,
     )
 
