@@ -7,12 +7,15 @@ Supervised training: stage 1 grounds the Semantic IDs, stage 2 teaches latent re
 Resumes from the last checkpoint in `output_dir`. The result contains model, tokenizer, catalogue and prompt format.
 """
 
+import warnings
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
 from accelerate import PartialState
+from datasets import Dataset
 from peft import PeftModel
+from tqdm.auto import tqdm
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import TrlParser
 
@@ -20,6 +23,8 @@ from lasar_hf import LasarForGenerativeRec, LasarProcessor, LasarSFTConfig, Lasa
 from lasar_hf.arguments import check_choices, read_json_object, read_switch
 from lasar_hf.data import PreparedData, reasoning_examples, sft_examples, stage1_examples
 from lasar_hf.evaluation import RankingEvaluator
+from lasar_hf.model.base_lasar import most_likely_depth
+from lasar_hf.model.configuration_lasar import LATENT_INPUTS
 from lasar_hf.reasoning import AnchorStore, checkpoint_hash, encode_anchors
 from lasar_hf.semantic_ids import load_quantizer
 from lasar_hf.trainers import (
@@ -81,8 +86,22 @@ class SFTScriptArguments:
         metadata={
             "help": "Stage 2: latent steps of a sample. segments: as its chain of thought, which was written with the "
             "target in view (as in the paper); uniform: drawn from 1 to max_latent_steps, so the policy head learns "
-            "to draw likewise; a number: that many."
+            "to draw likewise; policy: the most likely ones under the policy of the starting checkpoint; a number: "
+            "that many, 0 for the compute-matched direct model."
         },
+    )
+    latent_input: str | None = field(
+        default=None,
+        metadata={
+            "help": "Stage 2: input of a latent slot. raw: the state before it (as in the paper); normalized: "
+            "LayerNorm of its sum with the first state, plus an embedding of the step; pause: the embedding of "
+            "<|latent|>. Defaults to that of the starting checkpoint.",
+            "choices": list(LATENT_INPUTS),
+        },
+    )
+    shuffle_anchors: bool = field(
+        default=False,
+        metadata={"help": "Stage 2: give each sample the anchors of another one, as a control of their meaning."},
     )
     eval_users: int = field(
         default=0,
@@ -97,8 +116,8 @@ class SFTScriptArguments:
         read_switch(self, "exclude_history")
         read_json_object(self, "backbone_config")
         self.depth_source = str(self.depth_source)
-        if not (self.depth_source in ("segments", "uniform") or self.depth_source.isdecimal()):
-            raise ValueError(f"depth_source is {self.depth_source!r}; expected segments, uniform or a number.")
+        if not (self.depth_source in ("segments", "uniform", "policy") or self.depth_source.isdecimal()):
+            raise ValueError(f"depth_source is {self.depth_source!r}; expected segments, uniform, policy or a number.")
         if self.backbone_config is not None and self.backbone_config.get("model_type") not in CONFIG_MAPPING:
             model_type = self.backbone_config.get("model_type")
             raise ValueError(f"backbone_config has model_type {model_type!r}; expected one that transformers knows.")
@@ -174,18 +193,51 @@ def stage2_anchors(script: SFTScriptArguments, model, data: PreparedData, proces
     return AnchorStore.load(folder, checkpoint_hash(model))
 
 
+def set_latent_input(model, latent_input: str | None) -> None:
+    """Change what a latent slot reads, if asked for. Anchors are encoded before, by the checkpoint as it is."""
+    if latent_input in (None, model.config.latent_input):
+        return
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            f"latent_input is {latent_input!r}, but an adapter keeps that of its base model, "
+            f"{model.config.latent_input!r}. Start from the merged model."
+        )
+    model.set_latent_input(latent_input)
+
+
 def check_depth_source(source: str, max_latent_steps: int) -> None:
-    if source.isdecimal() and not 1 <= int(source) <= max_latent_steps:
-        raise ValueError(f"depth_source is {source}; expected 1 to {max_latent_steps} (max_latent_steps).")
+    if source.isdecimal() and int(source) > max_latent_steps:
+        raise ValueError(f"depth_source is {source}; expected at most {max_latent_steps} (max_latent_steps).")
 
 
-def training_depths(source: str, anchors: AnchorStore, max_latent_steps: int, seed: int) -> np.ndarray:
+def training_depths(source: str, anchors: AnchorStore, model, processor, samples: Dataset, seed: int) -> np.ndarray:
     """Latent steps of each training sample."""
     if source == "segments":
         return anchors.depths
     if source == "uniform":
-        return np.random.default_rng(seed).integers(1, max_latent_steps + 1, len(anchors))
+        return np.random.default_rng(seed).integers(1, model.config.max_latent_steps + 1, len(anchors))
+    if source == "policy":
+        depths = policy_depths(model, processor, samples["history"])
+        if len(set(depths)) == 1:
+            warnings.warn(
+                f"The policy of the starting checkpoint gives every training sample {depths[0]} latent steps. Stage 1 "
+                "does not train it; start from a stage-2 or GRPO checkpoint.", stacklevel=2,
+            )  # fmt: skip
+        return depths
     return np.full(len(anchors), int(source))
+
+
+def policy_depths(model, processor, histories: list[list[int]], batch_size: int = 256) -> np.ndarray:
+    """Most likely latent steps of each history under the model's policy, computed on every process."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base.to(PartialState().device)
+    item_ids, depths = processor.catalog.item_ids, []
+    with base.evaluation_mode():
+        for start in tqdm(range(0, len(histories), batch_size), desc="policy's depths", disable=None):
+            batch = [[item_ids[item] for item in history] for history in histories[start : start + batch_size]]
+            logits = base.model(**processor(batch).to(base.device)).depth_logits  # (B, N_max)
+            depths += most_likely_depth(logits).tolist()
+    return np.array(depths)
 
 
 def main(script: SFTScriptArguments, training_args: LasarSFTConfig, model_args: LasarModelConfig) -> None:
@@ -204,9 +256,15 @@ def main(script: SFTScriptArguments, training_args: LasarSFTConfig, model_args: 
     else:
         check_depth_source(script.depth_source, model.config.max_latent_steps)
         anchors = stage2_anchors(script, model, data, processor, Path(training_args.output_dir, "anchors"))
-        depths = training_depths(script.depth_source, anchors, model.config.max_latent_steps, training_args.seed)
-        training_args.anchors_at_any_depth |= script.depth_source != "segments"
+        depths = training_depths(
+            script.depth_source, anchors, model, processor, data.samples["train"], training_args.seed
+        )
+        training_args.anchors_at_any_depth |= script.depth_source != "segments" or script.shuffle_anchors
         examples = reasoning_examples(data.samples["train"], processor, depths)
+        if script.shuffle_anchors:
+            order = np.random.default_rng(training_args.seed).permutation(len(examples))
+            examples = examples.remove_columns("sample_index").add_column("sample_index", order)
+        set_latent_input(model, script.latent_input)
     eval_examples, evaluator = None, None
     if script.eval_users:
         validation = data.samples["validation"].shuffle(seed=0)

@@ -160,7 +160,7 @@ def test_reasoning_examples_name_their_sample(processor, split):
     assert examples["sample_index"][:] == [0, 1, 2]
 
 
-@pytest.mark.parametrize(("depths", "match"), [([1, 2], "depths"), ([1, 0, 2], r"depths\[1\]")])
+@pytest.mark.parametrize(("depths", "match"), [([1, 2], "depths"), ([1, -1, 2], r"depths\[1\]")])
 def test_wrong_depths_are_refused(processor, split, depths, match):
     with pytest.raises(ValueError, match=match):
         reasoning_examples(samples(split, "train"), processor, depths)

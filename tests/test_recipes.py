@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from peft import get_peft_model
 from trl import TrlParser
 
 from lasar_hf import LasarForGenerativeRec, LasarGRPOConfig, LasarProcessor, LasarSFTConfig
@@ -26,7 +27,7 @@ from lasar_hf.data import (
     stage1_examples,
 )
 from lasar_hf.reasoning import encode_anchors
-from lasar_hf.trainers import LasarModelConfig
+from lasar_hf.trainers import LasarModelConfig, lasar_lora_config
 from tests.recipes import ROOT, load_recipe, save_checkpoint, save_prepared
 from tests.tiny import tiny_tokenizer
 
@@ -282,7 +283,41 @@ def test_depths_need_not_follow_the_chains(folder, stage1, tmp_path, monkeypatch
             assert (anchors[row, step - 1].numpy() == own[math.ceil(step * len(own) / depth) - 1]).all()
 
 
-@pytest.mark.parametrize("source", ["policy", "-1", "2.5"])
+def test_depths_can_be_those_of_the_starting_policy(folder, stage1):
+    recipe, model = load_recipe("sft"), LasarForGenerativeRec.from_pretrained(stage1)
+    processor = LasarProcessor.from_pretrained(stage1)
+    histories = PreparedData.load(folder).samples["train"]["history"]
+    ids = [[processor.catalog.item_ids[item] for item in history] for history in histories]
+    expected = model.recommend(**processor(ids), catalog=processor.catalog).latent_steps
+    assert recipe.policy_depths(model, processor, histories, batch_size=3).tolist() == expected.tolist()
+
+
+def test_controls_of_stage_2(folder, stage1, tmp_path, monkeypatch):
+    """Another input of the latent slots, all depths, and the anchors of other samples."""
+    recipe, trainers = load_recipe("sft"), []
+    make = recipe.LasarSFTTrainer
+    monkeypatch.setattr(recipe, "LasarSFTTrainer", lambda *a, **k: (trainers.append(make(*a, **k)), trainers[0])[1])
+    script = recipe.SFTScriptArguments(
+        data_dir=str(folder), stage=2, latent_input="normalized", shuffle_anchors=True, depth_source="uniform"
+    )
+    args = LasarSFTConfig(**settings(tmp_path, depth_weights=[1.0, 1.0, 1.0]))
+    recipe.main(script, args, LasarModelConfig(model_name_or_path=str(stage1)))
+    indices = trainers[0].train_dataset["sample_index"]
+    assert sorted(indices) == list(range(len(indices))) != list(indices)
+    model = LasarForGenerativeRec.from_pretrained(tmp_path)
+    assert model.config.latent_input == "normalized"
+    assert not torch.equal(model.model.latent_input.norm.bias, torch.zeros(model.config.hidden_size))  # trained
+
+
+def test_an_adapter_keeps_the_latent_input(folder, stage1, tmp_path):
+    recipe = load_recipe("sft")
+    model = LasarForGenerativeRec.from_pretrained(stage1)
+    adapted = get_peft_model(model, lasar_lora_config(model))
+    with pytest.raises(ValueError, match="latent_input is 'pause'"):
+        recipe.set_latent_input(adapted, "pause")
+
+
+@pytest.mark.parametrize("source", ["politics", "-1", "2.5"])
 def test_unknown_depth_sources_are_refused(source):
     with pytest.raises(ValueError, match="depth_source"):
         load_recipe("sft").SFTScriptArguments(data_dir="x", depth_source=source)

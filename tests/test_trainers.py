@@ -923,7 +923,7 @@ def test_sharded_embeddings_leave_the_norm_ratio_out(tmp_path):
     empty = torch.nn.Embedding(1, 1)
     empty.weight.data = torch.empty(0)
     trainer.log_means(latent_metrics(output, empty))
-    assert trainer._metrics["eval"].keys() == {"mean_depth", "depth_entropy"}
+    assert trainer._metrics["eval"].keys() == {"mean_depth", "depth_entropy", "latent_cosine"}
 
 
 @pytest.mark.parametrize("kind", ["sft", "grpo"])

@@ -167,7 +167,7 @@ def reasoning_examples(samples: Dataset, processor: LasarProcessor, depths: Sequ
         samples, processor:
             As for [`sft_examples`].
         depths (`Sequence[int]`):
-            Number of latent steps `N >= 1` of each sample: `AnchorStore.depths`.
+            Number of latent steps `N >= 0` of each sample, such as `AnchorStore.depths`.
 
     Returns:
         `Dataset`: `input_ids`, `labels`, `depth` (`int`) and `sample_index` (`int`, position in `samples`).
@@ -175,8 +175,8 @@ def reasoning_examples(samples: Dataset, processor: LasarProcessor, depths: Sequ
     depths = np.asarray(depths, dtype=np.int64)
     if len(depths) != len(samples):
         raise ValueError(f"depths has {len(depths)} entries; expected {len(samples)}, one per sample.")
-    if len(depths) and depths.min() < 1:
-        raise ValueError(f"depths[{depths.argmin()}] is {depths.min()}; expected at least 1.")
+    if len(depths) and depths.min() < 0:
+        raise ValueError(f"depths[{depths.argmin()}] is {depths.min()}; expected at least 0.")
     features = Features(FEATURES | {"depth": Value("int64"), "sample_index": Value("int64")})
 
     def build(batch: dict[str, list], indices: list[int]) -> dict[str, list]:

@@ -1,6 +1,7 @@
 """Training: the supervised stages and RL as subclasses of TRL's trainers, their losses and rewards."""
 
-from .catalog_head import add_catalog_head
+from .catalog_head import add_catalog_head, item_embeddings
+from .depth_rows import DepthRows
 from .grpo_config import LasarGRPOConfig
 from .grpo_trainer import LasarGRPOTrainer
 from .lora import is_adapter, lasar_lora_config, load_model, lora_from_arguments, save_trained
@@ -15,6 +16,7 @@ from .sharding import unsharded_weights
 
 __all__ = [
     "DISTANCES",
+    "DepthRows",
     "ExactMatchReward",
     "LasarDataCollator",
     "LasarGRPOConfig",
@@ -30,6 +32,7 @@ __all__ = [
     "depth_entropy",
     "exact_depth_loss",
     "is_adapter",
+    "item_embeddings",
     "lasar_lora_config",
     "load_model",
     "load_rewards",

@@ -21,7 +21,8 @@ def add_catalog_head(model: LasarForGenerativeRec, catalog: SidCatalog, temperat
     """
     Let `model(..., labels=labels, fused_lm_head=True)` score SID labels over the catalogue, see [`score_labels`].
 
-    Every other call is the model's own forward. A label outside the catalogue raises a `ValueError`.
+    The log-probabilities of a sequence are multiplied by its entry in `loss_weights` `(B,)`, if it is passed. Every
+    other call is the model's own forward. A label outside the catalogue raises a `ValueError`.
 
     Args:
         model ([`LasarForGenerativeRec`]), catalog ([`SidCatalog`]):
@@ -31,13 +32,19 @@ def add_catalog_head(model: LasarForGenerativeRec, catalog: SidCatalog, temperat
     """
     catalog.check_matches(model.config.num_sid_levels, model.config.codebook_size)
 
-    def forward(self, input_ids, attention_mask=None, labels=None, fused_lm_head=False, **kwargs):
+    def forward(
+        self, input_ids, attention_mask=None, labels=None, fused_lm_head=False, loss_weights=None, **kwargs
+    ):  # fmt: skip
         if not fused_lm_head:
             return type(self).forward(self, input_ids, attention_mask, labels=labels, **kwargs)
         kwargs.pop("num_items_in_batch", None)
         mask = without_last_token(self.config, input_ids, attention_mask)  # (B, L)
         hidden_states = self.model(input_ids, mask, **kwargs).last_hidden_state  # (B, L, H)
-        return score_labels(self, hidden_states, input_ids, labels, catalog.trie(input_ids.device), temperature)
+        trie = catalog.trie(input_ids.device)
+        output = score_labels(self, hidden_states, input_ids, labels, trie, temperature)
+        if loss_weights is not None:
+            output.log_probs = output.log_probs * loss_weights[:, None]
+        return output
 
     model.forward = types.MethodType(forward, model)
 
@@ -54,6 +61,21 @@ def without_last_token(config, input_ids: torch.Tensor, attention_mask: torch.Te
     is_last = (following == 1) & (attention_mask == 1) & ~torch.isin(input_ids, region)  # (B, L)
     is_last = is_last & (attention_mask.sum(dim=1, keepdim=True) > 1)
     return attention_mask * ~is_last
+
+
+@torch.no_grad()
+def item_embeddings(model: LasarForGenerativeRec, catalog: SidCatalog) -> torch.Tensor:
+    """
+    Vectors `(I, H)` of the items: the sum of the head's rows of their codes. The product with a hidden state is a
+    score of each item, so a state can be compared with another one by the items that it stands for (not in the paper).
+    """
+    config, weight = model.config, model.lm_head.weight  # (V, H)
+    if isinstance(weight, DTensor):
+        weight = weight.full_tensor()
+    with maybe_gather_lm_head_ctx(weight):
+        levels = torch.arange(config.num_sid_levels, device=weight.device)
+        tokens = config.sid_token_offset + levels * config.codebook_size + catalog.codes.to(weight.device)  # (I, M)
+        return weight[tokens].sum(dim=1)  # (I, H)
 
 
 def score_labels(

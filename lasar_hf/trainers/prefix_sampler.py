@@ -73,6 +73,8 @@ class PrefixBatchSampler(BatchRebalanceSampler):
             Every process gets the same number of batches.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the batches.
+        path_lengths (`Sequence[int]`, *optional*):
+            Tokens of each example from `<|latent_start|>` on. Defaults to those of its sequence.
 
     Raises:
         `ValueError`: if a group has more than `max_tokens` tokens, or there are fewer examples than processes.
@@ -80,7 +82,7 @@ class PrefixBatchSampler(BatchRebalanceSampler):
 
     def __init__(
         self, sequences: Iterable[list[int]], start_token_id: int, max_tokens: int, num_processes: int = 1,
-        process_index: int = 0, seed: int = 0,
+        process_index: int = 0, seed: int = 0, path_lengths: Sequence[int] | None = None,
     ):
         self.num_processes, self.process_index = num_processes, process_index
         self.max_tokens, self.seed, self.epoch = max_tokens, seed, 0
@@ -88,8 +90,9 @@ class PrefixBatchSampler(BatchRebalanceSampler):
 
         # Users with equal histories are in one group, which is cut where it exceeds the budget, while the samples of
         # one user fit into it.
-        paths = np.array([len(ids) - ids.index(start_token_id) if start_token_id in ids else 1 for ids in sequences])
-        bodies = np.array([len(ids) for ids in sequences]) - paths  # (n,), tokens before the path
+        tails = np.array([len(ids) - ids.index(start_token_id) if start_token_id in ids else 1 for ids in sequences])
+        bodies = np.array([len(ids) for ids in sequences]) - tails  # (n,), tokens before the path
+        paths = tails if path_lengths is None else np.asarray(path_lengths)  # (n,)
         # Big-endian bytes sort like the numbers.
         pairs = zip(sequences, bodies, strict=True)
         groups = prefix_groups([np.asarray(ids[:body], dtype=">u4").tobytes() for ids, body in pairs])

@@ -19,12 +19,18 @@ class LasarSFTConfig(SFTConfig):
             Normalisation of the cross-entropy at SID positions: over the codes that continue an item of the catalogue
             (`"catalog"`), or over the whole vocabulary as in the paper (`"vocab"`).
         alignment (`str`, *optional*, defaults to `"kl"`):
-            Distance between latent states and semantic anchors: `"kl"`, `"cosine"`, `"mse"` or `"none"`.
+            Distance between latent states and semantic anchors: `"kl"` as in the paper, `"cosine"`, `"mse"`,
+            `"item_kl"` or `"none"`. `"item_kl"` compares the distributions over the items that the states stand for,
+            see [`~lasar_hf.trainers.item_embeddings`].
         alignment_weight (`float`, *optional*, defaults to `0.1`):
             Weight `α` of the alignment loss.
         anchors_at_any_depth (`bool`, *optional*, defaults to `False`):
             Allow examples whose number of latent steps is not their number of segments. A step then has the anchor at
             the same place in the chain of thought.
+        depth_weights (`list[float]`, *optional*):
+            Weights of the cross-entropy after 0, 1, 2, … latent steps. One chain of latent steps serves all depths of
+            an example, whose own depth is that of its anchors and its policy label. Without it, an example is trained
+            at its own depth only, as in the paper.
         policy_weight (`float`, *optional*, defaults to `0.0`):
             Weight `β` of the policy head's cross-entropy. At 0 (stage 1) the policy head is frozen.
         max_tokens_per_batch (`int`, *optional*):
@@ -48,11 +54,16 @@ class LasarSFTConfig(SFTConfig):
         metadata={"help": "Softmax over the catalogue or the vocabulary.", "choices": ["catalog", "vocab"]},
     )
     alignment: str = field(
-        default="kl", metadata={"help": "Distance of latent states and anchors.", "choices": [*DISTANCES, "none"]}
+        default="kl",
+        metadata={"help": "Distance of latent states and anchors.", "choices": [*DISTANCES, "item_kl", "none"]},
     )
     alignment_weight: float = field(default=0.1, metadata={"help": "Weight of the alignment loss, alpha."})
     anchors_at_any_depth: bool = field(
         default=False, metadata={"help": "Latent steps of an example may differ from its segments."}
+    )
+    depth_weights: list[float] | None = field(
+        default=None,
+        metadata={"help": "Weights of the cross-entropy after 0, 1, 2, … latent steps; unset: at one depth only."},
     )
     policy_weight: float = field(default=0.0, metadata={"help": "Policy loss weight, beta; 0 freezes the head."})
     max_tokens_per_batch: int | None = field(
@@ -67,5 +78,17 @@ class LasarSFTConfig(SFTConfig):
             raise ValueError(
                 f"router_aux_loss_coef is {self.router_aux_loss_coef}, but no router loss is added; expected 0."
             )
+        if self.depth_weights is not None:
+            self._check_depth_weights()
         refuse_unused_search(self)
         super().__post_init__()
+
+    def _check_depth_weights(self):
+        weights = self.depth_weights
+        if not weights or min(weights) < 0 or sum(weights) == 0:
+            raise ValueError(f"depth_weights is {weights}; expected weights of at least 0, not all of them 0.")
+        if self.sid_loss != "catalog" or self.loss_type != "nll":
+            raise ValueError(
+                f'depth_weights needs sid_loss="catalog" and loss_type="nll"; they are {self.sid_loss!r} and '
+                f"{self.loss_type!r}."
+            )

@@ -22,8 +22,10 @@ from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from ..model.catalog_lasar import SidCatalog
+from ..model.configuration_lasar import LasarConfig
 from ..reasoning.anchors import AnchorStore
-from .catalog_head import add_catalog_head
+from .catalog_head import add_catalog_head, item_embeddings
+from .depth_rows import DepthRows
 from .lora import check_token_rows, is_adapter, load_model, train_policy_head
 from .losses import alignment_loss
 from .prefix_sampler import PrefixBatchSampler
@@ -36,7 +38,8 @@ from .trainer_mixin import LasarTrainerMixin, as_sets, check_lengths, latent_met
 class LasarDataCollator(DataCollatorForLanguageModeling):
     """
     Collator for stage 2. The only change w.r.t. TRL's [`DataCollatorForLanguageModeling`] is that the batch gets
-    `anchors` `(B, max N, H)`, zero beyond the depth of an example; everything else is inherited.
+    `anchors` `(B, max N, H)`, zero beyond the depth of an example, and a row for each depth of `depth_rows`;
+    everything else is inherited.
 
     Args:
         anchors, latent_token_id ([`~lasar_hf.reasoning.AnchorStore`] and `int`, *optional*):
@@ -45,20 +48,30 @@ class LasarDataCollator(DataCollatorForLanguageModeling):
         any_depth (`bool`, *optional*, defaults to `False`):
             Allow examples whose depth is not their number of anchors, see
             [`~lasar_hf.reasoning.AnchorStore.at_depth`].
+        depth_rows ([`DepthRows`], *optional*):
+            Train each example at several depths. The batch gets `loss_weights` and `is_own` `(B,)`.
     """
 
     anchors: AnchorStore | None = field(default=None, kw_only=True)
     latent_token_id: int | None = field(default=None, kw_only=True)
     any_depth: bool = field(default=False, kw_only=True)
+    depth_rows: DepthRows | None = field(default=None, kw_only=True)
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        if self.depth_rows is not None:
+            examples = [row for example in examples for row in self.depth_rows.expand(example)]
         batch = super().torch_call(examples)
+        if self.depth_rows is not None:
+            batch["loss_weights"] = torch.tensor([row["loss_weight"] for row in examples])  # (B,)
+            batch["is_own"] = torch.tensor([row["is_own"] for row in examples])  # (B,)
         if self.anchors is not None and "sample_index" in examples[0]:
             vectors = [torch.as_tensor(self._anchors_of(example)) for example in examples]  # B × (N, H)
             batch["anchors"] = nn.utils.rnn.pad_sequence(vectors, batch_first=True)  # (B, max N, H)
         return batch
 
     def _anchors_of(self, example: dict[str, Any]) -> np.ndarray:
+        if not example.get("is_own", True):
+            return self.anchors[example["sample_index"]][:0]
         sample, slots = example["sample_index"], sum(token == self.latent_token_id for token in example["input_ids"])
         if self.any_depth:
             return self.anchors.at_depth(sample, slots)
@@ -79,7 +92,8 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
 
         L_SFT = L_CE + α · L_align + β · L_policy
 
-    `L_CE` normalises SID tokens over the catalogue (or over the vocabulary, `sid_loss`). `L_align` compares the latent
+    `L_CE` normalises SID tokens over the catalogue (or over the vocabulary, `sid_loss`), at the depth of the example
+    or at several (`depth_weights`). `L_align` compares the latent
     states with the anchors, see [`~lasar_hf.trainers.alignment_loss`]. `L_policy` is the cross-entropy of the policy
     head with the number of latent slots of the example. Stage 1 has no latent slots and `policy_weight=0`.
 
@@ -127,6 +141,8 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
         self.processor, tokenizer, self.catalog = split_processor(model, processing_class, catalog)
         if args.sid_loss == "catalog" and self.catalog is None:
             raise ValueError('sid_loss="catalog" needs the items. Pass catalog, or a LasarProcessor.')
+        if args.alignment == "item_kl" and self.catalog is None:
+            raise ValueError('alignment="item_kl" needs the items. Pass catalog, or a LasarProcessor.')
         _check_arguments(args, train_dataset, eval_dataset, kwargs)
         model = load_model(model, **(args.model_init_kwargs or {})) if is_adapter(model) else model
         named = ranking_evaluator if isinstance(ranking_evaluator, dict) else {"": ranking_evaluator}
@@ -145,11 +161,12 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
             train_dataset, eval_dataset = self.train_dataset, self.eval_dataset
         for dataset in [*as_sets(train_dataset), *as_sets(eval_dataset)]:
             check_lengths(dataset, lasar.config, args.max_length)
+        self.depth_rows = _depth_rows(args, lasar.config)
         if isinstance(self.data_collator, DataCollatorForLanguageModeling):
             self.data_collator = LasarDataCollator(
                 self.data_collator.pad_token_id, pad_to_multiple_of=self.data_collator.pad_to_multiple_of,
                 anchors=anchors if args.alignment != "none" else None, latent_token_id=lasar.config.latent_token_id,
-                any_depth=args.anchors_at_any_depth,
+                any_depth=args.anchors_at_any_depth, depth_rows=self.depth_rows,
             )
         if args.sid_loss == "catalog":
             add_catalog_head(lasar, self.catalog)
@@ -170,14 +187,22 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
             return super()._get_train_sampler(train_dataset)
         dataset = (self.train_dataset if train_dataset is None else train_dataset).with_format(None)
         start_token_id = unwrap_lasar(self.model).config.latent_start_token_id
+        path_lengths, num_rows = None, np.ones(len(dataset))
+        if self.depth_rows is not None:
+            path_lengths = [self.depth_rows.path_length(ids, start_token_id) for ids in dataset["input_ids"]]
+            num_rows = [len(self.depth_rows.depths(ids)) for ids in dataset["input_ids"]]
         self.batch_sampler = PrefixBatchSampler(
             dataset["input_ids"], start_token_id, self.args.max_tokens_per_batch, self.args.world_size,
             self.args.process_index, self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            path_lengths,
         )
         # Batches differ in their number of examples. Means over a step would weigh the examples of small batches more,
         # so sums are divided by the mean number of labels and of examples.
         num_batches = len(self.batch_sampler) * self.args.world_size
-        labels = sum(sum(label != -100 for label in row[1:]) for row in dataset["labels"])
+        labels = sum(
+            rows * sum(label != -100 for label in row[1:])
+            for rows, row in zip(num_rows, dataset["labels"], strict=True)
+        )
         # Of all processes, or of one if the loss is averaged over them.
         num_processes = self.args.world_size if self.args.average_tokens_across_devices else 1
         self.labels_per_step = labels / num_batches * num_processes * self.args.gradient_accumulation_steps
@@ -197,10 +222,12 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """`L_CE` of TRL, plus the terms that read the latent states of the same pass."""
         # 1. Cross-entropy of the next token; this runs the model.
-        anchors = inputs.pop("anchors", None)
+        anchors, is_own = inputs.pop("anchors", None), inputs.pop("is_own", None)
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         output = self._outputs.pop()
-        metrics = latent_metrics(output, unwrap_lasar(self.model).get_input_embeddings())
+        if is_own is None:
+            is_own = torch.ones_like(output.latent_steps, dtype=torch.bool)  # (B,)
+        metrics = latent_metrics(output, unwrap_lasar(self.model).get_input_embeddings(), is_own)
         extra = output.depth_logits.new_zeros((), dtype=torch.float32)
 
         # The processes add up terms and metrics together, so a batch without such terms computes them too.
@@ -210,9 +237,11 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
         if self.args.alignment != "none":
             latents = output.latent_states[:, 1:]  # (B, max N, H)
             steps = torch.arange(latents.shape[1], device=latents.device)  # (max N,)
-            mask = (steps < output.latent_steps[:, None]) & (anchors is not None)  # (B, max N)
+            mask = (steps < output.latent_steps[:, None]) & is_own[:, None] & (anchors is not None)  # (B, max N)
             anchors = torch.zeros_like(latents) if anchors is None else anchors
-            alignment = alignment_loss(latents, anchors, mask, self.args.alignment)
+            # Rows at other depths may be deeper than those that have anchors.
+            anchors = nn.functional.pad(anchors, (0, 0, 0, latents.shape[1] - anchors.shape[1]))
+            alignment = self._alignment(latents, anchors, mask)
             count = mask.any(dim=1).sum()
             metrics["align_loss"] = alignment * count, count
             extra = extra + self.args.alignment_weight * self.weight_of_mean(count) * alignment
@@ -220,7 +249,7 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
         # 3. Policy: class k means depth k + 1. Sequences without latent steps have no class; they are masked rather
         # than left out, so that the head gets a gradient in every batch.
         if self.args.policy_weight > 0:
-            has_label = (output.latent_steps > 0) & is_trained  # (B,)
+            has_label = (output.latent_steps > 0) & is_own & is_trained  # (B,)
             labels = torch.where(has_label, output.latent_steps - 1, -100)  # (B,)
             count = (labels >= 0).sum()
             total = nn.functional.cross_entropy(output.depth_logits.float(), labels, reduction="sum")
@@ -236,6 +265,13 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
             num_batches = self.current_gradient_accumulation_steps
             extra = extra / (num_batches if self.batch_sampler is None else self.args.gradient_accumulation_steps)
         return (result[0] + extra, result[1]) if return_outputs else result + extra
+
+    def _alignment(self, latents: torch.Tensor, anchors: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        if self.args.alignment != "item_kl":
+            return alignment_loss(latents, anchors, mask, self.args.alignment)
+        # Scores of all items instead of hidden states: (B, max N, I).
+        items = item_embeddings(unwrap_lasar(self.model), self.catalog).to(latents.dtype)  # (I, H)
+        return alignment_loss(latents @ items.T, anchors.to(items.dtype) @ items.T, mask, "kl")
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """TRL's losses, plus the metrics of `ranking_evaluator`."""
@@ -254,6 +290,18 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, ranking)
             metrics |= ranking
         return metrics
+
+
+def _depth_rows(args: LasarSFTConfig, config: LasarConfig) -> DepthRows | None:
+    if args.depth_weights is None:
+        return None
+    if len(args.depth_weights) > config.max_latent_steps + 1:
+        raise ValueError(
+            f"depth_weights has {len(args.depth_weights)} entries; expected at most "
+            f"{config.max_latent_steps + 1} (0 to "
+            "max_latent_steps)."
+        )
+    return DepthRows(args.depth_weights, config.latent_token_id, config.latent_end_token_id)
 
 
 def _check_arguments(args: LasarSFTConfig, train_dataset: Any, eval_dataset: Any, kwargs: dict) -> None:

@@ -103,24 +103,30 @@ def check_lengths(dataset: object, config: LasarConfig, max_length: int | None =
 
 
 @torch.no_grad()
-def latent_metrics(output: LasarModelOutput, embedding: nn.Embedding) -> dict[str, SumAndCount]:
+def latent_metrics(
+    output: LasarModelOutput, embedding: nn.Embedding, is_own: torch.Tensor | None = None
+) -> dict[str, SumAndCount]:
     """
-    Metrics of the latent reasoning: `mean_depth` (steps), `depth_entropy` (nats) and `latent_norm_ratio`, the norm of
-    the latent slots' inputs relative to that of the input embeddings, which grows when a latent loop diverges. ZeRO-3
-    leaves the embeddings empty after the forward; then this ratio has no terms.
+    Metrics of the latent reasoning: `mean_depth` (steps), `depth_entropy` (nats), `latent_norm_ratio`, the norm of
+    `h_0 … h_{N-1}` relative to that of the input embeddings, which grows when a latent loop diverges, and
+    `latent_cosine`, that of successive states, which is 1 when steps repeat one another. ZeRO-3 leaves the embeddings
+    empty after the forward; then the ratio has no terms. `is_own` `(B,)` selects sequences.
     """
-    steps = output.latent_steps  # (B,)
-    # The input of slot t is h_{t-1}, for t = 1 … N.
-    inputs = output.latent_states[:, :-1]  # (B, max N, H)
-    is_input = torch.arange(inputs.shape[1], device=steps.device) < steps[:, None]  # (B, max N)
-    is_input = is_input & (embedding.weight.numel() > 0)
+    steps, entropy = output.latent_steps, depth_entropy(output.depth_logits)  # (B,)
+    is_own = torch.ones_like(steps, dtype=torch.bool) if is_own is None else is_own
+    # Slot t follows the state h_{t-1}, for t = 1 … N.
+    before, after = output.latent_states[:, :-1].float(), output.latent_states[:, 1:].float()  # (B, max N, H)
+    is_step = (torch.arange(before.shape[1], device=steps.device) < steps[:, None]) & is_own[:, None]  # (B, max N)
     norms = embedding.weight[:1024].float().norm(dim=-1)
     if isinstance(norms, DTensor):  # FSDP2 may shard the weight again after the forward
         norms = norms.full_tensor()
+    has_norm = is_step & (embedding.weight.numel() > 0)
+    cosine = nn.functional.cosine_similarity(before, after, dim=-1)  # (B, max N)
     return {
-        "mean_depth": (steps.sum(), len(steps)),
-        "depth_entropy": (depth_entropy(output.depth_logits).sum(), len(steps)),
-        "latent_norm_ratio": (inputs[is_input].float().norm(dim=-1).sum() / norms.mean(), is_input.sum()),
+        "mean_depth": ((steps * is_own).sum(), is_own.sum()),
+        "depth_entropy": ((entropy * is_own).sum(), is_own.sum()),
+        "latent_norm_ratio": (before[has_norm].norm(dim=-1).sum() / norms.mean(), has_norm.sum()),
+        "latent_cosine": ((cosine * is_step).sum(), is_step.sum()),
     }
 
 

@@ -1,0 +1,62 @@
+"""An example at several depths, so that one chain of latent steps is trained to answer after each of them."""
+
+from typing import Any
+
+
+class DepthRows:
+    """
+    Rows of an example for the loss at several depths (not in the paper, which trains an example at one depth):
+
+        L_CE = Σ_d w_d · L_CE(depth d) / Σ_d w_d
+
+    The rows differ in their number of latent slots only. [`LasarModel`] reads their common prompt once and takes the
+    latent steps of the deepest row; each answer leaves that chain after its own steps.
+
+    Args:
+        weights (`list[float]`):
+            Weights `w_0, w_1, …` of the depths. Depths without a weight have no row, except for the depth that the
+            example comes with. That row, the example itself, also has the anchors and the label of the policy.
+        latent_token_id (`int`):
+            Id of `<|latent|>`.
+        latent_end_token_id (`int`):
+            Id of `<|latent_end|>`. Examples without it, such as plain text, are one row.
+    """
+
+    def __init__(self, weights: list[float], latent_token_id: int, latent_end_token_id: int):
+        self.weights, self.latent_token_id, self.latent_end_token_id = weights, latent_token_id, latent_end_token_id
+
+    def depths(self, input_ids: list[int]) -> list[int]:
+        """Depths of the rows of an example."""
+        if self.latent_end_token_id not in input_ids:
+            return [0]
+        weighted = {depth for depth, weight in enumerate(self.weights) if weight > 0}
+        return sorted(weighted | {input_ids.count(self.latent_token_id)})
+
+    def path_length(self, input_ids: list[int], start_token_id: int) -> int:
+        """Tokens from `<|latent_start|>` on that the model reads for all rows of an example."""
+        if start_token_id not in input_ids:
+            return 1
+        rest = len(input_ids) - input_ids.index(start_token_id) - 1
+        depths, own = self.depths(input_ids), input_ids.count(self.latent_token_id)
+        return 1 + max(depths) + len(depths) * (rest - own)
+
+    def expand(self, example: dict[str, Any]) -> list[dict[str, Any]]:
+        """
+        The rows of an example with `input_ids` and `labels`. `loss_weight` is the weight of a row, 1 on average, and
+        `is_own` marks the row of the depth that the example comes with.
+        """
+        ids, labels = list(example["input_ids"]), list(example["labels"])
+        depths, own = self.depths(ids), ids.count(self.latent_token_id)
+        if depths == [own]:
+            return [example | {"loss_weight": 1.0, "is_own": True}]
+        end = ids.index(self.latent_end_token_id)
+        weights = [self.weights[depth] if depth < len(self.weights) else 0.0 for depth in depths]
+        rows = []
+        for depth, weight in zip(depths, weights, strict=True):
+            row = {
+                "input_ids": [*ids[: end - own], *[self.latent_token_id] * depth, *ids[end:]],
+                "labels": [*labels[: end - own], *[-100] * depth, *labels[end:]],
+                "loss_weight": weight * len(depths) / sum(weights), "is_own": depth == own,
+            }  # fmt: skip
+            rows.append(example | row)
+        return rows
