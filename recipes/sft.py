@@ -48,6 +48,9 @@ class SFTScriptArguments:
         default=None, metadata={"help": "Stage 1 from scratch: config of the backbone with `model_type` (or JSON)."}
     )
     max_latent_steps: int = field(default=8, metadata={"help": "Stage 1: largest number of latent steps."})
+    min_latent_steps: int = field(
+        default=1, metadata={"help": "Stage 1: smallest number that the depth policy may choose.", "choices": [0, 1]}
+    )
     codebook_init: bool = field(
         default=False, metadata={"help": "Stage 1: initialise the Semantic-ID tokens from the quantizer's codebooks."}
     )
@@ -85,7 +88,7 @@ class SFTScriptArguments:
         default="segments",
         metadata={
             "help": "Stage 2: latent steps of a sample. segments: as its chain of thought, which was written with the "
-            "target in view (as in the paper); uniform: drawn from 1 to max_latent_steps, so the policy head learns "
+            "target in view (as in the paper); uniform: drawn up to max_latent_steps, so the policy head learns "
             "to draw likewise; policy: the most likely ones under the policy of the starting checkpoint; a number: "
             "that many, 0 for the compute-matched direct model."
         },
@@ -156,7 +159,8 @@ def stage1_model(script: SFTScriptArguments, model_args: LasarModelConfig, data:
     else:
         raise ValueError("Stage 1 starts from a backbone: set model_name_or_path or backbone_config.")
     model = LasarForGenerativeRec.from_backbone(
-        backbone, tokenizer, data.catalog.num_levels, data.codebook_size, script.max_latent_steps
+        backbone, tokenizer, data.catalog.num_levels, data.codebook_size, script.max_latent_steps,
+        script.min_latent_steps,
     )
     model.config.exclude_history = data.exclude_history if script.exclude_history is None else script.exclude_history
     if script.codebook_init:
@@ -215,7 +219,9 @@ def training_depths(source: str, anchors: AnchorStore, model, processor, samples
     if source == "segments":
         return anchors.depths
     if source == "uniform":
-        return np.random.default_rng(seed).integers(1, model.config.max_latent_steps + 1, len(anchors))
+        return np.random.default_rng(seed).integers(
+            model.config.min_latent_steps, model.config.max_latent_steps + 1, len(anchors)
+        )
     if source == "policy":
         depths = policy_depths(model, processor, samples["history"])
         if len(set(depths)) == 1:
@@ -235,8 +241,8 @@ def policy_depths(model, processor, histories: list[list[int]], batch_size: int 
     with base.evaluation_mode():
         for start in tqdm(range(0, len(histories), batch_size), desc="policy's depths", disable=None):
             batch = [[item_ids[item] for item in history] for history in histories[start : start + batch_size]]
-            logits = base.model(**processor(batch).to(base.device)).depth_logits  # (B, N_max)
-            depths += most_likely_depth(logits).tolist()
+            logits = base.model(**processor(batch).to(base.device)).depth_logits  # (B, C)
+            depths += most_likely_depth(logits, base.config.min_latent_steps).tolist()
     return np.array(depths)
 
 

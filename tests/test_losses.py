@@ -151,3 +151,15 @@ def test_alignment_refuses_anchors_of_another_depth():
     latents, mask = torch.randn(2, 3, 4), torch.ones(2, 3, dtype=torch.bool)
     with pytest.raises(ValueError, match="anchors"):
         alignment_loss(latents, torch.randn(2, 1, 4), mask)
+
+
+def test_depth_zero_can_be_the_first_class():
+    """The same policy, one step lower, at the same cost per step."""
+    torch.manual_seed(0)
+    logits, rewards, depths = torch.randn(6, 4), torch.randn(6, 4), torch.tensor([0, 1, 2, 3, 0, 2])
+    own = rewards.gather(1, depths[:, None])[:, 0]
+    low = reinforce_loss(logits, depths, own, 0.1, 0.2, 0.05, min_latent_steps=0)
+    high = reinforce_loss(logits, depths + 1, own + 0.2, 0.1, 0.2, 0.05)
+    torch.testing.assert_close(low, high)
+    low = exact_depth_loss(logits, rewards, 0.2, 0.05, min_latent_steps=0)
+    torch.testing.assert_close(low, exact_depth_loss(logits, rewards, 0.2, 0.05))

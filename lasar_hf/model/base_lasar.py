@@ -52,8 +52,8 @@ class LasarModelOutput(ModelOutput):
             `h_0 … h_N` of each sequence, zero after its depth.
         latent_steps (`torch.Tensor` of shape `(B,)`, *optional*):
             Depth `N` of each sequence.
-        depth_logits (`torch.Tensor` of shape `(B, N_max)`, *optional*):
-            Logits of the policy head on `h_0`; class `k` means `k + 1` steps.
+        depth_logits (`torch.Tensor` of shape `(B, C)`, *optional*):
+            Logits of the policy head on `h_0`; class `k` means `k + min_latent_steps` steps.
     """
 
     last_hidden_state: torch.Tensor | None = None
@@ -83,17 +83,18 @@ class LasarPreTrainedModel(PreTrainedModel):
 
 class DepthPolicyHead(nn.Module):
     """
-    Policy over the number of latent steps (LASAR, arXiv 2605.10207). With `k` the class and `N = k + 1` the steps,
+    Policy over the number of latent steps (LASAR, arXiv 2605.10207). With `k` the class and `N = k + 1` the steps (or
+    `N = k` with `min_latent_steps=0`, which is not in the paper),
 
         π(N | h_0) = softmax(W_2 tanh(W_1 h_0 + b_1) + b_2)_k
 
-    The module returns the logits `(B, N_max)`, before the softmax, of `h_0` `(B, H)`.
+    The module returns the logits `(B, C)` of the `C` classes, before the softmax, of `h_0` `(B, H)`.
     """
 
-    def __init__(self, hidden_size: int, max_latent_steps: int):
+    def __init__(self, hidden_size: int, num_depths: int):
         super().__init__()
         self.dense = nn.Linear(hidden_size, hidden_size)
-        self.out_proj = nn.Linear(hidden_size, max_latent_steps)
+        self.out_proj = nn.Linear(hidden_size, num_depths)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.out_proj(torch.tanh(self.dense(hidden_states)))
@@ -118,19 +119,19 @@ class LatentInput(nn.Module):
         return self.norm(states + start_states) + self.step(step)
 
 
-def most_likely_depth(depth_logits: torch.Tensor) -> torch.Tensor:
-    """Most likely numbers of latent steps `(B,)` under the policy head's logits `(B, N_max)`."""
+def most_likely_depth(depth_logits: torch.Tensor, min_latent_steps: int = 1) -> torch.Tensor:
+    """Most likely numbers of latent steps `(B,)` under the policy head's logits `(B, C)`."""
     if depth_logits.isnan().any():
         raise ValueError(
             "The policy head's logits contain NaN. Check the weights and the data type (bfloat16 or float32), or pass "
             "latent_steps."
         )
-    return depth_logits.argmax(dim=-1) + 1
+    return depth_logits.argmax(dim=-1) + min_latent_steps
 
 
-def sampled_depth(depth_logits: torch.Tensor) -> torch.Tensor:
-    """Numbers of latent steps `(B,)` sampled from the policy `π(· | h_0)` with logits `(B, N_max)`."""
-    return torch.multinomial(depth_logits.float().softmax(dim=-1), 1)[:, 0] + 1
+def sampled_depth(depth_logits: torch.Tensor, min_latent_steps: int = 1) -> torch.Tensor:
+    """Numbers of latent steps `(B,)` sampled from the policy `π(· | h_0)` with logits `(B, C)`."""
+    return torch.multinomial(depth_logits.float().softmax(dim=-1), 1)[:, 0] + min_latent_steps
 
 
 def check_backbone(backbone: PreTrainedModel) -> None:
@@ -194,7 +195,7 @@ class LasarModel(LasarPreTrainedModel):
         super().__init__(config)
         self.backbone = AutoModel.from_config(config.backbone_config)
         self.prepare_backbone()
-        self.policy_head = DepthPolicyHead(config.hidden_size, config.max_latent_steps)
+        self.policy_head = DepthPolicyHead(config.hidden_size, config.num_depths)
         if config.latent_input == "normalized":
             self.latent_input = LatentInput(config.hidden_size, config.max_latent_steps)
         self.share_prefixes = True  # prompts that share a prefix are read once
@@ -342,7 +343,7 @@ class LasarModel(LasarPreTrainedModel):
         `token_ids` `(T, P + R)` are left-padded trunks and the last prompt tokens of their paths. `visible`
         `(U, P + R)` says which of them a path sees, the last path of a tree all of its trunk. With one path per tree
         they are left-padded prompts and their mask. `depths` are the latent steps `(U,)`, or a function from the
-        policy head's logits `(U, N_max)` to them. `max_depth` is the number of iterations, larger than all depths if
+        policy head's logits `(U, C)` to them. `max_depth` is the number of iterations, larger than all depths if
         another process has deeper prompts. With a `static_cache`, all calls have the fixed shapes of its bucket.
         """
         implementation = self.backbone.config._attn_implementation
@@ -374,7 +375,7 @@ class LasarModel(LasarPreTrainedModel):
             ).last_hidden_state
         # 2. Choose the depths from h_0.
         start_states = hidden_states[:, -num_paths:].flatten(0, 1)  # (U, H), h_0
-        depth_logits = self.policy_head(start_states)  # (U, N_max)
+        depth_logits = self.policy_head(start_states)  # (U, C)
         if callable(depths):
             depths = depths(depth_logits)
         if max_depth is None:

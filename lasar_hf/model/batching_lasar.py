@@ -23,7 +23,7 @@ class ReasoningState:
     """
 
     hidden_states: torch.Tensor  # (T, P + R, H), final hidden states of the left-padded bodies and the starts
-    depth_logits: torch.Tensor  # (U, N_max), logits of the policy head on h_0
+    depth_logits: torch.Tensor  # (U, C), logits of the policy head on h_0
     depths: torch.Tensor  # (U,), latent steps N of each path; a branch may leave it after fewer
     cache: LinkedCache | StaticCache  # keys and values read so far
     visible: torch.Tensor  # (U, S), the keys of bodies, starts and slots that a path sees

@@ -46,7 +46,9 @@ class LasarConfig(PreTrainedConfig):
         sid_token_offset (`int`, *optional*):
             Token id of level 0, code 0. Level `l`, code `c` has the id `sid_token_offset + l * K + c`.
         max_latent_steps (`int`, *optional*, defaults to `8`):
-            Largest number of latent steps, `N_max`, and number of classes of the policy head.
+            Largest number of latent steps, `N_max`.
+        min_latent_steps (`int`, *optional*, defaults to `1`):
+            Smallest number that the policy head chooses, 0 or 1. Its class `k` means `k + min_latent_steps` steps.
         latent_start_token_id, latent_token_id, latent_end_token_id (`int`, *optional*):
             Ids of `<|latent_start|>`, the last token of a prompt, `<|latent|>`, the slot of one latent step, and
             `<|latent_end|>`, which closes the latent region.
@@ -79,6 +81,7 @@ class LasarConfig(PreTrainedConfig):
     codebook_size: int = 256
     sid_token_offset: int | None = None
     max_latent_steps: int = 8
+    min_latent_steps: int = 1
     latent_start_token_id: int | None = None
     latent_token_id: int | None = None
     latent_end_token_id: int | None = None
@@ -103,6 +106,8 @@ class LasarConfig(PreTrainedConfig):
         if experts is not None:
             self.backbone_config._experts_implementation = experts
         check_sizes(self.num_sid_levels, self.codebook_size, self.max_latent_steps)
+        if self.min_latent_steps not in (0, 1):
+            raise ValueError(f"min_latent_steps is {self.min_latent_steps}; expected 0 or 1.")
         if self.latent_input not in LATENT_INPUTS:
             raise ValueError(f"latent_input is {self.latent_input!r}; expected one of {', '.join(LATENT_INPUTS)}.")
         self.tie_word_embeddings = self.backbone_config.tie_word_embeddings
@@ -120,6 +125,11 @@ class LasarConfig(PreTrainedConfig):
     def vocab_size(self) -> int:
         """Tokens of the backbone's embedding matrix, `V`."""
         return self.backbone_config.vocab_size
+
+    @property
+    def num_depths(self) -> int:
+        """Number of classes of the policy head, `C`."""
+        return self.max_latent_steps - self.min_latent_steps + 1
 
     @property
     def num_sid_tokens(self) -> int:

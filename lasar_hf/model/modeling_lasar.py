@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from numbers import Integral
 
 import torch
@@ -100,7 +101,7 @@ class LasarForGenerativeRec(LasarPreTrainedModel, GenerationMixin):
     @classmethod
     def from_backbone(
         cls, backbone: str | PreTrainedModel, tokenizer: PreTrainedTokenizerBase, num_sid_levels: int = 4,
-        codebook_size: int = 256, max_latent_steps: int = 8, **kwargs,
+        codebook_size: int = 256, max_latent_steps: int = 8, min_latent_steps: int = 1, **kwargs,
     ) -> "LasarForGenerativeRec":
         """
         Make a recommender from a causal language model: add the tokens, resize the embeddings, keep the weights.
@@ -110,7 +111,7 @@ class LasarForGenerativeRec(LasarPreTrainedModel, GenerationMixin):
                 Name or path of a causal language model, or the model itself, which is changed, not copied.
             tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
                 Its tokenizer, to which the Semantic-ID and control tokens are added as special tokens.
-            num_sid_levels, codebook_size, max_latent_steps (`int`, *optional*):
+            num_sid_levels, codebook_size, max_latent_steps, min_latent_steps (`int`, *optional*):
                 As for [`LasarConfig`].
             kwargs:
                 Passed to `AutoModelForCausalLM.from_pretrained` when `backbone` is a name.
@@ -158,8 +159,9 @@ class LasarForGenerativeRec(LasarPreTrainedModel, GenerationMixin):
         start_id, latent_id, end_id = tokenizer.convert_tokens_to_ids(list(CONTROL_TOKENS))
         config = LasarConfig(
             backbone_config=backbone.config, num_sid_levels=num_sid_levels, codebook_size=codebook_size,
-            sid_token_offset=ids[0], max_latent_steps=max_latent_steps, latent_start_token_id=start_id,
-            latent_token_id=latent_id, latent_end_token_id=end_id, dtype=backbone.dtype,
+            sid_token_offset=ids[0], max_latent_steps=max_latent_steps, min_latent_steps=min_latent_steps,
+            latent_start_token_id=start_id, latent_token_id=latent_id, latent_end_token_id=end_id,
+            dtype=backbone.dtype,
         )
         return cls._around(backbone, config)
 
@@ -172,7 +174,7 @@ class LasarForGenerativeRec(LasarPreTrainedModel, GenerationMixin):
         base.backbone, model.lm_head = language_model.base_model, head
         base.prepare_backbone()
         model._tie_to_backbone()
-        policy_head = DepthPolicyHead(config.hidden_size, config.max_latent_steps)
+        policy_head = DepthPolicyHead(config.hidden_size, config.num_depths)
         policy_head.apply(model._init_weights)
         base.policy_head = policy_head.to(head.weight.device, head.weight.dtype)
         # A new generation config, since sampling defaults of the backbone would corrupt the beam search. The prompt
@@ -330,7 +332,7 @@ class LasarForGenerativeRec(LasarPreTrainedModel, GenerationMixin):
         """
         Read prompts and take their latent steps, for [`~decoding_lasar.beam_search`] and
         [`~decoding_lasar.sample_items`]. Arguments as for [`~LasarForGenerativeRec.recommend`]; `latent_steps` may
-        also be a function from the policy head's logits `(B, N_max)` to the steps `(B,)`. With `static_num_beams`, the
+        also be a function from the policy head's logits `(B, C)` to the steps `(B,)`. With `static_num_beams`, the
         passes are those of [`~LasarForGenerativeRec.compile_for_serving`] for a search of at most that width, and the
         next call invalidates the returned state.
         """
@@ -380,7 +382,7 @@ class LasarForGenerativeRec(LasarPreTrainedModel, GenerationMixin):
             raise ValueError(f"Prompt {index} {list(problems)[problem]}")
         # 2. Prompt, latent steps, <|latent_end|> and Semantic ID must fit into the backbone's positions.
         if latent_steps is None:
-            latent_steps = most_likely_depth
+            latent_steps = partial(most_likely_depth, min_latent_steps=self.config.min_latent_steps)
         if callable(latent_steps):
             max_steps = self.config.max_latent_steps
         else:

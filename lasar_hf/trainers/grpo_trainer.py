@@ -180,8 +180,10 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
         """A depth `(B,)` with its log-probability `(B,)` and `G` items `(B, G)` for each prompt."""
         trie = self.catalog.trie(prompt_ids.device)
         options = {"replacement": self.args.sampling == "sample"}
+        min_steps = lasar.config.min_latent_steps
+        choose = partial(sampled_depth, min_latent_steps=min_steps)
         with lasar.evaluation_mode():
-            state, trees = lasar.encode_prompt_trees(prompt_ids, prompt_mask, sampled_depth)
+            state, trees = lasar.encode_prompt_trees(prompt_ids, prompt_mask, choose)
             history = history_filter(lasar.config, trie, prompt_ids[trees.member])
             leaves, scores = sample_items(
                 lasar, state, trie, self.num_generations, self.temperature, history=history, **options
@@ -192,8 +194,8 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
                 'history. Lower it, or set sampling="sample".'
             )
         depths, leaves = state.depths[trees.path], leaves[trees.path]  # (B,), (B, G)
-        log_policy = state.depth_logits[trees.path].float().log_softmax(dim=-1)  # (B, N_max)
-        log_probs = log_policy.gather(1, depths[:, None] - 1)[:, 0]  # (B,)
+        log_policy = state.depth_logits[trees.path].float().log_softmax(dim=-1)  # (B, C)
+        log_probs = log_policy.gather(1, depths[:, None] - min_steps)[:, 0]  # (B,)
         # Items that share a Semantic ID are one candidate, represented by the first of them.
         return depths, log_probs, trie.items(leaves)[..., 0]
 
@@ -285,6 +287,7 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
             depth = reinforce_loss(
                 output.depth_logits, output.latent_steps, inputs["group_reward"], inputs["reward_baseline"],
                 self.args.step_cost, self.args.depth_entropy_weight, inputs["depth_log_prob"],
+                unwrap_lasar(self.model).config.min_latent_steps,
             )
             metrics["depth_loss"] = depth * len(output.depth_logits), len(output.depth_logits)
             extra = extra + self.args.depth_weight * depth

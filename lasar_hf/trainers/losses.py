@@ -79,14 +79,14 @@ def alignment_loss(
 
 
 def depth_entropy(depth_logits: torch.Tensor) -> torch.Tensor:
-    """Entropy `(B,)` of the depth policy in nats, given the logits `(B, N_max)` of the policy head."""
-    log_policy = depth_logits.float().log_softmax(dim=-1)  # (B, N_max)
+    """Entropy `(B,)` of the depth policy in nats, given the logits `(B, C)` of the policy head."""
+    log_policy = depth_logits.float().log_softmax(dim=-1)  # (B, C)
     return -(log_policy.exp() * log_policy).sum(dim=-1)
 
 
 def reinforce_loss(
     depth_logits: torch.Tensor, depths: torch.Tensor, rewards: torch.Tensor, baseline: float | torch.Tensor,
-    step_cost: float, entropy_weight: float, drawn_log_probs: torch.Tensor | None = None,
+    step_cost: float, entropy_weight: float, drawn_log_probs: torch.Tensor | None = None, min_latent_steps: int = 1,
 ) -> torch.Tensor:
     """
     REINFORCE on the depth policy:
@@ -97,20 +97,22 @@ def reinforce_loss(
     of the present policy to the one that drew its depth.
 
     Args:
-        depth_logits, depths (`torch.Tensor` of shape `(B, N_max)` and `(B,)`):
-            Logits of the policy head, whose class `k` means `k + 1` latent steps, and the sampled depths `N`.
+        depth_logits, depths (`torch.Tensor` of shape `(B, C)` and `(B,)`):
+            Logits of the policy head, whose class `k` means `k + min_latent_steps` steps, and the sampled depths `N`.
         rewards, baseline (`torch.Tensor` of shape `(B,)`):
             Mean reward of each sequence's group, `R_group`, and the running mean `b_EMA`, which may be a `float`.
         step_cost, entropy_weight (`float`):
             Cost of a latent step, `λ`, and weight of the entropy bonus, `η`.
         drawn_log_probs (`torch.Tensor` of shape `(B,)`, *optional*):
             `log π(N | h_0)` when the depths were drawn. Defaults to the present policy's.
+        min_latent_steps (`int`, *optional*, defaults to `1`):
+            Steps of the first class.
 
     Returns:
         `torch.Tensor`: scalar mean over the sequences.
     """
-    log_policy = depth_logits.float().log_softmax(dim=-1)  # (B, N_max)
-    log_probs = log_policy.gather(1, depths[:, None] - 1)[:, 0]  # (B,)
+    log_policy = depth_logits.float().log_softmax(dim=-1)  # (B, C)
+    log_probs = log_policy.gather(1, depths[:, None] - min_latent_steps)[:, 0]  # (B,)
     advantages = (rewards - baseline - step_cost * depths).detach()  # (B,)
     if drawn_log_probs is not None:
         advantages = advantages * (log_probs.detach() - drawn_log_probs).exp()
@@ -118,7 +120,8 @@ def reinforce_loss(
 
 
 def exact_depth_loss(
-    depth_logits: torch.Tensor, rewards: torch.Tensor, step_cost: float, entropy_weight: float
+    depth_logits: torch.Tensor, rewards: torch.Tensor, step_cost: float, entropy_weight: float,
+    min_latent_steps: int = 1,
 ) -> torch.Tensor:
     """
     Depth gradient without sampling, for prompts of which every depth was scored (not in the paper):
@@ -127,11 +130,11 @@ def exact_depth_loss(
         L_depth = −Σ_N π(N).detach() · A_N · log π(N | h_0) − η · H(π)
 
     Arguments and result as for [`reinforce_loss`], which this equals in expectation, with `rewards` of shape
-    `(B, N_max)`: the reward of each depth, `R_1 … R_{N_max}`.
+    `(B, C)`: the reward of each depth of the policy.
     """
-    log_policy = depth_logits.float().log_softmax(dim=-1)  # (B, N_max)
-    policy = log_policy.exp().detach()  # (B, N_max)
-    depths = torch.arange(1, depth_logits.shape[1] + 1, device=depth_logits.device)  # (N_max,)
-    values = rewards - step_cost * depths  # (B, N_max)
-    advantages = (values - (policy * values).sum(dim=-1, keepdim=True)).detach()  # (B, N_max)
+    log_policy = depth_logits.float().log_softmax(dim=-1)  # (B, C)
+    policy = log_policy.exp().detach()  # (B, C)
+    depths = torch.arange(depth_logits.shape[1], device=depth_logits.device) + min_latent_steps  # (C,)
+    values = rewards - step_cost * depths  # (B, C)
+    advantages = (values - (policy * values).sum(dim=-1, keepdim=True)).detach()  # (B, C)
     return -(policy * advantages * log_policy).sum(dim=-1).mean() - entropy_weight * depth_entropy(depth_logits).mean()

@@ -246,11 +246,12 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
             metrics["align_loss"] = alignment * count, count
             extra = extra + self.args.alignment_weight * self.weight_of_mean(count) * alignment
 
-        # 3. Policy: class k means depth k + 1. Sequences without latent steps have no class; they are masked rather
-        # than left out, so that the head gets a gradient in every batch.
+        # 3. Policy: class k means depth k + min_latent_steps. Sequences without a class are masked rather than left
+        # out, so that the head gets a gradient in every batch.
         if self.args.policy_weight > 0:
-            has_label = (output.latent_steps > 0) & is_own & is_trained  # (B,)
-            labels = torch.where(has_label, output.latent_steps - 1, -100)  # (B,)
+            classes = output.latent_steps - unwrap_lasar(self.model).config.min_latent_steps  # (B,)
+            has_label = (classes >= 0) & is_own & is_trained  # (B,)
+            labels = torch.where(has_label, classes, -100)  # (B,)
             count = (labels >= 0).sum()
             total = nn.functional.cross_entropy(output.depth_logits.float(), labels, reduction="sum")
             metrics["policy_loss"] = total, count

@@ -1,0 +1,44 @@
+"""`min_latent_steps=0`: the policy may choose to answer at once."""
+
+import pytest
+import torch
+
+from lasar_hf import LasarConfig, LasarForGenerativeRec, LasarSFTConfig, LasarSFTTrainer
+from tests.tiny import batch, row, tiny_backbone, tiny_catalog, tiny_tokenizer
+from tests.training import COMMON, sft_setup
+
+
+def model_from_zero():
+    torch.manual_seed(0)
+    return LasarForGenerativeRec.from_backbone(
+        tiny_backbone(), tiny_tokenizer(), num_sid_levels=3, codebook_size=4, max_latent_steps=4, min_latent_steps=0
+    ).eval()
+
+
+def test_the_first_class_is_depth_zero(tmp_path):
+    model = model_from_zero()
+    prompts = batch([row(model, length, 0, seed=length) for length in (4, 6)])
+    for steps in (0, 4):
+        torch.nn.init.zeros_(model.model.policy_head.out_proj.weight)
+        model.model.policy_head.out_proj.bias.data = torch.eye(5)[steps]
+        model.save_pretrained(tmp_path)
+        loaded = LasarForGenerativeRec.from_pretrained(tmp_path)
+        output = loaded.recommend(**prompts, catalog=tiny_catalog())
+        assert output.latent_steps.tolist() == [steps, steps]
+
+
+def test_examples_without_steps_are_labels_of_the_policy(tmp_path):
+    _, tokenizer, catalog, examples, anchors = sft_setup([0, 1, 2, 4, 0, 3])
+    args = LasarSFTConfig(str(tmp_path), **COMMON | dict(max_steps=60), policy_weight=1.0)
+    model = model_from_zero()
+    LasarSFTTrainer(
+        model, args, catalog, anchors, train_dataset=examples, processing_class=tokenizer
+    ).train()
+    prompts = [ids[: ids.index(model.config.latent_start_token_id) + 1] for ids in examples["input_ids"]]
+    output = model.recommend(**batch(prompts), catalog=catalog)
+    assert output.latent_steps.tolist() == [0, 1, 2, 4, 0, 3]
+
+
+def test_other_minima_are_refused():
+    with pytest.raises(ValueError, match="min_latent_steps is 2"):
+        LasarConfig(min_latent_steps=2)
