@@ -3,7 +3,8 @@ Rank the whole catalogue for held-out users: popularity, Markov, item-kNN, EASE,
 
     accelerate launch recipes/eval.py --config recipes/scientific/eval.yaml
 
-A model is `name=path` or, with `N` latent steps for every user, `name=path@N` (`@0` is direct generation). Prints the
+A model is `name=path` or, with `N` latent steps for every user, `name=path@N` (`@0` is direct generation). One that was
+trained on the task `explicit` is `name=path@text`: it writes a chain of thought before the item. Prints the
 tables and writes `report.json` and `report.md`, with the significance of each difference between neighbouring rows (a
 bootstrap over users). The prompt format is that of each checkpoint. A checkpoint with an item memory
 (recipes/memory.py) has a second row, `name + memory`. Item-kNN and EASE are tuned on validation users.
@@ -55,7 +56,7 @@ class EvaluateArguments:
 
     data_dir: str = field(metadata={"help": "Folder that recipes/prepare.py wrote."})
     output_dir: str = field(metadata={"help": "Folder of the report."})
-    models: list[str] = field(default_factory=list, metadata={"help": "`name=path` or `name=path@N`."})
+    models: list[str] = field(default_factory=list, metadata={"help": "`name=path`, `name=path@N` or `name=path@text`."})
     split: str = field(default="test", metadata={"help": "Part to evaluate on.", "choices": ["validation", "test"]})
     users: int = field(default=0, metadata={"help": "Evaluate on this many users, the first ones; 0 for all."})
     num_beams: int = field(default=50, metadata={"help": "Width of the beam search."})
@@ -73,17 +74,19 @@ class EvaluateArguments:
         read_switch(self, "exclude_history")
 
 
-def parse_models(entries: list[str]) -> dict[str, tuple[str, int | None]]:
-    """Path and fixed depth, if any, of each model by its name."""
+def parse_models(entries: list[str]) -> dict[str, tuple[str, str]]:
+    """Path and reasoning (a fixed depth, `text`, or nothing for the policy) of each model by its name."""
     models = {}
     for entry in entries:
         name, _, location = entry.partition("=")
         path, _, depth = location.partition("@")
-        if not path or not (depth or "0").isdecimal():
-            raise ValueError(f"models has {entry!r}; expected name=path or name=path@N with N latent steps.")
+        if not path or not (depth or "0").isdecimal() and depth != "text":
+            raise ValueError(
+                f"models has {entry!r}; expected name=path, name=path@N with N latent steps, or name=path@text."
+            )
         if name in (*BASELINES, *models) or name.endswith(WITH_MEMORY):
             raise ValueError(f"models has the name {name!r} twice, or it is that of another row; use another name.")
-        models[name] = path, int(depth) if depth else None
+        models[name] = path, depth
     return models
 
 
@@ -99,7 +102,7 @@ def history_is_excluded(args: EvaluateArguments, data: PreparedData) -> bool:
     return data.exclude_history if args.exclude_history is None else args.exclude_history
 
 
-def evaluate_model(args: EvaluateArguments, data: PreparedData, samples, path: str, depth: int | None, memory=None):
+def evaluate_model(args: EvaluateArguments, data: PreparedData, samples, path: str, reasoning: str, memory=None):
     """Recommended item indices `(U, 20)` and the row of the results table; processes share the batches."""
     state = PartialState()
     processor = LasarProcessor.from_pretrained(path)
@@ -114,8 +117,10 @@ def evaluate_model(args: EvaluateArguments, data: PreparedData, samples, path: s
     own_users = [user for batch in batches[state.process_index :: state.num_processes] for user in batch]
 
     # 2. Recommend. The first batch runs once without the clock, to warm up.
-    options = (processor, TOP_K, args.num_beams, depth, args.batch_size)
-    lists = {"exclude_history": history_is_excluded(args, data), "memory": memory}
+    options = (processor, TOP_K, args.num_beams, int(reasoning) if reasoning.isdecimal() else None, args.batch_size)
+    lists = {
+        "exclude_history": history_is_excluded(args, data), "memory": memory, "write_text": reasoning == "text"
+    }
     with onednn_linear(model):
         recommend_samples(model, samples.select(own_users[: args.batch_size]), *options, **lists)
         output = recommend_samples(
@@ -124,10 +129,14 @@ def evaluate_model(args: EvaluateArguments, data: PreparedData, samples, path: s
 
     # 3. Every process gets the recommendations of all.
     items, latent_steps, seconds = np.full((len(samples), TOP_K), -1), np.zeros(len(samples), dtype=np.int64), 0.0
+    text_tokens = None if output.text_tokens is None else np.zeros(len(samples), dtype=np.int64)
     for users, part in gather_object([(own_users, output)]):
         items[users], latent_steps[users], seconds = part.items, part.latent_steps, max(seconds, part.seconds)
+        if text_tokens is not None:
+            text_tokens[users] = part.text_tokens
     row = evaluate_recommendations(
-        items, samples["target"], len(processor.catalog), latent_steps, seconds, histories=samples["history"]
+        items, samples["target"], len(processor.catalog), latent_steps, seconds, histories=samples["history"],
+        text_tokens=text_tokens,
     )
     return items, row
 
@@ -192,12 +201,12 @@ def main(args: EvaluateArguments) -> None:
         check_exclusion(LasarConfig.from_pretrained(path), history_is_excluded(args, data))
     samples = select_users(data.samples[args.split], args.users)
     predictions, rows, tuning = evaluate_baselines(args, data, samples) if state.is_main_process else ({}, {}, {})
-    for name, (path, depth) in models.items():
-        predictions[name], rows[name] = evaluate_model(args, data, samples, path, depth)
+    for name, (path, reasoning) in models.items():
+        predictions[name], rows[name] = evaluate_model(args, data, samples, path, reasoning)
         memory = ItemMemory.find(path)
         if memory is not None:
             mixed = name + WITH_MEMORY
-            predictions[mixed], rows[mixed] = evaluate_model(args, data, samples, path, depth, memory)
+            predictions[mixed], rows[mixed] = evaluate_model(args, data, samples, path, reasoning, memory)
     if state.is_main_process:
         report(args, data, samples, predictions, rows, tuning)
 

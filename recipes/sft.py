@@ -4,6 +4,7 @@ Supervised training: stage 1 grounds the Semantic IDs, stage 2 teaches latent re
     accelerate launch recipes/sft.py --config recipes/scientific/stage1.yaml
     accelerate launch recipes/sft.py --config recipes/scientific/stage2.yaml
 
+Stage 1 can also continue a checkpoint of its own or of a later stage with other tasks: set `model_name_or_path` to it.
 Resumes from the last checkpoint in `output_dir`. The result contains model, tokenizer, catalogue and prompt format.
 """
 
@@ -19,7 +20,7 @@ from tqdm.auto import tqdm
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import TrlParser
 
-from lasar_hf import LasarForGenerativeRec, LasarProcessor, LasarSFTConfig, LasarSFTTrainer
+from lasar_hf import LasarConfig, LasarForGenerativeRec, LasarProcessor, LasarSFTConfig, LasarSFTTrainer
 from lasar_hf.arguments import check_choices, read_json_object, read_switch
 from lasar_hf.data import PreparedData, reasoning_examples, sft_examples, stage1_examples
 from lasar_hf.evaluation import RankingEvaluator
@@ -30,6 +31,7 @@ from lasar_hf.semantic_ids import load_quantizer
 from lasar_hf.trainers import (
     LasarModelConfig,
     checkpoint_to_resume,
+    is_adapter,
     load_model,
     lora_from_arguments,
     save_trained,
@@ -58,7 +60,8 @@ class SFTScriptArguments:
         default_factory=lambda: ["next_item", "alignment"],
         metadata={
             "help": "Stage 1 tasks: next_item (one example per sample), history (loss on every item of a user), "
-            "chain_end (the last segment alone, then the target: gives anchors a meaning), alignment, or some of its "
+            "chain_end (the last segment alone, then the target: gives anchors a meaning), explicit (the chain of "
+            "thought as text before the target, for eval.py's @text), alignment, or some of its "
             "parts title_to_sid, description_to_sid, sid_to_title, titles_to_sid. next_item=2 repeats the examples "
             "of a task, alignment=0.5 keeps a fixed half of them."
         },
@@ -149,13 +152,16 @@ def new_backbone(script: SFTScriptArguments, model_args: LasarModelConfig, token
 
 
 def stage1_model(script: SFTScriptArguments, model_args: LasarModelConfig, data: PreparedData):
-    """A pre-trained or new backbone with Semantic-ID tokens, and its processor."""
+    """A pre-trained or new backbone with Semantic-ID tokens, or the checkpoint of a recommender; and its processor."""
+    path = model_args.model_name_or_path
+    if script.backbone_config is None and path is not None and is_recommender(path):
+        return stage2_model(script, model_args, data)
     if script.backbone_config is not None:
         tokenizer = AutoTokenizer.from_pretrained(Path(script.data_dir, "tokenizer"))
         backbone = new_backbone(script, model_args, tokenizer)
-    elif model_args.model_name_or_path is not None:
-        tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path)
-        backbone = AutoModelForCausalLM.from_pretrained(model_args.model_name_or_path, **model_args.init_kwargs)
+    elif path is not None:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        backbone = AutoModelForCausalLM.from_pretrained(path, **model_args.init_kwargs)
     else:
         raise ValueError("Stage 1 starts from a backbone: set model_name_or_path or backbone_config.")
     model = LasarForGenerativeRec.from_backbone(
@@ -170,6 +176,11 @@ def stage1_model(script: SFTScriptArguments, model_args: LasarModelConfig, data:
         model.set_sid_embeddings(load_quantizer(script.data_dir).codebooks)
     instruction = "Recommend the next item." if script.instruction is None else script.instruction
     return model, data.processor(tokenizer, instruction, 50 if script.max_history is None else script.max_history)
+
+
+def is_recommender(path: str) -> bool:
+    """Whether a folder or name is that of a recommender rather than of a language model or an adapter."""
+    return not is_adapter(path) and AutoConfig.from_pretrained(path).model_type == LasarConfig.model_type
 
 
 def stage2_model(script: SFTScriptArguments, model_args: LasarModelConfig, data: PreparedData):

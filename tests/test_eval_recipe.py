@@ -159,7 +159,7 @@ def test_processes_share_the_batches_of_one(recipe, folder, tmp_path, monkeypatc
         state = SimpleNamespace(process_index=index, num_processes=count, is_main_process=index == 0, device="cpu")
         monkeypatch.setattr(recipe, "PartialState", lambda: state)
         batches.clear()
-        items, _ = recipe.evaluate_model(args, data, data.samples["test"], str(folder / "checkpoint"), None)
+        items, _ = recipe.evaluate_model(args, data, data.samples["test"], str(folder / "checkpoint"), "")
         return items, batches[1:]  # without the batch that warms up
 
     (one, all_batches), (first, first_batches), (second, second_batches) = (

@@ -3,6 +3,7 @@ Training examples: samples as token ids with labels, for each stage of training 
 
 Stage 1:  prompt <|latent_start|><|latent_end|> SID                    [`sft_examples`], [`history_examples`]
           segment SID                                                  [`chain_end_examples`]
+Explicit: prompt text <|latent_start|><|latent_end|> SID               [`explicit_examples`]
 Stage 2:  prompt <|latent_start|><|latent|>…<|latent|><|latent_end|> SID       [`reasoning_examples`]
 GRPO:     prompt <|latent_start|>                                      [`grpo_examples`]
 """
@@ -28,6 +29,7 @@ INSTRUCTIONS = {
 }
 ALIGNMENT_TASKS = tuple(INSTRUCTIONS)
 MAX_TEXT_TOKENS = 64  # of a title or description
+MAX_CHAIN_TOKENS = 256  # of a chain of thought that is written before the item
 MAX_TITLES = 8  # newest titles of a title history, since a title is far longer than a Semantic ID
 FEATURES = Features({"input_ids": List(Value("int64")), "labels": List(Value("int64"))})
 
@@ -100,6 +102,38 @@ def chain_end_examples(samples: Dataset, processor: LasarProcessor) -> Dataset:
     def build(batch: dict[str, list]) -> dict[str, list]:
         texts = processor.text_ids([segments[-1] for segments in batch["segments"]])
         return _labelled([bos_ids + text for text in texts], processor.answer_ids(batch["target"]))
+
+    return _map(samples, build, FEATURES)
+
+
+def explicit_examples(
+    samples: Dataset, processor: LasarProcessor, max_text_tokens: int = MAX_CHAIN_TOKENS
+) -> Dataset:
+    """
+    Examples of explicit reasoning, the baseline of latent reasoning: the history, the text of the segments, then the
+    Semantic ID after an empty latent region. The loss is on the text, the `<|latent_start|>` that ends it, and the
+    Semantic ID.
+
+    Args:
+        samples (`Dataset`):
+            Training samples: columns `history`, `segments` and `target`.
+        processor ([`LasarProcessor`]):
+            Prompt format and token ids.
+        max_text_tokens (`int`, *optional*, defaults to 256):
+            A longer text is cut after this many tokens.
+
+    Returns:
+        `Dataset`: `input_ids` and `labels`; one example per sample, in order.
+    """
+
+    def build(batch: dict[str, list]) -> dict[str, list]:
+        prompts = [processor.prompt_ids(history) for history in batch["history"]]
+        texts = processor.text_ids([" ".join(segments) for segments in batch["segments"]])
+        reasoning = [[*text[:max_text_tokens], prompt[-1]] for text, prompt in zip(texts, prompts, strict=True)]
+        answers = processor.answer_ids(batch["target"])
+        ends = [[processor.latent_end_token_id]] * len(answers)
+        parts = _labelled([prompt[:-1] for prompt in prompts], reasoning), _labelled(ends, answers)
+        return {name: [a + b for a, b in zip(*(part[name] for part in parts), strict=True)] for name in FEATURES}
 
     return _map(samples, build, FEATURES)
 
@@ -262,8 +296,8 @@ def stage1_examples(data: PreparedData, processor: LasarProcessor, tasks: Sequen
             Prepared data set, and its processor.
         tasks (`Sequence[str]`):
             Each `name` or `name=weight` ([`mix_examples`]), all distinct: `next_item` ([`sft_examples`]), `history`
-            ([`history_examples`]), `chain_end` ([`chain_end_examples`]), `alignment` ([`alignment_examples`]) or
-            single tasks of `ALIGNMENT_TASKS`.
+            ([`history_examples`]), `chain_end` ([`chain_end_examples`]), `explicit` ([`explicit_examples`]),
+            `alignment` ([`alignment_examples`]) or single tasks of `ALIGNMENT_TASKS`.
 
     Returns:
         `Dataset`: `input_ids`, `labels`.
@@ -279,6 +313,7 @@ def stage1_examples(data: PreparedData, processor: LasarProcessor, tasks: Sequen
         "next_item": lambda: sft_examples(data.samples["train"], processor),
         "history": lambda: history_examples(data.split, processor),
         "chain_end": lambda: chain_end_examples(data.samples["train"], processor),
+        "explicit": lambda: explicit_examples(data.samples["train"], processor),
         "alignment": align,
         **{task: partial(align, [task]) for task in ALIGNMENT_TASKS},
     }

@@ -17,6 +17,10 @@ from .tokenizer import build_tokenizer
 
 PRODUCTS = ("Tea", "Walk", "Bath", "Book", "Chess", "Piano", "Yoga", "Soup", "Film", "Nap")
 MAX_LINKS = 6
+SEGMENT = (
+    "the history has a routine of this user that begins with {one} and goes on with {other}, so the product after {one} "
+    "is {other}"
+)
 _NUMBERS = ("One", "Two", "Three", "Four", "Five", "Six")
 TOKENIZER_SIZE = 600  # at most; each word becomes one token
 
@@ -36,8 +40,8 @@ def write_routines(
     * the product that the user is at.
 
     The target is the product that lies as many routines ahead as the cue says. The chain of thought has one segment
-    for each link, "after Tea comes Walk", so the number of latent steps follows from the cue alone. Semantic IDs have
-    one code.
+    for each link, a sentence that ends in the product that the link leads to, so the number of latent steps follows
+    from the cue alone. Semantic IDs have one code.
 
     Args:
         folder (`str` or `Path`):
@@ -133,4 +137,4 @@ def _user(circle: list[int], num_links: int, rng: np.random.Generator) -> tuple[
 def _segments(chain: Sequence[int]) -> list[str]:
     """What a chain of thought says at each link."""
     names = [PRODUCTS[product] for product in chain]
-    return [f"after {one} comes {other}" for one, other in zip(names, names[1:], strict=False)]
+    return [SEGMENT.format(one=one, other=other) for one, other in zip(names, names[1:], strict=False)]

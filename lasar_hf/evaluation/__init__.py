@@ -10,6 +10,7 @@ from .baselines import (
     popular_items,
     popularity_ranking,
 )
+from .explicit import write_chains
 from .memory import build_memory, fit_gate
 from .metrics import (
     RankingMetrics,
@@ -75,4 +76,5 @@ __all__ = [
     "tune",
     "tune_item_knn",
     "tuning_notes",
+    "write_chains",
 ]

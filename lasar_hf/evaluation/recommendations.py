@@ -13,6 +13,7 @@ from ..model.configuration_lasar import LasarConfig
 from ..model.memory_lasar import ItemMemory
 from ..model.modeling_lasar import LasarForGenerativeRec
 from ..model.processing_lasar import LasarProcessor
+from .explicit import write_chains
 from .metrics import DEFAULT_KS
 from .report import evaluate_recommendations
 
@@ -27,6 +28,7 @@ class Recommendations:
     seconds: float  # wall-clock time of all samples together
     model_scores: np.ndarray | None = None  # (U, k) with a memory: log-probabilities under the model alone
     memory_scores: np.ndarray | None = None  # (U, k) with a memory: those under the memory alone
+    text_tokens: np.ndarray | None = None  # (U,) with a written chain of thought: tokens of the text
 
 
 def check_exclusion(config: LasarConfig, exclude_history: bool) -> None:
@@ -41,7 +43,7 @@ def check_exclusion(config: LasarConfig, exclude_history: bool) -> None:
 def recommend_samples(
     model: LasarForGenerativeRec, samples: Dataset, processor: LasarProcessor, top_k: int = 20, num_beams: int = 50,
     latent_steps: int | None = None, batch_size: int = 64, progress: bool = False, exclude_history: bool | None = None,
-    memory: ItemMemory | None = None,
+    memory: ItemMemory | None = None, write_text: bool = False,
 ) -> Recommendations:
     """
     Recommend for every sample. Samples are batched by length, which keeps padding small.
@@ -62,10 +64,16 @@ def recommend_samples(
             prompt. Defaults to `exclude_history` of the model's configuration.
         memory ([`ItemMemory`], *optional*):
             As for [`LasarForGenerativeRec.recommend`].
+        write_text (`bool`, *optional*, defaults to `False`):
+            Write a chain of thought before the item ([`write_chains`]) instead of taking latent steps, with a model
+            that was trained on [`~lasar_hf.data.explicit_examples`].
 
     Raises:
-        `ValueError`: if `exclude_history` is `False`, but the model was trained with it.
+        `ValueError`: if `exclude_history` is `False`, but the model was trained with it, or `write_text` has
+        `latent_steps`.
     """
+    if write_text and latent_steps:
+        raise ValueError(f"latent_steps is {latent_steps} with write_text=True; expected 0 or None.")
     if exclude_history is None:
         exclude_history = model.config.exclude_history
     check_exclusion(model.config, exclude_history)
@@ -76,20 +84,28 @@ def recommend_samples(
     names = ["items", "scores"] if memory is None else ["items", "scores", "model_scores", "memory_scores"]
     lists = {name: np.empty((len(prompts), top_k), dtype=np.float32) for name in names}
     lists["items"] = np.empty((len(prompts), top_k), dtype=np.int64)
-    depths = np.empty(len(prompts), dtype=np.int64)
+    depths, lengths = np.empty(len(prompts), dtype=np.int64), np.empty(len(prompts), dtype=np.int64)
     start_time = time.perf_counter()
     for start in tqdm(range(0, len(order), batch_size), desc="Recommending", disable=not progress):
         batch = order[start : start + batch_size]
-        inputs = processor.pad([prompts[sample] for sample in batch]).to(model.device)
+        texts = [prompts[sample] for sample in batch]
+        if write_text:
+            texts = write_chains(model, processor, texts)
+        inputs = processor.pad(texts).to(model.device)
         output = model.recommend(
-            **inputs, catalog=processor.catalog, top_k=top_k, num_beams=num_beams, latent_steps=latent_steps,
+            **inputs, catalog=processor.catalog, top_k=top_k, num_beams=num_beams,
+            latent_steps=0 if write_text else latent_steps,
             deny=[torch.tensor(histories[sample]) for sample in batch] if exclude_history else None, allow_empty=True,
             memory=memory,
         )
         for name, rows in lists.items():
             rows[batch] = getattr(output, name).cpu().numpy()
         depths[batch] = output.latent_steps.cpu().numpy()
-    return Recommendations(latent_steps=depths, seconds=time.perf_counter() - start_time, **lists)
+        lengths[batch] = [len(text) - len(prompts[sample]) for text, sample in zip(texts, batch, strict=True)]
+    seconds = time.perf_counter() - start_time
+    return Recommendations(
+        latent_steps=depths, seconds=seconds, text_tokens=lengths if write_text else None, **lists
+    )
 
 
 class RankingEvaluator:

@@ -14,7 +14,7 @@ from .metrics import DEFAULT_KS, ranking_metrics, ranks, repeat_share, score_pre
 
 def evaluate_recommendations(
     predictions: Any, targets: Any, num_items: int, latent_steps: Any = None, seconds: float | None = None,
-    ks: Sequence[int] = DEFAULT_KS, histories: Sequence[Sequence[int]] | None = None,
+    ks: Sequence[int] = DEFAULT_KS, histories: Sequence[Sequence[int]] | None = None, text_tokens: Any = None,
 ) -> dict[str, float | int]:
     """
     Row of the results table for any recommender: the numbers of [`score_predictions`], repeats, depth and time.
@@ -28,6 +28,8 @@ def evaluate_recommendations(
             Wall-clock time of all users together, for `ms_per_user` (milliseconds).
         histories (`Sequence[Sequence[int]]` of length `U`, *optional*):
             Items of each user, for `repeats`: [`repeat_share`] of the first 10 entries.
+        text_tokens (of shape `(U,)`, *optional*):
+            Number of tokens of each user's written chain of thought, for `text_tokens`, their mean.
     """
     row = score_predictions(predictions, targets, num_items, ks)
     if histories is not None:
@@ -37,6 +39,8 @@ def evaluate_recommendations(
         if latent_steps.shape != (row["n"],):
             raise ValueError(f"latent_steps has shape {latent_steps.shape}; expected {(row['n'],)}.")
         row["mean_depth"] = float(latent_steps.mean())
+    if text_tokens is not None:
+        row["text_tokens"] = float(np.mean(text_tokens))
     if seconds is not None:
         row["ms_per_user"] = 1000.0 * seconds / row["n"]
     return row
@@ -50,7 +54,7 @@ def comparison_table(rows: Mapping[str, Mapping[str, float | int]]) -> str:
         cells = [name.replace("|", r"\|")]
         for column in columns:
             # Ranking metrics differ in the third or fourth digit, depth and milliseconds do not.
-            digits = 2 if column in ("mean_depth", "ms_per_user") else 4
+            digits = 2 if column in ("mean_depth", "text_tokens", "ms_per_user") else 4
             value = row.get(column, "–")
             cells.append(f"{value:.{digits}f}" if isinstance(value, float) else str(value))
         lines.append(f"| {' | '.join(cells)} |")

@@ -1,7 +1,9 @@
 """
-Exact match and depth by number of links, for the test users of the routines, as a table and as `by_links.png`.
+Exact match, depth and time by number of links, for the test users of the routines, as a table and as `by_links.png`.
 
     python recipes/routines/by_links.py direct=outputs/routines/stage1@0 LASAR-SFT=outputs/routines/stage2
+
+A model is `name=path`, `name=path@N` with `N` latent steps, or `name=path@text`, which writes a chain of thought first.
 """
 
 import sys
@@ -19,37 +21,61 @@ from lasar_hf.files import atomic_file
 
 matplotlib.use("Agg")
 
+TIMED_USERS = 100  # one at a time
+BATCH_SIZE = 64
+COLUMNS = ["mean depth", "depth = links", "tokens of text", f"ms, batch of {BATCH_SIZE}", "ms, one user"]
 
-def main(models: list[str], data_dir: str = "outputs/routines/data") -> dict[str, list[float]]:
+
+def main(models: list[str], data_dir: str = "outputs/routines/data") -> dict[str, dict[str | int, float]]:
     """
-    Print a row of a table for each `name=path`, or `name=path@N` with `N` latent steps. Returns the numbers by name:
-    exact match at each number of links, mean depth, share of users whose depth is their number of links.
+    Print a row of a table for each model. Returns the numbers by its name: exact match for each number of links, and
+    `COLUMNS`: mean depth, share of users whose depth is their number of links, mean length of the text that was
+    written, and milliseconds per user.
     """
     samples = PreparedData.load(data_dir).samples["test"]
-    needed, targets = np.array([links(history) for history in samples["history"]]), np.array(samples["target"])
-    columns = " | ".join(map(str, range(1, MAX_LINKS + 1)))
-    print(f"| links | {columns} | mean depth | depth = links |\n|---|" + "---:|" * (MAX_LINKS + 2))
+    needed = np.array([links(history) for history in samples["history"]])
+    columns = [*range(1, MAX_LINKS + 1), *COLUMNS]
+    print(f"| links | {' | '.join(map(str, columns))} |\n|---|" + "---:|" * len(columns))
     rows = {}
     for entry in models:
         name, _, location = entry.partition("=")
-        path, _, depth = location.partition("@")
-        model, processor = LasarForGenerativeRec.from_pretrained(path).eval(), LasarProcessor.from_pretrained(path)
-        output = recommend_samples(model, samples, processor, 10, 10, int(depth) if depth else None)
-        hits = output.items[:, 0] == targets
-        rows[name] = [float(hits[needed == number].mean()) for number in range(1, MAX_LINKS + 1)]
-        rows[name] += [float(output.latent_steps.mean()), float((output.latent_steps == needed).mean())]
-        print(f"| {name} | " + " | ".join(f"{value:.3f}" for value in rows[name]) + " |", flush=True)
+        rows[name] = row = evaluate(*location.partition("@")[::2], samples, needed)
+        cells = [f"{row[column]:.{1 if 'ms' in str(column) else 3}f}" for column in columns]
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
     return rows
 
 
-def plot(rows: dict[str, list[float]], path: Path) -> None:
+def evaluate(path: str, reasoning: str, samples, needed: np.ndarray) -> dict[str | int, float]:
+    """The numbers of one model; `reasoning` is a number of latent steps, `text`, or empty for the policy."""
+    model, processor = LasarForGenerativeRec.from_pretrained(path).eval(), LasarProcessor.from_pretrained(path)
+    options = {"latent_steps": int(reasoning) if reasoning.isdecimal() else None, "write_text": reasoning == "text"}
+
+    def recommend(users, batch_size):
+        return recommend_samples(model, users, processor, 10, 10, batch_size=batch_size, **options)
+
+    recommend(samples.select(range(BATCH_SIZE)), BATCH_SIZE)  # warm up
+    output = recommend(samples, BATCH_SIZE)
+    single = recommend(samples.select(range(TIMED_USERS)), 1)
+    hits = output.items[:, 0] == np.array(samples["target"])
+    row = {number: float(hits[needed == number].mean()) for number in range(1, MAX_LINKS + 1)}
+    text_tokens = 0.0 if output.text_tokens is None else float(output.text_tokens.mean())
+    values = [
+        float(output.latent_steps.mean()), float((output.latent_steps == needed).mean()), text_tokens,
+        1000 * output.seconds / len(samples), 1000 * single.seconds / TIMED_USERS,
+    ]
+    return row | dict(zip(COLUMNS, values, strict=True))
+
+
+def plot(rows: dict[str, dict[str | int, float]], path: Path) -> None:
     """Exact match by number of links, a line per model."""
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(6, 3), layout="constrained")
+    numbers = range(1, MAX_LINKS + 1)
+    figure, axes = pyplot.subplots(figsize=(7, 3.2), layout="constrained")
     for number, (name, row) in enumerate(rows.items()):
         width = len(rows) - number  # lines that are drawn later are thinner, so that equal ones are both seen
-        axes.plot(range(1, MAX_LINKS + 1), row[:MAX_LINKS], marker="o", linewidth=1 + 0.6 * width, label=name)
+        exact = [row[needed] for needed in numbers]
+        axes.plot(numbers, exact, marker="o", linewidth=1 + 0.6 * width, label=name)
     axes.set(xlabel="links from the last item to the next", ylabel="exact match", ylim=(-0.05, 1.05))
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     with atomic_file(path) as temporary:
