@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from dataclasses import fields
+from numbers import Integral
 from typing import Any
 
 
@@ -23,6 +24,13 @@ def check_choices(arguments: Any) -> None:
         choices, value = field.metadata.get("choices"), getattr(arguments, field.name)
         if choices is not None and value is not None and value not in choices:
             raise ValueError(f"{field.name} is {value!r}; expected {', '.join(map(str, choices))}.")
+
+
+def check_whole_numbers(smallest: int, **arguments: object) -> None:
+    """Refuse arguments, by name, that are not whole numbers of at least `smallest`, with a `ValueError`."""
+    for name, value in arguments.items():
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < smallest:
+            raise ValueError(f"{name} is {value!r}; expected a whole number of at least {smallest}.")
 
 
 def import_dotted(path: str) -> Any:

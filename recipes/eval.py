@@ -3,9 +3,9 @@ Rank the whole catalogue for held-out users: popularity, Markov, item-kNN, EASE,
 
     accelerate launch recipes/eval.py --config recipes/scientific/eval.yaml
 
-A model is `name=path` or, with `N` latent steps for every user, `name=path@N` (`@0` is direct generation). One that was
-trained on the task `explicit` is `name=path@text`: it writes a chain of thought before the item. Prints the
-tables and writes `report.json` and `report.md`, with the significance of each difference between neighbouring rows (a
+A model is `name=path` or, with `N` latent steps for every user, `name=path@N` (`@0` is direct generation). One that
+was trained on the task `explicit` is `name=path@text`: it writes a chain of thought before the item. Prints the tables
+and writes `report.json` and `report.md`, with the significance of each difference between neighbouring rows (a
 bootstrap over users). The prompt format is that of each checkpoint. A checkpoint with an item memory
 (recipes/memory.py) has a second row, `name + memory`. Item-kNN and EASE are tuned on validation users.
 SASRec has a row if cornac is installed (`pip install "lasar_hf[baselines]"`).
@@ -56,7 +56,9 @@ class EvaluateArguments:
 
     data_dir: str = field(metadata={"help": "Folder that recipes/prepare.py wrote."})
     output_dir: str = field(metadata={"help": "Folder of the report."})
-    models: list[str] = field(default_factory=list, metadata={"help": "`name=path`, `name=path@N` or `name=path@text`."})
+    models: list[str] = field(
+        default_factory=list, metadata={"help": "`name=path`, `name=path@N` or `name=path@text`."}
+    )
     split: str = field(default="test", metadata={"help": "Part to evaluate on.", "choices": ["validation", "test"]})
     users: int = field(default=0, metadata={"help": "Evaluate on this many users, the first ones; 0 for all."})
     num_beams: int = field(default=50, metadata={"help": "Width of the beam search."})

@@ -39,7 +39,7 @@ from lasar_hf.data import (
     write_routines,
 )
 from lasar_hf.data.prepared_data import RARE_REPEATS, load_interactions, save_interactions
-from lasar_hf.data.readers import source_settings
+from lasar_hf.data.readers import check_source_args, source_settings
 from lasar_hf.data.splits import PARTS, Split, repeat_rate
 from lasar_hf.evaluation import compare_exclusion
 from lasar_hf.files import file_hash, read_json, write_json
@@ -279,6 +279,13 @@ def measure_repeats(split: Split, validation: Dataset, num_items: int) -> dict[s
 def write_card(args: PrepareArguments, out: Path) -> None:
     """`data_card.json`: arguments, counts, description of the data, Semantic IDs and chains of thought."""
     folder = Path(args.output_dir)
+    card = card_settings(args) | card_numbers(folder)
+    card |= {name: read_json(folder / f"{name}.json") for name in ("semantic_ids", "chains")}
+    write_json(out / "data_card.json", card)
+
+
+def card_numbers(folder: Path) -> dict[str, object]:
+    """Counts and description of prepared data, with its repeat rate."""
     data = PreparedData.load(folder)
     batches = data.samples["train"].select_columns("segments").iter(BATCH_SIZE)
     num_segments = sum(len(segments) for batch in batches for segments in batch["segments"])
@@ -292,9 +299,16 @@ def write_card(args: PrepareArguments, out: Path) -> None:
     }
     show(counts)
     repeats = {"repeat_rate": data.repeat_rate, "exclude_history": data.exclude_history}
-    card = card_settings(args) | {"counts": counts, "data": description | repeats}
-    card |= {name: read_json(folder / f"{name}.json") for name in ("semantic_ids", "chains")}
-    write_json(out / "data_card.json", card)
+    return {"counts": counts, "data": description | repeats}
+
+
+def write_generated(args: PrepareArguments) -> None:
+    """The routines, and their `data_card.json`."""
+    folder, arguments = Path(args.output_dir), args.source_args or {}
+    check_source_args("routines", partial(write_routines, folder), arguments)
+    write_routines(folder, **arguments)
+    settings = {"arguments": {"source": "routines", "source_args": arguments}, "lasar_hf": __version__}
+    write_json(folder / "data_card.json", settings | card_numbers(folder))
 
 
 def card_settings(args: PrepareArguments) -> dict[str, object]:
@@ -369,7 +383,7 @@ def prepare_steps(args: PrepareArguments) -> list[Step]:
 def prepare(args: PrepareArguments) -> list[str]:
     """Run the steps that are not up to date; returns their names."""
     if args.source == "routines":  # comes with its own split, Semantic IDs and chains of thought
-        write_routines(args.output_dir, **(args.source_args or {}))
+        write_generated(args)
         return ["routines"]
     return run_steps(args.output_dir, prepare_steps(args), args.steps)
 

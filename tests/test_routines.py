@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from lasar_hf.data import PreparedData, chain_end_examples, reasoning_examples, stage1_examples, write_routines
-from lasar_hf.data.routines import MAX_LINKS, PRODUCTS, links
+from lasar_hf.data.routines import MAX_LINKS, PRODUCTS, SEGMENT, links
+from lasar_hf.files import read_json
 from tests.preparing import files, processor_of, run
 from tests.recipes import ROOT, load_recipe
 
@@ -50,8 +51,9 @@ def test_targets_lie_as_many_routines_ahead_as_the_cue_says(data):
 def test_segments_name_the_links(data):
     for sample in data.samples["train"]:
         products = follow(data, sample["history"])
-        pairs = zip(products, products[1:], strict=False)
-        assert sample["segments"] == [f"after {one} comes {other}" for one, other in pairs]
+        links = zip(sample["segments"], products, products[1:], strict=False)
+        assert all(f"the product after {one} is {other}" in text for text, one, other in links)
+        assert len(sample["segments"]) == len(products) - 1
         assert sample["chain_of_thought"] == " ".join(sample["segments"])
 
 
@@ -80,7 +82,7 @@ def test_a_chain_end_is_the_anchors_text_and_then_the_target(folder, data):
 
 def test_a_product_is_one_token_and_ends_its_segment(folder, data):
     processor = processor_of(folder, data)
-    ends = {processor.text_ids([f"after Tea comes {name}"])[0][-1] for name in PRODUCTS}
+    ends = {processor.text_ids([SEGMENT.format(one="Tea", other=name)])[0][-1] for name in PRODUCTS}
     assert len(ends) == len(PRODUCTS)
 
 
@@ -109,16 +111,28 @@ def test_users_of_validation_and_test_are_new_to_a_folder_with_fewer_links(data,
         assert others == circles[part] if part != "train" else not others & (circles["validation"] | circles["test"])
 
 
-@pytest.mark.parametrize("arguments", [{"num_users": 0}, {"max_links": 0}, {"max_links": 7}])
+@pytest.mark.parametrize(
+    "arguments", [{"num_users": 0}, {"test_users": "30"}, {"max_links": 0}, {"max_links": 7}, {"seed": 0.5}]
+)
 def test_impossible_sizes_are_refused(arguments, tmp_path):
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=next(iter(arguments))):
         write_routines(tmp_path, **arguments)
+
+
+@pytest.mark.parametrize("source", ["routines", "toy"])
+def test_unknown_source_args_are_named(source, tmp_path):
+    with pytest.raises(ValueError, match="num_shops.*its arguments are num_users"):
+        run(tmp_path, source, {"num_shops": 3})
 
 
 def test_the_recipe_writes_the_folder(tmp_path):
     arguments = {"num_users": 5, "validation_users": 2, "test_users": 3}
     run(tmp_path, "routines", arguments)
-    assert [len(part) for part in PreparedData.load(tmp_path).samples.values()] == [5, 2, 3]
+    data, card = PreparedData.load(tmp_path), read_json(tmp_path / "data_card.json")
+    assert [len(part) for part in data.samples.values()] == [5, 2, 3]
+    assert card["arguments"]["source_args"] == arguments and card["counts"]["train_samples"] == 5
+    assert card["counts"]["mean_depth"] == np.mean([len(segments) for segments in data.samples["train"]["segments"]])
+    assert card["data"]["repeat_rate"] == 0 and card["data"]["exclude_history"] and card["data"]["users"] == 10
 
 
 @pytest.mark.slow
@@ -132,6 +146,6 @@ def test_latent_steps_follow_the_links_of_new_users(tmp_path, monkeypatch):
         subprocess.run([sys.executable, script, "--config", config, "--use_cpu", "true"], check=True)
     models = {"direct": "outputs/routines/stage1@0", "latent": "outputs/routines/stage2"}
     rows = load_recipe("routines/by_links").main([f"{name}={path}" for name, path in models.items()])
-    *exact, _, right_depth = rows["latent"]
-    assert min(exact) >= 0.95 and right_depth >= 0.95
-    assert rows["direct"][0] >= 0.95 and max(rows["direct"][2:MAX_LINKS]) <= 0.5
+    direct, latent = ([row[number] for number in range(1, MAX_LINKS + 1)] for row in rows.values())
+    assert min(latent) >= 0.95 and rows["latent"]["depth = links"] >= 0.95
+    assert direct[0] >= 0.95 and max(direct[2:]) <= 0.5

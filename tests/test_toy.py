@@ -74,7 +74,9 @@ def test_steps_visit_the_whole_brand(num_items):
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"num_items": 47}, {"num_items": 40_000}, {"num_users": 0}], ids=["few", "many", "no users"]
+        "arguments",
+    [{"num_items": 47}, {"num_items": 40_000}, {"num_users": 0}, {"num_users": "30"}, {"seed": 1.5}],
+    ids=["few", "many", "no users", "text", "no whole number"],
 )
 def test_impossible_sizes_are_refused(arguments):
     with pytest.raises(ValueError, match=next(iter(arguments))):

@@ -370,13 +370,18 @@ def _bind_source(source: str, source_args: Mapping[str, object] | None) -> tuple
         function, arguments = read_lcrec, {"folder": source} | arguments
     else:
         function = _import_source(source)
+    check_source_args(source, function, arguments)
+    return function, arguments
+
+
+def check_source_args(source: str, function: Callable, arguments: Mapping[str, object]) -> None:
+    """Refuse arguments that the function of a source does not have, with a `ValueError`."""
     signature = inspect.signature(function)
     try:
         signature.bind(**arguments)
     except TypeError as error:
         names = ", ".join(signature.parameters)
         raise ValueError(f"source_args of source {source!r}: {error}; its arguments are {names}.") from error
-    return function, arguments
 
 
 def _import_source(source: str) -> Callable:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset, DatasetDict
 
+from ..arguments import check_whole_numbers
 from ..files import write_json
 from ..model.catalog_lasar import SidCatalog
 from .examples import INSTRUCTIONS
@@ -18,8 +19,8 @@ from .tokenizer import build_tokenizer
 PRODUCTS = ("Tea", "Walk", "Bath", "Book", "Chess", "Piano", "Yoga", "Soup", "Film", "Nap")
 MAX_LINKS = 6
 SEGMENT = (
-    "the history has a routine of this user that begins with {one} and goes on with {other}, so the product after {one} "
-    "is {other}"
+    "the history has a routine of this user that begins with {one} and goes on with {other}, so the product after "
+    "{one} is {other}"
 )
 _NUMBERS = ("One", "Two", "Three", "Four", "Five", "Six")
 TOKENIZER_SIZE = 600  # at most; each word becomes one token
@@ -55,11 +56,12 @@ def write_routines(
         seed (`int`, *optional*, defaults to `0`):
             Seed of the random numbers.
     """
+    check_whole_numbers(
+        1, num_users=num_users, validation_users=validation_users, test_users=test_users, max_links=max_links
+    )
+    check_whole_numbers(0, seed=seed)
     counts = dict(zip(PARTS, (num_users, validation_users, test_users), strict=True))
-    for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"There are {count} {name} users; expected at least 1.")
-    if not 1 <= max_links <= MAX_LINKS:
+    if max_links > MAX_LINKS:
         raise ValueError(f"max_links is {max_links}; expected 1 to {MAX_LINKS}.")
     # 1. Users, part after part: history, and the items that the chain of thought reaches.
     rng = np.random.default_rng(seed)

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from ..arguments import check_whole_numbers
 from .interactions import CATEGORY_SEPARATOR, Interactions
 
 
@@ -71,13 +72,13 @@ def toy_shop(num_users: int = 600, num_items: int = 192, seed: int = 0) -> Inter
     ('series-1', [43, 44, 45, 46, 47, 24, 25, 26, 27, 28, 29, 30])
     ```
     """
+    check_whole_numbers(1, num_users=num_users, num_items=num_items)
+    check_whole_numbers(0, seed=seed)
     num_series = num_items // VOLUMES
     names = [f"{adjective} {noun} {kind}".strip() for kind in _KINDS for adjective in _ADJECTIVES for noun in _NOUNS]
     if not 2 * SERIES_PER_BRAND <= num_series <= len(names):
         least, most = 2 * SERIES_PER_BRAND * VOLUMES, len(names) * VOLUMES
         raise ValueError(f"num_items is {num_items}; expected {least} to {most}.")
-    if num_users < 1:
-        raise ValueError(f"num_users is {num_users}; expected at least 1.")
     rng = np.random.default_rng(seed)
     titles = [names[index] for index in rng.permutation(len(names))[:num_series]]
     categories = rng.permutation(np.arange(num_series) % len(_CATEGORIES))

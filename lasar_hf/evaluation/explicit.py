@@ -1,8 +1,6 @@
-"""Explicit chains of thought: the text is written token by token before the item (a baseline, not in LASAR's method)."""
+"""Explicit chains of thought, the baseline of latent ones: the text is written token by token before the item."""
 
 from collections.abc import Sequence
-
-import torch
 
 from ..data.examples import MAX_CHAIN_TOKENS
 from ..model.modeling_lasar import LasarForGenerativeRec

@@ -3,7 +3,7 @@ Exact match, depth and time by number of links, for the test users of the routin
 
     python recipes/routines/by_links.py direct=outputs/routines/stage1@0 LASAR-SFT=outputs/routines/stage2
 
-A model is `name=path`, `name=path@N` with `N` latent steps, or `name=path@text`, which writes a chain of thought first.
+A model is `name=path`, `name=path@N` with `N` latent steps, or `name=path@text`, which writes a chain of thought.
 """
 
 import sys
