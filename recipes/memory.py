@@ -29,36 +29,38 @@ class MemoryArguments:
     """Arguments of the item memory."""
 
     data_dir: str = field(metadata={"help": "Folder that recipes/prepare.py wrote."})
-    models: list[str] = field(metadata={"help": "Checkpoints: `path`, or `path@N` for N latent steps."})
+    models: list[str] = field(metadata={"help": "Checkpoints: `path`, `path@N` for N latent steps, or `path@text`."})
     max_neighbours: int = field(default=200, metadata={"help": "Neighbours to keep per item."})
     users: int = field(default=10_000, metadata={"help": "Largest number of validation samples to fit the weight on."})
     num_beams: int = field(default=50, metadata={"help": "Width of the beam search."})
     batch_size: int = field(default=64, metadata={"help": "Users per batch."})
 
     def __post_init__(self):
-        wrong = [entry for entry in self.models if not (entry.partition("@")[2] or "0").isdecimal()]
+        how = {entry: entry.partition("@")[2] for entry in self.models}
+        wrong = [entry for entry, part in how.items() if not (part in ("", "text") or part.isdecimal())]
         paths = [entry.partition("@")[0] for entry in self.models]
         if wrong or not self.models or len(set(paths)) < len(paths):
             raise ValueError(
-                f"models is {wrong or self.models}; expected distinct paths, or path@N with N latent steps."
+                f"models is {wrong or self.models}; expected distinct paths, path@N with N latent steps, or path@text."
             )
         missing = [path for path in paths if not Path(path, "config.json").exists()]
         if missing:
             raise ValueError(f"models has {missing}, which are no folders of checkpoints.")
 
 
-def fit(args: MemoryArguments, data: PreparedData, memory: ItemMemory, path: str, depth: int | None) -> ItemMemory:
-    """The memory with the weight for one checkpoint."""
+def fit(args: MemoryArguments, data: PreparedData, memory: ItemMemory, path: str, reasoning: str) -> ItemMemory:
+    """The memory with the weight for one checkpoint; `reasoning` is a depth, `text`, or empty for the policy."""
     processor = LasarProcessor.from_pretrained(path)
     data.check_catalog(processor.catalog, path)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = LasarForGenerativeRec.from_pretrained(path).to(device).eval()
     samples = data.samples["validation"].shuffle(seed=0)
     samples = samples.select(range(min(args.users, len(samples))))
+    depth = int(reasoning) if reasoning.isdecimal() else None
     with onednn_linear(model):
         candidates = recommend_samples(
             model, samples, processor, args.num_beams, args.num_beams, depth, args.batch_size, progress=True,
-            exclude_history=data.exclude_history, memory=memory,
+            exclude_history=data.exclude_history, memory=memory, write_text=reasoning == "text",
         )
     fitted, lists = fit_gate(memory, candidates, list(samples["history"]), list(samples["target"]))
     results = ranking_metrics(ranks(lists, samples["target"]), ks=(10,))
@@ -76,8 +78,8 @@ def main(args: MemoryArguments) -> None:
     logger.info("item-kNN: %s, validation NDCG@10 %.4f.", tuning.settings, tuning.validation_ndcg)
     memory = build_memory(data, args.max_neighbours, **tuning.settings)
     for entry in args.models:
-        path, _, depth = entry.partition("@")
-        fit(args, data, memory, path, int(depth) if depth else None).save_pretrained(path)
+        path, _, reasoning = entry.partition("@")
+        fit(args, data, memory, path, reasoning).save_pretrained(path)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from tests.tiny import tiny_tokenizer
 
 
 RECIPES = ROOT / "recipes"
-SCRIPT_OF = {"stage1": "sft", "stage2": "sft"}
+SCRIPT_OF = {"stage1": "sft", "stage2": "sft", "stage2_eight": "sft", "explicit": "sft", "grpo_eight": "grpo"}
 SHARED = {"sft": (LasarSFTConfig, LasarModelConfig), "grpo": (LasarGRPOConfig, LasarModelConfig)}
 FILES = sorted(path for path in RECIPES.glob("*/*.yaml") if path.parent.name != "accelerate_configs")
 BACKBONE = {
@@ -72,9 +72,11 @@ def test_run_sh_runs_every_stage(path):
     text = path.read_text()
     subprocess.run(["bash", "-n", path], check=True)
     stages = re.findall(rf"--config recipes/{re.escape(path.parent.name)}/(\w+)\.yaml", text)
-    # Users of the routines have nothing in common that a memory could know.
-    memory = [] if path.parent.name == "routines" else ["memory"]
-    assert stages == ["prepare", "stage1", "stage2", "grpo", *memory, "eval"]
+    if path.parent.name == "routines":  # its users have nothing in common that a memory could know
+        explicit, ablation, eight = ["explicit"], ["stage2"], ["stage2_eight", "grpo_eight"]
+        assert stages == ["prepare", "stage1", "stage2", "grpo", *explicit, *ablation, *eight, "eval"]
+    else:
+        assert stages == ["prepare", "stage1", "stage2", "grpo", "memory", "eval"]
 
 
 @pytest.mark.parametrize("script", sorted(path.stem for path in RECIPES.glob("*.py")))
