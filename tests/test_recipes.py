@@ -73,8 +73,8 @@ def test_run_sh_runs_every_stage(path):
     subprocess.run(["bash", "-n", path], check=True)
     stages = re.findall(rf"--config recipes/{re.escape(path.parent.name)}/(\w+)\.yaml", text)
     if path.parent.name == "routines":  # its users have nothing in common that a memory could know
-        explicit, ablation, eight = ["explicit"], ["stage2"], ["stage2_eight", "grpo_eight"]
-        assert stages == ["prepare", "stage1", "stage2", "grpo", *explicit, *ablation, *eight, "eval"]
+        ablations, eight = ["stage2", "stage2"], ["stage2_eight", "grpo_eight"]
+        assert stages == ["prepare", "stage1", "stage2", "grpo", "explicit", *ablations, *eight, "eval"]
     else:
         assert stages == ["prepare", "stage1", "stage2", "grpo", "memory", "eval"]
 

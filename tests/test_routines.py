@@ -57,6 +57,15 @@ def test_segments_name_the_links(data):
         assert sample["chain_of_thought"] == " ".join(sample["segments"])
 
 
+def test_a_teacher_that_goes_on_repeats_the_last_segment(data, tmp_path):
+    write_routines(tmp_path, 60, 20, 30, min_segments=5)
+    longer = PreparedData.load(tmp_path).samples["train"]
+    assert longer["history"] == data.samples["train"]["history"]
+    for segments, texts in zip(data.samples["train"]["segments"], longer["segments"], strict=True):
+        assert texts[: len(segments)] == segments and set(texts[len(segments) :]) <= {segments[-1]}
+        assert len(texts) == max(5, len(segments))
+
+
 def test_no_two_users_have_the_same_routines(data):
     histories = [history for table in data.samples.values() for history in table["history"]]
     assert len({frozenset(history[:-2]) for history in histories}) == len(histories) == 110

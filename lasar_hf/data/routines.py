@@ -28,7 +28,7 @@ TOKENIZER_SIZE = 600  # at most; each word becomes one token
 
 def write_routines(
     folder: str | Path, num_users: int = 12_000, validation_users: int = 500, test_users: int = 1200,
-    max_links: int = MAX_LINKS, seed: int = 0,
+    max_links: int = MAX_LINKS, min_segments: int = 1, seed: int = 0,
 ) -> None:
     """
     Write prepared data ([`PreparedData`]) of a shop in which the next item lies several links away.
@@ -53,11 +53,15 @@ def write_routines(
             models that were trained on several such folders.
         max_links (`int`, *optional*, defaults to `6`):
             Largest number of links that a cue asks for. The items do not depend on it.
+        min_segments (`int`, *optional*, defaults to `1`):
+            Chains of thought with fewer links repeat their last segment until they have so many: a teacher that goes on
+            after it has found the answer. Users and targets do not depend on it.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the random numbers.
     """
     check_whole_numbers(
-        1, num_users=num_users, validation_users=validation_users, test_users=test_users, max_links=max_links
+        1, num_users=num_users, validation_users=validation_users, test_users=test_users, max_links=max_links,
+        min_segments=min_segments,
     )
     check_whole_numbers(0, seed=seed)
     counts = dict(zip(PARTS, (num_users, validation_users, test_users), strict=True))
@@ -90,6 +94,7 @@ def write_routines(
         }
         if part == "train":
             segments = [_segments(users[user][1]) for user in own]
+            segments = [texts + texts[-1:] * (min_segments - len(texts)) for texts in segments]
             tables[part] |= {"chain_of_thought": [" ".join(texts) for texts in segments], "segments": segments}
     DatasetDict({part: Dataset.from_dict(table) for part, table in tables.items()}).save_to_disk(folder / "samples")
     SidCatalog(np.arange(len(items))[:, None], item_ids, titles=titles).save_pretrained(folder / "catalog")

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A generated shop where reasoning is needed: a few minutes on one CPU core, no download. From the repository root:
+# A generated shop where reasoning is needed: within 30 minutes on two CPU cores, no download. From the repository root:
 #
 #     bash recipes/routines/run.sh
 #     LAUNCH="accelerate launch --cpu --num_processes 1" bash recipes/routines/run.sh  # without a GPU
@@ -22,8 +22,23 @@ $LAUNCH recipes/sft.py --config recipes/routines/stage2.yaml
 # Reinforcement learning of quality and depth.
 $LAUNCH recipes/grpo.py --config recipes/routines/grpo.yaml
 
-# Rank the whole catalogue for every test user, then exact match by number of links.
+# Baseline: the chain of thought as text before the item, for as many updates as stage 2.
+$LAUNCH recipes/sft.py --config recipes/routines/explicit.yaml
+
+# Ablations: as many updates without latent steps, and without the anchors.
+$LAUNCH recipes/sft.py --config recipes/routines/stage2.yaml --depth_source 0 --output_dir outputs/routines/direct
+$LAUNCH recipes/sft.py --config recipes/routines/stage2.yaml --alignment none --output_dir outputs/routines/no_anchors
+
+# A stage 2 that always takes 8 latent steps, since its teacher always writes 8 segments for the same users; then
+# reinforcement learning, which drops the steps that do not help.
+python recipes/prepare.py --source routines --source_args '{"min_segments": 8}' --output_dir outputs/routines/eight
+$LAUNCH recipes/sft.py --config recipes/routines/stage2_eight.yaml
+$LAUNCH recipes/grpo.py --config recipes/routines/grpo_eight.yaml
+
+# Rank the whole catalogue for every test user, then exact match by number of links, depth and time.
 $LAUNCH recipes/eval.py --config recipes/routines/eval.yaml
-python recipes/routines/by_links.py "direct=outputs/routines/stage1@0" "2 latent steps=outputs/routines/stage2@2" \
-    "4 latent steps=outputs/routines/stage2@4" "LASAR-SFT (policy)=outputs/routines/stage2" \
-    "LASAR-RL (policy)=outputs/routines/grpo"
+python recipes/routines/by_links.py "direct=outputs/routines/direct@0" "explicit CoT=outputs/routines/explicit@text" \
+    "LASAR-SFT=outputs/routines/stage2" "LASAR-SFT, 2 steps=outputs/routines/stage2@2" \
+    "LASAR-SFT, 4 steps=outputs/routines/stage2@4" "LASAR-SFT without alignment=outputs/routines/no_anchors" \
+    "LASAR-RL=outputs/routines/grpo" "always 8 steps=outputs/routines/stage2_eight" \
+    "always 8 steps, then RL=outputs/routines/grpo_eight"
