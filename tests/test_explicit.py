@@ -44,7 +44,8 @@ def test_examples_are_history_text_and_item():
     assert len(text) == 5 < len(processor.text_ids(["red book. blue chair."])[0])  # cut
     assert first["input_ids"] == [*history, *text, start, end, *answer]
     assert first["labels"] == [-100] * len(history) + [*text, start, -100, *answer]
-    assert second["input_ids"][len(processor.prompt_ids([3])) - 1 :][:3] == [*processor.text_ids(["the item"])[0], start]
+    text = processor.text_ids(["the item"])[0]
+    assert second["input_ids"] == [*processor.prompt_ids([3])[:-1], *text, start, end, *processor.answer_ids([5])[0]]
 
 
 @pytest.mark.parametrize("seed", range(6))

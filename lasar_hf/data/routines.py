@@ -54,7 +54,7 @@ def write_routines(
         max_links (`int`, *optional*, defaults to `6`):
             Largest number of links that a cue asks for. The items do not depend on it.
         min_segments (`int`, *optional*, defaults to `1`):
-            Chains of thought with fewer links repeat their last segment until they have so many: a teacher that goes on
+            Chains of thought with fewer links repeat their last segment until they have so many: a teacher goes on
             after it has found the answer. Users and targets do not depend on it.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the random numbers.
