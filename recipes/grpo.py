@@ -47,13 +47,15 @@ class GRPOScriptArguments:
     stage1_model: str | None = field(default=None, metadata={"help": "Stage-1 checkpoint that encoded the anchors."})
     reward_funcs: list[str] = field(
         default_factory=lambda: ["exact_match", "ranking"],
-        metadata={"help": "Rewards: exact_match, ranking, or the dotted path of a function, such as mine.diversity."},
+        metadata={
+            "help": "Rewards: exact_match, ranking, prefix, or the dotted path of a function, such as mine.diversity."
+        },
     )
     eval_users: int = field(
         default=0,
         metadata={
-            "help": "Validation users on whom the result must not be worse (NDCG@10) than the starting checkpoint, "
-            "which is saved otherwise; 0 for no comparison."
+            "help": "Validation users to rank at each evaluation (see eval_strategy). The result must not be worse on "
+            "them (NDCG@10) than the starting checkpoint, which is saved otherwise; 0 for no comparison."
         },
     )
 
@@ -108,20 +110,23 @@ def main(script: GRPOScriptArguments, training_args: LasarGRPOConfig, model_args
     else:  # by name, so that TRL can load the reference model too
         training_args.model_init_kwargs = model_args.init_kwargs | (training_args.model_init_kwargs or {})
         config = LasarConfig.from_pretrained(model)
+    evaluator = None
+    if script.eval_users:
+        validation = data.samples["validation"].shuffle(seed=0)
+        validation = validation.select(range(min(script.eval_users, len(validation))))
+        evaluator = RankingEvaluator(validation, processor, latent_steps=training_args.fixed_depth)
     rewards = load_rewards(script.reward_funcs, processor.catalog, config, training_args.num_generations)
     trainer = LasarGRPOTrainer(
-        model, training_args, reward_funcs=rewards, processing_class=processor,
+        model, training_args, reward_funcs=rewards, processing_class=processor, ranking_evaluator=evaluator,
         train_dataset=grpo_examples(data.samples["train"], processor, terminal_anchors(script, model_args.dtype)),
         peft_config=lora_from_arguments(model, model_args),
     )
     trainer.train(resume_from_checkpoint=checkpoint)
-    if script.eval_users:
-        validation = data.samples["validation"].shuffle(seed=0)
-        validation = validation.select(range(min(script.eval_users, len(validation))))
+    if evaluator is not None:
         with unsharded_weights():
             start = load_model(model_args.model_name_or_path, **model_args.init_kwargs)
         start = start.merge_and_unload() if isinstance(start, PeftModel) else start
-        save_better(trainer, RankingEvaluator(validation, processor), start)
+        save_better(trainer, evaluator, start)
     else:
         save_trained(trainer)
     trainer.accelerator.end_training()

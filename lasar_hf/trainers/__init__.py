@@ -8,7 +8,7 @@ from .lora import is_adapter, lasar_lora_config, load_model, lora_from_arguments
 from .losses import DISTANCES, alignment_loss, bidirectional_kl, depth_entropy, exact_depth_loss, reinforce_loss
 from .model_config import LasarModelConfig
 from .resume import checkpoint_to_resume, starting_files
-from .rewards import ExactMatchReward, RankingReward, load_rewards
+from .rewards import ExactMatchReward, PrefixReward, RankingReward, load_rewards
 from .sft_config import LasarSFTConfig
 from .sft_trainer import LasarDataCollator, LasarSFTTrainer
 from .sharding import unsharded_weights
@@ -24,6 +24,7 @@ __all__ = [
     "LasarModelConfig",
     "LasarSFTConfig",
     "LasarSFTTrainer",
+    "PrefixReward",
     "RankingReward",
     "add_catalog_head",
     "alignment_loss",

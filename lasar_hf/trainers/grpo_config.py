@@ -26,12 +26,28 @@ class LasarGRPOConfig(GRPOConfig):
             Weight `γ_KL` of the terminal anchor loss.
         depth_weight (`float`, *optional*, defaults to `0.1`):
             Weight `γ_RF` of REINFORCE on the depth policy. At 0 the policy head is frozen.
-        step_cost (`float`, *optional*, defaults to `0.005`):
-            Cost `λ` of one latent step, in units of reward.
+        depth_gradient (`str`, *optional*, defaults to `"reinforce"`):
+            Gradient of the depth policy. `"reinforce"`: from the one depth that was drawn for a prompt, as in the
+            paper. `"exact"`: from all depths of the prompt, whose rewards `log p(target | N)` come from one chain of
+            latent steps, see [`~lasar_hf.trainers.exact_depth_loss`].
+        depth_reward (`str`, *optional*, defaults to `"mean"`):
+            Reward of a group, `R_group`, for `"reinforce"`. `"mean"`: mean of the candidates' rewards, as in the
+            paper. `"rank"`: `1 / log2(r + 1)` with the rank `r` of the target among the distinct candidates, 0
+            without it, which is on the scale of NDCG.
+        fixed_depth (`int`, *optional*):
+            Draw all candidates after this number of latent steps instead of the policy's. Needs `depth_weight=0`.
+        step_cost (`float` or `"auto"`, *optional*, defaults to `0.005`):
+            Cost `λ` of one latent step, in units of reward. `"auto"`, for `depth_gradient="exact"`: half of what the
+            best depth of a prompt gains over the first one, as a mean over the first batch.
+        step_cost_warmup (`float`, *optional*, defaults to `0.0`):
+            Part of all steps in which the cost rises linearly from 0.
         depth_entropy_weight (`float`, *optional*, defaults to `0.01`):
             Weight `η` of the entropy bonus of the depth policy.
         baseline_decay (`float`, *optional*, defaults to `0.95`):
             Decay of the running mean `b_EMA` of the group rewards.
+        drop_groups_without_signal (`bool`, *optional*, defaults to `False`):
+            Leave groups whose candidates all have the same reward out of `L_GRPO`, which then is a mean over the
+            other groups. They have no policy gradient, only a KL penalty. The other losses still use them.
         prompts_per_user (`int`, *optional*, defaults to `1`):
             Number of prompts of one user, with histories that continue one another, that stay together in the order of
             training. Together they are read once; more of them make a step faster and its gradient less diverse.
@@ -66,9 +82,23 @@ class LasarGRPOConfig(GRPOConfig):
     )
     terminal_weight: float = field(default=0.1, metadata={"help": "Weight of the terminal anchor loss, gamma_KL."})
     depth_weight: float = field(default=0.1, metadata={"help": "REINFORCE weight, gamma_RF; 0 freezes the policy."})
-    step_cost: float = field(default=0.005, metadata={"help": "Cost of one latent step in units of reward, lambda."})
+    depth_gradient: str = field(
+        default="reinforce",
+        metadata={"help": "Depth policy: from the drawn depth, or all.", "choices": ["reinforce", "exact"]},
+    )
+    depth_reward: str = field(
+        default="mean", metadata={"help": "Reward of a group for reinforce.", "choices": ["mean", "rank"]}
+    )
+    fixed_depth: int | None = field(default=None, metadata={"help": "Latent steps of all candidates; no policy."})
+    step_cost: float | str = field(
+        default=0.005, metadata={"help": "Cost of one latent step in units of reward, lambda, or auto."}
+    )
+    step_cost_warmup: float = field(default=0.0, metadata={"help": "Part of the steps in which the cost rises."})
     depth_entropy_weight: float = field(default=0.01, metadata={"help": "Entropy bonus of the depth policy, eta."})
     baseline_decay: float = field(default=0.95, metadata={"help": "Decay of the running mean of the group rewards."})
+    drop_groups_without_signal: bool = field(
+        default=False, metadata={"help": "Leave groups of equal rewards out of the policy gradient and its KL."}
+    )
     prompts_per_user: int = field(default=1, metadata={"help": "Prompts of a user that stay together; read once."})
     use_bias_correction_kl: bool = field(default=True, metadata={"help": "Unbiased gradient of the KL penalty."})
     router_aux_loss_coef: float | None = field(default=0.0, metadata={"help": "Keep it at 0."})
@@ -80,5 +110,26 @@ class LasarGRPOConfig(GRPOConfig):
             raise ValueError(
                 f"router_aux_loss_coef is {self.router_aux_loss_coef}, but no router loss is added; expected 0."
             )
+        self._check_depth_arguments()
         refuse_unused_search(self)
         super().__post_init__()
+
+    def _check_depth_arguments(self):
+        if self.step_cost != "auto":
+            try:
+                self.step_cost = float(self.step_cost)
+            except ValueError:
+                raise ValueError(f"step_cost is {self.step_cost!r}; expected a number or auto.") from None
+        has_policy = self.depth_weight > 0
+        checks = [
+            (0 <= self.step_cost_warmup <= 1, f"step_cost_warmup is {self.step_cost_warmup}; expected 0 to 1."),
+            (self.step_cost != "auto" or self.depth_gradient == "exact",
+             'step_cost is "auto", which needs depth_gradient="exact", the rewards of all depths.'),
+            (self.fixed_depth is None or not has_policy,
+             f"fixed_depth is {self.fixed_depth}, so the depth policy cannot learn; set depth_weight to 0."),
+            (not self.drop_groups_without_signal or self.loss_type in ("grpo", "dapo", "dr_grpo"),
+             f"drop_groups_without_signal needs loss_type grpo, dapo or dr_grpo; it is {self.loss_type}."),
+        ]  # fmt: skip
+        for is_met, message in checks:
+            if not is_met:
+                raise ValueError(message)

@@ -4,6 +4,7 @@ import inspect
 import math
 import os
 import warnings
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -24,7 +25,7 @@ from ..model.decoding_lasar import history_filter, sample_items
 from .catalog_head import add_catalog_head
 from .grpo_config import LasarGRPOConfig
 from .lora import check_token_rows, complete_reference, is_adapter, load_model, train_policy_head
-from .losses import DISTANCES, reinforce_loss
+from .losses import DISTANCES, exact_depth_loss, reinforce_loss
 from .prefix_sampler import PrefixRepeatSampler, prefix_groups
 from .rewards import load_rewards
 from .sharding import refuse_zero3, uses_zero3
@@ -52,7 +53,7 @@ UNSUPPORTED = ("rollout_func", "tools", "environment_factory")
 # Metrics of an evaluation; there are more for each reward.
 METRICS = (
     "reward", "reward_std", "frac_reward_zero_std", "entropy", "mean_depth", "depth_entropy", "latent_norm_ratio",
-    "reward_baseline",
+    "latent_cosine", "reward_baseline",
 )  # fmt: skip
 
 
@@ -68,7 +69,7 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
     For each prompt a depth `N ~ π(· | h_0)` is drawn and the latent loop runs once. The `G` candidates are drawn from
     the policy normalised over the catalogue, which also scores them, so the ratio is 1 on-policy. The latent slots are
     part of the prompt's token ids, so every forward of TRL runs at that depth. `alignment` may replace `KL_bi`; `L_RF`
-    is [`~lasar_hf.trainers.reinforce_loss`].
+    is [`~lasar_hf.trainers.reinforce_loss`], or [`~lasar_hf.trainers.exact_depth_loss`] (`depth_gradient`).
 
     Args:
         model (`str` or [`LasarForGenerativeRec`] or [`~peft.PeftModel`]):
@@ -81,6 +82,8 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
         train_dataset ([`~datasets.Dataset`]):
             Columns `prompt` (text that ends in `<|latent_start|>`), `target` (index in the catalogue, or item id) and,
             for the terminal loss, `terminal_anchor` (`H` floats), see [`~lasar_hf.data.grpo_examples`].
+        ranking_evaluator (`Callable` or `dict[str, Callable]`, *optional*):
+            As for [`LasarSFTTrainer`].
         kwargs:
             Passed to [`~trl.GRPOTrainer`].
     """
@@ -97,7 +100,8 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
 
     def __init__(
         self, model, args: LasarGRPOConfig, catalog: SidCatalog | None = None, reward_funcs=None,
-        train_dataset=None, eval_dataset=None, processing_class=None, **kwargs,
+        train_dataset=None, eval_dataset=None, processing_class=None,
+        ranking_evaluator: Callable[[nn.Module], dict[str, float]] | dict[str, Callable] | None = None, **kwargs,
     ):
         self.processor, tokenizer, self.catalog = split_processor(model, processing_class, catalog)
         if self.catalog is None:
@@ -105,20 +109,19 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
         _check_arguments(args, kwargs, has_eval=eval_dataset is not None, num_items=self.catalog.num_items)
         train_dataset = _checked_examples(train_dataset, self.catalog)
         eval_dataset = _checked_examples(eval_dataset, self.catalog, "eval_dataset")
+        eval_dataset = self.set_ranking_evaluator(ranking_evaluator, eval_dataset)
         model = load_model(model, **(args.model_init_kwargs or {})) if is_adapter(model) else model
         refuse_zero3(model, args, kwargs.get("peft_config"))
         config = AutoConfig.from_pretrained(model) if isinstance(model, str) else unwrap_lasar(model).config
         self.catalog.check_matches(config.num_sid_levels, config.codebook_size)
+        if args.fixed_depth not in (None, *range(config.max_latent_steps + 1)):
+            raise ValueError(f"fixed_depth is {args.fixed_depth}; expected 0 to {config.max_latent_steps}.")
         args.max_completion_length = config.num_sid_levels
         if reward_funcs is None:
             reward_funcs = load_rewards(["exact_match", "ranking"], self.catalog, config, args.num_generations)
-        # TRL reloads the reference from `config._name_or_path`. For an adapter it is the model without the adapter.
+        # For an adapter the reference is the model without the adapter.
         if args.beta > 0 and kwargs.get("peft_config") is None and isinstance(model, PreTrainedModel):
-            folder, state = os.path.join(args.output_dir, "reference_model"), PartialState()
-            if state.is_main_process:
-                model.save_pretrained(folder)
-            state.wait_for_everyone()
-            model.config._name_or_path = folder
+            _save_reference(model, os.path.join(args.output_dir, "reference_model"))
         with warnings.catch_warnings():
             # TRL warns that `rollout_func` is experimental. Its version is pinned and a test covers the contract.
             warnings.filterwarnings("ignore", message="You are using 'rollout_func'")
@@ -142,6 +145,8 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
         self.record_latent_states(lasar)
         self._group_rewards: torch.Tensor | None = None
         self.reward_baseline: float | None = None  # b_EMA; starts as the mean reward of the first batch
+        # λ; the first batch sets an automatic one.
+        self.step_cost: float | None = None if args.step_cost == "auto" else args.step_cost
 
     def draw_candidates(self, prompts: list[str], trainer: GRPOTrainer) -> dict[str, list]:
         """
@@ -180,10 +185,11 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
         """A depth `(B,)` with its log-probability `(B,)` and `G` items `(B, G)` for each prompt."""
         trie = self.catalog.trie(prompt_ids.device)
         options = {"replacement": self.args.sampling == "sample"}
-        min_steps = lasar.config.min_latent_steps
-        choose = partial(sampled_depth, min_latent_steps=min_steps)
+        min_steps, depths = lasar.config.min_latent_steps, self.args.fixed_depth
+        if depths is None:
+            depths = partial(sampled_depth, min_latent_steps=min_steps)
         with lasar.evaluation_mode():
-            state, trees = lasar.encode_prompt_trees(prompt_ids, prompt_mask, choose)
+            state, trees = lasar.encode_prompt_trees(prompt_ids, prompt_mask, depths)
             history = history_filter(lasar.config, trie, prompt_ids[trees.member])
             leaves, scores = sample_items(
                 lasar, state, trie, self.num_generations, self.temperature, history=history, **options
@@ -195,25 +201,52 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
             )
         depths, leaves = state.depths[trees.path], leaves[trees.path]  # (B,), (B, G)
         log_policy = state.depth_logits[trees.path].float().log_softmax(dim=-1)  # (B, C)
-        log_probs = log_policy.gather(1, depths[:, None] - min_steps)[:, 0]  # (B,)
+        # A fixed depth that is no class of the policy has no probability, and none is needed.
+        log_probs = log_policy.gather(1, (depths[:, None] - min_steps).clamp(min=0))[:, 0]  # (B,)
         # Items that share a Semantic ID are one candidate, represented by the first of them.
         return depths, log_probs, trie.items(leaves)[..., 0]
+
+    def _target_log_probs(self, lasar, prompt_ids: list[list[int]], targets: list[int]) -> torch.Tensor:
+        """`log p(target | N)` of each prompt for every depth `N` of the policy, `(B, C)`."""
+        config = lasar.config
+        first_ids = config.sid_token_id(0, 0) + config.codebook_size * torch.arange(config.num_sid_levels)  # (M,)
+        answers = (self.catalog.codes[targets] + first_ids).tolist()  # B × M
+        depths = range(config.min_latent_steps, config.max_latent_steps + 1)
+        rows = [
+            [*prompt, *[config.latent_token_id] * depth, config.latent_end_token_id, *answer]
+            for prompt, answer in zip(prompt_ids, answers, strict=True)
+            for depth in depths
+        ]  # B · C
+        size, parts = max(self.args.per_device_train_batch_size // len(depths), 1) * len(depths), []
+        with lasar.evaluation_mode():
+            for start in range(0, len(rows), size):  # whole prompts, whose depths share one chain
+                part = [torch.tensor(row, device=self.accelerator.device) for row in rows[start : start + size]]
+                ids, mask = pad(part, padding_side="left"), pad([torch.ones_like(row) for row in part], 0, "left")
+                labels = ids.clone()
+                labels[:, : -config.num_sid_levels] = -100
+                # Not called as a module: the weights are gathered already.
+                scored = lasar.forward(ids, mask, labels=labels, fused_lm_head=True)
+                parts.append(scored.log_probs.sum(dim=1))
+        return torch.cat(parts).view(-1, len(depths))  # (B, C)
 
     def check_best_metric(self, eval_dataset) -> None:
         """Refuse a `metric_for_best_model` that no evaluation returns; a reward with `log_metric` may return any."""
         metric = self.args.metric_for_best_model
         functions = [function for function in self.reward_funcs if not isinstance(function, nn.Module)]
-        if metric is None or any("log_metric" in inspect.signature(function).parameters for function in functions):
+        may_log = any("log_metric" in inspect.signature(function).parameters for function in functions)
+        if metric is None or may_log or self.ranking_names() is None:
             return
         names = [f"{name}_loss" for name in eval_dataset] if isinstance(eval_dataset, dict) else ["loss"]
         names += [*METRICS, "kl"] if self.args.beta > 0 else METRICS
-        names += ["depth_loss"] if self.args.depth_weight > 0 else []
+        names += ["depth_loss", "step_cost"] if self.args.depth_weight > 0 else []
         has_anchors = any("terminal_anchor" in dataset.column_names for dataset in as_sets(eval_dataset))
         names += ["terminal_loss"] if self.args.alignment != "none" and has_anchors else []
         names += [f"rewards/{name}/{part}" for name in self.reward_func_names for part in ("mean", "std")]
-        if not eval_dataset or metric.removeprefix("eval_") not in names:
+        names = [*(names if eval_dataset else ()), *self.ranking_names()]
+        if metric.removeprefix("eval_") not in names:
             raise ValueError(
-                f"metric_for_best_model is {metric!r}; expected an eval_dataset and one of {', '.join(names)}."
+                f"metric_for_best_model is {metric!r}; expected an eval_dataset or a ranking_evaluator, and one of "
+                f"{', '.join(names)}."
             )
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
@@ -247,11 +280,17 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
         """Add what the extra losses need to the batch, so that TRL shuffles and splits it with the candidates."""
         output = super()._generate_and_score_completions(inputs)
         rewards = self._group_rewards  # (P,)
+        if self.args.depth_reward == "rank":
+            rewards = self.accelerator.gather(rewards.new_tensor(self._rank_rewards(inputs)))
         start = self.accelerator.process_index * len(inputs)
         output["group_reward"] = rewards[start : start + len(inputs)]  # (B · G,), those of this process
         mean = rewards.mean().item()
         baseline = mean if self.reward_baseline is None else self.reward_baseline
         output["reward_baseline"] = torch.full_like(output["group_reward"], baseline)  # (B · G,)
+        if self.args.depth_gradient == "exact" and self.args.depth_weight > 0:
+            output["depth_rewards"] = self._depth_rewards(inputs)  # (B · G, C)
+        if self.args.drop_groups_without_signal:
+            self._drop_groups(output)
         # TRL wrote what the rollout returned into the examples.
         output["depth_log_prob"] = rewards.new_tensor([example["depth_log_prob"] for example in inputs])  # (B · G,)
         if self.args.alignment != "none":  # prompts without an anchor get zeros, and no terminal loss
@@ -265,10 +304,48 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
             self.reward_baseline = decay * baseline + (1 - decay) * mean
         return output
 
+    def _rank_rewards(self, inputs) -> list[float]:
+        """`1 / log2(r + 1)` for each candidate, with the rank of the target in its group; 0 without the target."""
+        rewards, size = [], self.num_generations
+        for start in range(0, len(inputs), size):
+            group = inputs[start : start + size]
+            distinct = list(dict.fromkeys(example["items"] for example in group))  # by descending probability
+            codes = self.catalog.codes[distinct]  # (D, M)
+            is_target = (codes == self.catalog.codes[group[0]["target"]]).all(dim=1)  # (D,)
+            found = is_target.nonzero()[:, 0].tolist()
+            rewards += [1 / math.log2(found[0] + 2) if found else 0.0] * size
+        return rewards
+
+    def _depth_rewards(self, inputs) -> torch.Tensor:
+        """`log p(target | N)` of each candidate's prompt, `(B · G, C)`. The first ones set an automatic step cost."""
+        prompts = inputs[:: self.num_generations]
+        ids = self.processing_class([row["prompt"] for row in prompts], add_special_tokens=False).input_ids
+        score = partial(self._target_log_probs, prompt_ids=ids, targets=[row["target"] for row in prompts])
+        rewards = self.on_gathered_weights(score)  # (B, C)
+        if self.step_cost is None:
+            gains = self.accelerator.gather(rewards.max(dim=1).values - rewards[:, 0])
+            self.step_cost = 0.5 * gains.mean().item()
+        return rewards.repeat_interleave(self.num_generations, dim=0)
+
+    def _drop_groups(self, output: dict) -> None:
+        """Leave groups without advantages out of TRL's loss, which becomes a mean over the others."""
+        groups = output["advantages"].view(-1, self.num_generations)  # (B, G)
+        has_signal = (groups != 0).any(dim=1).repeat_interleave(self.num_generations)  # (B · G,)
+        output["completion_mask"] = output["completion_mask"] * has_signal[:, None]
+        share = self.accelerator.gather(has_signal.float()).mean()
+        output["loss_scale"] = torch.where(share > 0, 1 / share, 0.0).expand(len(has_signal))  # (B · G,)
+
+    def _present_step_cost(self) -> float:
+        """`λ`, which rises linearly from 0 during the warm-up."""
+        warmup = self.args.step_cost_warmup * self.state.max_steps
+        return self.step_cost * min(1.0, self.state.global_step / warmup) if warmup > 0 else self.step_cost
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """`L_GRPO` of TRL, plus the terms that read the latent states of the same pass."""
         # 1. The clipped policy gradient and the KL penalty; this runs the model.
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self.args.drop_groups_without_signal:
+            loss = loss * inputs["loss_scale"][0]
         output = self._outputs.pop()
         metrics = latent_metrics(output, unwrap_lasar(self.model).get_input_embeddings())
         extra = torch.zeros_like(loss)
@@ -278,18 +355,25 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
             steps = output.latent_steps
             last = output.latent_states[torch.arange(len(steps), device=steps.device), steps]  # (B, H)
             distances = DISTANCES[self.args.alignment](last, inputs["terminal_anchor"])  # (B,)
-            total, count = (distances * inputs["has_anchor"]).sum(), inputs["has_anchor"].sum()
+            has_anchor = inputs["has_anchor"] * (steps > 0)  # (B,); h_0 is no latent step
+            total, count = (distances * has_anchor).sum(), has_anchor.sum()
             metrics["terminal_loss"] = total, count
             extra = extra + self.args.terminal_weight * self.weight_of_mean(count) * total / count.clamp(min=1)
 
-        # 3. REINFORCE on the depth policy.
+        # 3. The depth policy.
         if self.args.depth_weight > 0:
-            depth = reinforce_loss(
-                output.depth_logits, output.latent_steps, inputs["group_reward"], inputs["reward_baseline"],
-                self.args.step_cost, self.args.depth_entropy_weight, inputs["depth_log_prob"],
-                unwrap_lasar(self.model).config.min_latent_steps,
-            )
+            step_cost, first = self._present_step_cost(), unwrap_lasar(self.model).config.min_latent_steps
+            if self.args.depth_gradient == "exact":
+                depth = exact_depth_loss(
+                    output.depth_logits, inputs["depth_rewards"], step_cost, self.args.depth_entropy_weight, first
+                )
+            else:
+                depth = reinforce_loss(
+                    output.depth_logits, output.latent_steps, inputs["group_reward"], inputs["reward_baseline"],
+                    step_cost, self.args.depth_entropy_weight, inputs["depth_log_prob"], first,
+                )
             metrics["depth_loss"] = depth * len(output.depth_logits), len(output.depth_logits)
+            metrics["step_cost"] = step_cost, 1
             extra = extra + self.args.depth_weight * depth
 
         # 4. Like TRL's own loss: the Trainer does not divide by the number of accumulated micro-batches afterwards.
@@ -302,7 +386,9 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
         if self.args.should_save:
             folder = os.path.join(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
             micro_batch = self._step % (self.args.steps_per_generation * self.num_iterations)
-            state = {"reward_baseline": self.reward_baseline, "micro_batch": micro_batch}
+            state = {
+                "reward_baseline": self.reward_baseline, "step_cost": self.step_cost, "micro_batch": micro_batch
+            }  # fmt: skip
             write_json(os.path.join(folder, STATE_NAME), state)
         super()._save_checkpoint(model, trial)
 
@@ -315,7 +401,16 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
                     f"{checkpoint} was saved during a generation (micro_batch {state['micro_batch']}), whose "
                     "candidates are lost. Resume from an earlier checkpoint."
                 )
-            self.reward_baseline = state["reward_baseline"]
+            self.reward_baseline, self.step_cost = state["reward_baseline"], state["step_cost"]
+
+
+def _save_reference(model: PreTrainedModel, folder: str) -> None:
+    """Save the start of the run where TRL loads the reference from, `config._name_or_path`."""
+    state = PartialState()
+    if state.is_main_process:
+        model.save_pretrained(folder)
+    state.wait_for_everyone()
+    model.config._name_or_path = folder
 
 
 def _checked_examples(dataset: object, catalog: SidCatalog, where: str = "train_dataset") -> object:

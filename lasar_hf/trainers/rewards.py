@@ -7,6 +7,7 @@ training examples and `items`, the index of each candidate in the catalogue.
 
 import math
 from collections.abc import Callable
+from itertools import accumulate
 
 from ..arguments import import_dotted
 from ..model.catalog_lasar import SidCatalog
@@ -80,6 +81,29 @@ class RankingReward(ExactMatchReward):
         return rewards
 
 
+class PrefixReward(ExactMatchReward):
+    """
+    Credit for the leading codes of a wrong candidate that agree with the target's: `0.2 · (agreeing codes) / M` (not
+    in the paper). The target itself gets 0, since [`ExactMatchReward`] rewards it.
+
+    Args:
+        catalog, config:
+            As for [`ExactMatchReward`].
+    """
+
+    __name__ = "prefix"
+    scale = 0.2  # so that no prefix is worth as much as the target
+
+    def __call__(self, completion_ids: list[list[int]], target: list[int], **kwargs) -> list[float]:
+        hits = super().__call__(completion_ids, target)
+        rewards = []
+        for token_ids, item, hit in zip(completion_ids, target, hits, strict=True):
+            answer = self.answer_ids[item]
+            agreeing = list(accumulate((a == b for a, b in zip(token_ids, answer, strict=True)), min))
+            rewards.append(0.0 if hit else self.scale * sum(agreeing) / len(answer))
+        return rewards
+
+
 def load_rewards(
     names: list[str], catalog: SidCatalog, config: LasarConfig, num_generations: int
 ) -> list[Callable[..., list[float]]]:
@@ -88,14 +112,15 @@ def load_rewards(
 
     Args:
         names (`list[str]`):
-            `"exact_match"`, `"ranking"`, or the dotted path of a function such as `"my_rewards.half_match"`; the
-            current directory is searched too.
+            `"exact_match"`, `"ranking"`, `"prefix"`, or the dotted path of a function such as
+            `"my_rewards.half_match"`; the current directory is searched too.
         catalog, config, num_generations:
             As for [`RankingReward`].
     """
     built_in = {
-        "exact_match": ExactMatchReward(catalog, config), "ranking": RankingReward(catalog, config, num_generations)
-    }
+        "exact_match": ExactMatchReward(catalog, config), "prefix": PrefixReward(catalog, config),
+        "ranking": RankingReward(catalog, config, num_generations),
+    }  # fmt: skip
     rewards = []
     for name in names:
         if name in built_in:

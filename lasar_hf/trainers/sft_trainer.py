@@ -145,12 +145,8 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
             raise ValueError('alignment="item_kl" needs the items. Pass catalog, or a LasarProcessor.')
         _check_arguments(args, train_dataset, eval_dataset, kwargs)
         model = load_model(model, **(args.model_init_kwargs or {})) if is_adapter(model) else model
-        named = ranking_evaluator if isinstance(ranking_evaluator, dict) else {"": ranking_evaluator}
-        # Ranking evaluators by the prefix of their metrics.
-        self.evaluators = {f"{name}_" if name else "": part for name, part in named.items() if part is not None}
-        if eval_dataset is None and self.evaluators:
-            eval_dataset = {}  # no sets; the Trainer would refuse None
-        _check_best_metric(args, eval_dataset, self.evaluators)
+        eval_dataset = self.set_ranking_evaluator(ranking_evaluator, eval_dataset)
+        _check_best_metric(args, eval_dataset, self.ranking_names())
         refuse_zero3(model, args, kwargs.get("peft_config"))
         super().__init__(
             model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, processing_class=tokenizer, **kwargs
@@ -275,22 +271,10 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
         return alignment_loss(latents @ items.T, anchors.to(items.dtype) @ items.T, mask, "kl")
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """TRL's losses, plus the metrics of `ranking_evaluator`."""
+        """TRL's losses, plus the metrics of `ranking_evaluator`, of examples that are checked as at the start."""
         for dataset in as_sets(eval_dataset):
             check_lengths(dataset, unwrap_lasar(self.model).config, self.args.max_length)
-        # The Trainer calls this method again for each named set, which must not rank.
-        evaluators, self.evaluators = self.evaluators, {}
-        try:
-            metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        finally:
-            self.evaluators = evaluators
-        for prefix, evaluator in evaluators.items():
-            values = self.on_gathered_weights(evaluator)
-            ranking = {f"{metric_key_prefix}_{prefix}{name}": value for name, value in values.items()}
-            self.log(dict(ranking))
-            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, ranking)
-            metrics |= ranking
-        return metrics
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
 
 def _depth_rows(args: LasarSFTConfig, config: LasarConfig) -> DepthRows | None:
@@ -326,13 +310,13 @@ def _check_arguments(args: LasarSFTConfig, train_dataset: Any, eval_dataset: Any
         )
 
 
-def _check_best_metric(args: LasarSFTConfig, eval_dataset: Any, evaluators: dict[str, Callable]) -> None:
+def _check_best_metric(args: LasarSFTConfig, eval_dataset: Any, ranking_names: list[str] | None) -> None:
     """Refuse a `metric_for_best_model` that no evaluation returns; callables of a user may return any metric."""
     metric = args.metric_for_best_model
-    if metric is None or not all(hasattr(evaluator, "metric_names") for evaluator in evaluators.values()):
+    if metric is None or ranking_names is None:
         return
     names = [f"{name}_loss" for name in eval_dataset] if isinstance(eval_dataset, dict) else ["loss"]
-    names += [f"{prefix}{name}" for prefix, evaluator in evaluators.items() for name in evaluator.metric_names]
+    names += ranking_names
     if eval_dataset:  # TRL and `compute_loss`
         names += ["mean_token_accuracy", "entropy", "depth_entropy"]
         if all("sample_index" in (dataset.column_names or ()) for dataset in as_sets(eval_dataset)):  # not held out

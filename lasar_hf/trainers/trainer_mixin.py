@@ -154,6 +154,37 @@ class LasarTrainerMixin:
             finally:
                 del model._gathered
 
+    def set_ranking_evaluator(self, ranking_evaluator: Callable | dict | None, eval_dataset: Any) -> Any:
+        """
+        Keep the ranking evaluators by the prefix of their metrics. Returns the evaluation set for the Trainer: that of
+        the user, or no sets, `{}`, if there is none but an evaluator. The Trainer would refuse `None`.
+        """
+        named = ranking_evaluator if isinstance(ranking_evaluator, dict) else {"": ranking_evaluator}
+        self.evaluators = {f"{name}_" if name else "": part for name, part in named.items() if part is not None}
+        return {} if eval_dataset is None and self.evaluators else eval_dataset
+
+    def ranking_names(self) -> list[str] | None:
+        """Names of the metrics of the ranking evaluators; `None` if one is a callable that may return any."""
+        if not all(hasattr(evaluator, "metric_names") for evaluator in self.evaluators.values()):
+            return None
+        return [f"{prefix}{name}" for prefix, part in self.evaluators.items() for name in part.metric_names]
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """TRL's evaluation, plus the metrics of `ranking_evaluator`."""
+        # The Trainer calls this method again for each named set, which must not rank.
+        evaluators, self.evaluators = self.evaluators, {}
+        try:
+            metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        finally:
+            self.evaluators = evaluators
+        for prefix, evaluator in evaluators.items():
+            values = self.on_gathered_weights(evaluator)
+            ranking = {f"{metric_key_prefix}_{prefix}{name}": value for name, value in values.items()}
+            self.log(dict(ranking))
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, ranking)
+            metrics |= ranking
+        return metrics
+
     def weight_of_mean(self, count: torch.Tensor) -> torch.Tensor:
         """
         Weight of a mean over `count` local terms that makes DDP's mean of the processes the mean over all terms. Every
