@@ -8,7 +8,8 @@ was trained on the task `explicit` is `name=path@text`: it writes a chain of tho
 and writes `report.json` and `report.md`, with the significance of each difference between neighbouring rows (a
 bootstrap over users). The prompt format is that of each checkpoint. A checkpoint with an item memory
 (recipes/memory.py) has a second row, `name + memory`. Item-kNN and EASE are tuned on validation users.
-SASRec has a row if cornac is installed (`pip install "lasar_hf[baselines]"`).
+SASRec has a row if cornac is installed (`pip install "lasar_hf[baselines]"`). `lists.npz` has the list and the depth
+of every user.
 """
 
 import tempfile
@@ -43,6 +44,7 @@ from lasar_hf.evaluation import (
     slices,
     tuning_notes,
 )
+from lasar_hf.files import atomic_file
 from lasar_hf.onednn import onednn_linear
 
 
@@ -63,6 +65,8 @@ class EvaluateArguments:
     users: int = field(default=0, metadata={"help": "Evaluate on this many users, the first ones; 0 for all."})
     num_beams: int = field(default=50, metadata={"help": "Width of the beam search."})
     batch_size: int = field(default=64, metadata={"help": "Users per batch."})
+    memory: bool = field(default=True, metadata={"help": "Whether checkpoints with an item memory have a second row."})
+    baselines: bool = field(default=True, metadata={"help": "Whether to tune and rank the baselines too."})
     exclude_history: str = field(
         default="auto",
         metadata={
@@ -105,7 +109,10 @@ def history_is_excluded(args: EvaluateArguments, data: PreparedData) -> bool:
 
 
 def evaluate_model(args: EvaluateArguments, data: PreparedData, samples, path: str, reasoning: str, memory=None):
-    """Recommended item indices `(U, 20)` and the row of the results table; processes share the batches."""
+    """
+    Recommended item indices `(U, 20)`, latent steps `(U,)` and the row of the results table; processes share the
+    batches.
+    """
     state = PartialState()
     processor = LasarProcessor.from_pretrained(path)
     data.check_catalog(processor.catalog, path)
@@ -140,7 +147,7 @@ def evaluate_model(args: EvaluateArguments, data: PreparedData, samples, path: s
         items, samples["target"], len(processor.catalog), latent_steps, seconds, histories=samples["history"],
         text_tokens=text_tokens,
     )
-    return items, row
+    return items, latent_steps, row
 
 
 def evaluate_baselines(args: EvaluateArguments, data: PreparedData, samples):
@@ -170,7 +177,7 @@ def significance(predictions: dict[str, np.ndarray], samples) -> dict[str, dict]
         part = values[metric]
         return {f"{a} - {b}": asdict(paired_bootstrap(part[a], part[b], users)) for a, b in pairs}
 
-    below = names[names.index("item-kNN") + 1 :]
+    below = names[names.index("item-kNN") + 1 :] if "item-kNN" in names else []
     return {
         "HR@10_against_the_row_before": tests("HR@10", zip(names[1:], names[:-1], strict=True)),
         **{f"{metric}_against_item-kNN": tests(metric, [(name, "item-kNN") for name in below]) for metric in metrics},
@@ -190,6 +197,14 @@ def report(args: EvaluateArguments, data: PreparedData, samples, predictions, ro
     save_report(args.output_dir, rows, details, by_slice, notes)
 
 
+def save_lists(folder: str, predictions: dict[str, np.ndarray], depths: dict[str, np.ndarray]) -> None:
+    """Write `lists.npz`: `items/name` `(U, 20)` and, for models, `depths/name` `(U,)`."""
+    arrays = {f"items/{name}": items.astype(np.int32) for name, items in predictions.items()}
+    arrays |= {f"depths/{name}": steps.astype(np.int16) for name, steps in depths.items()}
+    with atomic_file(Path(folder, "lists.npz")) as temporary:
+        np.savez_compressed(temporary, **arrays)
+
+
 def main(args: EvaluateArguments) -> None:
     """Evaluate the baselines and every model; print and write the report."""
     models = parse_models(args.models)
@@ -202,14 +217,17 @@ def main(args: EvaluateArguments) -> None:
     for path, _ in models.values():  # before the baselines are tuned
         check_exclusion(LasarConfig.from_pretrained(path), history_is_excluded(args, data))
     samples = select_users(data.samples[args.split], args.users)
-    predictions, rows, tuning = evaluate_baselines(args, data, samples) if state.is_main_process else ({}, {}, {})
+    predictions, rows, tuning, depths = {}, {}, {}, {}
+    if args.baselines and state.is_main_process:
+        predictions, rows, tuning = evaluate_baselines(args, data, samples)
     for name, (path, reasoning) in models.items():
-        predictions[name], rows[name] = evaluate_model(args, data, samples, path, reasoning)
-        memory = ItemMemory.find(path)
-        if memory is not None:
-            mixed = name + WITH_MEMORY
-            predictions[mixed], rows[mixed] = evaluate_model(args, data, samples, path, reasoning, memory)
+        memory = ItemMemory.find(path) if args.memory else None
+        variants = {name: None} if memory is None else {name: None, name + WITH_MEMORY: memory}
+        for variant, part in variants.items():
+            results = evaluate_model(args, data, samples, path, reasoning, part)
+            predictions[variant], depths[variant], rows[variant] = results
     if state.is_main_process:
+        save_lists(args.output_dir, predictions, depths)
         report(args, data, samples, predictions, rows, tuning)
 
 

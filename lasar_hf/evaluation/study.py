@@ -1,0 +1,302 @@
+"""Report of a study: tables over seeds, tests over users, fixed depths, and figures."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..data.prepared_data import PreparedData
+from ..data.routines import links
+from ..files import atomic_file, read_json, write_json
+from .metrics import hits_per_user, ndcg_per_user, ranks, repeat_share
+from .report import exclusion_note, slice_report, slice_table
+from .significance import paired_bootstrap
+from .slices import slices
+from .tuning import BASELINES, tuning_notes
+
+
+METRICS = {"HR@10": hits_per_user, "NDCG@10": ndcg_per_user}
+
+
+class StudyResults:
+    """
+    Lists of every row and seed of a study, as `recipes/eval.py` wrote them.
+
+    Args:
+        data ([`~lasar_hf.data.PreparedData`]):
+            The prepared data.
+        folder (`Path`):
+            Folder of the study.
+        ended (`dict[str, Path]`):
+            Folders of the jobs that have ended, by `seed/row/split`.
+    """
+
+    BASELINES = BASELINES
+
+    def __init__(self, data: PreparedData, folder: Path, ended: dict[str, Path]):
+        self.data, self.folder, self.ended = data, folder, ended
+        self.targets = {split: np.asarray(data.samples[split]["target"]) for split in ("test", "validation")}
+        self.lists: dict[tuple[str, str, str], dict] = {}  # by row, split and seed
+        for name in ended:
+            seed, _, rest = name.partition("/")
+            row, _, split = rest.rpartition("/")
+            if split in ("test", "validation"):
+                self._read(folder / seed / row / split, split, seed)
+        if "baselines" in ended:
+            self._read(folder / "baselines", "test", "0")
+
+    def _read(self, folder: Path, split: str, seed: str) -> None:
+        numbers = read_json(folder / "report.json")["results"]
+        with np.load(folder / "lists.npz") as arrays:
+            for name in numbers:
+                depths = arrays[f"depths/{name}"] if f"depths/{name}" in arrays else None
+                lists = {"items": arrays[f"items/{name}"].astype(np.int64), "depths": depths, "row": numbers[name]}
+                self.lists[name, split, seed] = lists
+
+    def seeds(self, row: str, split: str) -> list[dict]:
+        """Results of a row at each seed."""
+        return [part for (name, where, _), part in self.lists.items() if (name, where) == (row, split)]
+
+    def per_user(self, row: str, split: str, metric: str) -> np.ndarray:
+        """A metric of each user, `(U,)`, as a mean over the seeds."""
+        values = [METRICS[metric](ranks(part["items"], self.targets[split]), 10) for part in self.seeds(row, split)]
+        return np.mean(values, axis=0)
+
+    def exact(self, row: str, split: str) -> np.ndarray:
+        """Whether the first item of the list is the target, `(U,)`, as a mean over the seeds."""
+        return np.mean([part["items"][:, 0] == self.targets[split] for part in self.seeds(row, split)], axis=0)
+
+    def sweep(self, row: str) -> dict[str, dict] | None:
+        """Numbers of a row at every fixed depth and of its policy on the same validation users, at the first seed."""
+        found = [name for name in self.ended if name.endswith(f"/{row}/sweep")]
+        return read_json(self.folder / found[0] / "report.json")["results"] if found else None
+
+
+def row_numbers(results: StudyResults, row: str, split: str) -> dict[str, Any]:
+    """Means over the seeds of a row, and standard deviations of the metrics if there are several."""
+    parts = results.seeds(row, split)
+    numbers: dict[str, Any] = {"seeds": len(parts)}
+    for metric in METRICS:
+        values = [part["row"][metric] for part in parts]
+        numbers[metric] = float(np.mean(values))
+        numbers[f"{metric} sd"] = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    for name in ("mean_depth", "ms_per_user", "text_tokens"):
+        values = [part["row"][name] for part in parts if name in part["row"]]
+        numbers[name] = float(np.mean(values)) if values else None
+    return numbers
+
+
+def study_table(results: StudyResults, rows: Sequence[str], against: Sequence[str], split: str = "test") -> tuple:
+    """
+    Markdown table of rows, and its numbers by row: metrics, depth and time, then the difference to each row of
+    `against` in NDCG@10 with its 95 % interval over users.
+    """
+    references = [name for name in against if results.seeds(name, split)]
+    columns = ["seeds", *METRICS, "depth", "ms per user", *(f"NDCG@10 − {name}" for name in references)]
+    lines = [f"| row | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
+    table = {}
+    for row in rows:
+        if not results.seeds(row, split):
+            lines.append(f"| {row} |" + " – |" * len(columns))
+            continue
+        table[row] = numbers = row_numbers(results, row, split)
+        cells = [str(numbers["seeds"])]
+        for metric in METRICS:
+            deviation = numbers[f"{metric} sd"]
+            cells.append(f"{numbers[metric]:.4f}" + (f" ± {deviation:.4f}" if deviation is not None else ""))
+        for name in ("mean_depth", "ms_per_user"):
+            cells.append("–" if numbers[name] is None else f"{numbers[name]:.2f}")
+        for name in references:
+            cells.append("")
+            if name != row:
+                values = (results.per_user(part, split, "NDCG@10") for part in (row, name))
+                test = paired_bootstrap(*values, results.data.samples[split]["user_id"])
+                numbers[f"against {name}"] = vars(test)
+                cells[-1] = f"{test.difference:+.4f} ({test.low:+.4f} to {test.high:+.4f})"
+        lines.append(f"| {row} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n", table
+
+
+def links_table(results: StudyResults, rows: Sequence[str]) -> str:
+    """Exact match of the routines by number of links, and how often the depth is that number."""
+    needed = np.array([links(history) for history in results.data.samples["test"]["history"]])
+    numbers = sorted(set(needed.tolist()))
+    lines = [f"| row | {' | '.join(map(str, numbers))} | depth = links |", "|---|" + "---:|" * (len(numbers) + 1)]
+    for row in rows:
+        if not results.seeds(row, "test"):
+            continue
+        exact, depths = results.exact(row, "test"), [part["depths"] for part in results.seeds(row, "test")]
+        cells = [f"{exact[needed == number].mean():.3f}" for number in numbers]
+        agreement = [float((part == needed).mean()) for part in depths if part is not None]
+        lines.append(f"| {row} | {' | '.join(cells)} | {np.mean(agreement):.3f} |" if agreement else
+                     f"| {row} | {' | '.join(cells)} | – |")  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def slices_table(results: StudyResults, rows: Sequence[str]) -> str:
+    """HR@10 / NDCG@10 of parts of the test users, at the first seed."""
+    lists = {row: results.seeds(row, "test")[0]["items"] for row in rows if results.seeds(row, "test")}
+    samples = results.data.samples["test"]
+    return slice_table(slice_report(lists, samples["target"], slices(samples, results.data.split.train)))
+
+
+def depth_section(results: StudyResults, rows: Sequence[str], folder: Path) -> str:
+    """Fixed depths against the policy: a table, and a figure with the policy's depths."""
+    sweeps = {row: results.sweep(row) for row in rows if results.sweep(row)}
+    if not sweeps:
+        return ""
+    lines = []
+    for row, sweep in sweeps.items():
+        cells = [f"{numbers['HR@10']:.4f} / {numbers['NDCG@10']:.4f}" for numbers in sweep.values()]
+        lines += [f"| {row} | {' | '.join(cells)} |"]
+    depths = list(next(iter(sweeps.values())))
+    head = [f"| fixed depth | {' | '.join(depths)} |", "|---|" + "---:|" * len(depths)]
+    parts = ["## Fixed depths", "Validation users, HR@10 / NDCG@10.", "\n".join([*head, *lines])]
+    histogram = [
+        (row, np.bincount(results.seeds(row, "test")[0]["depths"], minlength=len(depths)))
+        for row in sweeps if results.seeds(row, "test")
+    ]  # fmt: skip
+    if histogram:
+        rows_of = [f"| {row} | {' | '.join(map(str, counts))} |" for row, counts in histogram]
+        parts += ["Test users by the depth that the policy chose:", "\n".join([*head, *rows_of])]
+    _plot_depths(sweeps, histogram, folder / "depths.png")
+    return "\n\n".join([*parts, "![NDCG@10 at every fixed depth, and the depths of the policy](depths.png)"]) + "\n"
+
+
+def _plot_depths(sweeps: dict, histogram: list, path: Path) -> None:
+    pyplot = _pyplot()
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3), layout="constrained")
+    for row, sweep in sweeps.items():
+        left.plot([int(depth) for depth in sweep], [part["NDCG@10"] for part in sweep.values()], marker="o", label=row)
+    left.set(xlabel="fixed number of latent steps", ylabel="NDCG@10, validation")
+    left.legend(frameon=False)
+    width = 0.8 / max(len(histogram), 1)
+    for number, (row, counts) in enumerate(histogram):
+        right.bar(np.arange(len(counts)) + number * width, counts / counts.sum(), width, label=row)
+    right.set(xlabel="latent steps that the policy chose", ylabel="part of the test users")
+    right.legend(frameon=False)
+    _save(figure, path)
+
+
+def plot_rows(table: dict[str, dict], path: Path, metric: str = "NDCG@10") -> None:
+    """A bar for each row of a table, with the standard deviation over seeds."""
+    pyplot = _pyplot()
+    names = list(table)
+    figure, axes = pyplot.subplots(figsize=(7, 0.35 * len(names) + 0.8), layout="constrained")
+    values = [table[name][metric] for name in names]
+    errors = [table[name][f"{metric} sd"] or 0.0 for name in names]
+    colours = ["tab:orange" if name.endswith("+ memory") else "tab:blue" for name in names]
+    colours = ["tab:gray" if name in BASELINES else colour for name, colour in zip(names, colours, strict=True)]
+    axes.barh(names, values, xerr=errors, color=colours)
+    axes.invert_yaxis()
+    axes.set(xlabel=f"{metric}, test")
+    _save(figure, path)
+
+
+def plot_links(results: StudyResults, rows: Sequence[str], path: Path) -> None:
+    """Exact match by number of links, a line for each row."""
+    pyplot = _pyplot()
+    needed = np.array([links(history) for history in results.data.samples["test"]["history"]])
+    numbers = sorted(set(needed.tolist()))
+    figure, axes = pyplot.subplots(figsize=(7, 3), layout="constrained")
+    rows = [row for row in rows if results.seeds(row, "test")]
+    for place, row in enumerate(rows):
+        exact = results.exact(row, "test")
+        width = 1 + 0.6 * (len(rows) - place)  # later lines are thinner, so that equal ones are both seen
+        axes.plot(numbers, [exact[needed == n].mean() for n in numbers], marker="o", linewidth=width, label=row)
+    axes.set(xlabel="links from the last item to the next", ylabel="exact match", ylim=(-0.05, 1.05))
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    _save(figure, path)
+
+
+def _pyplot():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _save(figure, path: Path) -> None:
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, dpi=110)
+    figure.clear()
+
+
+def write_study(
+    folder: Path, results: StudyResults, tables: Sequence[dict[str, Any]], details: dict[str, Any]
+) -> None:
+    """
+    Write `study.md`, `study.json` and the figures of a study.
+
+    Args:
+        folder (`Path`), results ([`StudyResults`]):
+            Folder of the report, and the lists of the study.
+        tables (`list[dict]`):
+            `title` and `rows` of each table, and if needed `text` above it, `against` (rows to compare with), `slices`
+            (parts of the users), `links` (the routines' number of links) and `figure` (name of its file).
+        details (`dict`):
+            `rows` with their settings, `seeds`, `seconds` of each job, `commits`, and jobs that are `missing`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    note, users = exclusion_note(results.data.exclude_history), len(results.targets["test"])
+    intro = f"{users:,} test users, the whole catalogue ranked. {note} Differences have a 95 % interval from a"
+    parts = ["# Study", f"{intro} bootstrap over users. Nothing was chosen on test users."]
+    if details["missing"]:
+        parts.append(f"**Not complete**: {', '.join(details['missing'])}.")
+    content: dict[str, Any] = {"details": details, "tables": {}}
+    for table in tables:
+        texts, numbers = _table_section(results, table, folder)
+        parts += texts
+        content["tables"] |= numbers
+    parts.append(depth_section(results, list(details["rows"]), folder).strip())
+    parts.append(_how(results, details))
+    write_json(folder / "study.json", content)
+    with atomic_file(folder / "study.md") as temporary:
+        temporary.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
+
+
+def _table_section(results: StudyResults, table: dict[str, Any], folder: Path) -> tuple[list[str], dict[str, dict]]:
+    """The parts of `study.md` for one table, and its numbers by title."""
+    title, rows, against = table["title"], table["rows"], table.get("against", [])
+    text, numbers = study_table(results, rows, against)
+    parts, content = [f"## {title}", table.get("text", "").strip(), text.strip()], {title: numbers}
+    validation = [row for row in rows if results.seeds(row, "validation")]
+    if validation:
+        text, content[f"{title}, validation"] = study_table(results, validation, against, "validation")
+        parts += ["Validation users:", text.strip()]
+    if table.get("links"):
+        parts += ["Exact match by number of links:", links_table(results, rows).strip()]
+    if table.get("slices"):
+        text = slices_table(results, rows).strip()
+        parts += ["HR@10 / NDCG@10 of parts of the users, first seed:", text]
+    if table.get("figure") and numbers:
+        if table.get("links"):
+            plot_links(results, rows, folder / table["figure"])
+        else:
+            plot_rows(numbers, folder / table["figure"])
+        parts.append(f"![{title}]({table['figure']})")
+    return parts, content
+
+
+def _how(results: StudyResults, details: dict[str, Any]) -> str:
+    """How each row was made: settings, seeds, times, commit, and the settings of the baselines."""
+    lines = ["| row | made from | changed settings | depth | minutes |", "|---|---|---|---|---:|"]
+    for name, row in details["rows"].items():
+        seconds = [time for job, time in details["seconds"].items() if job.endswith(f"/{name}/checkpoint")]
+        changed = ", ".join(f"`{key}: {value}`" for key, value in row["set"].items())
+        depth = "policy" if row["depth"] is None else row["depth"]
+        minutes = f"{np.mean(seconds) / 60:.1f}" if seconds else "–"
+        made = f"`{row['config']}`" if row["config"] else f"row {row['of']}"
+        lines.append(f"| {name} | {made} | {changed} | {depth} | {minutes} |")
+    total = sum(details["seconds"].values()) / 60
+    notes = [f"Seeds {details['seeds']}, commits {', '.join(details['commits'])}, {total:.0f} minutes of jobs in all."]
+    if "baselines" in results.ended:
+        notes += tuning_notes(read_json(results.folder / "baselines" / "report.json")["details"]["baselines"])
+    repeats = [repeat_share(part["items"], results.data.samples["test"]["history"])
+               for (_, split, _), part in results.lists.items() if split == "test"]  # fmt: skip
+    if repeats:
+        notes.append(f"Largest part of list entries that repeat the history: {max(repeats):.4f}.")
+    return "\n\n".join(["## How the rows were made", "\n".join(lines), "\n".join(f"* {note}" for note in notes)])

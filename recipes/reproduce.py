@@ -1,0 +1,294 @@
+"""
+A whole study in one command: train every row, evaluate it, and write a report with tables and figures.
+
+    python recipes/reproduce.py --config recipes/scientific/study.yaml --source path/to/scientific
+
+Each row of the study is a run of `sft.py` or `grpo.py` with some settings changed, an evaluation with and without an
+item memory and, if asked for, at every fixed depth. A study that is killed goes on where it stopped: a job that ended
+with the same settings is not run again, and trainings resume from their last checkpoint. `report_only: true` writes
+the report of what has ended so far. Needs matplotlib (`pip install "lasar_hf[study]"`).
+"""
+
+import hashlib
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from trl import TrlParser
+
+from lasar_hf.data import PreparedData
+from lasar_hf.evaluation.study import StudyResults, write_study
+from lasar_hf.files import read_json, write_json
+
+
+RECIPES = Path(__file__).resolve().parent
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class StudyArguments:
+    """Arguments of a study."""
+
+    data_dir: str = field(metadata={"help": "Folder of the prepared data."})
+    output_dir: str = field(metadata={"help": "Folder of checkpoints, logs and results."})
+    report_dir: str = field(metadata={"help": "Folder of the report, study.md and its figures."})
+    rows: dict = field(metadata={"help": "Rows of the study by name, see RowArguments."})
+    tables: list = field(metadata={"help": "Tables of the report: title, rows, rows to compare them with."})
+    prepare: str | None = field(default=None, metadata={"help": "YAML of recipes/prepare.py that makes the data."})
+    source: str | None = field(default=None, metadata={"help": "`source` of recipes/prepare.py."})
+    seeds: list[int] = field(
+        default_factory=lambda: [0], metadata={"help": "Seeds of rows with `seeds: all`; others use the first."}
+    )
+    jobs: int = field(default=2, metadata={"help": "Number of jobs at once; each uses its share of the CPUs."})
+    num_beams: int = field(default=50, metadata={"help": "Width of the beam search."})
+    sweep_users: int = field(default=0, metadata={"help": "Users of the evaluations at fixed depths; 0 for all."})
+    max_depth: int = field(default=8, metadata={"help": "Largest fixed depth."})
+    report_only: bool = field(default=False, metadata={"help": "Write the report of the jobs that have ended."})
+
+
+@dataclass
+class RowArguments:
+    """
+    A row of a study: a training, or another way to evaluate the checkpoint of a row (`of`). In `set`, a value that
+    starts with `@` and the name of a row is the folder of that row, such as `"@LASAR-SFT/anchors"`.
+    """
+
+    recipe: str | None = None  # sft or grpo
+    config: str | None = None  # YAML of the recipe
+    set: dict = field(default_factory=dict)  # changed settings
+    of: str | None = None  # row whose checkpoint is evaluated, instead of a training
+    depth: int | str | None = None  # latent steps, `text` for explicit chains of thought; the policy's by default
+    memory: bool = False  # evaluate with an item memory too
+    validation: bool = False  # evaluate on validation users too
+    sweep: bool = False  # evaluate at every fixed depth too
+    seeds: str = "first"  # or all
+
+
+@dataclass
+class Job:
+    """A command that is run once. `key` identifies its settings and those of the jobs before it."""
+
+    name: str
+    command: list[str]
+    folder: Path
+    after: list[str]
+    key: str = ""
+
+    @property
+    def marker(self) -> Path:
+        return self.folder / f"{self.name.split('/')[-1]}.done.json"
+
+    def has_ended(self) -> bool:
+        return self.marker.exists() and read_json(self.marker)["key"] == self.key
+
+
+def read_rows(study: StudyArguments) -> dict[str, RowArguments]:
+    """The rows of a study, checked: their settings, and the rows that they refer to."""
+    rows = {name: read_row(name, settings) for name, settings in study.rows.items()}
+    for name, row in rows.items():
+        for other in references(row):
+            if other not in rows:
+                raise ValueError(f"Row {name!r} refers to {other!r}; expected one of the rows {', '.join(rows)}.")
+            if row.seeds == "all" and rows[other].seeds != "all":
+                raise ValueError(f"Row {name!r} has seeds: all, so {other!r}, which it refers to, needs them too.")
+    order(rows)
+    return rows
+
+
+def read_row(name: str, settings: dict[str, Any]) -> RowArguments:
+    """A row of a study, with a check of what does not depend on other rows."""
+    known = {part.name for part in fields(RowArguments)}
+    unknown = sorted(set(settings) - known)
+    if unknown:
+        raise ValueError(f"Row {name!r} has {unknown}; expected some of {', '.join(sorted(known))}.")
+    row = RowArguments(**settings)
+    checks = [
+        ((row.recipe is None) != (row.of is None) and row.recipe in (None, "sft", "grpo"),
+         f"has recipe {row.recipe} and of {row.of}; expected recipe: sft or grpo, or of: another row."),
+        (row.recipe is None or Path(row.config or "").is_file(), f"has config {row.config!r}, which is no file."),
+        (row.seeds in ("first", "all"), f"has seeds {row.seeds!r}; expected first or all."),
+        (not set(name) & set("/@=") and not name.endswith(" + memory"),
+         "has /, @ or = in its name, or ends in ' + memory'; use another name."),
+    ]  # fmt: skip
+    for is_met, message in checks:
+        if not is_met:
+            raise ValueError(f"Row {name!r} {message}")
+    return row
+
+
+def references(row: RowArguments) -> list[str]:
+    """Names of the rows that a row needs."""
+    values = [value[1:].partition("/")[0] for value in row.set.values() if str(value).startswith("@")]
+    return values + ([row.of] if row.of else [])
+
+
+def order(rows: dict[str, RowArguments]) -> list[str]:
+    """Names of the rows, each after those that it needs."""
+    done: list[str] = []
+    while len(done) < len(rows):
+        ready = [name for name in rows if name not in done and set(references(rows[name])) <= set(done)]
+        if not ready:
+            raise ValueError(f"The rows {sorted(set(rows) - set(done))} refer to one another in a circle.")
+        done += ready
+    return done
+
+
+def check_tables(study: StudyArguments, rows: dict[str, RowArguments]) -> None:
+    """Refuse tables with unknown keys or rows."""
+    names = {*StudyResults.BASELINES, *rows, *(f"{name} + memory" for name, row in rows.items() if row.memory)}
+    for table in study.tables:
+        unknown = sorted(set(table) - {"title", "text", "rows", "against", "slices", "links", "figure"})
+        if unknown or not {"title", "rows"} <= set(table):
+            raise ValueError(
+                f"A table has {sorted(table)}; expected title, rows and perhaps text, against, slices, links, figure."
+            )
+        wrong = [name for name in [*table["rows"], *table.get("against", [])] if name not in names]
+        if wrong:
+            raise ValueError(f"Table {table['title']!r} has {wrong}, which are no rows of the study.")
+
+
+class Jobs(dict[str, Job]):
+    """The jobs of a study by name, each after those that it needs."""
+
+    def __init__(self, study: StudyArguments, rows: dict[str, RowArguments]):
+        super().__init__()
+        self.study, self.output = study, Path(study.output_dir)
+        self.evaluation = {"data_dir": study.data_dir, "num_beams": study.num_beams}
+        self.start: list[str] = []
+        if study.prepare is not None:
+            options = {"output_dir": study.data_dir} | ({"source": study.source} if study.source else {})
+            self.add("prepare", "prepare", options, self.output, [], study.prepare)
+            self.start = ["prepare"]
+        folder = self.output / "baselines"
+        self.add("baselines", "eval", self.evaluation | {"output_dir": str(folder)}, folder, self.start)
+        for name in order(rows):
+            for seed in study.seeds if rows[name].seeds == "all" else study.seeds[:1]:
+                self.add_row(name, rows[name], seed)
+
+    def add(
+        self, name: str, script: str, options: dict[str, Any], folder: Path, after: list[str],
+        config: str | None = None,
+    ):  # fmt: skip
+        """Add a run of a recipe."""
+        command = [sys.executable, str(RECIPES / f"{script}.py")] + (["--config", config] if config else [])
+        for key, value in options.items():
+            values = value if isinstance(value, list) else [value]
+            command += [f"--{key}", *(part if isinstance(part, str) else json.dumps(part) for part in values)]
+        text = [command[2:], Path(config).read_text() if config else "", [self[part].key for part in after]]
+        key = hashlib.sha256(json.dumps(text).encode()).hexdigest()
+        self[name] = Job(name, command, folder, after, key)
+
+    def add_row(self, name: str, row: RowArguments, seed: int) -> None:
+        """Add the training of a row, its memory and its evaluations."""
+        prefix, folder = f"{seed}/{name}", self.output / str(seed) / name
+        checkpoint = folder / "checkpoint"
+        if row.of is not None:
+            checkpoint = self.output / str(seed) / row.of / "checkpoint"
+            ready = [f"{seed}/{row.of}/checkpoint"]
+            ready += [job for job in [f"{seed}/{row.of}/memory"] if job in self]
+        else:
+            changed = {key: expand(value, self.output / str(seed)) for key, value in row.set.items()}
+            options = {"data_dir": self.study.data_dir, "output_dir": str(checkpoint), "seed": seed} | changed
+            ready = [f"{prefix}/checkpoint"]
+            needed = [f"{seed}/{other}/checkpoint" for other in references(row)]
+            self.add(ready[0], row.recipe, options, folder, self.start + needed, row.config)
+        where = str(checkpoint) if row.depth is None else f"{checkpoint}@{row.depth}"
+        if row.memory and row.of is None:
+            self.add(f"{prefix}/memory", "memory", self.evaluation | {"models": [where]}, folder, ready)
+            ready = [f"{prefix}/memory"]
+        options = self.evaluation | {"models": [f"{name}={where}"], "baselines": False, "memory": row.memory}
+        for split in ("test", "validation") if row.validation else ("test",):
+            target = {"split": split, "output_dir": str(folder / split)}
+            self.add(f"{prefix}/{split}", "eval", options | target, folder, ready)
+        if row.sweep:
+            models = [f"{depth}={checkpoint}@{depth}" for depth in range(self.study.max_depth + 1)]
+            options |= {"models": models, "users": self.study.sweep_users, "memory": False}
+            options |= {"split": "validation", "output_dir": str(folder / "sweep")}
+            self.add(f"{prefix}/sweep", "eval", options, folder, ready[:1])
+
+
+def expand(value: Any, folder: Path) -> Any:
+    """`@row/file` as the path of that row's checkpoint."""
+    if not str(value).startswith("@"):
+        return value
+    row, _, rest = value[1:].partition("/")
+    return str(folder / row / "checkpoint" / rest)
+
+
+def run_job(job: Job, study: StudyArguments) -> bool:
+    """Run a command with its log beside its results. Returns whether it succeeded."""
+    job.folder.mkdir(parents=True, exist_ok=True)
+    log, began = job.marker.with_suffix("").with_suffix(".log"), time.time()
+    threads = str(max((os.cpu_count() or 1) // study.jobs, 1))
+    with log.open("a") as file:
+        code = subprocess.run(
+            job.command, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": threads}
+        ).returncode
+    if code != 0:
+        tail = "".join(log.read_text(errors="replace").splitlines(keepends=True)[-15:])
+        logger.error("%s failed with exit code %d. The end of %s:\n%s", job.name, code, log, tail)
+        return False
+    record = {"key": job.key, "seconds": time.time() - began, "commit": commit(), "command": job.command[1:]}
+    write_json(job.marker, record)
+    logger.info("%s: done in %.0f s", job.name, record["seconds"])
+    return True
+
+
+def commit() -> str:
+    """Commit of the repository that the recipes are in, or `unknown`."""
+    command = ["git", "-C", str(RECIPES), "describe", "--always", "--dirty", "--exclude", "*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def run_jobs(jobs: dict[str, Job], study: StudyArguments) -> list[str]:
+    """Run the jobs that have not ended, as soon as those before them have. Returns the names of those that did not."""
+    ended = {name for name, job in jobs.items() if job.has_ended()}
+    logger.info("%d of %d jobs have ended already.", len(ended), len(jobs))
+    running, failed = {}, set()
+    with ThreadPoolExecutor(study.jobs) as pool:
+        while True:
+            for name, job in jobs.items():
+                is_ready = name not in ended | failed | set(running.values()) and set(job.after) <= ended
+                if is_ready and len(running) < study.jobs:
+                    running[pool.submit(run_job, job, study)] = name
+            if not running:
+                return [name for name in jobs if name not in ended]
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                (ended if future.result() else failed).add(running.pop(future))
+
+
+def main(study: StudyArguments) -> None:
+    """Run what is left of the study, and write its report."""
+    rows = read_rows(study)
+    check_tables(study, rows)
+    jobs = Jobs(study, rows)
+    missing = [name for name, job in jobs.items() if not job.has_ended()]
+    if not study.report_only:
+        missing = run_jobs(jobs, study)
+    if not Path(study.data_dir, "prepared.json").exists():
+        raise ValueError(f"{study.data_dir} has no prepared data yet, so there is nothing to report.")
+    seconds = {name: read_json(job.marker)["seconds"] for name, job in jobs.items() if job.has_ended()}
+    commits = sorted({read_json(job.marker)["commit"] for job in jobs.values() if job.has_ended()})
+    ended = {name: job.folder for name, job in jobs.items() if job.has_ended()}
+    results = StudyResults(PreparedData.load(study.data_dir), Path(study.output_dir), ended)
+    settings = {name: asdict(row) for name, row in rows.items()}
+    details = {"rows": settings, "seeds": study.seeds, "seconds": seconds, "commits": commits, "missing": missing}
+    write_study(Path(study.report_dir), results, study.tables, details)
+    logger.info("The report is %s.", Path(study.report_dir, "study.md"))
+    if missing and not study.report_only:
+        sys.exit(f"{len(missing)} jobs did not end: {', '.join(missing)}.")
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    main(*TrlParser((StudyArguments,)).parse_args_and_config())

@@ -1,0 +1,147 @@
+"""recipes/reproduce.py: jobs in order, resumed where they stopped, and a report of what has ended."""
+
+import json
+
+import pytest
+
+from tests.recipes import load_recipe, save_prepared
+
+
+# A recipe that records its run, and writes what recipes/eval.py does.
+STUB = """
+import json, os, sys
+from pathlib import Path
+import numpy as np
+arguments = dict(zip((a[2:] for a in sys.argv[1::2]), sys.argv[2::2]))
+with open(os.environ["RUNS"], "a") as file:
+    file.write(json.dumps([Path(sys.argv[0]).stem, arguments]) + "\\n")
+if os.environ.get("FAIL", "nothing") in json.dumps(sys.argv):
+    sys.exit("out of memory")
+if Path(sys.argv[0]).stem == "eval":
+    folder = Path(arguments["output_dir"])
+    folder.mkdir(parents=True, exist_ok=True)
+    name = arguments.get("models", "item-kNN=x").partition("=")[0]
+    names = [name] + [name + " + memory"] * (arguments.get("memory") == "true")
+    items = np.random.default_rng(len(name)).permuted(np.tile(np.arange(20), (23, 1)), axis=1)
+    row = {"HR@10": 0.5, "NDCG@10": 0.25, "mean_depth": 2.0, "ms_per_user": 1.5}
+    (folder / "report.json").write_text(json.dumps({"results": {n: row for n in names}, "details": {"baselines": {}}}))
+    arrays = {f"items/{n}": items for n in names} | {f"depths/{n}": np.full(23, 2) for n in names}
+    np.savez(folder / "lists.npz", **arrays)
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch):
+    """The recipe with stubs in place of the others, and prepared data."""
+    recipe = load_recipe("reproduce")
+    monkeypatch.setattr(recipe, "RECIPES", tmp_path / "recipes")
+    monkeypatch.setenv("RUNS", str(tmp_path / "runs"))
+    (tmp_path / "recipes").mkdir()
+    for name in ("sft", "grpo", "eval", "memory"):
+        (tmp_path / "recipes" / f"{name}.py").write_text(STUB)
+    (tmp_path / "stage.yaml").write_text("learning_rate: 1.0e-3\n")
+    save_prepared(tmp_path / "data")
+    return recipe
+
+
+def study(recipe, folder, rows=None, **changed):
+    """A study of a direct model and a latent one that starts from it."""
+    config = str(folder / "stage.yaml")
+    latent = {"recipe": "sft", "config": config, "set": {"model_name_or_path": "@direct"}, "validation": True}
+    rows = rows or {"latent": latent, "direct": {"recipe": "sft", "config": config, "depth": 0, "memory": True}}
+    table = {"title": "All", "rows": ["item-kNN", *rows], "against": ["item-kNN"]}
+    tables = [table | {"slices": True, "figure": "a.png"}]
+    settings = dict(
+        data_dir=str(folder / "data"), output_dir=str(folder / "out"), report_dir=str(folder / "report"), rows=rows,
+        tables=tables,
+    )
+    return recipe.StudyArguments(**settings | changed)
+
+
+def runs(folder):
+    """Recipe and arguments of every run so far."""
+    return [json.loads(line) for line in (folder / "runs").read_text().splitlines()]
+
+
+def test_rows_run_after_those_they_start_from(recipe, tmp_path):
+    recipe.main(study(recipe, tmp_path))
+    names = [(name, arguments.get("models", "").partition("=")[0]) for name, arguments in runs(tmp_path)]
+    assert sorted(names) == sorted(
+        [("eval", ""), ("sft", ""), ("sft", ""), ("memory", f"{tmp_path}/out/0/direct/checkpoint@0"),
+         ("eval", "direct"), ("eval", "latent"), ("eval", "latent")]
+    )  # fmt: skip
+    trained = [arguments for name, arguments in runs(tmp_path) if name == "sft"]
+    assert trained[1]["model_name_or_path"] == trained[0]["output_dir"]
+    text = (tmp_path / "report" / "study.md").read_text()
+    assert "| latent | 1 | 0.5000 | 0.2500 | 2.00 | 1.50 |" in text
+    assert (tmp_path / "report" / "a.png").stat().st_size > 1000
+    numbers = json.loads((tmp_path / "report" / "study.json").read_text())
+    assert numbers["tables"]["All"]["direct"]["NDCG@10"] == 0.25
+    assert numbers["details"]["missing"] == []
+
+
+def test_a_study_goes_on_where_it_stopped(recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("FAIL", "latent/checkpoint")
+    with pytest.raises(SystemExit, match="0/latent/checkpoint"):
+        recipe.main(study(recipe, tmp_path))
+    first = len(runs(tmp_path))
+    assert "Not complete" in (tmp_path / "report" / "study.md").read_text()
+    monkeypatch.setenv("FAIL", "nothing")
+    recipe.main(study(recipe, tmp_path))
+    again = [arguments.get("output_dir", "") for _, arguments in runs(tmp_path)[first:]]
+    assert len(again) == 3
+    assert all("/latent/" in folder for folder in again)
+    recipe.main(study(recipe, tmp_path))
+    assert len(runs(tmp_path)) == first + 3
+
+
+def test_changed_settings_run_again_with_the_rows_after_them(recipe, tmp_path):
+    recipe.main(study(recipe, tmp_path))
+    first, changed = len(runs(tmp_path)), study(recipe, tmp_path)
+    changed.rows["latent"]["set"]["seed"] = 3
+    recipe.main(changed)
+    assert len(runs(tmp_path)) == first + 3  # the training of one row and its two evaluations
+    (tmp_path / "stage.yaml").write_text("learning_rate: 1.0e-2\n")
+    recipe.main(changed)
+    assert len(runs(tmp_path)) == first + 3 + 6  # all but the baselines
+
+
+def test_seeds_are_averaged(recipe, tmp_path):
+    part = study(recipe, tmp_path, seeds=[0, 1])
+    part.rows["direct"]["seeds"] = "all"
+    recipe.main(part)
+    assert "| direct | 2 | 0.5000 ± 0.0000 |" in (tmp_path / "report" / "study.md").read_text()
+
+
+def test_a_report_can_be_written_alone(recipe, tmp_path):
+    recipe.main(study(recipe, tmp_path, report_only=True))
+    assert not (tmp_path / "runs").exists()
+    assert "Not complete" in (tmp_path / "report" / "study.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ({"a": {"recipe": "sft", "config": "stage.yaml", "epochs": 3}}, "epochs"),
+        ({"a": {"recipe": "sft", "config": "missing.yaml"}}, "no file"),
+        ({"a": {"recipe": "ppo", "config": "stage.yaml"}}, "ppo"),
+        ({"a": {"of": "b"}}, "refers to 'b'"),
+        ({"a": {"of": "b"}, "b": {"of": "a"}}, "circle"),
+        ({"a/b": {"recipe": "sft", "config": "stage.yaml"}}, "use another name"),
+        ({"a": {"recipe": "sft", "config": "stage.yaml"}, "b": {"of": "a", "seeds": "all"}}, "needs them too"),
+        ({"a": {"recipe": "sft", "config": "stage.yaml", "seeds": "some"}}, "expected first or all"),
+    ],
+)
+def test_wrong_rows_are_refused_before_anything_runs(recipe, tmp_path, monkeypatch, rows, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        recipe.main(study(recipe, tmp_path, rows=rows))
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "table", [{"title": "x", "rows": ["other"]}, {"title": "x"}, {"title": "x", "rows": [], "row": 1}]
+)
+def test_wrong_tables_are_refused(recipe, tmp_path, table):
+    with pytest.raises(ValueError, match="table|Table"):
+        recipe.main(study(recipe, tmp_path, tables=[table]))
