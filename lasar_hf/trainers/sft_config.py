@@ -34,7 +34,7 @@ class LasarSFTConfig(SFTConfig):
         policy_weight (`float`, *optional*, defaults to `0.0`):
             Weight `β` of the policy head's cross-entropy. At 0 (stage 1) the policy head is frozen.
         policy_label_smoothing (`float`, *optional*, defaults to `0.0`):
-            Share of the label of the policy that is spread over all depths (not in the paper). A policy that is certain
+            Share of the policy's label that is spread over all depths (not in the paper). A policy that is certain
             has no gradient that reinforcement learning could start from.
         max_tokens_per_batch (`int`, *optional*):
             Fill the batches of each process with all samples of a user together, up to this many tokens, instead of
