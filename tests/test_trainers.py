@@ -82,8 +82,12 @@ def test_stage_2_unfreezes_the_policy_head(tmp_path):
     assert all(p.requires_grad for p in stage1.model.parameters())
 
 
-def test_stage_2_loss_is_the_sum_of_its_terms(tmp_path):
-    trainer = sft_trainer(tmp_path, policy_weight=0.7, alignment_weight=0.3, gradient_checkpointing=False)
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_stage_2_loss_is_the_sum_of_its_terms(tmp_path, smoothing):
+    trainer = sft_trainer(
+        tmp_path, policy_weight=0.7, policy_label_smoothing=smoothing, alignment_weight=0.3,
+        gradient_checkpointing=False,
+    )
     model, catalog = trainer.model.eval(), tiny_catalog()
     inputs = next(iter(trainer.get_train_dataloader()))
     loss = trainer.compute_loss(model, dict(inputs))
@@ -102,7 +106,10 @@ def test_stage_2_loss_is_the_sum_of_its_terms(tmp_path):
     depth = outputs.latent_steps
     mask = torch.arange(outputs.latent_states.shape[1] - 1) < depth[:, None]
     align = alignment_loss(outputs.latent_states[:, 1:], inputs["anchors"], mask)
-    policy = torch.nn.functional.cross_entropy(outputs.depth_logits, depth - 1)
+    log_policy = outputs.depth_logits.log_softmax(-1)  # (B, C)
+    one_hot = torch.nn.functional.one_hot(depth - 1, log_policy.shape[1])  # (B, C)
+    label = (1 - smoothing) * one_hot + smoothing / log_policy.shape[1]
+    policy = -(label * log_policy).sum(-1).mean()
     torch.testing.assert_close(loss, cross_entropy / count + 0.3 * align + 0.7 * policy, atol=1e-5, rtol=1e-5)
 
 

@@ -19,7 +19,7 @@ from .tokenizer import build_tokenizer
 PRODUCTS = ("Tea", "Walk", "Bath", "Book", "Chess", "Piano", "Yoga", "Soup", "Film", "Nap")
 MAX_LINKS = 6
 SEGMENT = (
-    "the history of this user has a routine that begins with {one}, so the product that this user goes on with after "
+    "the history has a routine of this user that begins with {one} and goes on with {other}, so the product after "
     "{one} is {other}"
 )
 _NUMBERS = ("One", "Two", "Three", "Four", "Five", "Six")

@@ -33,6 +33,9 @@ class LasarSFTConfig(SFTConfig):
             at its own depth only, as in the paper.
         policy_weight (`float`, *optional*, defaults to `0.0`):
             Weight `β` of the policy head's cross-entropy. At 0 (stage 1) the policy head is frozen.
+        policy_label_smoothing (`float`, *optional*, defaults to `0.0`):
+            Share of the policy's label that is spread over all depths (not in the paper). A policy that is certain
+            has no gradient that reinforcement learning could start from.
         max_tokens_per_batch (`int`, *optional*):
             Fill the batches of each process with all samples of a user together, up to this many tokens, instead of
             `per_device_train_batch_size` random examples. The history of a user is read once for all samples, and a
@@ -66,6 +69,9 @@ class LasarSFTConfig(SFTConfig):
         metadata={"help": "Weights of the cross-entropy after 0, 1, 2, … latent steps; unset: at one depth only."},
     )
     policy_weight: float = field(default=0.0, metadata={"help": "Policy loss weight, beta; 0 freezes the head."})
+    policy_label_smoothing: float = field(
+        default=0.0, metadata={"help": "Share of the policy's label that is spread over all depths."}
+    )
     max_tokens_per_batch: int | None = field(
         default=None, metadata={"help": "Batches of users with this many tokens; a shared prefix counts once."}
     )
@@ -78,6 +84,8 @@ class LasarSFTConfig(SFTConfig):
             raise ValueError(
                 f"router_aux_loss_coef is {self.router_aux_loss_coef}, but no router loss is added; expected 0."
             )
+        if not 0 <= self.policy_label_smoothing < 1:
+            raise ValueError(f"policy_label_smoothing is {self.policy_label_smoothing}; expected 0 to below 1.")
         if self.depth_weights is not None:
             self._check_depth_weights()
         refuse_unused_search(self)

@@ -249,7 +249,9 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
             has_label = (classes >= 0) & is_own & is_trained  # (B,)
             labels = torch.where(has_label, classes, -100)  # (B,)
             count = (labels >= 0).sum()
-            total = nn.functional.cross_entropy(output.depth_logits.float(), labels, reduction="sum")
+            total = nn.functional.cross_entropy(
+                output.depth_logits.float(), labels, reduction="sum", label_smoothing=self.args.policy_label_smoothing
+            )
             metrics["policy_loss"] = total, count
             metrics["depth_accuracy"] = (output.depth_logits.argmax(-1) == labels).sum(), count
             extra = extra + self.args.policy_weight * self.weight_of_mean(count) * total / count.clamp(min=1)
