@@ -4,11 +4,12 @@ import math
 
 import pytest
 import torch
+from trl import TrlParser
 
 from lasar_hf import LasarGRPOConfig, LasarGRPOTrainer
 from lasar_hf.trainers import PrefixReward
 from tests.tiny import sid_ids, tiny_catalog, tiny_model
-from tests.training import COMMON, grpo_setup, grpo_trainer, moved, parameters
+from tests.training import COMMON, first_code, grpo_setup, grpo_trainer, moved, parameters
 
 
 def generation(trainer):
@@ -126,6 +127,107 @@ def test_groups_without_signal_have_no_loss(tmp_path):
     assert losses[True] != pytest.approx(losses[False], rel=1e-3)
 
 
+def test_groups_of_equal_rewards_have_no_signal(tmp_path):
+    """Seven times 0.8 does not have the mean 0.8 in float32, so the advantages are not quite 0."""
+    trainer = grpo_trainer(
+        tmp_path, reward_funcs=[lambda completion_ids, **kwargs: [0.8] * len(completion_ids)], num_generations=7,
+        per_device_train_batch_size=28, drop_groups_without_signal=True,
+    )  # fmt: skip
+    batch = generation(trainer)
+    assert batch["advantages"].abs().max() > 0
+    assert batch["completion_mask"].sum() == 0
+
+
+def test_dropped_groups_accumulate_to_the_step_of_the_whole_batch(tmp_path):
+    def one_prompt(completion_ids, target, **kwargs):
+        return [float(ids[0] % 4) * (item == 1) for ids, item in zip(completion_ids, target, strict=True)]
+
+    moves = []
+    for size in (16, 8):  # the second run has its only signal in one of two micro-batches
+        trainer = grpo_trainer(
+            tmp_path / str(size), reward_funcs=[one_prompt], fixed_draws=True, drop_groups_without_signal=True,
+            shuffle_dataset=False, optim="sgd", max_steps=1, per_device_train_batch_size=size, max_grad_norm=0.0,
+            gradient_accumulation_steps=16 // size,
+        )  # fmt: skip
+        before = parameters(trainer.model)
+        trainer.train()
+        moves.append({name: part - before[name] for name, part in parameters(trainer.model).items()})
+    assert max(part.abs().max() for part in moves[0].values()) > 1e-3
+    for name, part in moves[0].items():
+        torch.testing.assert_close(moves[1][name], part, atol=1e-6, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("value", "expected"), [("auto", "auto"), ("0.25", 0.25)])
+def test_a_cost_can_be_given_as_text(tmp_path, value, expected):
+    options = f"output_dir: {tmp_path}\nuse_cpu: true\nbf16: false\ndepth_gradient: exact\n"
+    (tmp_path / "grpo.yaml").write_text(options + f"step_cost: {value}\n")
+    parser = TrlParser((LasarGRPOConfig,))
+    assert parser.parse_args_and_config(["--config", str(tmp_path / "grpo.yaml")])[0].step_cost == expected
+    arguments = ["--output_dir", str(tmp_path), "--use_cpu", "--depth_gradient", "exact", "--step_cost", value]
+    assert parser.parse_args_and_config([*arguments, "--bf16", "false"])[0].step_cost == expected
+
+
+def test_only_an_automatic_cost_is_resumed(tmp_path):
+    options = dict(save_strategy="steps", save_steps=1, depth_gradient="exact", depth_weight=1.0)
+    first = grpo_trainer(tmp_path, **options, step_cost="auto", max_steps=1)
+    first.train()
+    for step_cost, expected in (("auto", first.step_cost), (0.25, 0.25)):
+        trainer = grpo_trainer(tmp_path, **options, step_cost=step_cost, max_steps=2)
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+        assert trainer.step_cost == expected
+
+
+def test_the_depth_policy_learns_from_ranks(tmp_path):
+    trainer = grpo_trainer(tmp_path, depth_reward="rank", reward_funcs=[first_code])
+    torch.manual_seed(0)
+    batch = generation(trainer)
+    codes, size = batch["completion_ids"].tolist(), trainer.num_generations
+    expected = []
+    for i, example in enumerate(trainer.train_dataset):
+        distinct = [list(ids) for ids in dict.fromkeys(map(tuple, codes[i * size : (i + 1) * size]))]
+        target = sid_ids(trainer.model, trainer.catalog.codes[example["target"]])
+        expected += [1 / math.log2(distinct.index(target) + 2) if target in distinct else 0.0] * size
+    assert batch["group_reward"].tolist() == pytest.approx(expected)
+    assert batch["reward_baseline"].tolist() == pytest.approx([sum(expected) / len(expected)] * len(expected))
+    assert max(expected) > 0
+
+
+@pytest.mark.parametrize("min_latent_steps", [0, 1])
+@pytest.mark.parametrize("exclude_history", [False, True])
+def test_candidates_are_scored_as_they_were_drawn(tmp_path, min_latent_steps, exclude_history):
+    """Drawn candidates are as frequent as they are probable for the loss, whose ratio is then 1."""
+    size = 3000
+    model, tokenizer, catalog, examples = grpo_setup()
+    if min_latent_steps == 0:
+        model.model.policy_head.out_proj = torch.nn.Linear(16, 5)
+        torch.nn.init.constant_(model.model.policy_head.out_proj.bias, 0.0)
+        with torch.no_grad():
+            model.model.policy_head.out_proj.bias[0] = 100.0  # always depth 0
+    model.config.min_latent_steps, model.config.exclude_history = min_latent_steps, exclude_history
+    history = "".join(tokenizer.convert_ids_to_tokens(sid_ids(model, catalog.codes[7])))
+    examples = examples.select([0]).remove_columns("prompt").add_column("prompt", [f"red{history}<|latent_start|>"])
+    args = LasarGRPOConfig(
+        str(tmp_path), **COMMON, num_generations=size, per_device_train_batch_size=size, temperature=0.7,
+        num_iterations=2,
+    )  # fmt: skip
+    trainer = LasarGRPOTrainer(model, args, catalog, train_dataset=examples, processing_class=tokenizer)
+    torch.manual_seed(0)
+    batch = generation(trainer)
+    # 1. The trainer's scores of the candidates, as kept for the ratio, against those of the loss's own pass.
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+    assert (model.config.latent_token_id in ids[0].tolist()) == (min_latent_steps == 1)
+    scores = trainer._get_per_token_logps_and_entropies(trainer.model, ids, torch.ones_like(ids), 3)[0]
+    torch.testing.assert_close(scores, batch["old_per_token_logps"], atol=1e-6, rtol=0)
+    # 2. Their probabilities against the frequencies, within four standard deviations.
+    candidates, index, counts = batch["completion_ids"].unique(dim=0, return_inverse=True, return_counts=True)
+    probability = torch.zeros(len(candidates)).scatter(0, index, scores.sum(dim=1).exp().detach())
+    assert probability.sum() == pytest.approx(1, abs=0.02)
+    deviation = (probability * (1 - probability) / size).sqrt()
+    assert ((counts / size - probability).abs() < 4 * deviation + 1e-4).all()
+    answers = [sid_ids(model, catalog.codes[7])] if exclude_history else []
+    assert not any(answer in candidates.tolist() for answer in answers)
+
+
 @pytest.mark.parametrize("depth", [0, 3])
 def test_a_fixed_depth_is_that_of_all_candidates(tmp_path, depth):
     trainer = grpo_trainer(tmp_path, fixed_depth=depth, depth_weight=0.0)
@@ -172,6 +274,7 @@ def test_ranking_metrics_choose_the_best_model(tmp_path):
         ({"fixed_depth": 2, "depth_weight": 0.1}, "depth_weight"),
         ({"fixed_depth": 9, "depth_weight": 0.0}, "expected 0 to 4"),
         ({"drop_groups_without_signal": True, "loss_type": "bnpo"}, "loss_type"),
+        ({"drop_groups_without_signal": True, "entropy_coef": 0.1}, "entropy_coef"),
         ({"depth_gradient": "guess"}, "depth_gradient"),
     ],
 )

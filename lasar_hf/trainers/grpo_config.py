@@ -47,7 +47,8 @@ class LasarGRPOConfig(GRPOConfig):
             Decay of the running mean `b_EMA` of the group rewards.
         drop_groups_without_signal (`bool`, *optional*, defaults to `False`):
             Leave groups whose candidates all have the same reward out of `L_GRPO`, which then is a mean over the
-            other groups. They have no policy gradient, only a KL penalty. The other losses still use them.
+            other groups. They have no policy gradient, only a KL penalty. The other losses still use them, so the
+            depth policy is not biased. Not with an entropy bonus of TRL (`entropy_coef`, `use_adaptive_entropy`).
         prompts_per_user (`int`, *optional*, defaults to `1`):
             Number of prompts of one user, with histories that continue one another, that stay together in the order of
             training. Together they are read once; more of them make a step faster and its gradient less diverse.
@@ -90,8 +91,9 @@ class LasarGRPOConfig(GRPOConfig):
         default="mean", metadata={"help": "Reward of a group for reinforce.", "choices": ["mean", "rank"]}
     )
     fixed_depth: int | None = field(default=None, metadata={"help": "Latent steps of all candidates; no policy."})
-    step_cost: float | str = field(
-        default=0.005, metadata={"help": "Cost of one latent step in units of reward, lambda, or auto."}
+    # A parser of `float | str` would refuse "auto", so this is text that `__post_init__` reads.
+    step_cost: str = field(
+        default="0.005", metadata={"help": "Cost of one latent step in units of reward, lambda, or auto."}
     )
     step_cost_warmup: float = field(default=0.0, metadata={"help": "Part of the steps in which the cost rises."})
     depth_entropy_weight: float = field(default=0.01, metadata={"help": "Entropy bonus of the depth policy, eta."})
@@ -129,6 +131,9 @@ class LasarGRPOConfig(GRPOConfig):
              f"fixed_depth is {self.fixed_depth}, so the depth policy cannot learn; set depth_weight to 0."),
             (not self.drop_groups_without_signal or self.loss_type in ("grpo", "dapo", "dr_grpo"),
              f"drop_groups_without_signal needs loss_type grpo, dapo or dr_grpo; it is {self.loss_type}."),
+            (not self.drop_groups_without_signal or (self.entropy_coef == 0 and not self.use_adaptive_entropy),
+             "drop_groups_without_signal would scale TRL's entropy bonus too; expected entropy_coef=0 and "
+             "use_adaptive_entropy=False."),
         ]  # fmt: skip
         for is_met, message in checks:
             if not is_met:

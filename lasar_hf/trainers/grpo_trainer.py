@@ -90,7 +90,8 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
 
     # The path of the additional state through TRL's methods, in the order of a generation:
     #   draw_candidates                  returns `items` and `depth_log_prob`, which TRL adds to the examples
-    #   _calculate_rewards               keeps the mean reward of each group in `self._group_rewards`
+    #   _calculate_rewards               keeps the mean reward of each group in `self._group_rewards`, and whether its
+    #                                    rewards differ in `self._has_signal`
     #   _generate_and_score_completions  writes both into the batch, which TRL shuffles and splits into micro-batches,
     #                                    and updates `self.reward_baseline`
     #   compute_loss                     reads them from its micro-batch, and the latent states from `self._outputs`
@@ -144,6 +145,7 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
         train_policy_head(lasar, args.depth_weight > 0)
         self.record_latent_states(lasar)
         self._group_rewards: torch.Tensor | None = None
+        self._has_signal: torch.Tensor | None = None
         self.reward_baseline: float | None = None  # b_EMA; starts as the mean reward of the first batch
         # λ; the first batch sets an automatic one.
         self.step_cost: float | None = None if args.step_cost == "auto" else args.step_cost
@@ -265,7 +267,7 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
         return PrefixRepeatSampler(base, groups, self.args.prompts_per_user)
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        """Keep the mean reward of each group, from which the depth policy learns."""
+        """Keep the mean reward of each group, from which the depth policy learns, and whether its rewards differ."""
         # A sequence is a candidate here; P counts those of all processes.
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # (P, functions)
         weighted = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)  # (P,)
@@ -274,6 +276,10 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
         group_means = weighted.view(-1, self.num_generations).nanmean(dim=1)  # (P / G,)
         group_means = group_means.where(~group_means.isnan(), weighted.nanmean()).nan_to_num()
         self._group_rewards = group_means.repeat_interleave(self.num_generations)  # (P,)
+        # Rewards are compared rather than advantages, which rounding may keep from 0 in a group of equal rewards.
+        by_group = rewards.nan_to_num(0).unflatten(0, (-1, self.num_generations))  # (P / G, G, functions)
+        differs = (by_group != by_group[:, :1]).flatten(1).any(dim=1)  # (P / G,)
+        self._has_signal = differs.repeat_interleave(self.num_generations)  # (P,)
         return rewards
 
     def _generate_and_score_completions(self, inputs):
@@ -290,7 +296,7 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
         if self.args.depth_gradient == "exact" and self.args.depth_weight > 0:
             output["depth_rewards"] = self._depth_rewards(inputs)  # (B · G, C)
         if self.args.drop_groups_without_signal:
-            self._drop_groups(output)
+            self._drop_groups(output, self._has_signal[start : start + len(inputs)])
         # TRL wrote what the rollout returned into the examples.
         output["depth_log_prob"] = rewards.new_tensor([example["depth_log_prob"] for example in inputs])  # (B · G,)
         if self.args.alignment != "none":  # prompts without an anchor get zeros, and no terminal loss
@@ -327,10 +333,10 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
             self.step_cost = 0.5 * gains.mean().item()
         return rewards.repeat_interleave(self.num_generations, dim=0)
 
-    def _drop_groups(self, output: dict) -> None:
-        """Leave groups without advantages out of TRL's loss, which becomes a mean over the others."""
+    def _drop_groups(self, output: dict, differs: torch.Tensor) -> None:
+        """Leave groups whose rewards do not differ, or cancel, out of TRL's loss: a mean over the other groups."""
         groups = output["advantages"].view(-1, self.num_generations)  # (B, G)
-        has_signal = (groups != 0).any(dim=1).repeat_interleave(self.num_generations)  # (B · G,)
+        has_signal = differs & (groups != 0).any(dim=1).repeat_interleave(self.num_generations)  # (B · G,)
         output["completion_mask"] = output["completion_mask"] * has_signal[:, None]
         share = self.accelerator.gather(has_signal.float()).mean()
         output["loss_scale"] = torch.where(share > 0, 1 / share, 0.0).expand(len(has_signal))  # (B · G,)
@@ -401,7 +407,9 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
                     f"{checkpoint} was saved during a generation (micro_batch {state['micro_batch']}), whose "
                     "candidates are lost. Resume from an earlier checkpoint."
                 )
-            self.reward_baseline, self.step_cost = state["reward_baseline"], state["step_cost"]
+            self.reward_baseline = state["reward_baseline"]
+            if self.args.step_cost == "auto":
+                self.step_cost = state["step_cost"]
 
 
 def _save_reference(model: PreTrainedModel, folder: str) -> None:
