@@ -40,8 +40,10 @@ class StudyArguments:
     output_dir: str = field(metadata={"help": "Folder of checkpoints, logs and results."})
     report_dir: str = field(metadata={"help": "Folder of the report, study.md and its figures."})
     rows: dict = field(metadata={"help": "Rows of the study by name, see RowArguments."})
-    tables: list = field(metadata={"help": "Tables of the report: title, rows, rows to compare them with."})
-    prepare: str | None = field(default=None, metadata={"help": "YAML of recipes/prepare.py that makes the data."})
+    tables: list[dict] = field(metadata={"help": "Tables of the report: title, rows, rows to compare them with."})
+    prepare: list[dict] = field(
+        default_factory=list, metadata={"help": "Runs of recipes/prepare.py: `config`, and changed settings in `set`."}
+    )
     source: str | None = field(default=None, metadata={"help": "`source` of recipes/prepare.py."})
     seeds: list[int] = field(
         default_factory=lambda: [0], metadata={"help": "Seeds of rows with `seeds: all`; others use the first."}
@@ -161,11 +163,10 @@ class Jobs(dict[str, Job]):
         super().__init__()
         self.study, self.output = study, Path(study.output_dir)
         self.evaluation = {"data_dir": study.data_dir, "num_beams": study.num_beams}
-        self.start: list[str] = []
-        if study.prepare is not None:
-            options = {"output_dir": study.data_dir} | ({"source": study.source} if study.source else {})
-            self.add("prepare", "prepare", options, self.output, [], study.prepare)
-            self.start = ["prepare"]
+        self.start = [f"prepare-{number}" for number in range(len(study.prepare))]
+        for name, part in zip(self.start, study.prepare, strict=True):
+            options = ({"source": study.source} if study.source else {}) | part.get("set", {})
+            self.add(name, "prepare", options, self.output, [], part.get("config"))
         folder = self.output / "baselines"
         self.add("baselines", "eval", self.evaluation | {"output_dir": str(folder)}, folder, self.start)
         for name in order(rows):
