@@ -22,8 +22,8 @@ from trl import TrlParser
 
 from lasar_hf import LasarConfig, LasarForGenerativeRec, LasarProcessor, LasarSFTConfig, LasarSFTTrainer
 from lasar_hf.arguments import check_choices, read_json_object, read_switch
-from lasar_hf.data import PreparedData, reasoning_examples, sft_examples, stage1_examples
-from lasar_hf.evaluation import RankingEvaluator
+from lasar_hf.data import PreparedData, reasoning_examples, sft_examples, stage1_examples, with_neighbours
+from lasar_hf.evaluation import RankingEvaluator, neighbour_draws, tune_item_knn
 from lasar_hf.model.base_lasar import most_likely_depth
 from lasar_hf.model.configuration_lasar import LATENT_INPUTS
 from lasar_hf.reasoning import AnchorStore, checkpoint_hash, encode_anchors
@@ -257,6 +257,17 @@ def policy_depths(model, processor, histories: list[list[int]], batch_size: int 
     return np.array(depths)
 
 
+def draw_neighbours(data: PreparedData, training_args: LasarSFTConfig) -> np.ndarray | None:
+    """Neighbours of each training sample, from the item-kNN with the best settings on validation, if they are used."""
+    if training_args.neighbour_targets == 0:
+        return None
+    num_items, exclude = len(data.items), data.exclude_history
+    tuning = tune_item_knn(data.split.train, data.samples["validation"], num_items, exclude)
+    return neighbour_draws(
+        data.split.train, num_items, exclude_history=exclude, seed=training_args.seed, **tuning.settings
+    )
+
+
 def main(script: SFTScriptArguments, training_args: LasarSFTConfig, model_args: LasarModelConfig) -> None:
     """Train one stage and save a checkpoint that the next stage, evaluation and serving load."""
     set_seed(training_args.seed)
@@ -267,9 +278,9 @@ def main(script: SFTScriptArguments, training_args: LasarSFTConfig, model_args: 
     )
     with unsharded_weights():
         model, processor = (stage1_model if script.stage == 1 else stage2_model)(script, model_args, data)
-    anchors = None
+    anchors, neighbours = None, draw_neighbours(data, training_args)
     if script.stage == 1:
-        examples = stage1_examples(data, processor, script.tasks)
+        examples = stage1_examples(data, processor, script.tasks, neighbours)
     else:
         check_depth_source(script.depth_source, model.config.max_latent_steps)
         anchors = stage2_anchors(script, model, data, processor, Path(training_args.output_dir, "anchors"))
@@ -278,6 +289,7 @@ def main(script: SFTScriptArguments, training_args: LasarSFTConfig, model_args: 
         )
         training_args.anchors_at_any_depth |= script.depth_source != "segments" or script.shuffle_anchors
         examples = reasoning_examples(data.samples["train"], processor, depths)
+        examples = examples if neighbours is None else with_neighbours(examples, neighbours)
         if script.shuffle_anchors:
             order = np.random.default_rng(training_args.seed).permutation(len(examples))
             examples = examples.remove_columns("sample_index").add_column("sample_index", order)

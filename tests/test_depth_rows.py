@@ -21,6 +21,7 @@ def test_rows_differ_in_their_latent_slots_only():
     assert all(row["labels"] == [-100] * (len(row["input_ids"]) - 2) + [7, 8] for row in rows)
     assert [row["loss_weight"] for row in rows] == [1.5, 0.75, 0.75]
     assert [row["is_own"] for row in rows] == [False, True, False]
+    assert [row["neighbour_share"] for row in rows] == pytest.approx([1.0, 1 / 3, 0.0])
     assert all(row["sample_index"] == 3 for row in rows)
 
 
@@ -32,7 +33,9 @@ def test_the_own_depth_has_a_row_without_a_weight():
 
 def test_plain_text_is_one_row():
     example = {"input_ids": [5, 6, 7], "labels": [5, 6, 7]}
-    assert DepthRows([1.0, 1.0], SLOT, END).expand(example) == [example | {"loss_weight": 1.0, "is_own": True}]
+    assert DepthRows([1.0, 1.0], SLOT, END).expand(example) == [
+        example | {"loss_weight": 1.0, "is_own": True, "neighbour_share": 1.0}
+    ]  # fmt: skip
 
 
 def answers_loss(model, rows: list[dict]) -> torch.Tensor:

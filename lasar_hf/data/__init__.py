@@ -12,6 +12,7 @@ from .examples import (
     reasoning_examples,
     sft_examples,
     stage1_examples,
+    with_neighbours,
 )
 from .interactions import Interactions, read_index, read_lcrec
 from .prepared_data import PreparedData, describe
@@ -51,5 +52,6 @@ __all__ = [
     "sft_examples",
     "stage1_examples",
     "toy_shop",
+    "with_neighbours",
     "write_routines",
 ]

@@ -287,7 +287,9 @@ def mix_examples(tables: Mapping[str, Dataset], weights: Mapping[str, float] | N
     return concatenate_datasets([part.select_columns(common) for part in parts])
 
 
-def stage1_examples(data: PreparedData, processor: LasarProcessor, tasks: Sequence[str]) -> Dataset:
+def stage1_examples(
+    data: PreparedData, processor: LasarProcessor, tasks: Sequence[str], neighbours: np.ndarray | None = None
+) -> Dataset:
     """
     Examples of stage 1, mixed from several tasks.
 
@@ -298,9 +300,11 @@ def stage1_examples(data: PreparedData, processor: LasarProcessor, tasks: Sequen
             Each `name` or `name=weight` ([`mix_examples`]), all distinct: `next_item` ([`sft_examples`]), `history`
             ([`history_examples`]), `chain_end` ([`chain_end_examples`]), `explicit` ([`explicit_examples`]),
             `alignment` ([`alignment_examples`]) or single tasks of `ALIGNMENT_TASKS`.
+        neighbours (`np.ndarray` of shape `(S, R)`, *optional*):
+            As for [`with_neighbours`], of the examples of `next_item`.
 
     Returns:
-        `Dataset`: `input_ids`, `labels`.
+        `Dataset`: `input_ids`, `labels` and, if they are given, `neighbours`.
 
     Example:
 
@@ -326,7 +330,34 @@ def stage1_examples(data: PreparedData, processor: LasarProcessor, tasks: Sequen
             weights[name] = float(weight) if has_weight else 1.0
         except ValueError:
             raise ValueError(f"tasks contains {entry!r}; expected name or name=number.") from None
-    return mix_examples({name: makers[name]() for name in weights}, weights)
+    tables = {name: makers[name]() for name in weights}
+    if neighbours is not None:
+        if "next_item" not in tables:
+            raise ValueError(f"tasks is {list(tasks)}; expected next_item, whose targets the neighbours replace.")
+        for name, table in tables.items():
+            rows = neighbours if name == "next_item" else np.empty((len(table), 0), dtype=np.int64)
+            tables[name] = with_neighbours(table, rows)
+    return mix_examples(tables, weights)
+
+
+def with_neighbours(examples: Dataset, neighbours: np.ndarray) -> Dataset:
+    """
+    Examples with a column `neighbours`, items that may replace the target, see `neighbour_targets` of
+    [`LasarSFTConfig`].
+
+    Args:
+        examples (`Dataset`):
+            One example per training sample.
+        neighbours (`np.ndarray` of shape `(S, R)`):
+            Item indices, -1 for none, as of [`~lasar_hf.evaluation.neighbour_draws`].
+    """
+    if len(neighbours) != len(examples):
+        raise ValueError(
+            f"neighbours has {len(neighbours)} rows; expected {len(examples)}, one per example. They belong to all "
+            "items of a user but the first, so prepare the data with targets: all."
+        )
+    rows = [row[row >= 0] for row in neighbours]
+    return examples.add_column("neighbours", rows, feature=List(Value("int64")))
 
 
 def _map(samples: Dataset, build: Callable, features: Features, with_indices: bool = False) -> Dataset:

@@ -21,6 +21,7 @@ from .metrics import (
     repeat_share,
     score_predictions,
 )
+from .neighbours import neighbour_draws
 from .recommendations import RankingEvaluator, Recommendations, check_exclusion, recommend_samples
 from .report import (
     comparison_table,
@@ -60,6 +61,7 @@ __all__ = [
     "markov_ranking",
     "matrix_ranking",
     "ndcg_per_user",
+    "neighbour_draws",
     "paired_bootstrap",
     "popular_items",
     "popularity_ranking",

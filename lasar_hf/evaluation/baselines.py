@@ -140,17 +140,27 @@ def item_knn_matrix(
         `scipy.sparse.csr_array` of shape `(num_items, num_items)`, float64: `S`, with the neighbours of item `i` in
         row `i`.
     """
-    if window < 1 or shrinkage < 0:
-        raise ValueError(f"window is {window} and shrinkage {shrinkage}; expected at least 1 and at least 0.")
-    users, items, _ = flat_sequences(train_sequences)
-    _check_items("train_sequences", items, num_items)
-    pairs = sum(gap_decay ** (gap - 1) * _pair_counts(users, items, num_items, gap) for gap in range(1, window + 1))
-    pairs = pairs + mirror * pairs.T
+    if shrinkage < 0:
+        raise ValueError(f"shrinkage is {shrinkage}; expected at least 0.")
+    pairs, popularity = item_knn_counts(train_sequences, num_items, window, gap_decay, mirror)
     # An item without popularity is in no pair: its weight does not matter, but it must be finite.
-    scale = sparse.diags_array(np.maximum(np.bincount(items, minlength=num_items) + shrinkage, 1e-9) ** -0.5)
+    scale = sparse.diags_array(np.maximum(popularity + shrinkage, 1e-9) ** -0.5)
     similarity = (scale @ pairs @ scale).tocsr()
     similarity.eliminate_zeros()
     return similarity
+
+
+def item_knn_counts(
+    train_sequences: Sequence[Sequence[int]], num_items: int, window: int, gap_decay: float, mirror: float
+) -> tuple[sparse.csr_array, np.ndarray]:
+    """The weighted pairs `W` `(I, I)` with those in the opposite order, and the popularity `(I,)`: the sums over users
+    from which [`item_knn_matrix`] is made, whose arguments these are."""
+    if window < 1:
+        raise ValueError(f"window is {window}; expected at least 1.")
+    users, items, _ = flat_sequences(train_sequences)
+    _check_items("train_sequences", items, num_items)
+    pairs = sum(gap_decay ** (gap - 1) * _pair_counts(users, items, num_items, gap) for gap in range(1, window + 1))
+    return (pairs + mirror * pairs.T).tocsr(), np.bincount(items, minlength=num_items)
 
 
 def ease_matrix(

@@ -42,13 +42,14 @@ class DepthRows:
 
     def expand(self, example: dict[str, Any]) -> list[dict[str, Any]]:
         """
-        The rows of an example with `input_ids` and `labels`. `loss_weight` is the weight of a row, 1 on average, and
-        `is_own` marks the row of the depth that the example comes with.
+        The rows of an example with `input_ids` and `labels`. `loss_weight` is the weight of a row, 1 on average,
+        `is_own` marks the row of the depth that the example comes with, and `neighbour_share` falls from 1 at depth 0
+        to 0 at the deepest row.
         """
         ids, labels = list(example["input_ids"]), list(example["labels"])
         depths, own = self.depths(ids), ids.count(self.latent_token_id)
         if depths == [own]:
-            return [example | {"loss_weight": 1.0, "is_own": True}]
+            return [example | {"loss_weight": 1.0, "is_own": True, "neighbour_share": 1.0}]
         end = ids.index(self.latent_end_token_id)
         weights = [self.weights[depth] if depth < len(self.weights) else 0.0 for depth in depths]
         rows = []
@@ -57,6 +58,7 @@ class DepthRows:
                 "input_ids": [*ids[: end - own], *[self.latent_token_id] * depth, *ids[end:]],
                 "labels": [*labels[: end - own], *[-100] * depth, *labels[end:]],
                 "loss_weight": weight * len(depths) / sum(weights), "is_own": depth == own,
+                "neighbour_share": 1 - depth / depths[-1],
             }  # fmt: skip
             rows.append(example | row)
         return rows

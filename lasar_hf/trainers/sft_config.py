@@ -31,6 +31,10 @@ class LasarSFTConfig(SFTConfig):
             Weights of the cross-entropy after 0, 1, 2, … latent steps. One chain of latent steps serves all depths of
             an example, whose own depth is that of its anchors and its policy label. Without it, an example is trained
             at its own depth only, as in the paper.
+        neighbour_targets (`float`, *optional*, defaults to `0.0`):
+            Probability that an item that other users took in its place replaces the target of an example, drawn
+            afresh at each visit from its column `neighbours` (not in the paper). With `depth_weights`, the
+            probability falls linearly to 0 at the deepest row: targets are broad at first and sharp at the end.
         policy_weight (`float`, *optional*, defaults to `0.0`):
             Weight `β` of the policy head's cross-entropy. At 0 (stage 1) the policy head is frozen.
         policy_label_smoothing (`float`, *optional*, defaults to `0.0`):
@@ -68,6 +72,9 @@ class LasarSFTConfig(SFTConfig):
         default=None,
         metadata={"help": "Weights of the cross-entropy after 0, 1, 2, … latent steps; unset: at one depth only."},
     )
+    neighbour_targets: float = field(
+        default=0.0, metadata={"help": "Probability that a neighbour replaces the target of an example."}
+    )
     policy_weight: float = field(default=0.0, metadata={"help": "Policy loss weight, beta; 0 freezes the head."})
     policy_label_smoothing: float = field(
         default=0.0, metadata={"help": "Share of the policy's label that is spread over all depths."}
@@ -88,6 +95,8 @@ class LasarSFTConfig(SFTConfig):
             raise ValueError(f"policy_label_smoothing is {self.policy_label_smoothing}; expected 0 to below 1.")
         if self.depth_weights is not None:
             self._check_depth_weights()
+        if not 0 <= self.neighbour_targets <= 1:
+            raise ValueError(f"neighbour_targets is {self.neighbour_targets}; expected a probability.")
         refuse_unused_search(self)
         super().__post_init__()
 

@@ -50,16 +50,22 @@ class LasarDataCollator(DataCollatorForLanguageModeling):
             [`~lasar_hf.reasoning.AnchorStore.at_depth`].
         depth_rows ([`DepthRows`], *optional*):
             Train each example at several depths. The batch gets `loss_weights` and `is_own` `(B,)`.
+        neighbour_targets, item_token_ids (`float` and `torch.Tensor` of shape `(I, M)`, *optional*):
+            Probability that one of the `neighbours` of an example replaces its target, and the tokens of the items.
     """
 
     anchors: AnchorStore | None = field(default=None, kw_only=True)
     latent_token_id: int | None = field(default=None, kw_only=True)
     any_depth: bool = field(default=False, kw_only=True)
     depth_rows: DepthRows | None = field(default=None, kw_only=True)
+    neighbour_targets: float = field(default=0.0, kw_only=True)
+    item_token_ids: torch.Tensor | None = field(default=None, kw_only=True)
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         if self.depth_rows is not None:
             examples = [row for example in examples for row in self.depth_rows.expand(example)]
+        if self.neighbour_targets > 0:
+            examples = [self._with_neighbour(example) for example in examples]
         batch = super().torch_call(examples)
         if self.depth_rows is not None:
             batch["loss_weights"] = torch.tensor([row["loss_weight"] for row in examples])  # (B,)
@@ -68,6 +74,14 @@ class LasarDataCollator(DataCollatorForLanguageModeling):
             vectors = [torch.as_tensor(self._anchors_of(example)) for example in examples]  # B × (N, H)
             batch["anchors"] = nn.utils.rnn.pad_sequence(vectors, batch_first=True)  # (B, max N, H)
         return batch
+
+    def _with_neighbour(self, example: dict[str, Any]) -> dict[str, Any]:
+        """The example, or the same one with a drawn neighbour as its answer."""
+        neighbours = example.get("neighbours")
+        if not neighbours or torch.rand(()) >= self.neighbour_targets * example.get("neighbour_share", 1.0):
+            return example
+        answer = self.item_token_ids[neighbours[int(torch.randint(len(neighbours), ()))]].tolist()
+        return example | {name: [*example[name][: -len(answer)], *answer] for name in ("input_ids", "labels")}
 
     def _anchors_of(self, example: dict[str, Any]) -> np.ndarray:
         if not example.get("is_own", True):
@@ -143,6 +157,8 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
             raise ValueError('sid_loss="catalog" needs the items. Pass catalog, or a LasarProcessor.')
         if args.alignment == "item_kl" and self.catalog is None:
             raise ValueError('alignment="item_kl" needs the items. Pass catalog, or a LasarProcessor.')
+        if args.neighbour_targets > 0 and self.processor is None:
+            raise ValueError("neighbour_targets needs the tokens of the items. Pass a LasarProcessor.")
         _check_arguments(args, train_dataset, eval_dataset, kwargs)
         model = load_model(model, **(args.model_init_kwargs or {})) if is_adapter(model) else model
         eval_dataset = self.set_ranking_evaluator(ranking_evaluator, eval_dataset)
@@ -163,6 +179,8 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
                 self.data_collator.pad_token_id, pad_to_multiple_of=self.data_collator.pad_to_multiple_of,
                 anchors=anchors if args.alignment != "none" else None, latent_token_id=lasar.config.latent_token_id,
                 any_depth=args.anchors_at_any_depth, depth_rows=self.depth_rows,
+                neighbour_targets=args.neighbour_targets,
+                item_token_ids=None if self.processor is None else self.processor.sid_token_ids,
             )
         if args.sid_loss == "catalog":
             add_catalog_head(lasar, self.catalog)
@@ -174,8 +192,8 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
-        if "sample_index" not in self._signature_columns:
-            self._signature_columns = [*self._signature_columns, "sample_index"]
+        added = [name for name in ("sample_index", "neighbours") if name not in self._signature_columns]
+        self._signature_columns = [*self._signature_columns, *added]
 
     def _get_train_sampler(self, train_dataset=None):
         """With `max_tokens_per_batch`, batches of users."""
