@@ -44,6 +44,29 @@ def test_exact_gradient_scores_the_target_at_every_depth(tmp_path):
             assert batch["depth_rewards"][i * size + j].tolist() == pytest.approx(expected, abs=1e-4)
 
 
+def test_exact_gradient_scores_targets_as_recommend_does(tmp_path):
+    """From depth 0 on, and without the items of the history."""
+    model, tokenizer, catalog, examples = grpo_setup()
+    model.model.policy_head.out_proj = torch.nn.Linear(16, 5)
+    model.config.min_latent_steps, model.config.exclude_history = 0, True
+    histories = ["".join(tokenizer.convert_ids_to_tokens(sid_ids(model, catalog.codes[i]))) for i in (7, 8, 9, 10)]
+    prompts = [f"red{history}<|latent_start|>" for history in histories]
+    examples = examples.remove_columns("prompt").add_column("prompt", prompts)
+    args = LasarGRPOConfig(
+        str(tmp_path), **COMMON, num_generations=4, per_device_train_batch_size=16, depth_gradient="exact"
+    )
+    trainer = LasarGRPOTrainer(model, args, catalog, train_dataset=examples, processing_class=tokenizer)
+    rewards = generation(trainer)["depth_rewards"][::4]  # (B, C)
+    inputs = tokenizer(prompts, padding=True, return_tensors="pt", add_special_tokens=False)
+    for depth in range(5):
+        output = model.recommend(
+            inputs["input_ids"], inputs["attention_mask"], catalog, top_k=20, num_beams=20, latent_steps=depth
+        )
+        for i, target in enumerate(examples["target"]):
+            rank = output.items[i].tolist().index(target)
+            assert rewards[i, depth].item() == pytest.approx(output.scores[i, rank].item(), abs=1e-4)
+
+
 def test_exact_gradient_moves_the_policy_to_the_best_depth(tmp_path):
     trainer = grpo_trainer(
         tmp_path, depth_gradient="exact", depth_weight=5.0, step_cost=0.0, depth_entropy_weight=0.0, max_steps=30,

@@ -27,6 +27,22 @@ def test_the_first_class_is_depth_zero(tmp_path):
         assert output.latent_steps.tolist() == [steps, steps]
 
 
+def test_a_batch_may_mix_no_steps_and_some():
+    model = model_from_zero()
+    head = model.model.policy_head.out_proj
+    torch.nn.init.normal_(head.weight, std=20.0)
+    requests = [batch([row(model, length, 0, seed=length)]) for length in range(3, 11)]
+    alone = [model.recommend(**request, catalog=tiny_catalog(), top_k=5) for request in requests]
+    together = model.recommend(
+        **batch([row(model, length, 0, seed=length) for length in range(3, 11)]), catalog=tiny_catalog(), top_k=5
+    )
+    depths = together.latent_steps.tolist()
+    assert 0 in depths
+    assert max(depths) > 0
+    assert depths == [int(output.latent_steps) for output in alone]
+    assert together.items.tolist() == [output.items[0].tolist() for output in alone]
+
+
 def test_examples_without_steps_are_labels_of_the_policy(tmp_path):
     _, tokenizer, catalog, examples, anchors = sft_setup([0, 1, 2, 4, 0, 3])
     args = LasarSFTConfig(str(tmp_path), **COMMON | dict(max_steps=60), policy_weight=1.0)

@@ -335,6 +335,20 @@ def test_stage1_excludes_the_history_as_the_data_says(folder, tmp_path, choice, 
     assert LasarForGenerativeRec.from_pretrained(tmp_path).config.exclude_history is is_excluded
 
 
+def test_grpo_ranks_validation_users_at_the_depth_of_training(folder, stage2, tmp_path):
+    recipe = load_recipe("grpo")
+    script = recipe.GRPOScriptArguments(data_dir=str(folder), eval_users=4)
+    options = dict(eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1, logging_steps=1)
+    args = LasarGRPOConfig(
+        **settings(tmp_path) | options, num_generations=4, fixed_depth=0, depth_weight=0.0,
+        load_best_model_at_end=True, metric_for_best_model="eval_NDCG@10",
+    )
+    recipe.main(script, args, LasarModelConfig(model_name_or_path=str(stage2)))
+    history = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
+    assert [log["eval_mean_depth"] for log in history if "eval_NDCG@10" in log] == [0, 0]
+    assert {log["mean_depth"] for log in history if "mean_depth" in log} == {0}
+
+
 @pytest.mark.parametrize(("learning_rate", "is_kept"), [(0.0, True), (1.0, False)])
 def test_grpo_saves_its_start_if_training_made_it_worse(folder, stage2, tmp_path, monkeypatch, learning_rate, is_kept):
     """A learning rate of 1 destroys the model; with 0 nothing changes, which is not worse."""
