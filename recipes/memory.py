@@ -3,9 +3,10 @@ Give checkpoints an item memory: a matrix of item-to-item steps of the training 
 
     python recipes/memory.py --config recipes/scientific/memory.yaml
 
-The matrix is item-kNN's, tuned on validation samples. Its weight in the mixture is fitted for each checkpoint on
-validation samples, with `path@N` for `N` latent steps. Writes `item_memory.safetensors` into each checkpoint, which
-`eval.py` and `recommend.py` then use.
+The matrix has the steps of item-kNN and items with similar text, which decide where steps are rare; it is tuned on
+validation samples. Its weight in the mixture is fitted for each checkpoint on validation samples, with `path@N` for `N`
+latent steps and `path@text` for a model that writes a chain of thought. Writes `item_memory.safetensors` into each
+checkpoint, which `eval.py` and `recommend.py` then use.
 """
 
 import logging
@@ -17,7 +18,15 @@ from trl import TrlParser
 
 from lasar_hf import ItemMemory, LasarForGenerativeRec, LasarProcessor
 from lasar_hf.data import PreparedData
-from lasar_hf.evaluation import build_memory, fit_gate, ranking_metrics, ranks, recommend_samples, tune_item_knn
+from lasar_hf.evaluation import (
+    build_memory,
+    fit_gate,
+    ranking_metrics,
+    ranks,
+    recommend_samples,
+    similar_items,
+    tune_memory,
+)
 from lasar_hf.onednn import onednn_linear
 
 
@@ -74,9 +83,10 @@ def fit(args: MemoryArguments, data: PreparedData, memory: ItemMemory, path: str
 def main(args: MemoryArguments) -> None:
     """Tune the matrix once, and fit and save it for every checkpoint."""
     data = PreparedData.load(args.data_dir)
-    tuning = tune_item_knn(data.split.train, data.samples["validation"], len(data.items), data.exclude_history)
-    logger.info("item-kNN: %s, validation NDCG@10 %.4f.", tuning.settings, tuning.validation_ndcg)
-    memory = build_memory(data, args.max_neighbours, **tuning.settings)
+    similar = similar_items(data.text_vectors)
+    tuning = tune_memory(data, similar)
+    logger.info("Memory alone: %s, validation NDCG@10 %.4f.", tuning.settings, tuning.validation_ndcg)
+    memory = build_memory(data, args.max_neighbours, similar=similar, **tuning.settings)
     for entry in args.models:
         path, _, reasoning = entry.partition("@")
         fit(args, data, memory, path, reasoning).save_pretrained(path)

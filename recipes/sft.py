@@ -23,7 +23,7 @@ from trl import TrlParser
 from lasar_hf import LasarConfig, LasarForGenerativeRec, LasarProcessor, LasarSFTConfig, LasarSFTTrainer
 from lasar_hf.arguments import check_choices, read_json_object, read_switch
 from lasar_hf.data import PreparedData, reasoning_examples, sft_examples, stage1_examples, with_neighbours
-from lasar_hf.evaluation import RankingEvaluator, neighbour_draws, tune_item_knn
+from lasar_hf.evaluation import RankingEvaluator, neighbour_draws, similar_items, tune_memory
 from lasar_hf.model.base_lasar import most_likely_depth
 from lasar_hf.model.configuration_lasar import LATENT_INPUTS
 from lasar_hf.reasoning import AnchorStore, checkpoint_hash, encode_anchors
@@ -258,13 +258,14 @@ def policy_depths(model, processor, histories: list[list[int]], batch_size: int 
 
 
 def draw_neighbours(data: PreparedData, training_args: LasarSFTConfig) -> np.ndarray | None:
-    """Neighbours of each training sample, from the item-kNN with the best settings on validation, if they are used."""
+    """Neighbours of each training sample, from the memory with the best settings on validation, if they are used."""
     if training_args.neighbour_targets == 0:
         return None
-    num_items, exclude = len(data.items), data.exclude_history
-    tuning = tune_item_knn(data.split.train, data.samples["validation"], num_items, exclude)
+    similar = similar_items(data.text_vectors)
+    tuning = tune_memory(data, similar)
     return neighbour_draws(
-        data.split.train, num_items, exclude_history=exclude, seed=training_args.seed, **tuning.settings
+        data.split.train, len(data.items), similar, exclude_history=data.exclude_history, seed=training_args.seed,
+        **tuning.settings,
     )
 
 

@@ -13,7 +13,7 @@ from lasar_hf.evaluation import (
     Recommendations,
     build_memory,
     fit_gate,
-    item_knn_matrix,
+    memory_matrix,
     ndcg_per_user,
     ranks,
     recommend_samples,
@@ -36,7 +36,7 @@ def folder(tmp_path_factory):
 def test_the_largest_neighbours_are_kept(folder):
     data = PreparedData.load(folder / "data")
     memory = build_memory(data, max_neighbours=3, shrinkage=2.0)
-    matrix = item_knn_matrix(data.split.train, len(data.items), shrinkage=2.0).toarray()
+    matrix = memory_matrix(data.split.train, len(data.items), shrinkage=2.0).toarray()
     for item, row in enumerate(matrix):
         kept = slice(memory.pointers[item], memory.pointers[item + 1])
         weights = memory.weights[kept].double().numpy()

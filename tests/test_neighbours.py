@@ -1,4 +1,4 @@
-"""Targets from item-kNN that does not know the user, and examples whose target they replace."""
+"""Targets from the memory that does not know the user, and examples whose target they replace."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import torch
 
 from lasar_hf import LasarSFTConfig
 from lasar_hf.data import with_neighbours
-from lasar_hf.evaluation import item_knn_matrix, neighbour_draws
+from lasar_hf.evaluation import memory_matrix, neighbour_draws, similar_items
 from tests.training import sft_setup, sft_trainer
 
 
@@ -17,14 +17,15 @@ def sequences(seed: int = 0, users: int = 30, items: int = 12) -> list[list[int]
 
 @pytest.mark.parametrize("exclude", [True, False])
 def test_draws_follow_the_scores_without_the_user(exclude):
-    """Against item-kNN on the sequences of all other users, one user at a time."""
+    """Against the memory of the sequences of all other users, one user at a time."""
     train, draws = sequences(), 4000
-    settings = dict(window=3, gap_decay=0.6, mirror=0.5, shrinkage=5.0)
-    drawn = neighbour_draws(train, 12, draws, **settings, history_decay=0.7, exclude_history=exclude)
+    settings = dict(window=3, gap_decay=0.6, mirror=0.5, shrinkage=5.0, text_weight=0.5, temperature=0.4)
+    similar = similar_items(np.random.default_rng(1).normal(size=(12, 4)), 3)
+    drawn = neighbour_draws(train, 12, similar, draws, **settings, history_decay=0.7, exclude_history=exclude)
     row = 0
     for user, sequence in enumerate(train):
         others = train[:user] + train[user + 1 :]
-        matrix = item_knn_matrix(others, 12, **settings).toarray()
+        matrix = memory_matrix(others, 12, similar, **settings).toarray()
         for place in range(1, len(sequence)):
             scores = sum(0.7**age * matrix[item] for age, item in enumerate(reversed(sequence[:place])))
             if exclude:

@@ -49,6 +49,8 @@ class PreparedData:
             Whether the items of a user's history are left out of recommendations, as decided on this data.
         split_fields (`dict`, *optional*):
             Fields of [`Split`] that are not columns of `users`.
+        text_vectors (`np.ndarray` of shape `(I, D)`, *optional*):
+            A vector of each item's text, zeros for an item without text. `None` if no item has text.
 
     Example:
 
@@ -70,6 +72,7 @@ class PreparedData:
     repeat_rate: float = 0.0
     exclude_history: bool = True
     split_fields: dict[str, object] = field(default_factory=dict)
+    text_vectors: np.ndarray | None = None
 
     @classmethod
     def load(cls, folder: str | Path) -> "PreparedData":
@@ -84,13 +87,15 @@ class PreparedData:
         if "repeat_rate" not in fields:  # prepared by an older version
             fields["repeat_rate"] = repeat_rate(users["train"])
             fields["exclude_history"] = fields["repeat_rate"] <= RARE_REPEATS
+        items = Dataset.load_from_disk(folder / "items")
         return cls(
-            Dataset.load_from_disk(folder / "items"),
+            items,
             users,
             DatasetDict.load_from_disk(folder / "samples"),
             SidCatalog.from_pretrained(folder / "catalog"),
             **fields,
             split_fields=read_json(folder / "interactions.json")["split_fields"],
+            text_vectors=_text_vectors(folder / "embeddings.npy", items),
         )
 
     @staticmethod
@@ -148,6 +153,14 @@ def load_interactions(folder: str | Path) -> tuple[Interactions, Split]:
     fields = read_json(folder / "interactions.json")["split_fields"]
     split = _to_split(Dataset.load_from_disk(folder / "users"), fields)
     return _to_interactions(Dataset.load_from_disk(folder / "items"), split), split
+
+
+def _text_vectors(path: Path, items: Dataset) -> np.ndarray | None:
+    """The vectors in a file, without those of items that have no text but an id; `None` without any text."""
+    has_text = np.any([[bool(text) for text in items[name]] for name in TEXT_FIELDS], axis=0)  # (I,)
+    if not path.exists() or not has_text.any():
+        return None
+    return np.load(path, allow_pickle=False) * has_text[:, None]
 
 
 def _to_split(users: Dataset, fields: dict[str, object]) -> Split:

@@ -12,6 +12,7 @@ from .baselines import (
 )
 from .explicit import write_chains
 from .memory import build_memory, fit_gate
+from .memory_matrix import memory_matrix, similar_items, tune_memory
 from .metrics import (
     RankingMetrics,
     hits_per_user,
@@ -60,6 +61,7 @@ __all__ = [
     "item_knn_ranking",
     "markov_ranking",
     "matrix_ranking",
+    "memory_matrix",
     "ndcg_per_user",
     "neighbour_draws",
     "paired_bootstrap",
@@ -72,11 +74,13 @@ __all__ = [
     "sasrec_ranking",
     "save_report",
     "score_predictions",
+    "similar_items",
     "slice_report",
     "slice_table",
     "slices",
     "tune",
     "tune_item_knn",
+    "tune_memory",
     "tuning_notes",
     "write_chains",
 ]

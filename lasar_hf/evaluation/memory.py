@@ -10,7 +10,7 @@ from scipy import sparse
 
 from ..data.prepared_data import PreparedData
 from ..model.memory_lasar import ItemMemory, catalog_hash
-from .baselines import item_knn_matrix
+from .memory_matrix import memory_matrix
 from .metrics import ndcg_per_user, ranks
 from .recommendations import Recommendations
 
@@ -33,13 +33,13 @@ def build_memory(
         history_decay (`float`, *optional*, defaults to `0.7`):
             Weight of an item of the history relative to the item after it.
         kwargs:
-            Passed to [`item_knn_matrix`].
+            Passed to [`memory_matrix`].
 
     Returns:
         [`ItemMemory`]: a memory with a weight of one half, see [`fit_gate`].
     """
     num_items = len(data.items)
-    matrix = _largest(item_knn_matrix(data.split.train, num_items, **kwargs), max_neighbours)
+    matrix = _largest(memory_matrix(data.split.train, num_items, **kwargs), max_neighbours)
     support = np.bincount(np.concatenate(data.split.train).astype(np.int64), minlength=num_items)
     parts = (matrix.indptr, matrix.indices, matrix.data, support)
     return ItemMemory(*map(torch.from_numpy, parts), catalog_hash(data.catalog), history_decay)
