@@ -4,8 +4,8 @@ Give checkpoints an item memory: a matrix of item-to-item steps of the training 
     python recipes/memory.py --config recipes/scientific/memory.yaml
 
 The matrix has the steps of item-kNN and items with similar text, which decide where steps are rare; it is tuned on
-validation samples. Its weight in the mixture is fitted for each checkpoint on validation samples, with `path@N` for `N`
-latent steps and `path@text` for a model that writes a chain of thought. Writes `item_memory.safetensors` into each
+validation samples. Its weight in the mixture is fitted for each checkpoint on validation samples, with `path@N` for
+`N` latent steps and `path@text` for a model that writes a chain of thought. Writes `item_memory.safetensors` into each
 checkpoint, which `eval.py` and `recommend.py` then use.
 """
 

@@ -21,11 +21,12 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import yaml
 from trl import TrlParser
 
 from lasar_hf.data import PreparedData
 from lasar_hf.evaluation.study import StudyResults, write_study
-from lasar_hf.files import read_json, write_json
+from lasar_hf.files import atomic_file, read_json, write_json
 
 
 RECIPES = Path(__file__).resolve().parent
@@ -59,7 +60,8 @@ class StudyArguments:
 class RowArguments:
     """
     A row of a study: a training, or another way to evaluate the checkpoint of a row (`of`). In `set`, a value that
-    starts with `@` and the name of a row is the folder of that row, such as `"@LASAR-SFT/anchors"`.
+    starts with `@` and the name of a row is the folder of that row, such as `"@LASAR-SFT/anchors"`, and `null` leaves
+    a setting of the YAML file out.
     """
 
     recipe: str | None = None  # sft or grpo
@@ -75,13 +77,14 @@ class RowArguments:
 
 @dataclass
 class Job:
-    """A command that is run once. `key` identifies its settings and those of the jobs before it."""
+    """A run of a recipe. `key` identifies its settings and those of the jobs before it."""
 
     name: str
-    command: list[str]
+    script: str
+    settings: dict[str, Any]
     folder: Path
     after: list[str]
-    key: str = ""
+    key: str
 
     @property
     def marker(self) -> Path:
@@ -177,14 +180,12 @@ class Jobs(dict[str, Job]):
         self, name: str, script: str, options: dict[str, Any], folder: Path, after: list[str],
         config: str | None = None,
     ):  # fmt: skip
-        """Add a run of a recipe."""
-        command = [sys.executable, str(RECIPES / f"{script}.py")] + (["--config", config] if config else [])
-        for key, value in options.items():
-            values = value if isinstance(value, list) else [value]
-            command += [f"--{key}", *(part if isinstance(part, str) else json.dumps(part) for part in values)]
-        text = [command[2:], Path(config).read_text() if config else "", [self[part].key for part in after]]
-        key = hashlib.sha256(json.dumps(text).encode()).hexdigest()
-        self[name] = Job(name, command, folder, after, key)
+        """Add a run of a recipe: the settings of a YAML file, some of them changed or, with `null`, left out."""
+        settings = (yaml.safe_load(Path(config).read_text(encoding="utf-8")) if config else {}) | options
+        settings = {key: value for key, value in settings.items() if value is not None}
+        text = json.dumps([script, settings, [self[part].key for part in after]])
+        key = hashlib.sha256(text.encode()).hexdigest()
+        self[name] = Job(name, script, settings, folder, after, key)
 
     def add_row(self, name: str, row: RowArguments, seed: int) -> None:
         """Add the training of a row, its memory and its evaluations."""
@@ -226,17 +227,21 @@ def expand(value: Any, folder: Path) -> Any:
 def run_job(job: Job, study: StudyArguments) -> bool:
     """Run a command with its log beside its results. Returns whether it succeeded."""
     job.folder.mkdir(parents=True, exist_ok=True)
-    log, began = job.marker.with_suffix("").with_suffix(".log"), time.time()
+    config = job.folder / f"{job.name.split('/')[-1]}.yaml"
+    with atomic_file(config) as temporary:
+        temporary.write_text(yaml.safe_dump(job.settings, sort_keys=False), encoding="utf-8")
+    command = [sys.executable, str(RECIPES / f"{job.script}.py"), "--config", str(config)]
+    log, began = config.with_suffix(".log"), time.time()
     threads = str(max((os.cpu_count() or 1) // study.jobs, 1))
     with log.open("a") as file:
         code = subprocess.run(
-            job.command, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": threads}
+            command, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": threads}
         ).returncode
     if code != 0:
         tail = "".join(log.read_text(errors="replace").splitlines(keepends=True)[-15:])
         logger.error("%s failed with exit code %d. The end of %s:\n%s", job.name, code, log, tail)
         return False
-    record = {"key": job.key, "seconds": time.time() - began, "commit": commit(), "command": job.command[1:]}
+    record = {"key": job.key, "seconds": time.time() - began, "commit": commit(), "settings": job.settings}
     write_json(job.marker, record)
     logger.info("%s: done in %.0f s", job.name, record["seconds"])
     return True

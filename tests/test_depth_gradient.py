@@ -304,3 +304,16 @@ def test_ranking_metrics_choose_the_best_model(tmp_path):
 def test_wrong_options_are_refused(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         grpo_trainer(tmp_path, **options)
+
+
+@pytest.mark.parametrize("gradient", ["exact", "reinforce"])
+def test_the_exact_gradient_moves_the_policy_head_alone(tmp_path, gradient):
+    trainer = grpo_trainer(
+        tmp_path, depth_gradient=gradient, depth_weight=1.0, alignment="none", beta=0.0, max_steps=1,
+        reward_funcs=[lambda completion_ids, **kwargs: [0.5] * len(completion_ids)],
+    )  # fmt: skip
+    before = parameters(trainer.model)
+    trainer.train()
+    others = {name for name in moved(before, trainer.model) if "policy_head" not in name}
+    assert bool(others) == (gradient == "reinforce")
+    assert moved(before, trainer.model) - others

@@ -12,16 +12,17 @@ STUB = """
 import json, os, sys
 from pathlib import Path
 import numpy as np
-arguments = dict(zip((a[2:] for a in sys.argv[1::2]), sys.argv[2::2]))
+import yaml
+arguments = yaml.safe_load(Path(sys.argv[2]).read_text())
 with open(os.environ["RUNS"], "a") as file:
     file.write(json.dumps([Path(sys.argv[0]).stem, arguments]) + "\\n")
-if os.environ.get("FAIL", "nothing") in json.dumps(sys.argv):
+if os.environ.get("FAIL", "nothing") in json.dumps(arguments):
     sys.exit("out of memory")
 if Path(sys.argv[0]).stem == "eval":
     folder = Path(arguments["output_dir"])
     folder.mkdir(parents=True, exist_ok=True)
-    name = arguments.get("models", "item-kNN=x").partition("=")[0]
-    names = [name] + [name + " + memory"] * (arguments.get("memory") == "true")
+    name = arguments.get("models", ["item-kNN=x"])[0].partition("=")[0]
+    names = [name] + [name + " + memory"] * arguments.get("memory", False)
     items = np.random.default_rng(len(name)).permuted(np.tile(np.arange(20), (23, 1)), axis=1)
     row = {"HR@10": 0.5, "NDCG@10": 0.25, "mean_depth": 2.0, "ms_per_user": 1.5}
     (folder / "report.json").write_text(json.dumps({"results": {n: row for n in names}, "details": {"baselines": {}}}))
@@ -65,7 +66,7 @@ def runs(folder):
 
 def test_rows_run_after_those_they_start_from(recipe, tmp_path):
     recipe.main(study(recipe, tmp_path))
-    names = [(name, arguments.get("models", "").partition("=")[0]) for name, arguments in runs(tmp_path)]
+    names = [(name, arguments.get("models", [""])[0].partition("=")[0]) for name, arguments in runs(tmp_path)]
     assert sorted(names) == sorted(
         [("eval", ""), ("sft", ""), ("sft", ""), ("memory", f"{tmp_path}/out/0/direct/checkpoint@0"),
          ("eval", "direct"), ("eval", "latent"), ("eval", "latent")]
@@ -111,6 +112,17 @@ def test_seeds_are_averaged(recipe, tmp_path):
     part.rows["direct"]["seeds"] = "all"
     recipe.main(part)
     assert "| direct | 2 | 0.5000 ± 0.0000 |" in (tmp_path / "report" / "study.md").read_text()
+
+
+def test_null_leaves_a_setting_out(recipe, tmp_path):
+    part = study(recipe, tmp_path)
+    part.rows["latent"]["set"] |= {"learning_rate": None, "weights": [0.5, 1], "model": {"size": 3}}
+    recipe.main(part)
+    direct, latent = [arguments for name, arguments in runs(tmp_path) if name == "sft"]
+    assert direct["learning_rate"] == 1e-3
+    assert "learning_rate" not in latent
+    assert latent["weights"] == [0.5, 1]
+    assert latent["model"] == {"size": 3}
 
 
 def test_a_report_can_be_written_alone(recipe, tmp_path):

@@ -199,6 +199,7 @@ class LasarModel(LasarPreTrainedModel):
         if config.latent_input == "normalized":
             self.latent_input = LatentInput(config.hidden_size, config.max_latent_steps)
         self.share_prefixes = True  # prompts that share a prefix are read once
+        self.detach_policy = False  # no gradient from the policy head into the backbone
         self.post_init()
 
     def prepare_backbone(self) -> None:
@@ -322,8 +323,12 @@ class LasarModel(LasarPreTrainedModel):
         return LasarModelOutput(
             last_hidden_state=self._connect_latent_input(hidden_states, max_depth=0),
             past_key_values=past_key_values if use_cache else None, latent_states=start_states,
-            latent_steps=layout.depth, depth_logits=self.policy_head(start_states[:, 0]),
+            latent_steps=layout.depth, depth_logits=self._depth_logits(start_states[:, 0]),
         )
+
+    def _depth_logits(self, start_states: torch.Tensor) -> torch.Tensor:
+        """Logits `(U, C)` of the policy on `h_0` `(U, H)`."""
+        return self.policy_head(start_states.detach() if self.detach_policy else start_states)
 
     def _connect_latent_input(self, hidden_states: torch.Tensor, max_depth: int) -> torch.Tensor:
         """Weights that a batch without latent slots does not use get a gradient of 0, for which DDP waits."""
@@ -375,7 +380,7 @@ class LasarModel(LasarPreTrainedModel):
             ).last_hidden_state
         # 2. Choose the depths from h_0.
         start_states = hidden_states[:, -num_paths:].flatten(0, 1)  # (U, H), h_0
-        depth_logits = self.policy_head(start_states)  # (U, C)
+        depth_logits = self._depth_logits(start_states)  # (U, C)
         if callable(depths):
             depths = depths(depth_logits)
         if max_depth is None:

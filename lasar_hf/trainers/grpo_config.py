@@ -29,7 +29,7 @@ class LasarGRPOConfig(GRPOConfig):
         depth_gradient (`str`, *optional*, defaults to `"reinforce"`):
             Gradient of the depth policy. `"reinforce"`: from the one depth that was drawn for a prompt, as in the
             paper. `"exact"`: from all depths of the prompt, whose rewards `log p(target | N)` come from one chain of
-            latent steps, see [`~lasar_hf.trainers.exact_depth_loss`].
+            latent steps, see [`~lasar_hf.trainers.exact_depth_loss`]; it moves the policy head alone.
         depth_reward (`str`, *optional*, defaults to `"mean"`):
             Reward of a group, `R_group`, for `"reinforce"`. `"mean"`: mean of the candidates' rewards, as in the
             paper. `"rank"`: `1 / log2(r + 1)` with the rank `r` of the target among the distinct candidates, 0

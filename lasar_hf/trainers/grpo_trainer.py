@@ -143,6 +143,7 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
                     disable_functional_dropout(policy)
         check_token_rows(lasar)
         train_policy_head(lasar, args.depth_weight > 0)
+        lasar.model.detach_policy = args.depth_gradient == "exact"
         self.record_latent_states(lasar)
         self._group_rewards: torch.Tensor | None = None
         self._has_signal: torch.Tensor | None = None
