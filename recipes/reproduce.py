@@ -172,9 +172,10 @@ class Jobs(dict[str, Job]):
             self.add(name, "prepare", options, self.output, [], part.get("config"))
         folder = self.output / "baselines"
         self.add("baselines", "eval", self.evaluation | {"output_dir": str(folder)}, folder, self.start)
-        for name in order(rows):
-            for seed in study.seeds if rows[name].seeds == "all" else study.seeds[:1]:
-                self.add_row(name, rows[name], seed)
+        for seed in study.seeds:  # the first seed is complete before the others begin
+            for name in order(rows):
+                if rows[name].seeds == "all" or seed == study.seeds[0]:
+                    self.add_row(name, rows[name], seed)
 
     def add(
         self, name: str, script: str, options: dict[str, Any], folder: Path, after: list[str],

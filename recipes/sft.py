@@ -61,7 +61,8 @@ class SFTScriptArguments:
         metadata={
             "help": "Stage 1 tasks: next_item (one example per sample), history (loss on every item of a user), "
             "chain_end (the last segment alone, then the target: gives anchors a meaning), explicit (the chain of "
-            "thought as text before the target, for eval.py's @text), alignment, or some of its "
+            "thought as text before the target, for eval.py's @text), reasoning (latent steps without anchors, drawn "
+            "uniformly: the paper's mixed training), alignment, or some of its "
             "parts title_to_sid, description_to_sid, sid_to_title, titles_to_sid. next_item=2 repeats the examples "
             "of a task, alignment=0.5 keeps a fixed half of them."
         },
@@ -281,7 +282,9 @@ def main(script: SFTScriptArguments, training_args: LasarSFTConfig, model_args: 
         model, processor = (stage1_model if script.stage == 1 else stage2_model)(script, model_args, data)
     anchors, neighbours = None, draw_neighbours(data, training_args)
     if script.stage == 1:
-        examples = stage1_examples(data, processor, script.tasks, neighbours)
+        first, last = model.config.min_latent_steps, model.config.max_latent_steps
+        depths = np.random.default_rng(training_args.seed).integers(first, last + 1, len(data.samples["train"]))
+        examples = stage1_examples(data, processor, script.tasks, neighbours, depths)
     else:
         check_depth_source(script.depth_source, model.config.max_latent_steps)
         anchors = stage2_anchors(script, model, data, processor, Path(training_args.output_dir, "anchors"))

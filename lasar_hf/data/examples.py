@@ -288,7 +288,8 @@ def mix_examples(tables: Mapping[str, Dataset], weights: Mapping[str, float] | N
 
 
 def stage1_examples(
-    data: PreparedData, processor: LasarProcessor, tasks: Sequence[str], neighbours: np.ndarray | None = None
+    data: PreparedData, processor: LasarProcessor, tasks: Sequence[str], neighbours: np.ndarray | None = None,
+    depths: Sequence[int] = (),
 ) -> Dataset:
     """
     Examples of stage 1, mixed from several tasks.
@@ -299,9 +300,12 @@ def stage1_examples(
         tasks (`Sequence[str]`):
             Each `name` or `name=weight` ([`mix_examples`]), all distinct: `next_item` ([`sft_examples`]), `history`
             ([`history_examples`]), `chain_end` ([`chain_end_examples`]), `explicit` ([`explicit_examples`]),
-            `alignment` ([`alignment_examples`]) or single tasks of `ALIGNMENT_TASKS`.
+            `reasoning` ([`reasoning_examples`]: stage 2 without anchors at once), `alignment` ([`alignment_examples`])
+            or single tasks of `ALIGNMENT_TASKS`.
         neighbours (`np.ndarray` of shape `(S, R)`, *optional*):
-            As for [`with_neighbours`], of the examples of `next_item`.
+            As for [`with_neighbours`], of the examples of `next_item` and `reasoning`.
+        depths (`Sequence[int]` of length `S`, *optional*):
+            Latent steps of the examples of `reasoning`.
 
     Returns:
         `Dataset`: `input_ids`, `labels` and, if they are given, `neighbours`.
@@ -318,6 +322,7 @@ def stage1_examples(
         "history": lambda: history_examples(data.split, processor),
         "chain_end": lambda: chain_end_examples(data.samples["train"], processor),
         "explicit": lambda: explicit_examples(data.samples["train"], processor),
+        "reasoning": lambda: reasoning_examples(data.samples["train"], processor, depths),
         "alignment": align,
         **{task: partial(align, [task]) for task in ALIGNMENT_TASKS},
     }
@@ -332,10 +337,11 @@ def stage1_examples(
             raise ValueError(f"tasks contains {entry!r}; expected name or name=number.") from None
     tables = {name: makers[name]() for name in weights}
     if neighbours is not None:
-        if "next_item" not in tables:
+        replaced = {"next_item", "reasoning"} & set(tables)
+        if not replaced:
             raise ValueError(f"tasks is {list(tasks)}; expected next_item, whose targets the neighbours replace.")
         for name, table in tables.items():
-            rows = neighbours if name == "next_item" else np.empty((len(table), 0), dtype=np.int64)
+            rows = neighbours if name in replaced else np.empty((len(table), 0), dtype=np.int64)
             tables[name] = with_neighbours(table, rows)
     return mix_examples(tables, weights)
 
