@@ -1,6 +1,7 @@
 """Training: the supervised stages and RL as subclasses of TRL's trainers, their losses and rewards."""
 
 from .catalog_head import add_catalog_head, item_embeddings
+from .depth_policy import DepthScores, fit_depth_policy, score_depths
 from .depth_rows import DepthRows
 from .grpo_config import LasarGRPOConfig
 from .grpo_trainer import LasarGRPOTrainer
@@ -17,6 +18,7 @@ from .sharding import unsharded_weights
 __all__ = [
     "DISTANCES",
     "DepthRows",
+    "DepthScores",
     "ExactMatchReward",
     "LasarDataCollator",
     "LasarGRPOConfig",
@@ -32,6 +34,7 @@ __all__ = [
     "checkpoint_to_resume",
     "depth_entropy",
     "exact_depth_loss",
+    "fit_depth_policy",
     "is_adapter",
     "item_embeddings",
     "lasar_lora_config",
@@ -40,6 +43,7 @@ __all__ = [
     "lora_from_arguments",
     "reinforce_loss",
     "save_trained",
+    "score_depths",
     "starting_files",
     "unsharded_weights",
 ]

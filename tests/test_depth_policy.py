@@ -1,0 +1,82 @@
+"""Targets at every depth, a policy fitted on them, and recipes/depth.py."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from lasar_hf import LasarForGenerativeRec, LasarProcessor
+from lasar_hf.data import PreparedData
+from lasar_hf.model.base_lasar import DepthPolicyHead
+from lasar_hf.trainers import fit_depth_policy, score_depths
+from tests.recipes import load_recipe, save_checkpoint, save_prepared
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("depth")
+    save_checkpoint(folder / "model", instruction="")
+    save_prepared(folder / "data")
+    return folder
+
+
+def test_scores_are_those_of_recommending(folder):
+    path = folder / "model"
+    model, processor = LasarForGenerativeRec.from_pretrained(path), LasarProcessor.from_pretrained(path)
+    samples = PreparedData.load(folder / "data").samples["test"]
+    scores = score_depths(model, samples, processor, batch_size=5)
+    ids = processor.catalog.item_ids
+    for depth in range(5):
+        prompts = processor([[ids[item] for item in history] for history in samples["history"]])
+        output = model.recommend(**prompts, catalog=processor.catalog, top_k=20, num_beams=64, latent_steps=depth)
+        is_target = output.items == torch.tensor(samples["target"])[:, None]
+        expected = output.scores[is_target]
+        torch.testing.assert_close(torch.tensor(scores.log_probs[:, depth]), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_policy_learns_which_depth_is_best():
+    torch.manual_seed(0)
+    states, head = torch.randn(400, 8), DepthPolicyHead(8, 3)
+    best = (states[:, 0] > 0).long() + (states[:, 0] > 0.8).long()  # 0, 1 or 2
+    rewards = torch.nn.functional.one_hot(best, 3).numpy().astype(float)
+    fitted = fit_depth_policy(head, states, rewards, step_cost=0.0, max_steps=400, learning_rate=0.02)
+    test = torch.randn(400, 8)
+    expected = (test[:, 0] > 0).long() + (test[:, 0] > 0.8).long()
+    assert (fitted(test).argmax(dim=-1) == expected).float().mean() > 0.85
+    cheap = fit_depth_policy(head, states, rewards, step_cost=5.0, max_steps=400, learning_rate=0.02)
+    assert (cheap(test).argmax(dim=-1) == 0).float().mean() > 0.97
+
+
+def test_a_fit_that_helps_nobody_keeps_the_head():
+    torch.manual_seed(0)
+    states, head = torch.randn(100, 8), DepthPolicyHead(8, 3)
+    fitted = fit_depth_policy(head, states, np.zeros((100, 3)), step_cost=0.0)
+    for name, weight in head.state_dict().items():
+        assert torch.equal(fitted.state_dict()[name], weight)
+
+
+@pytest.mark.parametrize("reward", ["logp", "ndcg"])
+def test_the_recipe_reports_and_saves(folder, tmp_path, reward):
+    recipe = load_recipe("depth")
+    args = recipe.DepthArguments(
+        str(folder / "data"), str(folder / "model"), str(tmp_path), reward=reward, num_beams=8,
+        save_to=str(tmp_path / "fitted"),
+    )  # fmt: skip
+    recipe.main(args)
+    report = json.loads((tmp_path / "report.json").read_text())
+    fixed = [report["rows"][f"depth {depth}"]["NDCG@10"] for depth in range(5)]
+    assert report["best"] == int(np.argmax(fixed))
+    assert report["rows"]["oracle"]["NDCG@10"] >= max(fixed)
+    assert sum(report["rows"]["fitted policy"]["depths"]) == 23
+    assert "| oracle of noisy lists |" in (tmp_path / "report.md").read_text()
+    assert (tmp_path / "depth.png").stat().st_size > 1000
+    model = LasarForGenerativeRec.from_pretrained(tmp_path / "fitted")
+    assert model.config.max_latent_steps == 4
+
+
+def test_wrong_arguments_are_refused(folder):
+    with pytest.raises(ValueError, match="reward is 'luck'"):
+        load_recipe("depth").DepthArguments("x", "x", "x", reward="luck")
+    with pytest.raises(ValueError, match="cheap"):
+        load_recipe("depth").DepthArguments("x", "x", "x", step_cost="cheap")
