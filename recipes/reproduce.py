@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from trl import TrlParser
 
@@ -233,7 +234,7 @@ def run_job(job: Job, study: StudyArguments) -> bool:
         temporary.write_text(yaml.safe_dump(job.settings, sort_keys=False), encoding="utf-8")
     command = [sys.executable, str(RECIPES / f"{job.script}.py"), "--config", str(config)]
     log, began = config.with_suffix(".log"), time.time()
-    threads = str(max((os.cpu_count() or 1) // study.jobs, 1))
+    threads = str(max(torch.get_num_threads() // study.jobs, 1))
     with log.open("a") as file:
         code = subprocess.run(
             command, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": threads}
