@@ -1,5 +1,6 @@
 """Both trainers on TRL: what they add is called, exact, logged, and moves every trainable parameter."""
 
+import dataclasses
 import inspect
 import warnings
 from contextlib import nullcontext
@@ -31,6 +32,7 @@ from lasar_hf.trainers import (
     reinforce_loss,
 )
 from lasar_hf.trainers.catalog_head import score_labels
+from lasar_hf.trainers.resume import TRAINING
 from lasar_hf.trainers.trainer_mixin import latent_metrics
 from tests.tiny import batch, row, sid_ids, tiny_catalog, tiny_model
 from tests.training import (
@@ -474,6 +476,13 @@ def test_inherited_options_of_the_objective_decide_the_run(tmp_path, change):
     write_json(tmp_path / "checkpoint-2" / "trainer_state.json", {})  # complete
     with pytest.raises(ValueError, match=rf"\({next(iter(change))}\)"):
         checkpoint_to_resume(LasarGRPOConfig(**options, **change))
+
+
+@pytest.mark.parametrize("config", [LasarSFTConfig, LasarGRPOConfig])
+def test_every_option_of_our_own_decides_the_run(config):
+    inherited = {part.name for part in dataclasses.fields(config.__mro__[1])}
+    own = {part.name for part in dataclasses.fields(config)} - inherited
+    assert own <= set(TRAINING)
 
 
 def test_the_kl_penalty_is_pinned_to_its_unbiased_gradient():

@@ -17,16 +17,16 @@ RUN_NAME = "run.json"
 # Arguments that decide the weights. The length of a run is not one of them, so a run can be extended.
 TRAINING = (
     "adam_beta1", "adam_beta2", "adam_epsilon", "alignment", "alignment_weight", "anchors_at_any_depth",
-    "baseline_decay", "beta",
-    "data_seed", "delta", "depth_entropy_weight", "depth_weight", "entropy_coef", "entropy_coef_delta",
-    "entropy_coef_max", "entropy_coef_min", "entropy_target", "epsilon", "epsilon_high",
+    "baseline_decay", "beta", "data_seed", "delta", "depth_entropy_weight", "depth_gradient", "depth_reward",
+    "depth_weight", "depth_weights", "drop_groups_without_signal", "entropy_coef", "entropy_coef_delta",
+    "entropy_coef_max", "entropy_coef_min", "entropy_target", "epsilon", "epsilon_high", "fixed_depth",
     "gradient_accumulation_steps", "importance_sampling_level", "learning_rate", "loss_type", "max_grad_norm",
-    "max_tokens_per_batch", "multi_objective_aggregation", "num_generations", "num_iterations",
-    "off_policy_mask_threshold", "optim", "per_device_train_batch_size", "policy_weight", "prompts_per_user",
-    "reward_weights", "sampling", "sapo_temperature_neg", "sapo_temperature_pos", "scale_rewards", "seed",
-    "sid_loss", "step_cost", "steps_per_generation", "temperature", "terminal_weight", "top_entropy_quantile",
-    "train_sampling_strategy", "use_adaptive_entropy", "use_bias_correction_kl", "vespo_k_neg", "vespo_k_pos",
-    "vespo_lambda_neg", "vespo_lambda_pos", "weight_decay",
+    "max_tokens_per_batch", "multi_objective_aggregation", "neighbour_targets", "num_generations", "num_iterations",
+    "off_policy_mask_threshold", "optim", "per_device_train_batch_size", "policy_label_smoothing", "policy_weight",
+    "prompts_per_user", "reward_weights", "sampling", "sapo_temperature_neg", "sapo_temperature_pos", "scale_rewards",
+    "seed", "sid_loss", "step_cost", "step_cost_warmup", "steps_per_generation", "temperature", "terminal_weight",
+    "top_entropy_quantile", "train_sampling_strategy", "use_adaptive_entropy", "use_bias_correction_kl",
+    "vespo_k_neg", "vespo_k_pos", "vespo_lambda_neg", "vespo_lambda_pos", "weight_decay",
 )  # fmt: skip
 
 
