@@ -4,20 +4,26 @@ A whole study in one command: train every row, evaluate it, and write a report w
     python recipes/reproduce.py --config recipes/scientific/study.yaml --source path/to/scientific
 
 Each row of the study is a run of `sft.py` or `grpo.py` with some settings changed, an evaluation with and without an
-item memory and, if asked for, at every fixed depth. A study that is killed goes on where it stopped: a job that ended
-with the same settings is not run again, and trainings resume from their last checkpoint. `report_only: true` writes
-the report of what has ended so far. Needs matplotlib (`pip install "lasar_hf[study]"`).
+item memory and, if asked for, at every fixed depth. Wrong rows and settings are refused before anything runs. A study
+that is killed goes on where it stopped: a job that ended with the same settings is not run again, and trainings resume
+from their last checkpoint. `report_only: true` writes the report of what has ended so far. Needs matplotlib
+(`pip install "lasar_hf[study]"`).
 """
 
+import fcntl
 import hashlib
 import json
 import logging
 import os
+import platform
+import runpy
 import subprocess
 import sys
 import time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, fields
+from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +37,11 @@ from lasar_hf.files import atomic_file, read_json, write_json
 
 
 RECIPES = Path(__file__).resolve().parent
+TRAINING = {  # what a row may run, and the classes of its arguments
+    "sft": ("SFTScriptArguments", "LasarSFTConfig", "LasarModelConfig"),
+    "grpo": ("GRPOScriptArguments", "LasarGRPOConfig", "LasarModelConfig"),
+}
+VERSIONS = ("lasar_hf", "torch", "transformers", "trl", "numpy")
 logger = logging.getLogger(__name__)
 
 
@@ -73,6 +84,7 @@ class RowArguments:
     memory: bool = False  # evaluate with an item memory too
     validation: bool = False  # evaluate on validation users too
     sweep: bool = False  # evaluate at every fixed depth too
+    oracle: bool = False  # recipes/depth.py too: the policy against shuffled depths and the best depth of each user
     seeds: str = "first"  # or all
 
 
@@ -116,7 +128,7 @@ def read_row(name: str, settings: dict[str, Any]) -> RowArguments:
         raise ValueError(f"Row {name!r} has {unknown}; expected some of {', '.join(sorted(known))}.")
     row = RowArguments(**settings)
     checks = [
-        ((row.recipe is None) != (row.of is None) and row.recipe in (None, "sft", "grpo"),
+        ((row.recipe is None) != (row.of is None) and row.recipe in (None, *TRAINING),
          f"has recipe {row.recipe} and of {row.of}; expected recipe: sft or grpo, or of: another row."),
         (row.recipe is None or Path(row.config or "").is_file(), f"has config {row.config!r}, which is no file."),
         (row.seeds in ("first", "all"), f"has seeds {row.seeds!r}; expected first or all."),
@@ -126,7 +138,37 @@ def read_row(name: str, settings: dict[str, Any]) -> RowArguments:
     for is_met, message in checks:
         if not is_met:
             raise ValueError(f"Row {name!r} {message}")
+    wrong = sorted(set(changed_settings(row.config, row.set)) - argument_names(row.recipe)) if row.recipe else []
+    if wrong:
+        raise ValueError(f"Row {name!r} has {wrong}, which are no arguments of {row.recipe}.py.")
     return row
+
+
+@cache
+def argument_names(recipe: str) -> set[str]:
+    """Names of the arguments of a training recipe."""
+    names = runpy.run_path(str(Path(__file__).with_name(f"{recipe}.py")))
+    return {part.name for arguments in TRAINING[recipe] for part in fields(names[arguments])}
+
+
+def changed_settings(config: str | None, changes: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a YAML file, some of them changed or, with `None`, left out."""
+    settings = yaml.safe_load(Path(config).read_text(encoding="utf-8")) if config else {}
+    return {key: value for key, value in (settings | changes).items() if value is not None}
+
+
+def check_names(path: str) -> None:
+    """Refuse a YAML file with the same key twice, such as two rows of one name: YAML would keep the last."""
+    nodes = [yaml.compose(Path(path).read_text(encoding="utf-8"))]
+    for node in nodes:  # grows
+        if isinstance(node, yaml.MappingNode):
+            keys = [key.value for key, _ in node.value]
+            twice = sorted({str(key) for key in keys if keys.count(key) > 1})
+            if twice:
+                raise ValueError(f"{path} has {twice} more than once; use other names.")
+            nodes += [value for _, value in node.value]
+        elif isinstance(node, yaml.SequenceNode):
+            nodes += node.value
 
 
 def references(row: RowArguments) -> list[str]:
@@ -144,6 +186,13 @@ def order(rows: dict[str, RowArguments]) -> list[str]:
             raise ValueError(f"The rows {sorted(set(rows) - set(done))} refer to one another in a circle.")
         done += ready
     return done
+
+
+def check_prepare(study: StudyArguments) -> None:
+    """Refuse preparations with unknown keys or files."""
+    for part in study.prepare:
+        if not set(part) <= {"config", "set"} or not Path(part.get("config") or __file__).is_file():
+            raise ValueError(f"prepare has {part}; expected config, a YAML file, and set, changed settings.")
 
 
 def check_tables(study: StudyArguments, rows: dict[str, RowArguments]) -> None:
@@ -182,9 +231,8 @@ class Jobs(dict[str, Job]):
         self, name: str, script: str, options: dict[str, Any], folder: Path, after: list[str],
         config: str | None = None,
     ):  # fmt: skip
-        """Add a run of a recipe: the settings of a YAML file, some of them changed or, with `null`, left out."""
-        settings = (yaml.safe_load(Path(config).read_text(encoding="utf-8")) if config else {}) | options
-        settings = {key: value for key, value in settings.items() if value is not None}
+        """Add a run of a recipe."""
+        settings = changed_settings(config, options)
         text = json.dumps([script, settings, [self[part].key for part in after]])
         key = hashlib.sha256(text.encode()).hexdigest()
         self[name] = Job(name, script, settings, folder, after, key)
@@ -216,6 +264,10 @@ class Jobs(dict[str, Job]):
             options |= {"models": models, "users": self.study.sweep_users, "memory": False}
             options |= {"split": "validation", "output_dir": str(folder / "sweep")}
             self.add(f"{prefix}/sweep", "eval", options, folder, ready[:1])
+        if row.oracle:
+            options = self.evaluation | {"model": str(checkpoint), "output_dir": str(folder / "oracle")}
+            options |= {"users": self.study.sweep_users or None}
+            self.add(f"{prefix}/oracle", "depth", options, folder, ready[:1])
 
 
 def expand(value: Any, folder: Path) -> Any:
@@ -236,6 +288,7 @@ def run_job(job: Job, study: StudyArguments) -> bool:
     log, began = config.with_suffix(".log"), time.time()
     threads = str(max(torch.get_num_threads() // study.jobs, 1))
     with log.open("a") as file:
+        lock(file, job.name)
         code = subprocess.run(
             command, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": threads}
         ).returncode
@@ -247,6 +300,15 @@ def run_job(job: Job, study: StudyArguments) -> bool:
     write_json(job.marker, record)
     logger.info("%s: done in %.0f s", job.name, record["seconds"])
     return True
+
+
+def lock(file, name: str) -> None:
+    """Lock the log of a job. The job inherits the lock and so keeps it if the study is killed: it has no double."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        logger.info("%s still runs, started by a study that was killed. Waiting for its end.", name)
+        fcntl.flock(file, fcntl.LOCK_EX)
 
 
 def commit() -> str:
@@ -278,6 +340,7 @@ def run_jobs(jobs: dict[str, Job], study: StudyArguments) -> list[str]:
 def main(study: StudyArguments) -> None:
     """Run what is left of the study, and write its report."""
     rows = read_rows(study)
+    check_prepare(study)
     check_tables(study, rows)
     jobs = Jobs(study, rows)
     missing = [name for name, job in jobs.items() if not job.has_ended()]
@@ -290,7 +353,11 @@ def main(study: StudyArguments) -> None:
     ended = {name: job.folder for name, job in jobs.items() if job.has_ended()}
     results = StudyResults(PreparedData.load(study.data_dir), Path(study.output_dir), ended)
     settings = {name: asdict(row) for name, row in rows.items()}
-    details = {"rows": settings, "seeds": study.seeds, "seconds": seconds, "commits": commits, "missing": missing}
+    versions = {"python": platform.python_version()} | {name: version(name) for name in VERSIONS}
+    details = {
+        "rows": settings, "seeds": study.seeds, "jobs": study.jobs, "seconds": seconds, "commits": commits,
+        "versions": versions, "missing": missing,
+    }
     write_study(Path(study.report_dir), results, study.tables, details)
     logger.info("The report is %s.", Path(study.report_dir, "study.md"))
     if missing and not study.report_only:
@@ -299,4 +366,6 @@ def main(study: StudyArguments) -> None:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    if "--config" in sys.argv[:-1]:
+        check_names(sys.argv[sys.argv.index("--config") + 1])
     main(*TrlParser((StudyArguments,)).parse_args_and_config())

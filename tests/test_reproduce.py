@@ -1,15 +1,21 @@
 """recipes/reproduce.py: jobs in order, resumed where they stopped, and a report of what has ended."""
 
 import json
+import subprocess
+import sys
+import time
+from dataclasses import asdict
 
+import numpy as np
 import pytest
 
-from tests.recipes import load_recipe, save_prepared
+from lasar_hf.evaluation import ndcg_per_user, ranks
+from tests.recipes import ROOT, load_recipe, save_prepared
 
 
 # A recipe that records its run, and writes what recipes/eval.py does.
 STUB = """
-import json, os, sys
+import json, os, sys, time
 from pathlib import Path
 import numpy as np
 import yaml
@@ -18,15 +24,29 @@ with open(os.environ["RUNS"], "a") as file:
     file.write(json.dumps([Path(sys.argv[0]).stem, arguments]) + "\\n")
 if os.environ.get("FAIL", "nothing") in json.dumps(arguments):
     sys.exit("out of memory")
+if Path(sys.argv[0]).stem == "depth":
+    test = {"difference": 0.01, "low": -0.02, "high": 0.04, "p_value": 0.4}
+    names = ["depth 0", "depth 1", "policy", "policy, shuffled", "fitted policy, shuffled", "oracle"]
+    rows = {name: {"NDCG@10": 0.1} for name in names}
+    rows["fitted policy"] = {"NDCG@10": 0.2, "against best fixed": test, "against shuffled": test}
+    folder = Path(arguments["output_dir"])
+    folder.mkdir(parents=True)
+    (folder / "report.json").write_text(json.dumps({"rows": rows, "null": {"NDCG@10": 0.3}, "best": 1}))
+if os.environ.get("SLOW", "nothing") in json.dumps(arguments):
+    time.sleep(4)
+    with open(os.environ["RUNS"], "a") as file:
+        file.write(json.dumps(["end", arguments]) + "\\n")
 if Path(sys.argv[0]).stem == "eval":
     folder = Path(arguments["output_dir"])
     folder.mkdir(parents=True, exist_ok=True)
-    name = arguments.get("models", ["item-kNN=x"])[0].partition("=")[0]
-    names = [name] + [name + " + memory"] * arguments.get("memory", False)
-    items = np.random.default_rng(len(name)).permuted(np.tile(np.arange(20), (23, 1)), axis=1)
+    names = [model.partition("=")[0] for model in arguments.get("models", ["item-kNN=x"])]
+    names += [names[0] + " + memory"] * arguments.get("memory", False)
+    count = arguments.get("users") or 23
+    draw = lambda n: np.random.default_rng(list(n.encode())).permuted(np.tile(np.arange(20), (count, 1)), axis=1)
+    items = {n: draw(n) for n in names}
     row = {"HR@10": 0.5, "NDCG@10": 0.25, "mean_depth": 2.0, "ms_per_user": 1.5}
     (folder / "report.json").write_text(json.dumps({"results": {n: row for n in names}, "details": {"baselines": {}}}))
-    arrays = {f"items/{n}": items for n in names} | {f"depths/{n}": np.full(23, 2) for n in names}
+    arrays = {f"items/{n}": items[n] for n in names} | {f"depths/{n}": np.arange(count) % 2 + 1 for n in names}
     np.savez(folder / "lists.npz", **arrays)
 """
 
@@ -38,7 +58,7 @@ def recipe(tmp_path, monkeypatch):
     monkeypatch.setattr(recipe, "RECIPES", tmp_path / "recipes")
     monkeypatch.setenv("RUNS", str(tmp_path / "runs"))
     (tmp_path / "recipes").mkdir()
-    for name in ("sft", "grpo", "eval", "memory"):
+    for name in ("sft", "grpo", "eval", "memory", "depth"):
         (tmp_path / "recipes" / f"{name}.py").write_text(STUB)
     (tmp_path / "stage.yaml").write_text("learning_rate: 1.0e-3\n")
     save_prepared(tmp_path / "data")
@@ -116,13 +136,77 @@ def test_seeds_are_averaged(recipe, tmp_path):
 
 def test_null_leaves_a_setting_out(recipe, tmp_path):
     part = study(recipe, tmp_path)
-    part.rows["latent"]["set"] |= {"learning_rate": None, "weights": [0.5, 1], "model": {"size": 3}}
+    part.rows["latent"]["set"] |= {"learning_rate": None, "depth_weights": [0.5, 1], "backbone_config": {"a": 3}}
     recipe.main(part)
     direct, latent = [arguments for name, arguments in runs(tmp_path) if name == "sft"]
     assert direct["learning_rate"] == 1e-3
     assert "learning_rate" not in latent
-    assert latent["weights"] == [0.5, 1]
-    assert latent["model"] == {"size": 3}
+    assert latent["depth_weights"] == [0.5, 1]
+    assert latent["backbone_config"] == {"a": 3}
+
+
+def test_fixed_depths_beside_the_policy(recipe, tmp_path):
+    part = study(recipe, tmp_path, max_depth=2, sweep_users=10)
+    part.rows["latent"] |= {"sweep": True, "oracle": True}
+    recipe.main(part)
+    text = (tmp_path / "report" / "study.md").read_text()
+    assert "| latent | 0.5000 / 0.2500 | 0.5000 / 0.2500 | 0.5000 / 0.2500 |" in text
+    assert "| depth that latent chose | 1 | 2 | all |" in text
+    assert "| users | 5 | 5 | 10 |" in text
+    shown = "0.1000 | 0.2000 | 0.1000 | 0.1000 | 0.3000 | +0.0100 (-0.0200 to +0.0400), p = 0.400 |"
+    assert shown in text
+
+
+def test_rows_are_compared_on_the_seeds_that_both_have(recipe, tmp_path):
+    part = study(recipe, tmp_path, seeds=[0, 1])
+    part.rows["direct"]["seeds"] = "all"
+    recipe.main(part)
+    done = tmp_path / "out" / "1" / "direct" / "test" / "lists.npz"
+    np.savez(done, **{"items/direct": np.full((23, 20), -1), "items/direct + memory": np.full((23, 20), -1)})
+    part.tables[0]["against"] = ["latent"]
+    recipe.main(part)
+    numbers = json.loads((tmp_path / "report" / "study.json").read_text())["tables"]["All"]
+    with np.load(tmp_path / "out/0/direct/test/lists.npz") as direct, np.load(
+        tmp_path / "out/0/latent/test/lists.npz"
+    ) as latent:
+        targets = [5 * user % 20 for user in range(23)]
+        first, other = (
+            ndcg_per_user(ranks(part[name], targets), 10)
+            for part, name in ((direct, "items/direct"), (latent, "items/latent"))
+        )
+    assert numbers["direct"]["against latent"]["difference"] == pytest.approx((first - other).mean())
+
+
+def test_a_job_that_outlives_its_study_has_no_double(recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("SLOW", "latent/checkpoint")
+    code = "import sys; from tests.recipes import load_recipe; recipe = load_recipe('reproduce')\n"
+    code += "recipe.RECIPES = recipe.Path(sys.argv[1]) / 'recipes'\n"
+    code += "recipe.main(recipe.StudyArguments(**recipe.json.loads(sys.argv[2])))"
+    settings = json.dumps(asdict(study(recipe, tmp_path)))
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path), settings], cwd=ROOT)
+    while not (tmp_path / "runs").exists() or "latent/checkpoint" not in str(runs(tmp_path)):
+        time.sleep(0.05)
+        assert process.poll() is None
+    process.kill()
+    process.wait()
+    recipe.main(study(recipe, tmp_path))
+    folder = str(tmp_path / "out/0/latent/checkpoint")
+    order = [name for name, arguments in runs(tmp_path) if arguments.get("output_dir") == folder]
+    assert order == ["sft", "end", "sft", "end"]
+
+
+def test_a_name_that_is_there_twice_is_refused(recipe, tmp_path):
+    path = tmp_path / "study.yaml"
+    path.write_text("rows:\n  a: {recipe: sft}\n  a: {recipe: grpo}\n")
+    with pytest.raises(ValueError, match=r"\['a'\] more than once"):
+        recipe.check_names(path)
+
+
+@pytest.mark.parametrize("part", [{"confg": "stage.yaml"}, {"config": "missing.yaml"}])
+def test_wrong_preparations_are_refused(recipe, tmp_path, part):
+    with pytest.raises(ValueError, match="prepare"):
+        recipe.main(study(recipe, tmp_path, prepare=[part]))
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_report_can_be_written_alone(recipe, tmp_path):
@@ -137,6 +221,7 @@ def test_a_report_can_be_written_alone(recipe, tmp_path):
         ({"a": {"recipe": "sft", "config": "stage.yaml", "epochs": 3}}, "epochs"),
         ({"a": {"recipe": "sft", "config": "missing.yaml"}}, "no file"),
         ({"a": {"recipe": "ppo", "config": "stage.yaml"}}, "ppo"),
+        ({"a": {"recipe": "sft", "config": "stage.yaml", "set": {"lerning_rate": 1}}}, "lerning_rate"),
         ({"a": {"of": "b"}}, "refers to 'b'"),
         ({"a": {"of": "b"}, "b": {"of": "a"}}, "circle"),
         ({"a/b": {"recipe": "sft", "config": "stage.yaml"}}, "use another name"),

@@ -11,7 +11,7 @@ from ..data.routines import links
 from ..files import atomic_file, read_json, write_json
 from .metrics import hits_per_user, ndcg_per_user, ranks, repeat_share
 from .report import exclusion_note, slice_report, slice_table
-from .significance import paired_bootstrap
+from .significance import BootstrapResult, paired_bootstrap
 from .slices import slices
 from .tuning import BASELINES, tuning_notes
 
@@ -58,19 +58,51 @@ class StudyResults:
         """Results of a row at each seed."""
         return [part for (name, where, _), part in self.lists.items() if (name, where) == (row, split)]
 
-    def per_user(self, row: str, split: str, metric: str) -> np.ndarray:
-        """A metric of each user, `(U,)`, as a mean over the seeds."""
-        values = [METRICS[metric](ranks(part["items"], self.targets[split]), 10) for part in self.seeds(row, split)]
+    def per_user(self, row: str, split: str, metric: str, seeds: set[str] | None = None) -> np.ndarray:
+        """A metric of each user, `(U,)`, as a mean over the seeds, or over some of them."""
+        parts = [
+            part for (name, where, seed), part in self.lists.items()
+            if (name, where) == (row, split) and (seeds is None or seed in seeds)
+        ]  # fmt: skip
+        values = [METRICS[metric](ranks(part["items"], self.targets[split]), 10) for part in parts]
         return np.mean(values, axis=0)
+
+    def compare(self, row: str, other: str, split: str, metric: str) -> BootstrapResult | None:
+        """
+        Test of two rows, each as a mean over the seeds that both have: they start from the same stage-1 checkpoints.
+        Baselines have no seed. `None` if no seed is common.
+        """
+        seeds = [{seed for name, where, seed in self.lists if (name, where) == (part, split)} for part in (row, other)]
+        common = None if {row, other} & {*BASELINES} else seeds[0] & seeds[1]
+        if common == set():
+            return None
+        values = (self.per_user(part, split, metric, common) for part in (row, other))
+        return paired_bootstrap(*values, self.data.samples[split]["user_id"])
 
     def exact(self, row: str, split: str) -> np.ndarray:
         """Whether the first item of the list is the target, `(U,)`, as a mean over the seeds."""
         return np.mean([part["items"][:, 0] == self.targets[split] for part in self.seeds(row, split)], axis=0)
 
+    def first(self, row: str, job: str) -> str | None:
+        """The first seed at which a job of a row has ended."""
+        found = [name for name in self.ended if name.endswith(f"/{row}/{job}")]
+        return found[0].partition("/")[0] if found else None
+
     def sweep(self, row: str) -> dict[str, dict] | None:
-        """Numbers of a row at every fixed depth and of its policy on the same validation users, at the first seed."""
-        found = [name for name in self.ended if name.endswith(f"/{row}/sweep")]
-        return read_json(self.folder / found[0] / "report.json")["results"] if found else None
+        """Numbers of a row at every fixed depth, at the first seed."""
+        seed = self.first(row, "sweep")
+        return None if seed is None else read_json(self.folder / seed / row / "sweep" / "report.json")["results"]
+
+    def sweep_per_user(self, row: str) -> dict[str, np.ndarray]:
+        """NDCG@10 of the first validation users, `(U,)`, by the fixed depth and, if it has ended, of the `policy`."""
+        seed = self.first(row, "sweep")
+        with np.load(self.folder / seed / row / "sweep" / "lists.npz") as arrays:
+            lists = {name.removeprefix("items/"): arrays[name] for name in arrays if name.startswith("items/")}
+        count = len(next(iter(lists.values())))
+        if (row, "validation", seed) in self.lists:
+            lists["policy"] = self.lists[row, "validation", seed]["items"][:count]
+        targets = self.targets["validation"][:count]
+        return {name: ndcg_per_user(ranks(items, targets), 10) for name, items in lists.items()}
 
 
 def row_numbers(results: StudyResults, row: str, split: str) -> dict[str, Any]:
@@ -90,7 +122,7 @@ def row_numbers(results: StudyResults, row: str, split: str) -> dict[str, Any]:
 def study_table(results: StudyResults, rows: Sequence[str], against: Sequence[str], split: str = "test") -> tuple:
     """
     Markdown table of rows, and its numbers by row: metrics, depth and time, then the difference to each row of
-    `against` in NDCG@10 with its 95 % interval over users.
+    `against` in NDCG@10 with its 95 % interval over users and p-value, over the seeds that both have.
     """
     references = [name for name in against if results.seeds(name, split)]
     columns = ["seeds", *METRICS, "depth", "ms per user", *(f"NDCG@10 − {name}" for name in references)]
@@ -109,13 +141,18 @@ def study_table(results: StudyResults, rows: Sequence[str], against: Sequence[st
             cells.append("–" if numbers[name] is None else f"{numbers[name]:.2f}")
         for name in references:
             cells.append("")
-            if name != row:
-                values = (results.per_user(part, split, "NDCG@10") for part in (row, name))
-                test = paired_bootstrap(*values, results.data.samples[split]["user_id"])
+            test = results.compare(row, name, split, "NDCG@10") if name != row else None
+            if test is not None:
                 numbers[f"against {name}"] = vars(test)
-                cells[-1] = f"{test.difference:+.4f} ({test.low:+.4f} to {test.high:+.4f})"
+                cells[-1] = difference(test)
         lines.append(f"| {row} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n", table
+
+
+def difference(test: BootstrapResult) -> str:
+    """`+0.0048 (+0.0016 to +0.0081), p = 0.004`."""
+    p_value = "p < 0.001" if test.p_value < 0.001 else f"p = {test.p_value:.3f}"
+    return f"{test.difference:+.4f} ({test.low:+.4f} to {test.high:+.4f}), {p_value}"
 
 
 def links_table(results: StudyResults, rows: Sequence[str]) -> str:
@@ -160,8 +197,49 @@ def depth_section(results: StudyResults, rows: Sequence[str], folder: Path) -> s
     if histogram:
         rows_of = [f"| {row} | {' | '.join(map(str, counts))} |" for row, counts in histogram]
         parts += ["Test users by the depth that the policy chose:", "\n".join([*head, *rows_of])]
+    parts += [table for table in (chosen_depths(results, row) for row in sweeps) if table]
     _plot_depths(sweeps, histogram, folder / "depths.png")
     return "\n\n".join([*parts, "![NDCG@10 at every fixed depth, and the depths of the policy](depths.png)"]) + "\n"
+
+
+def chosen_depths(results: StudyResults, row: str) -> str:
+    """NDCG@10 of the validation users by the depth that the policy chose for them, beside the best fixed depth."""
+    values = results.sweep_per_user(row)
+    if "policy" not in values:
+        return ""
+    policy = values.pop("policy")
+    best = max(values, key=lambda depth: values[depth].mean())
+    chosen = results.lists[row, "validation", results.first(row, "sweep")]["depths"][: len(policy)]
+    groups = {str(depth): chosen == depth for depth in np.unique(chosen)} | {"all": chosen >= 0}
+    test = paired_bootstrap(policy, values[best], results.data.samples["validation"]["user_id"][: len(policy)])
+    lines = [f"| depth that {row} chose | {' | '.join(groups)} |", "|---|" + "---:|" * len(groups)]
+    lines += [f"| users | {' | '.join(str(users.sum()) for users in groups.values())} |"]
+    for name, part in (("policy", policy), (f"fixed depth {best}", values[best])):
+        lines += [f"| NDCG@10, {name} | {' | '.join(f'{part[users].mean():.4f}' for users in groups.values())} |"]
+    text = f"The same validation users by the depth that the policy of {row} chose. Policy − best fixed depth: "
+    return f"{text}{difference(test)}.\n\n" + "\n".join(lines)
+
+
+def oracle_section(results: StudyResults, rows: Sequence[str]) -> str:
+    """What `recipes/depth.py` found: the policy against shuffled depths, and the best depth of each user."""
+    names = ["policy", "policy, shuffled", "fitted policy", "fitted policy, shuffled", "oracle"]
+    columns = ["best fixed", *names, "oracle of noisy lists", "fitted policy − best fixed", "fitted policy − shuffled"]
+    lines = [f"| row | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
+    for row in rows:
+        seed = results.first(row, "oracle")
+        if seed is None:
+            continue
+        report = read_json(results.folder / seed / row / "oracle" / "report.json")
+        parts = [report["rows"][name] for name in (f"depth {report['best']}", *names)] + [report["null"]]
+        fitted = report["rows"]["fitted policy"]
+        tests = [difference(BootstrapResult(**fitted[f"against {name}"])) for name in ("best fixed", "shuffled")]
+        cells = [*(f"{part['NDCG@10']:.4f}" for part in parts), *tests]
+        lines.append(f"| {row} | {' | '.join(cells)} |")
+    text = (
+        "NDCG@10 of validation users. The fitted policy of each half of the users knows the other half only. The "
+        "oracle takes the best depth of each user. Compare it with the best of as many noisy lists at one depth."
+    )
+    return "\n\n".join(["## Which depth?", text, "\n".join(lines)]) if len(lines) > 2 else ""
 
 
 def _plot_depths(sweeps: dict, histogram: list, path: Path) -> None:
@@ -179,13 +257,14 @@ def _plot_depths(sweeps: dict, histogram: list, path: Path) -> None:
     _save(figure, path)
 
 
-def plot_rows(table: dict[str, dict], path: Path, metric: str = "NDCG@10") -> None:
-    """A bar for each row of a table, with the standard deviation over seeds."""
+def plot_rows(results: StudyResults, names: Sequence[str], path: Path, metric: str = "NDCG@10") -> None:
+    """A bar for each row, the mean over seeds, with its 95 % interval over test users."""
     pyplot = _pyplot()
-    names = list(table)
+    users, zeros = results.data.samples["test"]["user_id"], np.zeros(len(results.targets["test"]))
+    tests = [paired_bootstrap(results.per_user(name, "test", metric), zeros, users) for name in names]
     figure, axes = pyplot.subplots(figsize=(7, 0.35 * len(names) + 0.8), layout="constrained")
-    values = [table[name][metric] for name in names]
-    errors = [table[name][f"{metric} sd"] or 0.0 for name in names]
+    values = [test.difference for test in tests]
+    errors = [[test.difference - test.low for test in tests], [test.high - test.difference for test in tests]]
     colours = ["tab:orange" if name.endswith("+ memory") else "tab:blue" for name in names]
     colours = ["tab:gray" if name in BASELINES else colour for name, colour in zip(names, colours, strict=True)]
     axes.barh(names, values, xerr=errors, color=colours)
@@ -238,7 +317,8 @@ def write_study(
             `title` and `rows` of each table, and if needed `text` above it, `against` (rows to compare with), `slices`
             (parts of the users), `links` (the routines' number of links) and `figure` (name of its file).
         details (`dict`):
-            `rows` with their settings, `seeds`, `seconds` of each job, `commits`, and jobs that are `missing`.
+            `rows` with their settings, `seeds`, number of `jobs` at once, `seconds` of each job, `commits`, `versions`
+            and jobs that are `missing`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     note, users = exclusion_note(results.data.exclude_history), len(results.targets["test"])
@@ -252,6 +332,7 @@ def write_study(
         parts += texts
         content["tables"] |= numbers
     parts.append(depth_section(results, list(details["rows"]), folder).strip())
+    parts.append(oracle_section(results, list(details["rows"])))
     parts.append(_how(results, details))
     write_json(folder / "study.json", content)
     with atomic_file(folder / "study.md") as temporary:
@@ -276,7 +357,7 @@ def _table_section(results: StudyResults, table: dict[str, Any], folder: Path) -
         if table.get("links"):
             plot_links(results, rows, folder / table["figure"])
         else:
-            plot_rows(numbers, folder / table["figure"])
+            plot_rows(results, list(numbers), folder / table["figure"])
         parts.append(f"![{title}]({table['figure']})")
     return parts, content
 
@@ -293,6 +374,9 @@ def _how(results: StudyResults, details: dict[str, Any]) -> str:
         lines.append(f"| {name} | {made} | {changed} | {depth} | {minutes} |")
     total = sum(details["seconds"].values()) / 60
     notes = [f"Seeds {details['seeds']}, commits {', '.join(details['commits'])}, {total:.0f} minutes of jobs in all."]
+    notes.append("Versions: " + ", ".join(f"{name} {number}" for name, number in details["versions"].items()) + ".")
+    if details["jobs"] > 1:
+        notes.append(f"Times per user were measured while up to {details['jobs']} jobs ran.")
     if "baselines" in results.ended:
         notes += tuning_notes(read_json(results.folder / "baselines" / "report.json")["details"]["baselines"])
     repeats = [repeat_share(part["items"], results.data.samples["test"]["history"])
