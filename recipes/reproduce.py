@@ -61,6 +61,7 @@ class StudyArguments:
     seeds: list[int] = field(
         default_factory=lambda: [0], metadata={"help": "Seeds of rows with `seeds: all`; others use the first."}
     )
+    baselines: bool = field(default=True, metadata={"help": "Whether to tune and rank the baselines."})
     jobs: int = field(default=2, metadata={"help": "Number of jobs at once; each uses its share of the CPUs."})
     num_beams: int = field(default=50, metadata={"help": "Width of the beam search."})
     sweep_users: int = field(default=0, metadata={"help": "Users of the evaluations at fixed depths; 0 for all."})
@@ -220,8 +221,9 @@ class Jobs(dict[str, Job]):
         for name, part in zip(self.start, study.prepare, strict=True):
             options = ({"source": study.source} if study.source else {}) | part.get("set", {})
             self.add(name, "prepare", options, self.output, [], part.get("config"))
-        folder = self.output / "baselines"
-        self.add("baselines", "eval", self.evaluation | {"output_dir": str(folder)}, folder, self.start)
+        if study.baselines:
+            folder = self.output / "baselines"
+            self.add("baselines", "eval", self.evaluation | {"output_dir": str(folder)}, folder, self.start)
         for seed in study.seeds:  # the first seed is complete before the others begin
             for name in order(rows):
                 if rows[name].seeds == "all" or seed == study.seeds[0]:
