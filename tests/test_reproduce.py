@@ -8,6 +8,7 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
+import yaml
 
 from lasar_hf.evaluation import ndcg_per_user, ranks
 from tests.recipes import ROOT, load_recipe, save_prepared
@@ -200,6 +201,18 @@ def test_a_name_that_is_there_twice_is_refused(recipe, tmp_path):
     path.write_text("rows:\n  a: {recipe: sft}\n  a: {recipe: grpo}\n")
     with pytest.raises(ValueError, match=r"\['a'\] more than once"):
         recipe.check_names(path)
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("recipes/*/study.yaml")), ids=lambda path: path.parent.name)
+def test_studies_of_the_recipes_have_known_rows_and_settings(monkeypatch, path):
+    recipe = load_recipe("reproduce")
+    monkeypatch.chdir(ROOT)
+    recipe.check_names(path)
+    study = recipe.StudyArguments(**yaml.safe_load(path.read_text()))
+    rows = recipe.read_rows(study)
+    recipe.check_prepare(study)
+    recipe.check_tables(study, rows)
+    assert all(job.name.startswith("prepare") or job.after for job in recipe.Jobs(study, rows).values())
 
 
 @pytest.mark.parametrize("part", [{"confg": "stage.yaml"}, {"config": "missing.yaml"}])
