@@ -1,5 +1,5 @@
 """
-Rank the whole catalogue for held-out users: popularity, Markov, item-kNN, EASE, SASRec, then checkpoints.
+Rank the whole catalogue for held-out users: popularity, Markov, item-kNN, EASE, SASRec, item memory, then checkpoints.
 
     accelerate launch recipes/eval.py --config recipes/scientific/eval.yaml
 
@@ -34,14 +34,18 @@ from lasar_hf.evaluation import (
     evaluate_recommendations,
     exclusion_note,
     hits_per_user,
+    matrix_ranking,
+    memory_matrix,
     ndcg_per_user,
     paired_bootstrap,
     ranks,
     recommend_samples,
     save_report,
+    similar_items,
     slice_report,
     slice_table,
     slices,
+    tune_memory,
     tuning_notes,
 )
 from lasar_hf.files import atomic_file
@@ -156,6 +160,16 @@ def evaluate_baselines(args: EvaluateArguments, data: PreparedData, samples):
     predictions, tuning = baseline_rankings(
         data.split.train, histories, num_items, TOP_K, history_is_excluded(args, data), data.samples["validation"]
     )
+    # The memory of recipes/memory.py by itself, so that a row "+ memory" shows what the model adds.
+    similar = similar_items(data.text_vectors)
+    found = tune_memory(data, similar)
+    settings = dict(found.settings)
+    decay = settings.pop("history_decay")
+    matrix = memory_matrix(data.split.train, num_items, similar, **settings)
+    predictions["memory alone"] = matrix_ranking(
+        matrix, data.split.train, histories, TOP_K, decay, history_is_excluded(args, data)
+    )
+    tuning["memory alone"] = asdict(found)
     rows = {
         name: evaluate_recommendations(items, samples["target"], num_items, histories=histories)
         for name, items in predictions.items()

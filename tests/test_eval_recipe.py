@@ -38,7 +38,8 @@ def arguments(folder: Path, out: Path) -> dict:
 
 def test_report_has_baselines_and_models(recipe, folder, tmp_path):
     recipe.main(recipe.EvaluateArguments(**arguments(folder, tmp_path)))
-    names = ["popularity", "Markov", "item-kNN", "EASE", *["SASRec"] * has_sasrec(), "direct", "policy"]
+    names = ["popularity", "Markov", "item-kNN", "EASE", *["SASRec"] * has_sasrec(), "memory alone"]
+    names += ["direct", "policy"]
     content = report(tmp_path)
     assert list(content["results"]) == names
     assert list(content["slices"]["all"]["results"]) == names
@@ -78,7 +79,7 @@ def test_significance_draws_users(recipe, folder, tmp_path, monkeypatch):
         recipe, "paired_bootstrap", lambda a, b, users: (drawn.append(list(users)), paired_bootstrap(a, b, users))[1]
     )
     recipe.main(recipe.EvaluateArguments(**arguments(folder, tmp_path)))
-    num_tests = 5 + has_sasrec() + 2 * (3 + has_sasrec())  # neighbours, and both metrics of the rows below item-kNN
+    num_tests = 6 + has_sasrec() + 2 * (4 + has_sasrec())  # neighbours, and both metrics of the rows below item-kNN
     assert drawn == num_tests * [list(PreparedData.load(folder / "data").samples["test"]["user_id"])]
 
 
@@ -159,7 +160,7 @@ def test_processes_share_the_batches_of_one(recipe, folder, tmp_path, monkeypatc
         state = SimpleNamespace(process_index=index, num_processes=count, is_main_process=index == 0, device="cpu")
         monkeypatch.setattr(recipe, "PartialState", lambda: state)
         batches.clear()
-        items, _ = recipe.evaluate_model(args, data, data.samples["test"], str(folder / "checkpoint"), "")
+        items, _, _ = recipe.evaluate_model(args, data, data.samples["test"], str(folder / "checkpoint"), "")
         return items, batches[1:]  # without the batch that warms up
 
     (one, all_batches), (first, first_batches), (second, second_batches) = (

@@ -18,8 +18,7 @@ HISTORIES = [[4, 2, 9], [7], [1, 4]]
 def memory_of(matrix: torch.Tensor, catalog, **kwargs) -> ItemMemory:
     rows, neighbours = matrix.nonzero(as_tuple=True)
     pointers = torch.nn.functional.pad(torch.bincount(rows, minlength=len(matrix)).cumsum(0), (1, 0))
-    support = torch.arange(len(matrix))
-    return ItemMemory(pointers, neighbours, matrix[rows, neighbours], support, catalog_hash(catalog), **kwargs)
+    return ItemMemory(pointers, neighbours, matrix[rows, neighbours], catalog_hash(catalog), **kwargs)
 
 
 def gate_of(weight: float) -> tuple[float, float]:
@@ -59,8 +58,12 @@ def test_the_distribution_is_the_decayed_sum_of_rows(exclude_history):
     everything = torch.arange(20).expand(3, -1)
     expected = torch.stack([expected_memory(matrix, history, 0.5, exclude_history) for history in HISTORIES])
     torch.testing.assert_close(recall.probabilities(everything), expected)
-    weights = [1 / (1 + math.exp(-(0.3 - 0.2 * math.log1p(newest)))) for newest in (9, 7, 4)]
-    assert recall.weight.tolist() == pytest.approx([weights[0], 0.0, weights[2]])
+    for row, (history, probs) in enumerate(zip(HISTORIES, expected, strict=True)):
+        scores = sum(0.5**k * matrix[item] for k, item in enumerate(reversed(history)))
+        largest = float(scores[probs > 0].max()) if probs.any() else 0.0
+        assert float(recall.strength[row]) == pytest.approx(largest)
+        weight = 1 / (1 + math.exp(-(0.3 - 0.2 * math.log(largest)))) if largest else 0.0
+        assert float(recall.weight[row]) == pytest.approx(weight)
     candidates = recall.candidates(6)
     for row, probs in zip(candidates.tolist(), expected, strict=True):
         best = probs.argsort(descending=True)[:6]
@@ -222,7 +225,7 @@ def test_a_folder_without_a_memory_is_named(tmp_path):
 )  # fmt: skip
 def test_a_broken_memory_is_refused(change):
     parts = dict(pointers=torch.tensor([0, 1, 1]), neighbours=torch.tensor([1]), weights=torch.tensor([1.0]),
-                 support=torch.tensor([1, 1]), catalog_sha256="")  # fmt: skip
+                 catalog_sha256="")  # fmt: skip
     ItemMemory(**parts)
     with pytest.raises(ValueError, match="memory|decay"):
         ItemMemory(**parts | change)

@@ -15,8 +15,8 @@ from .metrics import ndcg_per_user, ranks
 from .recommendations import Recommendations
 
 
-WEIGHTS = (0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9)  # of the memory at an average item
-SLOPES = (-0.5, -0.25, 0.0, 0.25, 0.5, 1.0, 2.0)  # per unit of log(1 + interactions)
+WEIGHTS = (0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)  # of the memory at its average strength
+SLOPES = (0.0, 0.5, 1.0, 2.0, 3.0, 5.0)  # per unit of the strength's logarithm
 
 
 def build_memory(
@@ -40,8 +40,7 @@ def build_memory(
     """
     num_items = len(data.items)
     matrix = _largest(memory_matrix(data.split.train, num_items, **kwargs), max_neighbours)
-    support = np.bincount(np.concatenate(data.split.train).astype(np.int64), minlength=num_items)
-    parts = (matrix.indptr, matrix.indices, matrix.data, support)
+    parts = (matrix.indptr, matrix.indices, matrix.data)
     return ItemMemory(*map(torch.from_numpy, parts), catalog_hash(data.catalog), history_decay)
 
 
@@ -57,10 +56,10 @@ def _largest(matrix: sparse.csr_array, count: int) -> sparse.csr_array:
 
 
 def fit_gate(
-    memory: ItemMemory, recommendations: Recommendations, histories: list[list[int]], targets: list[int]
+    memory: ItemMemory, recommendations: Recommendations, targets: list[int]
 ) -> tuple[ItemMemory, np.ndarray]:
     """
-    The memory with the weight that gives the best NDCG@10 on validation samples, among 49 settings of its two numbers.
+    The memory with the weight that gives the best NDCG@10 on validation samples, among 48 settings of its two numbers.
     Each setting ranks the same candidates, the best ones at a weight of one half.
 
     Args:
@@ -69,19 +68,21 @@ def fit_gate(
         recommendations ([`Recommendations`]):
             Candidates of the samples with both of their probabilities: [`recommend_samples`] with the memory and a
             `top_k` of far more than ten.
-        histories (`list[list[int]]`), targets (`list[int]`):
-            Items of each sample's history, oldest first, and its target.
+        targets (`list[int]`):
+            Target of each sample.
 
     Returns:
         `tuple[ItemMemory, np.ndarray]`: the memory with that gate, and the lists `(U, 10)` that it leads to.
     """
-    newest = np.log1p(memory.support.numpy()[[history[-1] for history in histories]])  # (U,)
+    strength = recommendations.memory_strength
+    has_memory = strength > 0  # (U,)
+    logs = np.log(np.where(has_memory, strength, 1.0))  # (U,)
+    mean = logs[has_memory].mean() if has_memory.any() else 0.0
     model, recalled = np.exp(recommendations.model_scores), np.exp(recommendations.memory_scores)  # (U, C)
-    has_memory = recalled.sum(axis=1, keepdims=True) > 0
     best_gate, best_lists, best = memory.gate, None, -1.0
     for weight, slope in itertools.product(WEIGHTS, SLOPES):
-        gate = float(np.log(weight / (1 - weight)) - slope * newest.mean()), slope
-        share = np.where(has_memory, 1 / (1 + np.exp(-(gate[0] + slope * newest[:, None]))), 0.0)  # (U, 1)
+        gate = float(np.log(weight / (1 - weight)) - slope * mean), slope
+        share = np.where(has_memory, 1 / (1 + np.exp(-(gate[0] + slope * logs))), 0.0)[:, None]  # (U, 1)
         mixed = (1 - share) * model + share * recalled
         order = np.argsort(-mixed, axis=1, kind="stable")[:, :10]
         lists = np.take_along_axis(recommendations.items, order, axis=1)

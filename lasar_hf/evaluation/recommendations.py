@@ -28,6 +28,7 @@ class Recommendations:
     seconds: float  # wall-clock time of all samples together
     model_scores: np.ndarray | None = None  # (U, k) with a memory: log-probabilities under the model alone
     memory_scores: np.ndarray | None = None  # (U, k) with a memory: those under the memory alone
+    memory_strength: np.ndarray | None = None  # (U,) with a memory: its largest score
     text_tokens: np.ndarray | None = None  # (U,) with a written chain of thought: tokens of the text
 
 
@@ -85,6 +86,8 @@ def recommend_samples(
     lists = {name: np.empty((len(prompts), top_k), dtype=np.float32) for name in names}
     lists["items"] = np.empty((len(prompts), top_k), dtype=np.int64)
     depths, lengths = np.empty(len(prompts), dtype=np.int64), np.empty(len(prompts), dtype=np.int64)
+    if memory is not None:
+        lists["memory_strength"] = np.empty(len(prompts), dtype=np.float32)
     start_time = time.perf_counter()
     for start in tqdm(range(0, len(order), batch_size), desc="Recommending", disable=not progress):
         batch = order[start : start + batch_size]

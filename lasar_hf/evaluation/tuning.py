@@ -22,7 +22,7 @@ from .metrics import hits_per_user, ndcg_per_user, ranks
 from .sasrec import has_sasrec, sasrec_ranking
 
 
-BASELINES = ("popularity", "Markov", "item-kNN", "EASE", "SASRec")
+BASELINES = ("popularity", "Markov", "item-kNN", "EASE", "SASRec", "memory alone")
 ITEM_KNN_GRID = {
     "window": (1, 4, 8, 16), "gap_decay": (0.6, 0.8, 1.0), "mirror": (0.0, 0.25, 0.5, 1.0),
     "shrinkage": (1.0, 10.0, 50.0, 200.0),

@@ -46,6 +46,8 @@ class RecommendOutput(ModelOutput):
             Latent steps `N` taken for each prompt.
         model_scores, memory_scores (`torch.Tensor` of shape `(B, k)`, *optional*):
             With a memory: log-probabilities under the model and under the memory, whose mixture `scores` are.
+        memory_strength (`torch.Tensor` of shape `(B,)`, *optional*):
+            With a memory: its largest score, on which its weight depends.
     """
 
     items: torch.Tensor | None = None
@@ -53,6 +55,7 @@ class RecommendOutput(ModelOutput):
     latent_steps: torch.Tensor | None = None
     model_scores: torch.Tensor | None = None
     memory_scores: torch.Tensor | None = None
+    memory_strength: torch.Tensor | None = None
 
 
 def child_log_probs(
@@ -380,7 +383,7 @@ def mix_memory(
     items, (mixed, log_probs) = _sort_and_pad(items, mixed, top_k, log_probs)
     return RecommendOutput(
         items=items, scores=mixed, latent_steps=state.depths, model_scores=log_probs,
-        memory_scores=recall.probabilities(items).log(),
+        memory_scores=recall.probabilities(items).log(), memory_strength=recall.strength,
     )
 
 

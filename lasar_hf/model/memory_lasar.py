@@ -28,7 +28,7 @@ from .trie_lasar import ItemFilter
 
 
 MEMORY_NAME = "item_memory.safetensors"
-TENSORS = ("pointers", "neighbours", "weights", "support")
+TENSORS = ("pointers", "neighbours", "weights")
 
 
 def catalog_hash(catalog: SidCatalog, num_items: int | None = None) -> str:
@@ -42,15 +42,13 @@ class ItemMemory:
 
     Row `i` of the matrix has the items that follow item `i`. The score of an item is `Σ_k d^k S[h_{-k}, item]`, over
     the history `h` from its newest item `h_{-0}` with the decay `d`, and the memory's distribution is the scores
-    divided by their sum over the items that can be recommended. Its weight is `sigmoid(a + b log(1 + n))`, with `n`
-    the number of training interactions of the newest item, and 0 if no score is positive.
+    divided by their sum over the items that can be recommended. Its weight is `sigmoid(a + b log s)`, with `s` the
+    largest of these scores, and 0 if no score is positive: a memory that knows the history well counts more.
 
     Args:
         pointers (`torch.Tensor` of shape `(I + 1,)`), neighbours, weights (`torch.Tensor` of shape `(E,)`):
             The matrix in compressed rows: `neighbours[pointers[i] : pointers[i + 1]]` are the items that follow item
             `i`, and `weights`, all positive, their scores.
-        support (`torch.Tensor` of shape `(I,)`):
-            Number of training interactions of each item.
         catalog_sha256 (`str`):
             [`catalog_hash`] of the catalogue that the item indices belong to.
         decay (`float`, *optional*, defaults to `0.7`):
@@ -70,11 +68,11 @@ class ItemMemory:
     """
 
     def __init__(
-        self, pointers: torch.Tensor, neighbours: torch.Tensor, weights: torch.Tensor, support: torch.Tensor,
-        catalog_sha256: str, decay: float = 0.7, gate: tuple[float, float] = (0.0, 0.0),
+        self, pointers: torch.Tensor, neighbours: torch.Tensor, weights: torch.Tensor, catalog_sha256: str,
+        decay: float = 0.7, gate: tuple[float, float] = (0.0, 0.0),
     ):
-        num_items = len(support)
-        fits = len(pointers) == num_items + 1 and len(neighbours) == len(weights) == int(pointers[-1])
+        num_items = len(pointers) - 1
+        fits = num_items >= 0 and len(neighbours) == len(weights) == int(pointers[-1])
         if not fits or (len(neighbours) and not 0 <= int(neighbours.min()) <= int(neighbours.max()) < num_items):
             raise ValueError(
                 f"The memory has {len(pointers)} pointers, {len(neighbours)} neighbours and {len(weights)} weights of "
@@ -87,12 +85,12 @@ class ItemMemory:
                 "weights and ascending pointers."
             )
         self.pointers, self.neighbours, self.weights = pointers.long(), neighbours.long(), weights.float()
-        self.support, self.catalog_sha256 = support.long(), catalog_sha256
+        self.catalog_sha256 = catalog_sha256
         self.decay, self.gate = float(decay), (float(gate[0]), float(gate[1]))
         self._matched: SidCatalog | None = None  # the catalogue that was checked last
 
     def __len__(self) -> int:
-        return len(self.support)
+        return len(self.pointers) - 1
 
     def to(self, device: torch.device | str) -> "ItemMemory":
         """This memory on a device."""
@@ -158,13 +156,11 @@ class ItemMemory:
         scores = torch.zeros(shape, device=device).index_put((prompt, column), scores)  # (B, N)
         total = scores.sum(dim=1, keepdim=True)  # (B, 1)
         # 6. The weight in the mixture.
-        last = torch.where(is_item, torch.arange(history.shape[1], device=device), 0).amax(dim=1)  # (B,)
-        newest = history.gather(1, last[:, None])[:, 0]  # (B,)
-        support = torch.where(newest < num_items, self.support[newest.clamp(min=0, max=num_items - 1)], 0)  # (B,)
+        strength = scores.amax(dim=1)  # (B,)
         a, b = self.gate
-        weight = torch.sigmoid(a + b * torch.log1p(support.float()))  # (B,)
+        weight = torch.sigmoid(a + b * strength.clamp(min=torch.finfo(torch.float32).tiny).log())  # (B,)
         probs = torch.where(total > 0, scores / total, 0.0)  # (B, N)
-        return Recall(items, probs, torch.where(total[:, 0] > 0, weight, 0.0))
+        return Recall(items, probs, torch.where(strength > 0, weight, 0.0), strength)
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
         """Write `item_memory.safetensors` to a folder, beside the catalogue."""
@@ -200,11 +196,12 @@ class ItemMemory:
 class Recall:
     """
     The memory's distribution for a batch: `probs` `(B, N)` of the ascending `items` `(B, N)`, padded with the number
-    of items, and the `weight` `(B,)` of the memory. All other items have probability 0.
+    of items, the `weight` `(B,)` of the memory and its `strength` `(B,)`, the largest score. All other items have
+    probability 0.
     """
 
-    def __init__(self, items: torch.Tensor, probs: torch.Tensor, weight: torch.Tensor):
-        self.items, self.probs, self.weight = items, probs, weight
+    def __init__(self, items: torch.Tensor, probs: torch.Tensor, weight: torch.Tensor, strength: torch.Tensor):
+        self.items, self.probs, self.weight, self.strength = items, probs, weight, strength
 
     def candidates(self, count: int, item_filter: ItemFilter | None = None) -> torch.Tensor:
         """The `count` most likely permitted items of each prompt, `(B, count)`, best first; -1 pads."""
