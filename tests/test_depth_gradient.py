@@ -317,3 +317,18 @@ def test_the_exact_gradient_moves_the_policy_head_alone(tmp_path, gradient):
     others = {name for name in moved(before, trainer.model) if "policy_head" not in name}
     assert bool(others) == (gradient == "reinforce")
     assert moved(before, trainer.model) - others
+
+
+def test_the_policy_head_has_a_learning_rate_of_its_own(tmp_path):
+    trainer = grpo_trainer(
+        tmp_path, depth_weight=1.0, learning_rate=1e-4, policy_learning_rate=1e-2, max_steps=1, alignment="none",
+        reward_funcs=[first_code], lr_scheduler_type="constant",
+    )  # fmt: skip
+    before = parameters(trainer.model)
+    trainer.train()
+    # The first step of Adam moves a weight by its learning rate.
+    for name, weight in trainer.model.named_parameters():
+        step = (weight - before[name]).abs().max().item()
+        assert step == pytest.approx(1e-2 if "policy_head" in name else 1e-4, rel=0.05), name
+    groups = trainer.optimizer.param_groups
+    assert sum(len(group["params"]) for group in groups) == len(before)

@@ -26,6 +26,9 @@ class LasarGRPOConfig(GRPOConfig):
             Weight `γ_KL` of the terminal anchor loss.
         depth_weight (`float`, *optional*, defaults to `0.1`):
             Weight `γ_RF` of REINFORCE on the depth policy. At 0 the policy head is frozen.
+        policy_learning_rate (`float`, *optional*):
+            Learning rate of the policy head. Defaults to `learning_rate`. The head is small and new, so it may need a
+            much larger one than weights that should hardly change.
         depth_gradient (`str`, *optional*, defaults to `"reinforce"`):
             Gradient of the depth policy. `"reinforce"`: from the one depth that was drawn for a prompt, as in the
             paper. `"exact"`: from all depths of the prompt, whose rewards `log p(target | N)` come from one chain of
@@ -83,6 +86,9 @@ class LasarGRPOConfig(GRPOConfig):
     )
     terminal_weight: float = field(default=0.1, metadata={"help": "Weight of the terminal anchor loss, gamma_KL."})
     depth_weight: float = field(default=0.1, metadata={"help": "REINFORCE weight, gamma_RF; 0 freezes the policy."})
+    policy_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the policy head; that of the other weights if unset."}
+    )
     depth_gradient: str = field(
         default="reinforce",
         metadata={"help": "Depth policy: from the drawn depth, or all.", "choices": ["reinforce", "exact"]},

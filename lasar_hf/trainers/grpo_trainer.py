@@ -258,6 +258,18 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
             _checked_examples(eval_dataset, self.catalog, "eval_dataset"), ignore_keys, metric_key_prefix
         )
 
+    def create_optimizer(self, *args, **kwargs):
+        """TRL's optimizer, with the learning rate of the policy head."""
+        is_new, optimizer = self.optimizer is None, super().create_optimizer(*args, **kwargs)
+        if is_new and self.args.policy_learning_rate is not None:
+            head = {id(weight) for weight in unwrap_lasar(self.model).model.policy_head.parameters()}
+            for group in list(optimizer.param_groups):
+                own = [weight for weight in group["params"] if id(weight) in head]
+                if own:
+                    group["params"] = [weight for weight in group["params"] if id(weight) not in head]
+                    optimizer.add_param_group(group | {"params": own, "lr": self.args.policy_learning_rate})
+        return optimizer
+
     def _get_train_sampler(self, dataset=None):
         """TRL's order of prompts, as a function of the epoch, with `prompts_per_user` prompts of a user together."""
         base = super()._get_train_sampler(dataset)
