@@ -84,8 +84,8 @@ class RowArguments:
     depth: int | str | None = None  # latent steps, `text` for explicit chains of thought; the policy's by default
     memory: bool = False  # evaluate with an item memory too
     validation: bool = False  # evaluate on validation users too
-    sweep: bool = False  # evaluate at every fixed depth too
-    oracle: bool = False  # recipes/depth.py too: the policy against shuffled depths and the best depth of each user
+    sweep: bool = False  # at the first seed: evaluate at every fixed depth too
+    oracle: bool = False  # at the first seed: recipes/depth.py, the policy against the best depth of each user
     seeds: str = "first"  # or all
 
 
@@ -261,12 +261,13 @@ class Jobs(dict[str, Job]):
         for split in ("test", "validation") if row.validation else ("test",):
             target = {"split": split, "output_dir": str(folder / split)}
             self.add(f"{prefix}/{split}", "eval", options | target, folder, ready)
-        if row.sweep:
+        is_first = seed == self.study.seeds[0]
+        if row.sweep and is_first:
             models = [f"{depth}={checkpoint}@{depth}" for depth in range(self.study.max_depth + 1)]
             options |= {"models": models, "users": self.study.sweep_users, "memory": False}
             options |= {"split": "validation", "output_dir": str(folder / "sweep")}
             self.add(f"{prefix}/sweep", "eval", options, folder, ready[:1])
-        if row.oracle:
+        if row.oracle and is_first:
             options = self.evaluation | {"model": str(checkpoint), "output_dir": str(folder / "oracle")}
             options |= {"users": self.study.sweep_users or None}
             self.add(f"{prefix}/oracle", "depth", options, folder, ready[:1])

@@ -147,8 +147,9 @@ def test_null_leaves_a_setting_out(recipe, tmp_path):
 
 
 def test_fixed_depths_beside_the_policy(recipe, tmp_path):
-    part = study(recipe, tmp_path, max_depth=2, sweep_users=10)
-    part.rows["latent"] |= {"sweep": True, "oracle": True}
+    part = study(recipe, tmp_path, max_depth=2, sweep_users=10, seeds=[0, 1])
+    part.rows["latent"] |= {"sweep": True, "oracle": True, "seeds": "all"}
+    part.rows["direct"]["seeds"] = "all"
     recipe.main(part)
     text = (tmp_path / "report" / "study.md").read_text()
     assert "| latent | 0.5000 / 0.2500 | 0.5000 / 0.2500 | 0.5000 / 0.2500 |" in text
@@ -156,6 +157,7 @@ def test_fixed_depths_beside_the_policy(recipe, tmp_path):
     assert "| users | 5 | 5 | 10 |" in text
     shown = "0.1000 | 0.2000 | 0.1000 | 0.1000 | 0.3000 | +0.0100 (-0.0200 to +0.0400), p = 0.400 |"
     assert shown in text
+    assert not any("/out/1/latent/sweep" in json.dumps(run) for run in runs(tmp_path))  # the first seed only
 
 
 def test_rows_are_compared_on_the_seeds_that_both_have(recipe, tmp_path):
