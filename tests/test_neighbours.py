@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from lasar_hf import LasarSFTConfig
+from lasar_hf import LasarProcessor, LasarSFTConfig, LasarSFTTrainer
 from lasar_hf.data import with_neighbours
 from lasar_hf.evaluation import memory_matrix, neighbour_draws, similar_items
-from tests.training import sft_setup, sft_trainer
+from tests.training import COMMON, sft_setup
 
 
 def sequences(seed: int = 0, users: int = 30, items: int = 12) -> list[list[int]]:
@@ -45,20 +45,53 @@ def test_draws_depend_on_the_seed_alone():
     assert (first != other).any()
 
 
-def test_neighbours_replace_the_share_of_targets_that_is_asked_for(tmp_path):
+def neighbour_trainer(folder, share=0.5, neighbours=None, **kwargs):
+    """A trainer of six direct examples with neighbours."""
     model, tokenizer, catalog, examples, _ = sft_setup([0] * 6)
-    trainer = sft_trainer(tmp_path, depths=[0] * 6)
-    collator = trainer.data_collator
-    collator.item_token_ids = catalog.codes + model.config.sid_token_id(0, 0) + 4 * torch.arange(3)
-    examples = with_neighbours(examples, np.array([[7, -1], [8, 9], [7, 7], [-1, -1], [7, 8], [9, 9]]))
-    rows = [examples[index] for index in (0, 3)] * 300  # of equal length
-    for share in (0.0, 0.3, 1.0):
-        collator.neighbour_targets = share
-        answers = collator(rows)["labels"][:, -3:]
-        is_new = (answers == collator.item_token_ids[7]).all(dim=1)
-        assert float(is_new[0::2].float().mean()) == pytest.approx(share, abs=0.08)
-        assert not is_new[1::2].any()  # has no neighbours
-        assert torch.equal(collator(rows)["input_ids"][1::2], collator(rows)["input_ids"][1::2])
+    neighbours = np.random.default_rng(0).integers(0, 20, (6, 8)) if neighbours is None else neighbours
+    processor = LasarProcessor(tokenizer, catalog)
+    args = LasarSFTConfig(
+        str(folder), **COMMON | {"neighbour_targets": share, "per_device_train_batch_size": 2, **kwargs}
+    )
+    return LasarSFTTrainer(
+        model, args, train_dataset=with_neighbours(examples, neighbours), processing_class=processor
+    )
+
+
+@pytest.mark.parametrize("share", [0.3, 1.0])
+def test_neighbours_replace_the_share_of_targets_that_is_asked_for(tmp_path, monkeypatch, share):
+    neighbours = np.array([[7, -1], [8, 9], [7, 7], [-1, -1], [7, 8], [9, 9]])
+    trainer = neighbour_trainer(tmp_path, share, neighbours, per_device_train_batch_size=6)
+    answers, forward = [], trainer.model.forward
+
+    def record(input_ids, attention_mask=None, labels=None, **kwargs):
+        answers.append([row[row != -100].tolist() for row in labels])
+        for ids, label, row in zip(input_ids, labels, answers[-1], strict=True):
+            assert ids[label != -100].tolist() == row
+        return forward(input_ids, attention_mask, labels=labels, **kwargs)
+
+    batch = trainer.data_collator([trainer.train_dataset[index] for index in range(6)])
+    own = [row[row != -100].tolist() for row in batch["labels"]]
+    tokens = trainer.processor.sid_token_ids.tolist()
+    trainer.model.forward = record
+    trainer.model.train()
+    for step in range(100):
+        trainer.state.global_step = step
+        trainer.compute_loss(trainer.model, dict(batch))
+    for index, row in enumerate(neighbours.tolist()):
+        allowed = [tokens[item] for item in row if item >= 0]
+        drawn = [part[index] for part in answers]
+        replaced = [part for part in drawn if part in allowed]
+        assert all(part in allowed or part == own[index] for part in drawn)
+        assert len(replaced) / 100 == pytest.approx(share if allowed else 0.0, abs=0.15)
+        assert {tuple(part) for part in replaced} == {tuple(part) for part in allowed}
+
+
+def test_evaluation_has_the_true_targets(tmp_path):
+    trainer, plain = neighbour_trainer(tmp_path, 1.0), neighbour_trainer(tmp_path, 0.0)
+    batch = trainer.data_collator([trainer.train_dataset[index] for index in range(6)])
+    losses = [part.compute_loss(part.model.eval(), dict(batch)) for part in (trainer, plain)]
+    assert torch.equal(*losses)
 
 
 def test_neighbours_need_one_row_per_example():
@@ -70,3 +103,13 @@ def test_neighbours_need_one_row_per_example():
 def test_a_share_is_a_probability(tmp_path):
     with pytest.raises(ValueError, match="neighbour_targets is 1.5"):
         LasarSFTConfig(str(tmp_path), neighbour_targets=1.5, use_cpu=True, bf16=False)
+
+
+@pytest.mark.parametrize("step", [3, 5])
+def test_training_resumes_with_the_same_draws(tmp_path, step):
+    options = dict(max_steps=7, save_strategy="steps", save_steps=step)
+    whole, part = neighbour_trainer(tmp_path, **options), neighbour_trainer(tmp_path, **options)
+    whole.train()
+    part.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+    for name, weight in whole.model.named_parameters():
+        assert torch.equal(part.model.get_parameter(name), weight), name

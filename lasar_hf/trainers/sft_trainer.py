@@ -50,38 +50,30 @@ class LasarDataCollator(DataCollatorForLanguageModeling):
             [`~lasar_hf.reasoning.AnchorStore.at_depth`].
         depth_rows ([`DepthRows`], *optional*):
             Train each example at several depths. The batch gets `loss_weights` and `is_own` `(B,)`.
-        neighbour_targets, item_token_ids (`float` and `torch.Tensor` of shape `(I, M)`, *optional*):
-            Probability that one of the `neighbours` of an example replaces its target, and the tokens of the items.
+
+    Examples with a column `neighbours` add `neighbours` `(B, R)`, padded with -1, and `neighbour_share` `(B,)`.
     """
 
     anchors: AnchorStore | None = field(default=None, kw_only=True)
     latent_token_id: int | None = field(default=None, kw_only=True)
     any_depth: bool = field(default=False, kw_only=True)
     depth_rows: DepthRows | None = field(default=None, kw_only=True)
-    neighbour_targets: float = field(default=0.0, kw_only=True)
-    item_token_ids: torch.Tensor | None = field(default=None, kw_only=True)
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         if self.depth_rows is not None:
             examples = [row for example in examples for row in self.depth_rows.expand(example)]
-        if self.neighbour_targets > 0:
-            examples = [self._with_neighbour(example) for example in examples]
         batch = super().torch_call(examples)
         if self.depth_rows is not None:
             batch["loss_weights"] = torch.tensor([row["loss_weight"] for row in examples])  # (B,)
             batch["is_own"] = torch.tensor([row["is_own"] for row in examples])  # (B,)
+        if "neighbours" in examples[0]:
+            rows = [torch.tensor(row["neighbours"], dtype=torch.long) for row in examples]
+            batch["neighbours"] = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)  # (B, R)
+            batch["neighbour_share"] = torch.tensor([row.get("neighbour_share", 1.0) for row in examples])  # (B,)
         if self.anchors is not None and "sample_index" in examples[0]:
             vectors = [torch.as_tensor(self._anchors_of(example)) for example in examples]  # B × (N, H)
             batch["anchors"] = nn.utils.rnn.pad_sequence(vectors, batch_first=True)  # (B, max N, H)
         return batch
-
-    def _with_neighbour(self, example: dict[str, Any]) -> dict[str, Any]:
-        """The example, or the same one with a drawn neighbour as its answer."""
-        neighbours = example.get("neighbours")
-        if not neighbours or torch.rand(()) >= self.neighbour_targets * example.get("neighbour_share", 1.0):
-            return example
-        answer = self.item_token_ids[neighbours[int(torch.randint(len(neighbours), ()))]].tolist()
-        return example | {name: [*example[name][: -len(answer)], *answer] for name in ("input_ids", "labels")}
 
     def _anchors_of(self, example: dict[str, Any]) -> np.ndarray:
         if not example.get("is_own", True):
@@ -144,6 +136,7 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
     """
 
     batch_sampler: PrefixBatchSampler | None = None  # with `max_tokens_per_batch`
+    _drawn_at, _micro_batch = -1, 0  # step and micro-batch of the last draw of neighbours
     _tag_names = ["trl", "sft", "lasar"]
     _description = "Supervised training of LASAR."
 
@@ -179,8 +172,6 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
                 self.data_collator.pad_token_id, pad_to_multiple_of=self.data_collator.pad_to_multiple_of,
                 anchors=anchors if args.alignment != "none" else None, latent_token_id=lasar.config.latent_token_id,
                 any_depth=args.anchors_at_any_depth, depth_rows=self.depth_rows,
-                neighbour_targets=args.neighbour_targets,
-                item_token_ids=None if self.processor is None else self.processor.sid_token_ids,
             )
         if args.sid_loss == "catalog":
             add_catalog_head(lasar, self.catalog)
@@ -236,6 +227,9 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """`L_CE` of TRL, plus the terms that read the latent states of the same pass."""
         # 1. Cross-entropy of the next token; this runs the model.
+        neighbours, share = inputs.pop("neighbours", None), inputs.pop("neighbour_share", None)
+        if neighbours is not None and self.args.neighbour_targets > 0 and self.model.training:
+            inputs = self._with_neighbours(inputs, neighbours, share)
         anchors, is_own = inputs.pop("anchors", None), inputs.pop("is_own", None)
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         output = self._outputs.pop()
@@ -282,6 +276,26 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
             num_batches = self.current_gradient_accumulation_steps
             extra = extra / (num_batches if self.batch_sampler is None else self.args.gradient_accumulation_steps)
         return (result[0] + extra, result[1]) if return_outputs else result + extra
+
+    def _with_neighbours(self, inputs: dict, neighbours: torch.Tensor, share: torch.Tensor) -> dict:
+        """
+        The batch with drawn neighbours as the answers of some sequences. The draws depend on the seed, the step and
+        the process alone, so that a resumed run draws the same.
+        """
+        step = self.state.global_step
+        self._micro_batch = self._micro_batch + 1 if self._drawn_at == step else 0
+        self._drawn_at = step
+        rng = np.random.default_rng([self.args.seed, step, self._micro_batch, self.args.process_index])
+        chance, place = (torch.tensor(part, device=share.device) for part in rng.random((2, len(share))))  # (B,)
+        # 1. Which sequences, and which of their neighbours.
+        count = (neighbours >= 0).sum(dim=1)  # (B,)
+        replaced = (count > 0) & (chance < self.args.neighbour_targets * share)  # (B,)
+        items = neighbours.gather(1, (place * count).long()[:, None])[replaced, 0]  # (n,)
+        # 2. Their tokens take the place of the labels, which are the target's tokens.
+        answers = self.processor.sid_token_ids.to(items.device)[items].flatten()  # (n · M,)
+        is_answer = (inputs["labels"] != -100) & replaced[:, None]  # (B, L)
+        changed = {name: inputs[name].masked_scatter(is_answer, answers) for name in ("input_ids", "labels")}
+        return inputs | changed
 
     def _alignment(self, latents: torch.Tensor, anchors: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         if self.args.alignment != "item_kl":

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All stages of LASAR on Amazon Industrial and Scientific, a backbone of 1 M parameters from scratch: about 40 minutes
+# All stages of LASAR on Amazon Industrial and Scientific, a backbone of 1.5 M parameters from scratch: about 40 minutes
 # on a CPU. README.md in this folder names the download. From the repository root, with the folder of the download:
 #
 #     bash recipes/scientific/run.sh CollisionGenRec/data/Scientific
