@@ -113,8 +113,8 @@ class SFTScriptArguments:
     eval_users: int = field(
         default=0,
         metadata={
-            "help": "Validation users to rank at each evaluation; 0 for none. Ranking uses the depth policy; in stage "
-            "2, eval_loss is that of the most common depth of training."
+            "help": "Validation users to rank at each evaluation; 0 for none. Ranking uses the depth policy or, if it "
+            "is not trained, a fixed depth_source; in stage 2, eval_loss is that of the most common depth of training."
         },
     )
 
@@ -270,6 +270,14 @@ def draw_neighbours(data: PreparedData, training_args: LasarSFTConfig) -> np.nda
     )
 
 
+def ranking_depth(script: SFTScriptArguments, training_args: LasarSFTConfig) -> int | None:
+    """Latent steps for ranking during training: those of stage 1, or of stage 2 without a policy; else the policy's."""
+    if script.stage == 1:
+        return None if training_args.policy_weight > 0 else 0
+    fixed = script.depth_source.isdecimal() and training_args.policy_weight == 0
+    return int(script.depth_source) if fixed else None
+
+
 def main(script: SFTScriptArguments, training_args: LasarSFTConfig, model_args: LasarModelConfig) -> None:
     """Train one stage and save a checkpoint that the next stage, evaluation and serving load."""
     set_seed(training_args.seed)
@@ -307,7 +315,7 @@ def main(script: SFTScriptArguments, training_args: LasarSFTConfig, model_args: 
         else:  # held-out samples have no segments: all have the most common depth of training
             common = np.full(len(validation), np.bincount(depths).argmax())
             eval_examples = reasoning_examples(validation, processor, common).remove_columns("sample_index")
-        evaluator = RankingEvaluator(validation, processor, latent_steps=0 if script.stage == 1 else None)
+        evaluator = RankingEvaluator(validation, processor, latent_steps=ranking_depth(script, training_args))
     trainer = LasarSFTTrainer(
         model, training_args, anchors=anchors, ranking_evaluator=evaluator, train_dataset=examples,
         eval_dataset=eval_examples, processing_class=processor, peft_config=lora_from_arguments(model, model_args),

@@ -314,6 +314,17 @@ def test_controls_of_stage_2(folder, stage1, tmp_path, monkeypatch):
     assert not torch.equal(model.model.latent_input.norm.bias, torch.zeros(model.config.hidden_size))  # trained
 
 
+@pytest.mark.parametrize(
+    ("stage", "source", "policy_weight", "expected"),
+    [(1, "segments", 0.0, 0), (1, "segments", 0.1, None), (2, "uniform", 0.0, None), (2, "0", 0.0, 0), (2, "3", 0.1, None)],
+)
+def test_ranking_without_a_policy_uses_the_depth_of_training(tmp_path, stage, source, policy_weight, expected):
+    recipe = load_recipe("sft")
+    script = recipe.SFTScriptArguments(data_dir="x", stage=stage, depth_source=source)
+    args = LasarSFTConfig(**settings(tmp_path, policy_weight=policy_weight))
+    assert recipe.ranking_depth(script, args) == expected
+
+
 def test_an_adapter_keeps_the_latent_input(folder, stage1, tmp_path):
     recipe = load_recipe("sft")
     model = LasarForGenerativeRec.from_pretrained(stage1)
