@@ -271,7 +271,7 @@ def draw_neighbours(data: PreparedData, training_args: LasarSFTConfig) -> np.nda
 
 
 def ranking_depth(script: SFTScriptArguments, training_args: LasarSFTConfig) -> int | None:
-    """Latent steps for ranking during training: those of stage 1, or of stage 2 without a policy; else the policy's."""
+    """Latent steps for ranking during training: the policy's if it is trained, or those of stage 1 or stage 2."""
     if script.stage == 1:
         return None if training_args.policy_weight > 0 else 0
     fixed = script.depth_source.isdecimal() and training_args.policy_weight == 0

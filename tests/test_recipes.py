@@ -316,7 +316,8 @@ def test_controls_of_stage_2(folder, stage1, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("stage", "source", "policy_weight", "expected"),
-    [(1, "segments", 0.0, 0), (1, "segments", 0.1, None), (2, "uniform", 0.0, None), (2, "0", 0.0, 0), (2, "3", 0.1, None)],
+    [(1, "segments", 0.0, 0), (1, "segments", 0.1, None), (2, "uniform", 0.0, None), (2, "0", 0.0, 0),
+     (2, "3", 0.1, None)],
 )
 def test_ranking_without_a_policy_uses_the_depth_of_training(tmp_path, stage, source, policy_weight, expected):
     recipe = load_recipe("sft")
