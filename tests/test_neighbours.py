@@ -18,8 +18,8 @@ def sequences(seed: int = 0, users: int = 30, items: int = 12) -> list[list[int]
 @pytest.mark.parametrize("exclude", [True, False])
 def test_draws_follow_the_scores_without_the_user(exclude):
     """Against the memory of the sequences of all other users, one user at a time."""
-    train, draws = sequences(), 4000
-    settings = dict(window=3, gap_decay=0.6, mirror=0.5, shrinkage=5.0, text_weight=0.5, temperature=0.4)
+    train, draws = sequences(users=8), 4000  # few, so that each user counts
+    settings = dict(window=3, gap_decay=0.6, mirror=0.5, shrinkage=0.1, text_weight=0.5, temperature=0.4)
     similar = similar_items(np.random.default_rng(1).normal(size=(12, 4)), 3)
     drawn = neighbour_draws(train, 12, similar, draws, **settings, history_decay=0.7, exclude_history=exclude)
     row = 0
@@ -85,6 +85,14 @@ def test_neighbours_replace_the_share_of_targets_that_is_asked_for(tmp_path, mon
         assert all(part in allowed or part == own[index] for part in drawn)
         assert len(replaced) / 100 == pytest.approx(share if allowed else 0.0, abs=0.15)
         assert {tuple(part) for part in replaced} == {tuple(part) for part in allowed}
+
+
+def test_a_batch_without_neighbours_keeps_its_targets(tmp_path):
+    neighbours = np.full((6, 2), -1)
+    trainer, plain = neighbour_trainer(tmp_path, 1.0, neighbours), neighbour_trainer(tmp_path, 0.0, neighbours)
+    batch = trainer.data_collator([trainer.train_dataset[index] for index in range(6)])
+    losses = [part.compute_loss(part.model.train(), dict(batch)) for part in (trainer, plain)]
+    assert torch.equal(*losses)
 
 
 def test_evaluation_has_the_true_targets(tmp_path):

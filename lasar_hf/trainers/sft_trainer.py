@@ -290,7 +290,7 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
         # 1. Which sequences, and which of their neighbours.
         count = (neighbours >= 0).sum(dim=1)  # (B,)
         replaced = (count > 0) & (chance < self.args.neighbour_targets * share)  # (B,)
-        items = neighbours.gather(1, (place * count).long()[:, None])[replaced, 0]  # (n,)
+        items = neighbours[replaced, (place * count).long()[replaced]]  # (n,)
         # 2. Their tokens take the place of the labels, which are the target's tokens.
         answers = self.processor.sid_token_ids.to(items.device)[items].flatten()  # (n · M,)
         is_answer = (inputs["labels"] != -100) & replaced[:, None]  # (B, L)
