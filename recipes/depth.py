@@ -42,7 +42,9 @@ class DepthArguments:
     reward: str = field(
         default="logp", metadata={"help": "Reward of a depth: log p(target) or NDCG@10.", "choices": ["logp", "ndcg"]}
     )
-    step_cost: str = field(default="auto", metadata={"help": "Cost of a step: a number, or auto."})
+    step_cost: str = field(
+        default="auto", metadata={"help": "Cost of a step; auto: the deepest chain costs half of the oracle's gain."}
+    )
     num_beams: int = field(default=50, metadata={"help": "Width of the beam search."})
     batch_size: int = field(default=64, metadata={"help": "Users per batch."})
     save_to: str | None = field(default=None, metadata={"help": "Folder for a checkpoint with the fitted policy."})
@@ -63,7 +65,7 @@ def add_noise(model, scale: float, seed: int):
     """Add noise to the backbone's input embeddings until the returned handle is removed."""
     generator = torch.Generator(model.device).manual_seed(seed)
     weight = model.get_input_embeddings().weight
-    deviation = scale * float(weight.float().square().mean().sqrt())
+    deviation = scale * float(weight.detach().float().square().mean().sqrt())
 
     def noisy(module, args, output):
         noise = torch.randn(output.shape, generator=generator, device=output.device, dtype=output.dtype)
@@ -74,11 +76,12 @@ def add_noise(model, scale: float, seed: int):
 
 def noise_null(model, samples, processor, scores: np.ndarray, depth: int, args: DepthArguments) -> tuple[float, ...]:
     """The noise that matches depth, and the oracle over as many noisy lists at one depth: log p, NDCG@10."""
-    spread, num_lists, part = scores.std(axis=1).mean(), scores.shape[1], samples.select(range(min(400, len(samples))))
+    part, num_lists = samples.select(range(min(400, len(samples)))), scores.shape[1]
+    spread = scores.std(axis=1, ddof=1).mean()
     found = []
     for noise in NOISES:
         runs = [noisy_scores(model, part, processor, noise, seed, depth) for seed in range(3)]
-        found.append(np.std(runs, axis=0).mean())
+        found.append(np.std(runs, axis=0, ddof=1).mean())
     noise = NOISES[int(np.abs(np.log(np.array(found) / spread)).argmin())]
     log_probs, ndcg = [], []
     for seed in range(num_lists):
@@ -194,8 +197,8 @@ def main(args: DepthArguments) -> None:
 
     # 2. The policy before and after.
     rewards = (scores.log_probs if args.reward == "logp" else ndcg)[:, first:]  # (U, C)
-    gain = 0.5 * float((rewards.max(axis=1) - rewards[:, 0]).mean())
-    cost, head = gain if args.step_cost == "auto" else float(args.step_cost), model.model.policy_head.cpu()
+    auto = 0.5 * float((rewards.max(axis=1) - rewards[:, 0]).mean()) / max(rewards.shape[1] - 1, 1)
+    cost, head = auto if args.step_cost == "auto" else float(args.step_cost), model.model.policy_head.cpu()
     with torch.no_grad():
         before = head(scores.start_states).argmax(dim=-1).numpy() + first
     after = cross_fitted(head, scores.start_states, rewards, cost, first)

@@ -84,11 +84,11 @@ def test_exact_gradient_moves_the_policy_to_the_best_depth(tmp_path):
     assert (best - chosen).mean() < 0.2 * (best - mean).mean()
 
 
-def test_an_automatic_cost_is_half_the_gain_of_the_best_depth(tmp_path):
+def test_the_deepest_chain_costs_half_the_gain_of_the_best_depth(tmp_path):
     trainer = grpo_trainer(tmp_path, depth_gradient="exact", depth_weight=1.0, step_cost="auto")
     rewards = generation(trainer)["depth_rewards"]
     gain = (rewards.max(dim=1).values - rewards[:, 0]).mean()
-    assert trainer.step_cost == pytest.approx(0.5 * float(gain), rel=1e-5)
+    assert 3 * trainer.step_cost == pytest.approx(0.5 * float(gain), rel=1e-5)  # from 1 to 4 steps
     first = trainer.step_cost
     generation(trainer)
     assert trainer.step_cost == first

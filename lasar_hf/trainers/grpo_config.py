@@ -40,8 +40,9 @@ class LasarGRPOConfig(GRPOConfig):
         fixed_depth (`int`, *optional*):
             Draw all candidates after this number of latent steps instead of the policy's. Needs `depth_weight=0`.
         step_cost (`float` or `"auto"`, *optional*, defaults to `0.005`):
-            Cost `λ` of one latent step, in units of reward. `"auto"`, for `depth_gradient="exact"`: half of what the
-            best depth of a prompt gains over the first one, as a mean over the first batch.
+            Cost `λ` of one latent step, in units of reward. `"auto"`, for `depth_gradient="exact"`: the deepest
+            chain costs half of what the best depth of a prompt gains over the first one, as a mean over the first
+            batch.
         step_cost_warmup (`float`, *optional*, defaults to `0.0`):
             Part of all steps in which the cost rises linearly from 0.
         depth_entropy_weight (`float`, *optional*, defaults to `0.01`):

@@ -343,7 +343,7 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
         rewards = self.on_gathered_weights(score)  # (B, C)
         if self.step_cost is None:
             gains = self.accelerator.gather(rewards.max(dim=1).values - rewards[:, 0])
-            self.step_cost = 0.5 * gains.mean().item()
+            self.step_cost = 0.5 * gains.mean().item() / max(rewards.shape[1] - 1, 1)
         return rewards.repeat_interleave(self.num_generations, dim=0)
 
     def _drop_groups(self, output: dict, differs: torch.Tensor) -> None:
