@@ -61,9 +61,9 @@ def test_only_beams_with_a_choice_left_are_read(monkeypatch):
     catalog, read = SidCatalog(codes, list("abcdefg")), []
     read_tokens = model.model.read_tokens
 
-    def counted(state, token_ids, visible):
+    def counted(state, token_ids, visible, *depths):
         read.append(token_ids.shape[1])
-        return read_tokens(state, token_ids, visible)
+        return read_tokens(state, token_ids, visible, *depths)
 
     monkeypatch.setattr(model.model, "read_tokens", counted)
     prompt = row(model, 5, 0)
