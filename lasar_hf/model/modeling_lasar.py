@@ -231,7 +231,7 @@ class LasarForGenerativeRec(LasarPreTrainedModel, GenerationMixin):
                 As for [`LasarConfig`].
 
         Raises:
-            `ValueError`: if it is none of `"raw"`, `"normalized"` and `"pause"`.
+            `ValueError`: if it is not `"raw"`, `"normalized"` or `"pause"`.
         """
         if latent_input == self.config.latent_input:
             return

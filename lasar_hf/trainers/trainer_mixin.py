@@ -157,7 +157,7 @@ class LasarTrainerMixin:
     def set_ranking_evaluator(self, ranking_evaluator: Callable | dict | None, eval_dataset: Any) -> Any:
         """
         Keep the ranking evaluators by the prefix of their metrics. Returns the evaluation set for the Trainer: that of
-        the user, or no sets, `{}`, if there is none but an evaluator. The Trainer would refuse `None`.
+        the user, or `{}` if there is only an evaluator, since the Trainer refuses `None`.
         """
         named = ranking_evaluator if isinstance(ranking_evaluator, dict) else {"": ranking_evaluator}
         self.evaluators = {f"{name}_" if name else "": part for name, part in named.items() if part is not None}
