@@ -100,9 +100,9 @@ def noisy_scores(model, samples, processor, noise: float, seed: int, depth: int)
     return scores
 
 
-def cross_fitted(head, states, rewards: np.ndarray, cost: float, first: int) -> np.ndarray:
-    """Depth of each user from a policy that was fitted on the other half of the users, `(U,)`."""
-    half, depths = np.arange(len(rewards)) % 2, np.empty(len(rewards), dtype=np.int64)
+def cross_fitted(head, states, rewards: np.ndarray, cost: float, first: int, users: np.ndarray) -> np.ndarray:
+    """Depth of each sample from a policy that was fitted on the other half of the `users` `(U,)`, `(U,)`."""
+    half, depths = users % 2, np.empty(len(rewards), dtype=np.int64)
     for part in (0, 1):
         fitted = fit_depth_policy(head, states[half != part], rewards[half != part], cost, first)
         with torch.no_grad():
@@ -110,22 +110,24 @@ def cross_fitted(head, states, rewards: np.ndarray, cost: float, first: int) -> 
     return depths
 
 
-def compare(log_probs: np.ndarray, ndcg: np.ndarray, policies: dict[str, np.ndarray], seed: int = 0) -> dict:
-    """Mean log p and NDCG@10 of each way to choose depths, and tests of the fitted policy."""
-    users, rows = np.arange(len(ndcg)), {}
+def compare(
+    log_probs: np.ndarray, ndcg: np.ndarray, policies: dict[str, np.ndarray], users: np.ndarray, seed: int = 0
+) -> dict:
+    """Mean log p and NDCG@10 of each way to choose depths, and tests of the fitted policy over `users` `(U,)`."""
+    samples, rows = np.arange(len(ndcg)), {}
     for depth in range(ndcg.shape[1]):
         rows[f"depth {depth}"] = {"log p": log_probs[:, depth].mean(), "NDCG@10": ndcg[:, depth].mean()}
     best = int(ndcg.mean(axis=0).argmax())
     rng = np.random.default_rng(seed)
     for name, depths in policies.items():
-        rows[name] = {"log p": log_probs[users, depths].mean(), "NDCG@10": ndcg[users, depths].mean()}
+        rows[name] = {"log p": log_probs[samples, depths].mean(), "NDCG@10": ndcg[samples, depths].mean()}
         shuffles = [rng.permutation(depths) for _ in range(SHUFFLES)]
-        shuffled = np.mean([ndcg[users, part] for part in shuffles], axis=0)  # (U,)
-        log_p = np.mean([log_probs[users, part] for part in shuffles])
+        shuffled = np.mean([ndcg[samples, part] for part in shuffles], axis=0)  # (U,)
+        log_p = np.mean([log_probs[samples, part] for part in shuffles])
         rows[f"{name}, shuffled"] = {"log p": log_p, "NDCG@10": shuffled.mean()}
-        values = ndcg[users, depths]
-        rows[name]["against best fixed"] = asdict(paired_bootstrap(values, ndcg[:, best]))
-        rows[name]["against shuffled"] = asdict(paired_bootstrap(values, shuffled))
+        values = ndcg[samples, depths]
+        rows[name]["against best fixed"] = asdict(paired_bootstrap(values, ndcg[:, best], users))
+        rows[name]["against shuffled"] = asdict(paired_bootstrap(values, shuffled, users))
         rows[name]["depths"] = np.bincount(depths, minlength=ndcg.shape[1]).tolist()
     rows["oracle"] = {"log p": log_probs.max(axis=1).mean(), "NDCG@10": ndcg.max(axis=1).mean()}
     return rows | {"best fixed depth": best}
@@ -200,9 +202,12 @@ def main(args: DepthArguments) -> None:
     auto = 0.5 * float((rewards.max(axis=1) - rewards[:, 0]).mean()) / max(rewards.shape[1] - 1, 1)
     cost, head = auto if args.step_cost == "auto" else float(args.step_cost), model.model.policy_head.cpu()
     with torch.no_grad():
-        before = head(scores.start_states).argmax(dim=-1).numpy() + first
-    after = cross_fitted(head, scores.start_states, rewards, cost, first)
-    rows = compare(scores.log_probs, ndcg, {"policy": before, "fitted policy": after})
+        before = head(scores.start_states.to(head.dense.weight.dtype)).argmax(dim=-1).numpy() + first
+    # With a split by time a user has several samples.
+    numbers = {user: number for number, user in enumerate(dict.fromkeys(samples["user_id"]))}
+    users = np.array([numbers[user] for user in samples["user_id"]])  # (U,)
+    after = cross_fitted(head, scores.start_states, rewards, cost, first, users)
+    rows = compare(scores.log_probs, ndcg, {"policy": before, "fitted policy": after}, users)
 
     # 3. The null of the oracle, and the report.
     head.to(model.device)

@@ -118,12 +118,20 @@ def read_rows(study: StudyArguments) -> dict[str, RowArguments]:
             if row.seeds == "all" and rows[other].seeds != "all":
                 raise ValueError(f"Row {name!r} has seeds: all, so {other!r}, which it refers to, needs them too.")
     order(rows)
+    for name, row in rows.items():
+        evaluated = [other for other in references(row) if rows[other].recipe is None]
+        if evaluated:
+            raise ValueError(f"Row {name!r} refers to {evaluated[0]!r}, which has no checkpoint of its own.")
+        if row.of is not None and row.memory and not rows[row.of].memory:
+            raise ValueError(f"Row {name!r} has memory: true, so {row.of!r} needs it too.")
     return rows
 
 
 def read_row(name: str, settings: dict[str, Any]) -> RowArguments:
     """A row of a study, with a check of what does not depend on other rows."""
     known = {part.name for part in fields(RowArguments)}
+    if not isinstance(name, str) or not isinstance(settings, dict):
+        raise ValueError(f"Row {name!r} is {settings!r}; expected settings, and text as its name.")
     unknown = sorted(set(settings) - known)
     if unknown:
         raise ValueError(f"Row {name!r} has {unknown}; expected some of {', '.join(sorted(known))}.")
@@ -132,9 +140,12 @@ def read_row(name: str, settings: dict[str, Any]) -> RowArguments:
         ((row.recipe is None) != (row.of is None) and row.recipe in (None, *TRAINING),
          f"has recipe {row.recipe} and of {row.of}; expected recipe: sft or grpo, or of: another row."),
         (row.recipe is None or Path(row.config or "").is_file(), f"has config {row.config!r}, which is no file."),
+        (row.of is None or not (row.set or row.config), "has of and trains nothing; leave out set and config."),
+        (row.depth in (None, "text") or str(row.depth).isdecimal(),
+         f"has depth {row.depth!r}; expected a number of latent steps, or text."),
         (row.seeds in ("first", "all"), f"has seeds {row.seeds!r}; expected first or all."),
-        (not set(name) & set("/@=") and not name.endswith(" + memory"),
-         "has /, @ or = in its name, or ends in ' + memory'; use another name."),
+        (not set(name) & set("/@=") and not name.endswith(" + memory") and name not in StudyResults.BASELINES,
+         "has /, @ or = in its name, ends in ' + memory' or is a baseline; use another name."),
     ]  # fmt: skip
     for is_met, message in checks:
         if not is_met:
@@ -197,7 +208,7 @@ def check_prepare(study: StudyArguments) -> None:
 
 
 def check_tables(study: StudyArguments, rows: dict[str, RowArguments]) -> None:
-    """Refuse tables with unknown keys or rows."""
+    """Refuse tables with unknown keys or rows, and those that would overwrite one another."""
     names = {*StudyResults.BASELINES, *rows, *(f"{name} + memory" for name, row in rows.items() if row.memory)}
     for table in study.tables:
         unknown = sorted(set(table) - {"title", "text", "rows", "against", "slices", "links", "figure"})
@@ -208,6 +219,11 @@ def check_tables(study: StudyArguments, rows: dict[str, RowArguments]) -> None:
         wrong = [name for name in [*table["rows"], *table.get("against", [])] if name not in names]
         if wrong:
             raise ValueError(f"Table {table['title']!r} has {wrong}, which are no rows of the study.")
+    for key, used in (("title", []), ("figure", ["depths.png"])):
+        used += [table[key] for table in study.tables if key in table]
+        twice = sorted({value for value in used if used.count(value) > 1})
+        if twice:
+            raise ValueError(f"tables has the {key} {twice} more than once (depths.png is that of the fixed depths).")
 
 
 class Jobs(dict[str, Job]):

@@ -24,6 +24,7 @@ from lasar_hf import LasarConfig, LasarForGenerativeRec, LasarProcessor, LasarSF
 from lasar_hf.arguments import check_choices, read_json_object, read_switch
 from lasar_hf.data import PreparedData, reasoning_examples, sft_examples, stage1_examples, with_neighbours
 from lasar_hf.evaluation import RankingEvaluator, neighbour_draws, similar_items, tune_memory
+from lasar_hf.files import folder_hashes
 from lasar_hf.model.base_lasar import most_likely_depth
 from lasar_hf.model.configuration_lasar import LATENT_INPUTS
 from lasar_hf.reasoning import AnchorStore, checkpoint_hash, encode_anchors
@@ -282,8 +283,11 @@ def main(script: SFTScriptArguments, training_args: LasarSFTConfig, model_args: 
     """Train one stage and save a checkpoint that the next stage, evaluation and serving load."""
     set_seed(training_args.seed)
     data = PreparedData.load(script.data_dir)
+    hashes = PreparedData.file_hashes(script.data_dir)
+    if training_args.neighbour_targets > 0:  # similar texts are neighbours
+        hashes |= folder_hashes(script.data_dir, "embeddings.npy")
     checkpoint = checkpoint_to_resume(
-        training_args, **asdict(script), **asdict(model_args), data=PreparedData.file_hashes(script.data_dir),
+        training_args, **asdict(script), **asdict(model_args), data=hashes,
         start=starting_files(model_args.model_name_or_path),
     )
     with unsharded_weights():

@@ -1,6 +1,7 @@
 """Targets at every depth, a policy fitted on them, and recipes/depth.py."""
 
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from lasar_hf import LasarForGenerativeRec, LasarProcessor
 from lasar_hf.data import PreparedData
+from lasar_hf.evaluation import paired_bootstrap
 from lasar_hf.model.base_lasar import DepthPolicyHead
 from lasar_hf.trainers import fit_depth_policy, score_depths
 from tests.recipes import load_recipe, save_checkpoint, save_prepared
@@ -73,6 +75,48 @@ def test_the_recipe_reports_and_saves(folder, tmp_path, reward):
     assert (tmp_path / "depth.png").stat().st_size > 1000
     model = LasarForGenerativeRec.from_pretrained(tmp_path / "fitted")
     assert model.config.max_latent_steps == 4
+
+
+def test_a_bfloat16_checkpoint_has_a_report(folder, tmp_path):
+    recipe = load_recipe("depth")
+    model = LasarForGenerativeRec.from_pretrained(folder / "model").bfloat16()
+    model.save_pretrained(tmp_path / "model")
+    LasarProcessor.from_pretrained(folder / "model").save_pretrained(tmp_path / "model")
+    fitted = str(tmp_path / "fitted")
+    recipe.main(recipe.DepthArguments(
+        str(folder / "data"), str(tmp_path / "model"), str(tmp_path), num_beams=8, save_to=fitted
+    ))  # fmt: skip
+    counts = json.loads((tmp_path / "report.json").read_text())["rows"]["policy"]["depths"]
+    histories = PreparedData.load(folder / "data").samples["validation"]["history"]
+    processor = LasarProcessor.from_pretrained(fitted)
+    prompts = processor([[processor.catalog.item_ids[item] for item in row] for row in histories])
+    chosen = model.recommend(**prompts, catalog=processor.catalog, top_k=1, num_beams=1).latent_steps
+    assert counts == np.bincount(chosen, minlength=5).tolist()
+    assert LasarForGenerativeRec.from_pretrained(fitted).dtype == torch.bfloat16
+
+
+def test_a_policy_chooses_for_users_that_it_does_not_know(monkeypatch):
+    """With a split by time a user has several samples."""
+    recipe, pairs = load_recipe("depth"), []
+
+    def fit(head, states, rewards, cost, first):
+        pairs.append([set(states[:, 0].tolist())])
+        return lambda chosen: pairs[-1].append(set(chosen[:, 0].tolist())) or torch.zeros(len(chosen), 2)
+
+    monkeypatch.setattr(recipe, "fit_depth_policy", fit)
+    users = np.array([0, 1, 0, 2, 3, 2, 2, 3])
+    recipe.cross_fitted(None, torch.tensor(users)[:, None], np.zeros((8, 2)), 0.0, 1, users)
+    assert len(pairs) == 2
+    for known, chosen in pairs:
+        assert known and chosen and not known & chosen
+
+
+def test_intervals_are_those_of_users():
+    compare, ndcg = load_recipe("depth").compare, np.random.default_rng(0).random((40, 2))
+    policy, users = {"policy": np.arange(40) % 2}, np.arange(40) // 4
+    found = compare(ndcg, ndcg, policy, users)["policy"]["against best fixed"]
+    best = ndcg.mean(axis=0).argmax()
+    assert found == asdict(paired_bootstrap(ndcg[np.arange(40), policy["policy"]], ndcg[:, best], users))
 
 
 def test_wrong_arguments_are_refused(folder):

@@ -121,6 +121,12 @@ def test_item_kl_compares_the_items_that_states_stand_for(tmp_path):
     torch.testing.assert_close(loss - cross_entropy, expected, atol=1e-5, rtol=1e-5)
 
 
+def test_the_deepest_row_must_fit_too(tmp_path):
+    sft_trainer(tmp_path, [0] * 6, depth_weights=[1.0], max_length=10)  # the longest example has as many tokens
+    with pytest.raises(ValueError, match="13 tokens, but max_length is 10"):
+        sft_trainer(tmp_path, [0] * 6, depth_weights=[1.0, 1.0, 1.0, 1.0, 0.0], max_length=10)
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [

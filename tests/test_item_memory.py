@@ -1,9 +1,11 @@
 """A memory of item-to-item steps, mixed with the model's distribution over items."""
 
+import json
 import math
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from lasar_hf import ItemMemory, SidCatalog
 from lasar_hf.model.decoding_lasar import beam_search, score_items
@@ -229,3 +231,15 @@ def test_a_broken_memory_is_refused(change):
     ItemMemory(**parts)
     with pytest.raises(ValueError, match="memory|decay"):
         ItemMemory(**parts | change)
+
+
+def test_a_memory_of_an_older_version_is_refused(tmp_path):
+    """Its weight depended on the support of the newest item instead of the largest score."""
+    _, catalog, _, matrix = setup()
+    memory = memory_of(matrix, catalog)
+    tensors = {name: getattr(memory, name) for name in ("pointers", "neighbours", "weights")}
+    settings = {"catalog_sha256": memory.catalog_sha256, "decay": 0.7, "gate": [0.0, 0.0]}
+    tensors["support"] = torch.ones(20, dtype=torch.long)
+    save_file(tensors, tmp_path / "item_memory.safetensors", metadata={"settings": json.dumps(settings)})
+    with pytest.raises(ValueError, match=r"support.*recipes/memory.py"):
+        ItemMemory.from_pretrained(tmp_path)

@@ -1,12 +1,16 @@
 """Targets from the memory that does not know the user, and examples whose target they replace."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 
 from lasar_hf import LasarProcessor, LasarSFTConfig, LasarSFTTrainer
-from lasar_hf.data import with_neighbours
+from lasar_hf.data import PreparedData, with_neighbours
 from lasar_hf.evaluation import memory_matrix, neighbour_draws, similar_items
+from tests.recipes import save_prepared
 from tests.training import COMMON, sft_setup
 
 
@@ -121,3 +125,26 @@ def test_training_resumes_with_the_same_draws(tmp_path, step):
     part.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
     for name, weight in whole.model.named_parameters():
         assert torch.equal(part.model.get_parameter(name), weight), name
+
+
+def test_items_without_text_have_no_vector(tmp_path):
+    save_prepared(tmp_path)
+    assert PreparedData.load(tmp_path).text_vectors is None
+    vectors = np.random.default_rng(0).normal(size=(20, 3))
+    np.save(tmp_path / "embeddings.npy", vectors)
+    items = Dataset.from_dict(PreparedData.load(tmp_path).items.to_dict())
+    shutil.rmtree(tmp_path / "items")
+    titles = ["" if item == 4 else title for item, title in enumerate(items["title"])]
+    items.remove_columns("title").add_column("title", titles).save_to_disk(tmp_path / "items")
+    data = PreparedData.load(tmp_path)
+    vectors[4] = 0
+    np.testing.assert_array_equal(data.text_vectors, vectors)
+
+
+def test_vectors_are_read_when_they_are_needed(tmp_path):
+    """They may have gigabytes, and most recipes do not use them."""
+    save_prepared(tmp_path)
+    (tmp_path / "embeddings.npy").write_bytes(b"not an array")
+    data = PreparedData.load(tmp_path)
+    with pytest.raises(ValueError):
+        data.text_vectors  # noqa: B018

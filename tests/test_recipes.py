@@ -255,6 +255,28 @@ def test_a_run_resumes_after_its_start_got_a_memory(folder, stage1, tmp_path):
         (start / "item_memory.safetensors").write_bytes(b"any")
 
 
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_the_texts_decide_a_run_with_neighbours(folder, stage1, tmp_path, monkeypatch, share):
+    recipe, data_dir = load_recipe("sft"), tmp_path / "data"
+    shutil.copytree(folder, data_dir)
+    neighbours = np.zeros((12, 2), dtype=np.int64) if share else None
+    monkeypatch.setattr(recipe, "draw_neighbours", lambda data, args: neighbours)
+
+    def train():
+        np.save(data_dir / "embeddings.npy", np.random.default_rng(len(list(tmp_path.iterdir()))).normal(size=(20, 3)))
+        args = LasarSFTConfig(
+            **settings(tmp_path / "stage2") | dict(save_strategy="steps", save_steps=1), neighbour_targets=share
+        )
+        script = recipe.SFTScriptArguments(data_dir=str(data_dir), stage=2)
+        recipe.main(script, args, LasarModelConfig(model_name_or_path=str(stage1)))
+
+    train()
+    if not share:
+        return train()
+    with pytest.raises(ValueError, match=r"different settings \(data\)"):
+        train()
+
+
 def test_stage2_evaluates_with_latent_slots(folder, stage1, tmp_path, monkeypatch):
     recipe, trainers = load_recipe("sft"), []
     make = recipe.LasarSFTTrainer

@@ -242,6 +242,13 @@ def test_a_report_can_be_written_alone(recipe, tmp_path):
         ({"a/b": {"recipe": "sft", "config": "stage.yaml"}}, "use another name"),
         ({"a": {"recipe": "sft", "config": "stage.yaml"}, "b": {"of": "a", "seeds": "all"}}, "needs them too"),
         ({"a": {"recipe": "sft", "config": "stage.yaml", "seeds": "some"}}, "expected first or all"),
+        ({"EASE": {"recipe": "sft", "config": "stage.yaml"}}, "use another name"),
+        ({"a": {"recipe": "sft", "config": "stage.yaml", "depth": "deep"}}, "depth 'deep'"),
+        ({"a": {"recipe": "sft", "config": "stage.yaml", "depth": -1}}, "depth -1"),
+        ({"a": {"recipe": "sft", "config": "stage.yaml"}, "b": {"of": "a", "set": {"seed": 1}}}, "trains nothing"),
+        ({"a": {"recipe": "sft", "config": "stage.yaml"}, "b": {"of": "a", "memory": True}}, "'a' needs it too"),
+        ({"a": {"recipe": "sft", "config": "stage.yaml"}, "b": {"of": "a"}, "c": {"of": "b"}}, "no checkpoint"),
+        ({"a": None}, "expected settings"),
     ],
 )
 def test_wrong_rows_are_refused_before_anything_runs(recipe, tmp_path, monkeypatch, rows, message):
@@ -257,3 +264,23 @@ def test_wrong_rows_are_refused_before_anything_runs(recipe, tmp_path, monkeypat
 def test_wrong_tables_are_refused(recipe, tmp_path, table):
     with pytest.raises(ValueError, match="table|Table"):
         recipe.main(study(recipe, tmp_path, tables=[table]))
+
+
+@pytest.mark.parametrize(
+    ("changed", "wrong"),
+    [({"title": "All"}, "All"), ({"figure": "a.png"}, "a.png"), ({"figure": "depths.png"}, "depths.png")],
+)
+def test_tables_and_figures_do_not_overwrite_one_another(recipe, tmp_path, changed, wrong):
+    part = study(recipe, tmp_path)
+    part.tables.append({"title": "Other", "rows": ["direct"]} | changed)
+    with pytest.raises(ValueError, match=f"{wrong}.*more than once"):
+        recipe.main(part)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_users_beyond_the_largest_fixed_depth_are_counted(recipe, tmp_path):
+    part = study(recipe, tmp_path, max_depth=1)  # the stub's policy takes 1 or 2 steps
+    part.rows["latent"]["sweep"] = True
+    recipe.main(part)
+    text = (tmp_path / "report" / "study.md").read_text()
+    assert "| depth | 0 | 1 | 2 |\n|---|---:|---:|---:|\n| latent | 0 | 12 | 11 |" in text

@@ -49,8 +49,8 @@ class PreparedData:
             Whether the items of a user's history are left out of recommendations, as decided on this data.
         split_fields (`dict`, *optional*):
             Fields of [`Split`] that are not columns of `users`.
-        text_vectors (`np.ndarray` of shape `(I, D)`, *optional*):
-            A vector of each item's text, zeros for an item without text. `None` if no item has text.
+        embeddings_file (`Path`, *optional*):
+            File with a vector of each item, from which `text_vectors` are read when they are needed.
 
     Example:
 
@@ -72,7 +72,7 @@ class PreparedData:
     repeat_rate: float = 0.0
     exclude_history: bool = True
     split_fields: dict[str, object] = field(default_factory=dict)
-    text_vectors: np.ndarray | None = None
+    embeddings_file: Path | None = None
 
     @classmethod
     def load(cls, folder: str | Path) -> "PreparedData":
@@ -87,15 +87,14 @@ class PreparedData:
         if "repeat_rate" not in fields:  # prepared by an older version
             fields["repeat_rate"] = repeat_rate(users["train"])
             fields["exclude_history"] = fields["repeat_rate"] <= RARE_REPEATS
-        items = Dataset.load_from_disk(folder / "items")
         return cls(
-            items,
+            Dataset.load_from_disk(folder / "items"),
             users,
             DatasetDict.load_from_disk(folder / "samples"),
             SidCatalog.from_pretrained(folder / "catalog"),
             **fields,
             split_fields=read_json(folder / "interactions.json")["split_fields"],
-            text_vectors=_text_vectors(folder / "embeddings.npy", items),
+            embeddings_file=folder / "embeddings.npy",
         )
 
     @staticmethod
@@ -103,6 +102,15 @@ class PreparedData:
         """SHA-256 of the tables, the catalogue and the tokenizer in a folder, which a resumed run compares."""
         patterns = ("**/data-*.arrow", "catalog/*", "tokenizer/*", "prepared.json")
         return {name: sha for pattern in patterns for name, sha in folder_hashes(folder, pattern).items()}
+
+    @cached_property
+    def text_vectors(self) -> np.ndarray | None:
+        """A vector `(I, D)` of each item's text, zeros for an item without text; `None` without vectors or text."""
+        if self.embeddings_file is None or not self.embeddings_file.exists():
+            return None
+        has_text = np.any([[bool(text) for text in self.items[name]] for name in TEXT_FIELDS], axis=0)  # (I,)
+        vectors = np.load(self.embeddings_file, allow_pickle=False)  # items without text have that of their id
+        return vectors * has_text[:, None] if has_text.any() else None
 
     @cached_property
     def split(self) -> Split:
@@ -153,14 +161,6 @@ def load_interactions(folder: str | Path) -> tuple[Interactions, Split]:
     fields = read_json(folder / "interactions.json")["split_fields"]
     split = _to_split(Dataset.load_from_disk(folder / "users"), fields)
     return _to_interactions(Dataset.load_from_disk(folder / "items"), split), split
-
-
-def _text_vectors(path: Path, items: Dataset) -> np.ndarray | None:
-    """The vectors in a file, without those of items that have no text but an id; `None` without any text."""
-    has_text = np.any([[bool(text) for text in items[name]] for name in TEXT_FIELDS], axis=0)  # (I,)
-    if not path.exists() or not has_text.any():
-        return None
-    return np.load(path, allow_pickle=False) * has_text[:, None]
 
 
 def _to_split(users: Dataset, fields: dict[str, object]) -> Split:

@@ -195,6 +195,10 @@ def depth_section(results: StudyResults, rows: Sequence[str], folder: Path) -> s
         for row in sweeps if results.seeds(row, "test")
     ]  # fmt: skip
     if histogram:
+        # A policy may choose more steps than the largest fixed depth.
+        width = max(len(counts) for _, counts in histogram)
+        histogram = [(row, np.pad(counts, (0, width - len(counts)))) for row, counts in histogram]
+        head = [f"| depth | {' | '.join(map(str, range(width)))} |", "|---|" + "---:|" * width]
         rows_of = [f"| {row} | {' | '.join(map(str, counts))} |" for row, counts in histogram]
         parts += ["Test users by the depth that the policy chose:", "\n".join([*head, *rows_of])]
     parts += [table for table in (chosen_depths(results, row) for row in sweeps) if table]

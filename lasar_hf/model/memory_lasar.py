@@ -189,6 +189,11 @@ class ItemMemory:
         if path is None:
             return None
         with safe_open(path, framework="pt") as file:
+            if set(file.keys()) != set(TENSORS):
+                raise ValueError(
+                    f"{path} has {sorted(file.keys())}; expected {', '.join(TENSORS)}. Its weight depended on other "
+                    "numbers in an older version. Make it again with recipes/memory.py."
+                )
             settings = json.loads(file.metadata()["settings"])
             return cls(**{name: file.get_tensor(name) for name in file.keys()}, **settings)
 

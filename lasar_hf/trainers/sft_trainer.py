@@ -164,9 +164,9 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
         # As tokenised by TRL, or as given if TRL may have cut them.
         if args.max_length is None:
             train_dataset, eval_dataset = self.train_dataset, self.eval_dataset
-        for dataset in [*as_sets(train_dataset), *as_sets(eval_dataset)]:
-            check_lengths(dataset, lasar.config, args.max_length)
         self.depth_rows = _depth_rows(args, lasar.config)
+        for dataset in [*as_sets(train_dataset), *as_sets(eval_dataset)]:
+            check_lengths(dataset, lasar.config, args.max_length, depth_rows=self.depth_rows)
         if isinstance(self.data_collator, DataCollatorForLanguageModeling):
             self.data_collator = LasarDataCollator(
                 self.data_collator.pad_token_id, pad_to_multiple_of=self.data_collator.pad_to_multiple_of,
@@ -307,7 +307,9 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """TRL's losses, plus the metrics of `ranking_evaluator`, of examples that are checked as at the start."""
         for dataset in as_sets(eval_dataset):
-            check_lengths(dataset, unwrap_lasar(self.model).config, self.args.max_length)
+            check_lengths(
+                dataset, unwrap_lasar(self.model).config, self.args.max_length, depth_rows=self.depth_rows
+            )
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
 

@@ -80,8 +80,13 @@ def as_sets(dataset: Any) -> list:
     return list(dataset.values()) if isinstance(dataset, dict) else [] if dataset is None else [dataset]
 
 
-def check_lengths(dataset: object, config: LasarConfig, max_length: int | None = None, tokenizer=None) -> None:
-    """Refuse examples (with a tokenizer, prompts of GRPO) that are too long for training or the backbone to read."""
+def check_lengths(
+    dataset: object, config: LasarConfig, max_length: int | None = None, tokenizer=None, depth_rows=None
+) -> None:
+    """
+    Refuse examples (with a tokenizer, prompts of GRPO; with `depth_rows`, their deepest rows) that are too long for
+    training or the backbone to read.
+    """
     column, added = ("prompt", config.max_latent_steps + 1 + config.num_sid_levels) if tokenizer else ("input_ids", 0)
     if not isinstance(dataset, Dataset) or column not in dataset.column_names:  # streamed, or without tokens
         return
@@ -89,6 +94,9 @@ def check_lengths(dataset: object, config: LasarConfig, max_length: int | None =
     if tokenizer:
         examples = (tokenizer(text, add_special_tokens=False).input_ids for text in examples)
     sizes = [(len(ids) + added, ids.count(config.latent_token_id)) for ids in examples]
+    if depth_rows is not None:
+        deepest = [depth_rows.depths(ids)[-1] for ids in examples]
+        sizes = [(size + depth - own, depth) for (size, own), depth in zip(sizes, deepest, strict=True)]
     positions = getattr(config.backbone_config, "max_position_embeddings", None)  # some backbones have no limit
     limits = {"max_length": max_length, "max_position_embeddings": positions}
     for name, limit in {**limits, "max_latent_steps": config.max_latent_steps}.items():
