@@ -24,7 +24,7 @@ from lasar_hf.data import PreparedData
 from lasar_hf.evaluation import ndcg_per_user, paired_bootstrap, ranks, recommend_samples
 from lasar_hf.files import atomic_file, write_json
 from lasar_hf.onednn import onednn_linear
-from lasar_hf.trainers import fit_depth_policy, score_depths
+from lasar_hf.trainers import DepthScores, fit_depth_policy, score_depths
 
 
 NOISES = (0.02, 0.05, 0.1, 0.2, 0.4)  # relative to the embeddings' root mean square
@@ -95,9 +95,15 @@ def noise_null(model, samples, processor, scores: np.ndarray, depth: int, args: 
 def noisy_scores(model, samples, processor, noise: float, seed: int, depth: int) -> np.ndarray:
     """`log p(target)` of each user at one depth with noise, `(U,)`."""
     handle = add_noise(model, noise, seed)
-    scores = score_depths(model, samples, processor).log_probs[:, depth]
+    scores = depth_scores(model, samples, processor, [depth]).log_probs[:, 0].cpu().numpy()
     handle.remove()
     return scores
+
+
+def depth_scores(model, samples, processor, depths) -> DepthScores:
+    """`log p(target)` of the samples at some depths, and `h_0`."""
+    prompts = [processor.prompt_ids(history) for history in samples["history"]]
+    return score_depths(model, processor.catalog, prompts, samples["target"], depths)
 
 
 def cross_fitted(head, states, rewards: np.ndarray, cost: float, first: int, users: np.ndarray) -> np.ndarray:
@@ -194,31 +200,32 @@ def main(args: DepthArguments) -> None:
 
     # 1. Probability of the target and NDCG@10 at every depth.
     with onednn_linear(model):
-        scores = score_depths(model, samples, processor)
+        scores = depth_scores(model, samples, processor, range(num_depths))
+        states, log_probs = scores.start_states.float().cpu(), scores.log_probs.cpu().numpy()
         ndcg = np.stack([ndcg_at(model, samples, processor, depth, args) for depth in range(num_depths)], axis=1)
 
     # 2. The policy before and after.
-    rewards = (scores.log_probs if args.reward == "logp" else ndcg)[:, first:]  # (U, C)
+    rewards = (log_probs if args.reward == "logp" else ndcg)[:, first:]  # (U, C)
     auto = 0.5 * float((rewards.max(axis=1) - rewards[:, 0]).mean()) / max(rewards.shape[1] - 1, 1)
     cost, head = auto if args.step_cost == "auto" else float(args.step_cost), model.model.policy_head.cpu()
     with torch.no_grad():
-        before = head(scores.start_states.to(head.dense.weight.dtype)).argmax(dim=-1).numpy() + first
+        before = head(states.to(head.dense.weight.dtype)).argmax(dim=-1).numpy() + first
     # With a split by time a user has several samples.
     numbers = {user: number for number, user in enumerate(dict.fromkeys(samples["user_id"]))}
     users = np.array([numbers[user] for user in samples["user_id"]])  # (U,)
-    after = cross_fitted(head, scores.start_states, rewards, cost, first, users)
-    rows = compare(scores.log_probs, ndcg, {"policy": before, "fitted policy": after}, users)
+    after = cross_fitted(head, states, rewards, cost, first, users)
+    rows = compare(log_probs, ndcg, {"policy": before, "fitted policy": after}, users)
 
     # 3. The null of the oracle, and the report.
     head.to(model.device)
     with onednn_linear(model):
-        noise, log_p, value = noise_null(model, samples, processor, scores.log_probs, rows["best fixed depth"], args)
+        noise, log_p, value = noise_null(model, samples, processor, log_probs, rows["best fixed depth"], args)
     details = {"arguments": asdict(args), "users": len(samples), "cost": cost}
     null = {"noise": noise, "log p": log_p, "NDCG@10": value}
     write_report(Path(args.output_dir), rows, null, details)
     print(json.dumps({name: round(row["NDCG@10"], 4) for name, row in rows.items()}))
     if args.save_to is not None:
-        fitted = fit_depth_policy(head.cpu(), scores.start_states, rewards, cost, first)
+        fitted = fit_depth_policy(head.cpu(), states, rewards, cost, first)
         model.model.policy_head.load_state_dict(fitted.state_dict())
         model.save_pretrained(args.save_to)
         processor.save_pretrained(args.save_to)

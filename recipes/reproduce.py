@@ -32,6 +32,7 @@ import yaml
 from trl import TrlParser
 
 from lasar_hf.data import PreparedData
+from lasar_hf.evaluation import BASELINES
 from lasar_hf.evaluation.study import StudyResults, write_study
 from lasar_hf.files import atomic_file, read_json, write_json
 
@@ -144,7 +145,7 @@ def read_row(name: str, settings: dict[str, Any]) -> RowArguments:
         (row.depth in (None, "text") or str(row.depth).isdecimal(),
          f"has depth {row.depth!r}; expected a number of latent steps, or text."),
         (row.seeds in ("first", "all"), f"has seeds {row.seeds!r}; expected first or all."),
-        (not set(name) & set("/@=") and not name.endswith(" + memory") and name not in StudyResults.BASELINES,
+        (not set(name) & set("/@=") and not name.endswith(" + memory") and name not in BASELINES,
          "has /, @ or = in its name, ends in ' + memory' or is a baseline; use another name."),
     ]  # fmt: skip
     for is_met, message in checks:
@@ -209,7 +210,7 @@ def check_prepare(study: StudyArguments) -> None:
 
 def check_tables(study: StudyArguments, rows: dict[str, RowArguments]) -> None:
     """Refuse tables with unknown keys or rows, and those that would overwrite one another."""
-    names = {*StudyResults.BASELINES, *rows, *(f"{name} + memory" for name, row in rows.items() if row.memory)}
+    names = {*BASELINES, *rows, *(f"{name} + memory" for name, row in rows.items() if row.memory)}
     for table in study.tables:
         unknown = sorted(set(table) - {"title", "text", "rows", "against", "slices", "links", "figure"})
         if unknown or not {"title", "rows"} <= set(table):

@@ -27,14 +27,15 @@ def test_scores_are_those_of_recommending(folder):
     path = folder / "model"
     model, processor = LasarForGenerativeRec.from_pretrained(path), LasarProcessor.from_pretrained(path)
     samples = PreparedData.load(folder / "data").samples["test"]
-    scores = score_depths(model, samples, processor, batch_size=5)
+    prompts = [processor.prompt_ids(history) for history in samples["history"]]
+    scores = score_depths(model, processor.catalog, prompts, samples["target"], range(5), batch_size=5)
     ids = processor.catalog.item_ids
     for depth in range(5):
         prompts = processor([[ids[item] for item in history] for history in samples["history"]])
         output = model.recommend(**prompts, catalog=processor.catalog, top_k=20, num_beams=64, latent_steps=depth)
         is_target = output.items == torch.tensor(samples["target"])[:, None]
         expected = output.scores[is_target]
-        torch.testing.assert_close(torch.tensor(scores.log_probs[:, depth]), expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(scores.log_probs[:, depth], expected, atol=1e-4, rtol=1e-4)
 
 
 def test_the_policy_learns_which_depth_is_best():

@@ -26,9 +26,11 @@ def test_rows_differ_in_their_latent_slots_only():
 
 
 def test_the_own_depth_has_a_row_without_a_weight():
+    """It has no labels, so that every example has the same number of labels."""
     example = {"input_ids": [5, START, SLOT, END, 7], "labels": [-100] * 4 + [7]}
     rows = DepthRows([1.0], SLOT, END).expand(example)
-    assert [(row["loss_weight"], row["is_own"]) for row in rows] == [(2.0, False), (0.0, True)]
+    assert [(row["loss_weight"], row["is_own"]) for row in rows] == [(1.0, False), (0.0, True)]
+    assert [row["labels"] for row in rows] == [[-100, -100, -100, 7], [-100] * 5]
 
 
 def test_plain_text_is_one_row():
@@ -63,7 +65,8 @@ def test_loss_is_the_weighted_mean_over_the_depths(tmp_path):
     expected, count = 0.0, 0
     for example in examples:
         for row in rows.expand(example):
-            expected, count = expected + row["loss_weight"] * answers_loss(model, [row]), count + 1
+            if row["loss_weight"] > 0:
+                expected, count = expected + row["loss_weight"] * answers_loss(model, [row]), count + 1
     # The other terms are those of the example's own depth.
     single.model.load_state_dict(model.state_dict())
     own = single.compute_loss(single.model.eval(), next(iter(single.get_train_dataloader())))

@@ -47,7 +47,7 @@ def neighbour_draws(
     ```python
     >>> neighbour_draws([[0, 1], [0, 1], [0, 2]], num_items=3, num_draws=4)  # the third user's 2 is unknown to others
     array([[2, 1, 1, 1],
-           [2, 1, 1, 1],
+           [2, 2, 2, 2],
            [1, 1, 1, 1]])
     ```
     """

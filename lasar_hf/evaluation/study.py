@@ -32,8 +32,6 @@ class StudyResults:
             Folders of the jobs that have ended, by `seed/row/split`.
     """
 
-    BASELINES = BASELINES
-
     def __init__(self, data: PreparedData, folder: Path, ended: dict[str, Path]):
         self.data, self.folder, self.ended = data, folder, ended
         self.targets = {split: np.asarray(data.samples[split]["target"]) for split in ("test", "validation")}

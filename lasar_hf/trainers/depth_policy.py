@@ -1,64 +1,84 @@
-"""A depth policy fitted to held-out users, with a frozen backbone (not in the paper)."""
+"""The probability of targets at every depth, and a depth policy fitted to it (not in the paper)."""
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import nn
+from trl.trainer.utils import pad
 
 from ..model.base_lasar import DepthPolicyHead
+from ..model.catalog_lasar import SidCatalog
 from ..model.modeling_lasar import LasarForGenerativeRec
-from ..model.processing_lasar import LasarProcessor
 from .catalog_head import score_labels
 from .losses import exact_depth_loss
 
 
 @dataclass(frozen=True)
 class DepthScores:
-    """What a model says about the targets of samples at every depth."""
+    """What a model says about the targets of `U` prompts at `D` depths."""
 
     start_states: torch.Tensor  # (U, H), h_0
-    log_probs: np.ndarray  # (U, N_max + 1), log p(target | depth)
+    log_probs: torch.Tensor  # (U, D), log p(target | depth)
 
 
 def score_depths(
-    model: LasarForGenerativeRec, samples, processor: LasarProcessor, batch_size: int = 32
+    model: LasarForGenerativeRec, catalog: SidCatalog, prompts: Sequence[Sequence[int]], targets: Sequence[int],
+    depths: Sequence[int], temperature: float = 1.0, batch_size: int = 32,
 ) -> DepthScores:
     """
-    `log p(target | depth)` of every sample at every depth, from one chain of latent steps per sample.
+    `log p(target | depth)` of every prompt at several depths, from one chain of latent steps per prompt.
 
     Args:
-        model, processor ([`LasarForGenerativeRec`] and [`LasarProcessor`]):
-            The model, and its prompt format and catalogue.
-        samples (`Dataset`):
-            Table with the columns `history` and `target`.
+        model ([`LasarForGenerativeRec`]), catalog ([`SidCatalog`]):
+            The model, and its items.
+        prompts (`list[list[int]]` of length `U`):
+            Token ids that end in `<|latent_start|>`, as of [`LasarProcessor.prompt_ids`].
+        targets (`list[int]` of length `U`):
+            Item index of each prompt's target.
+        depths (`Sequence[int]`):
+            Numbers of latent steps.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Temperature that the logits are divided by.
         batch_size (`int`, *optional*, defaults to `32`):
-            Samples per batch.
+            Prompts per pass.
 
     Returns:
-        [`DepthScores`], in the order of the samples.
+        [`DepthScores`], in the order of the prompts.
+
+    Example:
+
+    ```python
+    >>> prompts = [processor.prompt_ids(history) for history in samples["history"]]
+    >>> score_depths(model, processor.catalog, prompts, samples["target"], depths=range(9)).log_probs.shape
+    torch.Size([500, 9])
+    ```
     """
-    config, trie = model.config, processor.catalog.trie(model.device)
-    prompts, answers = map(processor.prompt_ids, samples["history"]), processor.answer_ids(samples["target"])
-    pairs, num_depths = list(zip(prompts, answers, strict=True)), config.max_latent_steps + 1
+    config, trie, device = model.config, catalog.trie(model.device), model.device
+    first_ids = config.sid_token_id(0, 0) + config.codebook_size * torch.arange(config.num_sid_levels)  # (M,)
+    answers = (catalog.codes[torch.as_tensor(targets)] + first_ids).tolist()  # U × M
     states, log_probs = [], []
     with model.evaluation_mode():
-        for start in range(0, len(pairs), batch_size):
+        for start in range(0, len(answers), batch_size):
+            # 1. Each prompt at every depth, left-padded: the answers end in the last column.
+            batch = slice(start, start + batch_size)
             rows = [
-                [*prompt, *[config.latent_token_id] * depth, config.latent_end_token_id, *answer]
-                for prompt, answer in pairs[start : start + batch_size]
-                for depth in range(num_depths)
+                torch.tensor([*prompt, *[config.latent_token_id] * depth, config.latent_end_token_id, *answer])
+                for prompt, answer in zip(prompts[batch], answers[batch], strict=True)
+                for depth in depths
             ]  # B · D
-            inputs = processor.pad(rows).to(model.device)
-            ids = inputs["input_ids"]
-            is_answer = torch.arange(ids.shape[1], device=ids.device) >= ids.shape[1] - config.num_sid_levels
-            labels = torch.where(is_answer, ids, -100)  # left-padded, so answers end in the last column
-            output = model.model(ids, inputs["attention_mask"])
-            scored = score_labels(model, output.last_hidden_state, ids, labels, trie)
-            log_probs.append(scored.log_probs.sum(dim=1).view(-1, num_depths).cpu().numpy())
-            states.append(output.latent_states[::num_depths, 0].float().cpu())
-    return DepthScores(torch.cat(states), np.concatenate(log_probs))
+            ids = pad(rows, padding_side="left").to(device)  # (B · D, L)
+            mask = pad([torch.ones_like(row) for row in rows], padding_side="left").to(device)  # (B · D, L)
+            labels = ids.clone()
+            labels[:, : -config.num_sid_levels] = -100
+            # 2. Score the answers.
+            output = model.model(ids, mask)
+            scored = score_labels(model, output.last_hidden_state, ids, labels, trie, temperature)
+            log_probs.append(scored.log_probs.sum(dim=1).view(-1, len(depths)))
+            states.append(output.latent_states[:: len(depths), 0])
+    return DepthScores(torch.cat(states), torch.cat(log_probs))
 
 
 def fit_depth_policy(

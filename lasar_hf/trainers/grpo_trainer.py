@@ -23,6 +23,7 @@ from ..model.catalog_lasar import SidCatalog
 from ..model.configuration_lasar import LATENT_START_TOKEN
 from ..model.decoding_lasar import history_filter, sample_items
 from .catalog_head import add_catalog_head
+from .depth_policy import score_depths
 from .grpo_config import LasarGRPOConfig
 from .lora import check_token_rows, complete_reference, is_adapter, load_model, train_policy_head
 from .losses import DISTANCES, exact_depth_loss, reinforce_loss
@@ -209,29 +210,6 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
         # Items that share a Semantic ID are one candidate, represented by the first of them.
         return depths, log_probs, trie.items(leaves)[..., 0]
 
-    def _target_log_probs(self, lasar, prompt_ids: list[list[int]], targets: list[int]) -> torch.Tensor:
-        """`log p(target | N)` of each prompt for every depth `N` of the policy, `(B, C)`."""
-        config = lasar.config
-        first_ids = config.sid_token_id(0, 0) + config.codebook_size * torch.arange(config.num_sid_levels)  # (M,)
-        answers = (self.catalog.codes[targets] + first_ids).tolist()  # B × M
-        depths = range(config.min_latent_steps, config.max_latent_steps + 1)
-        rows = [
-            [*prompt, *[config.latent_token_id] * depth, config.latent_end_token_id, *answer]
-            for prompt, answer in zip(prompt_ids, answers, strict=True)
-            for depth in depths
-        ]  # B · C
-        size, parts = max(self.args.per_device_train_batch_size // len(depths), 1) * len(depths), []
-        with lasar.evaluation_mode():
-            for start in range(0, len(rows), size):  # whole prompts, whose depths share one chain
-                part = [torch.tensor(row, device=self.accelerator.device) for row in rows[start : start + size]]
-                ids, mask = pad(part, padding_side="left"), pad([torch.ones_like(row) for row in part], 0, "left")
-                labels = ids.clone()
-                labels[:, : -config.num_sid_levels] = -100
-                # Not called as a module: the weights are gathered already.
-                scored = lasar.forward(ids, mask, labels=labels, fused_lm_head=True)
-                parts.append(scored.log_probs.sum(dim=1))
-        return torch.cat(parts).view(-1, len(depths))  # (B, C)
-
     def check_best_metric(self, eval_dataset) -> None:
         """Refuse a `metric_for_best_model` that no evaluation returns; a reward with `log_metric` may return any."""
         metric = self.args.metric_for_best_model
@@ -339,8 +317,14 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
         """`log p(target | N)` of each candidate's prompt, `(B · G, C)`. The first ones set an automatic step cost."""
         prompts = inputs[:: self.num_generations]
         ids = self.processing_class([row["prompt"] for row in prompts], add_special_tokens=False).input_ids
-        score = partial(self._target_log_probs, prompt_ids=ids, targets=[row["target"] for row in prompts])
-        rewards = self.on_gathered_weights(score)  # (B, C)
+        config = unwrap_lasar(self.model).config
+        depths = range(config.min_latent_steps, config.max_latent_steps + 1)
+        score = partial(
+            score_depths, catalog=self.catalog, prompts=ids, targets=[row["target"] for row in prompts],
+            depths=depths, temperature=self.args.temperature,
+            batch_size=max(self.args.per_device_train_batch_size // len(depths), 1),
+        )
+        rewards = self.on_gathered_weights(score).log_probs  # (B, C)
         if self.step_cost is None:
             gains = self.accelerator.gather(rewards.max(dim=1).values - rewards[:, 0])
             self.step_cost = 0.5 * gains.mean().item() / max(rewards.shape[1] - 1, 1)

@@ -195,7 +195,7 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
         path_lengths, num_rows = None, np.ones(len(dataset))
         if self.depth_rows is not None:
             path_lengths = [self.depth_rows.path_length(ids, start_token_id) for ids in dataset["input_ids"]]
-            num_rows = [len(self.depth_rows.depths(ids)) for ids in dataset["input_ids"]]
+            num_rows = [self.depth_rows.num_scored(ids) for ids in dataset["input_ids"]]
         self.batch_sampler = PrefixBatchSampler(
             dataset["input_ids"], start_token_id, self.args.max_tokens_per_batch, self.args.world_size,
             self.args.process_index, self.args.seed if self.args.data_seed is None else self.args.data_seed,
@@ -287,13 +287,14 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
         self._drawn_at = step
         rng = np.random.default_rng([self.args.seed, step, self._micro_batch, self.args.process_index])
         chance, place = (torch.tensor(part, device=share.device) for part in rng.random((2, len(share))))  # (B,)
-        # 1. Which sequences, and which of their neighbours.
+        # 1. Which sequences with labels, and which of their neighbours.
+        has_label = inputs["labels"] != -100  # (B, L)
         count = (neighbours >= 0).sum(dim=1)  # (B,)
-        replaced = (count > 0) & (chance < self.args.neighbour_targets * share)  # (B,)
+        replaced = has_label.any(dim=1) & (count > 0) & (chance < self.args.neighbour_targets * share)  # (B,)
         items = neighbours[replaced, (place * count).long()[replaced]]  # (n,)
         # 2. Their tokens take the place of the labels, which are the target's tokens.
         answers = self.processor.sid_token_ids.to(items.device)[items].flatten()  # (n · M,)
-        is_answer = (inputs["labels"] != -100) & replaced[:, None]  # (B, L)
+        is_answer = has_label & replaced[:, None]  # (B, L)
         changed = {name: inputs[name].masked_scatter(is_answer, answers) for name in ("input_ids", "labels")}
         return inputs | changed
 
