@@ -7,11 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lasar_hf import LasarForGenerativeRec, LasarProcessor
 from lasar_hf.data import PreparedData, chain_end_examples, reasoning_examples, stage1_examples, write_routines
 from lasar_hf.data.routines import MAX_LINKS, PRODUCTS, SEGMENT, links
+from lasar_hf.evaluation import recommend_samples
 from lasar_hf.files import read_json
 from tests.preparing import files, processor_of, run
-from tests.recipes import ROOT, load_recipe
+from tests.recipes import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -153,8 +155,14 @@ def test_latent_steps_follow_the_links_of_new_users(tmp_path, monkeypatch):
     for stage in ("stage1", "stage2"):
         script, config = ROOT / "recipes/sft.py", ROOT / f"recipes/routines/{stage}.yaml"
         subprocess.run([sys.executable, script, "--config", config, "--use_cpu", "true"], check=True)
-    models = {"direct": "outputs/routines/stage1@0", "latent": "outputs/routines/stage2"}
-    rows = load_recipe("routines/by_links").main([f"{name}={path}" for name, path in models.items()])
-    direct, latent = ([row[number] for number in range(1, MAX_LINKS + 1)] for row in rows.values())
-    assert min(latent) >= 0.95 and rows["latent"]["depth = links"] >= 0.95
-    assert direct[0] >= 0.95 and max(direct[2:]) <= 0.5
+    samples = PreparedData.load("outputs/routines/data").samples["test"]
+    needed, exact, agree = np.array([links(history) for history in samples["history"]]), {}, {}
+    for stage, depth in (("stage1", 0), ("stage2", None)):
+        path = f"outputs/routines/{stage}"
+        model, processor = LasarForGenerativeRec.from_pretrained(path), LasarProcessor.from_pretrained(path)
+        output = recommend_samples(model, samples, processor, 10, 10, depth)
+        hits = output.items[:, 0] == np.array(samples["target"])
+        exact[stage] = [hits[needed == number].mean() for number in range(1, MAX_LINKS + 1)]
+        agree[stage] = (output.latent_steps == needed).mean()
+    assert min(exact["stage2"]) >= 0.95 and agree["stage2"] >= 0.95
+    assert exact["stage1"][0] >= 0.95 and max(exact["stage1"][2:]) <= 0.5
