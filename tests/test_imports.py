@@ -22,6 +22,7 @@ LAYERS = [
     ["steps"],
     ["__init__"],  # the public names
     ["commands"],
+    ["__main__"],
 ]
 HEIGHT = {name: height for height, layer in enumerate(LAYERS) for name in layer}
 
