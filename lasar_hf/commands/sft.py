@@ -35,7 +35,6 @@ from ..trainers import (
     is_adapter,
     load_model,
     lora_from_arguments,
-    save_trained,
     starting_files,
     unsharded_weights,
 )
@@ -325,7 +324,7 @@ def main(script: SFTScriptArguments, training_args: LasarSFTConfig, model_args: 
         eval_dataset=eval_examples, processing_class=processor, peft_config=lora_from_arguments(model, model_args),
     )
     trainer.train(resume_from_checkpoint=checkpoint)
-    save_trained(trainer)
+    trainer.save_model()
     trainer.accelerator.end_training()
 
 
