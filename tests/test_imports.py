@@ -18,6 +18,7 @@ LAYERS = [
     ["onednn"],
     ["reasoning"],
     ["evaluation"],
+    ["card"],
     ["trainers"],
     ["steps"],
     ["__init__"],  # the public names

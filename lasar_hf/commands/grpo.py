@@ -14,6 +14,7 @@ from peft import PeftModel
 from transformers import set_seed
 from trl import TrlParser
 
+from ..card import base_model_of
 from ..data import PreparedData, grpo_examples
 from ..evaluation import RankingEvaluator
 from ..model.configuration_lasar import LasarConfig
@@ -125,6 +126,9 @@ def main(script: GRPOScriptArguments, training_args: LasarGRPOConfig, model_args
         train_dataset=grpo_examples(data.samples["train"], processor, terminal_anchors(script, model_args.dtype)),
         peft_config=lora_from_arguments(model, model_args),
     )
+    trainer.card_facts = data.card_facts(script.data_dir) | {
+        "base_model": base_model_of(model_args.model_name_or_path)
+    }
     trainer.train(resume_from_checkpoint=checkpoint)
     if evaluator is not None:
         with unsharded_weights():

@@ -112,6 +112,8 @@ class LasarGRPOConfig(GRPOConfig):
     prompts_per_user: int = field(default=1, metadata={"help": "Prompts of a user that stay together; read once."})
     use_bias_correction_kl: bool = field(default=True, metadata={"help": "Unbiased gradient of the KL penalty."})
     router_aux_loss_coef: float | None = field(default=0.0, metadata={"help": "Keep it at 0."})
+    license: str | None = field(default=None, metadata={"help": "Licence of the model, such as mit, for its card."})
+    dataset: str | None = field(default=None, metadata={"help": "Name of the data set, for the model card."})
     hub_strategy: str = field(default="end", metadata={"help": "Keep it at end: the complete model is pushed."})
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Keep it at False."})
 

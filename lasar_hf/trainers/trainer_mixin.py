@@ -3,13 +3,13 @@
 import copy
 import os
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from datasets import Dataset
-from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub import HfApi
 from peft import PeftModel
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoProcessor, PreTrainedTokenizerBase
 from trl.models import unwrap_model_for_generation
 
-from ..files import atomic_file
+from ..card import model_card, save_card
 from ..model.base_lasar import LasarModelOutput
 from ..model.configuration_lasar import LasarConfig
 from ..model.modeling_lasar import LasarForGenerativeRec
@@ -28,19 +28,6 @@ from .losses import depth_entropy
 
 # A sum over the local batch and the number of its terms.
 SumAndCount = tuple[torch.Tensor, torch.Tensor | int]
-
-USAGE = """
-```python
-from transformers import AutoModel, AutoProcessor
-
-processor = AutoProcessor.from_pretrained("{name}", trust_remote_code=True)
-model = AutoModel.from_pretrained("{name}", trust_remote_code=True)
-history = processor.catalog.item_ids[:3]
-output = model.recommend(**processor([history]))
-print(processor.decode_recommendations(output)[0])
-```
-"""
-
 
 def unwrap_lasar(model: nn.Module) -> nn.Module:
     """The [`LasarForGenerativeRec`] inside a PEFT wrapper, or the model itself without one."""
@@ -142,6 +129,8 @@ def latent_metrics(
 
 class LasarTrainerMixin:
     """Methods of both trainers, which set `processor`, `catalog`, `_tag_names` and `_description`."""
+
+    card_facts: Mapping[str, Any] = {}  # what the model card says about the data, see `model_card`
 
     def record_latent_states(self, lasar: LasarForGenerativeRec) -> None:
         """
@@ -292,14 +281,17 @@ class LasarTrainerMixin:
         )
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):
-        """Write `README.md`. TRL's own method looks for templates inside TRL."""
+        """
+        Write `README.md`, see [`~lasar_hf.card.model_card`], with the facts in `self.card_facts`. TRL's own method
+        looks for templates inside TRL.
+        """
         if not self.is_world_process_zero():
             return
-        name = model_name or os.path.basename(os.path.normpath(self.args.output_dir))
-        # No pipeline of transformers recommends items, and without a tag the Hub may guess "text-generation".
+        name = self.args.hub_model_id or model_name or os.path.basename(os.path.normpath(self.args.output_dir))
+        facts = {"dataset": dataset_name or self.args.dataset, "license": self.args.license, **self.card_facts}
         tags = sorted([*self._tag_names, *(tags or [])])
-        data = ModelCardData(library_name="transformers", tags=tags, pipeline_tag="other")
-        usage = "" if self.processor is None else USAGE.format(name=name)
-        text = f"---\n{data.to_yaml()}\n---\n\n# {name}\n\n{self._description}\n{usage}"
-        with atomic_file(os.path.join(self.args.output_dir, "README.md")) as temporary:
-            ModelCard(text).save(temporary)
+        lasar = unwrap_lasar(self.accelerator.unwrap_model(self.model))
+        save_card(
+            self.args.output_dir,
+            model_card(name, self._description, lasar, self.processor, self.args, tags, facts),
+        )
