@@ -21,6 +21,7 @@ LAYERS = [
     ["trainers"],
     ["steps"],
     ["__init__"],  # the public names
+    ["serving"],
 ]
 HEIGHT = {name: height for height, layer in enumerate(LAYERS) for name in layer}
 
