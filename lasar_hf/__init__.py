@@ -11,6 +11,7 @@ from .model.decoding_lasar import RecommendOutput
 from .model.memory_lasar import ItemMemory
 from .model.modeling_lasar import LasarForGenerativeRec
 from .model.processing_lasar import LasarProcessor
+from .model.recommender_lasar import Recommender
 
 
 __version__ = "0.1.0"
@@ -39,6 +40,7 @@ __all__ = [
     "LasarSFTConfig",
     "LasarSFTTrainer",
     "RecommendOutput",
+    "Recommender",
     "SidCatalog",
 ]
 

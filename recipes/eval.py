@@ -29,7 +29,6 @@ from lasar_hf.data import PreparedData
 from lasar_hf.evaluation import (
     BASELINES,
     baseline_rankings,
-    check_exclusion,
     comparison_table,
     evaluate_recommendations,
     exclusion_note,
@@ -229,7 +228,7 @@ def main(args: EvaluateArguments) -> None:
         tempfile.TemporaryFile(dir=args.output_dir).close()
     data = PreparedData.load(args.data_dir)
     for path, _ in models.values():  # before the baselines are tuned
-        check_exclusion(LasarConfig.from_pretrained(path), history_is_excluded(args, data))
+        LasarConfig.from_pretrained(path).check_exclusion(history_is_excluded(args, data))
     samples = select_users(data.samples[args.split], args.users)
     predictions, rows, tuning, depths = {}, {}, {}, {}
     if args.baselines and state.is_main_process:

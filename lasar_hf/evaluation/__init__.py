@@ -23,7 +23,7 @@ from .metrics import (
     score_predictions,
 )
 from .neighbours import neighbour_draws
-from .recommendations import RankingEvaluator, Recommendations, check_exclusion, recommend_samples
+from .recommendations import RankingEvaluator, Recommendations, recommend_samples
 from .report import (
     comparison_table,
     evaluate_recommendations,
@@ -47,7 +47,6 @@ __all__ = [
     "Tuning",
     "baseline_rankings",
     "build_memory",
-    "check_exclusion",
     "compare_exclusion",
     "comparison_table",
     "ease_matrix",

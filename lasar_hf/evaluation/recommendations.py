@@ -9,7 +9,6 @@ import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-from ..model.configuration_lasar import LasarConfig
 from ..model.memory_lasar import ItemMemory
 from ..model.modeling_lasar import LasarForGenerativeRec
 from ..model.processing_lasar import LasarProcessor
@@ -30,15 +29,6 @@ class Recommendations:
     memory_scores: np.ndarray | None = None  # (U, k) with a memory: those under the memory alone
     memory_strength: np.ndarray | None = None  # (U,) with a memory: its largest score
     text_tokens: np.ndarray | None = None  # (U,) with a written chain of thought: tokens of the text
-
-
-def check_exclusion(config: LasarConfig, exclude_history: bool) -> None:
-    """Refuse to recommend items of the history by a model that gives them no probability, with a `ValueError`."""
-    if config.exclude_history and not exclude_history:
-        raise ValueError(
-            "exclude_history is False, but the model was trained with exclude_history=True, so items of the history "
-            "have no probability. Use True, or train with exclude_history=False."
-        )
 
 
 def recommend_samples(
@@ -77,7 +67,7 @@ def recommend_samples(
         raise ValueError(f"latent_steps is {latent_steps} with write_text=True; expected 0 or None.")
     if exclude_history is None:
         exclude_history = model.config.exclude_history
-    check_exclusion(model.config, exclude_history)
+    model.config.check_exclusion(exclude_history)
     memory = None if memory is None else memory.to(model.device)
     histories = samples["history"]
     prompts = [processor.prompt_ids(history) for history in histories]

@@ -224,6 +224,9 @@ class SidCatalog:
         os.replace(weights_path + ".tmp", weights_path)
         os.replace(config_path + ".tmp", config_path)
 
+    def __deepcopy__(self, memo) -> "SidCatalog":
+        return self  # it never changes: `add` and `remove` make new ones
+
     @classmethod
     def from_pretrained(cls, pretrained_directory: str | os.PathLike, **kwargs) -> "SidCatalog":
         """
@@ -231,13 +234,25 @@ class SidCatalog:
         such as `revision` and `token` are passed to [`~transformers.utils.cached_file`].
 
         Raises:
+            `FileNotFoundError`: if there is no catalogue.
             `ValueError`: if a file is damaged, or the two files do not belong together.
         """
-        names = (CATALOG_CONFIG_NAME, CATALOG_WEIGHTS_NAME)
-        if os.path.isdir(pretrained_directory):
-            config_path, weights_path = (os.path.join(pretrained_directory, name) for name in names)
-        else:
-            config_path, weights_path = (cached_file(pretrained_directory, name, **kwargs) for name in names)
+        catalog = cls.find(pretrained_directory, **kwargs)
+        if catalog is None:
+            raise FileNotFoundError(
+                f"{pretrained_directory} has no {CATALOG_CONFIG_NAME}. Save the catalogue of the training to it."
+            )
+        return catalog
+
+    @classmethod
+    def find(cls, pretrained_directory: str | os.PathLike, **kwargs) -> "SidCatalog | None":
+        """As [`~SidCatalog.from_pretrained`], but `None` if a checkpoint has no catalogue."""
+        config_path = cached_file(
+            pretrained_directory, CATALOG_CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **kwargs
+        )
+        if config_path is None:
+            return None
+        weights_path = cached_file(pretrained_directory, CATALOG_WEIGHTS_NAME, **kwargs)
         try:
             with open(config_path, encoding="utf-8") as file:
                 config = json.load(file)

@@ -96,6 +96,12 @@ class LasarConfig(PreTrainedConfig):
             "AutoModelForCausalLM": "modeling_lasar.LasarForGenerativeRec",
         }
         self.auto_map = kwargs.pop("auto_map", None) or auto_map
+        self.custom_pipelines = {
+            "generative-recommendation": {
+                "impl": "pipeline_lasar.GenerativeRecommendationPipeline", "pt": ["AutoModel"],
+            }
+        }  # fmt: skip
+        kwargs.pop("custom_pipelines", None)
         # A backbone's configuration object keeps its implementations, which transformers would reset to the defaults.
         # That of the experts is only set where the experts are.
         experts = None
@@ -135,6 +141,14 @@ class LasarConfig(PreTrainedConfig):
     def num_sid_tokens(self) -> int:
         """Number of Semantic-ID tokens, `M * K`."""
         return self.num_sid_levels * self.codebook_size
+
+    def check_exclusion(self, exclude_history: bool) -> None:
+        """Refuse, with a `ValueError`, items of the history of a model that gives them no probability."""
+        if self.exclude_history and not exclude_history:
+            raise ValueError(
+                "exclude_history is False, but the model was trained with exclude_history=True, so items of the "
+                "history have no probability. Use True, or train with exclude_history=False."
+            )
 
     def sid_token_id(self, level: int, code: int) -> int:
         """Token id of a code."""

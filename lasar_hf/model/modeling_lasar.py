@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from numbers import Integral
 
 import torch
@@ -26,10 +25,10 @@ from .base_lasar import (
     LasarPreTrainedModel,
     LatentInput,
     check_backbone,
-    most_likely_depth,
 )
-from .batching_lasar import BatchLayout, PrefixTrees, ReasoningState
+from .batching_lasar import PrefixTrees, ReasoningState
 from .catalog_lasar import SidCatalog
+from .checkpoint_lasar import CheckpointMixin
 from .configuration_lasar import (
     CONTROL_TOKENS,
     LATENT_INPUTS,
@@ -40,6 +39,7 @@ from .configuration_lasar import (
 )
 from .decoding_lasar import RecommendOutput, beam_search, history_filter, mix_memory, rank_items
 from .memory_lasar import ItemMemory, Recall
+from .prompts_lasar import checked_prompts
 from .static_lasar import StaticPasses
 from .trie_lasar import ItemFilter
 
@@ -64,7 +64,7 @@ class LasarOutput(ModelOutput):
     depth_logits: torch.Tensor | None = None
 
 
-class LasarForGenerativeRec(LasarPreTrainedModel, GenerationMixin):
+class LasarForGenerativeRec(CheckpointMixin, LasarPreTrainedModel, GenerationMixin):
     """
     LASAR with its language-model head: it reasons in hidden states, then writes the Semantic ID of an item.
 
@@ -79,7 +79,7 @@ class LasarForGenerativeRec(LasarPreTrainedModel, GenerationMixin):
 
     >>> processor = LasarProcessor.from_pretrained("path/to/checkpoint")
     >>> model = LasarForGenerativeRec.from_pretrained("path/to/checkpoint")
-    >>> output = model.recommend(**processor([["12", "40"]]), catalog=processor.catalog, top_k=10)
+    >>> output = model.recommend(**processor([["12", "40"]]), top_k=10)
     >>> processor.decode_recommendations(output)
     ```
     """
@@ -336,7 +336,7 @@ class LasarForGenerativeRec(LasarPreTrainedModel, GenerationMixin):
         passes are those of [`~LasarForGenerativeRec.compile_for_serving`] for a search of at most that width, and the
         next call invalidates the returned state.
         """
-        layout, latent_steps = self._checked_prompts(input_ids, attention_mask, latent_steps)
+        layout, latent_steps = checked_prompts(self.config, input_ids, attention_mask, latent_steps)
         static_cache = None
         if static_num_beams is not None:
             static_cache = self.static_passes.cache(self.model, len(input_ids), layout.max_prompt, static_num_beams)
@@ -351,51 +351,12 @@ class LasarForGenerativeRec(LasarPreTrainedModel, GenerationMixin):
         the returned trees, `path` `(B,)` is the index of each prompt in the state, and so in the results of the
         search, and `member` `(U,)` a prompt of each index.
         """
-        layout, latent_steps = self._checked_prompts(input_ids, attention_mask, latent_steps)
+        layout, latent_steps = checked_prompts(self.config, input_ids, attention_mask, latent_steps)
         trees = PrefixTrees(layout, self.config.hidden_size, self.model.share_prefixes, join_equal=False)
         token_ids, visible = trees.prompts(layout)  # (T, P + R), (U, P + R)
         if not callable(latent_steps):
             latent_steps = latent_steps[trees.member]  # (U,)
         return self.model.run_latent_steps(token_ids, visible, latent_steps), trees
-
-    def _checked_prompts(self, input_ids, attention_mask, latent_steps):
-        """The layout of prompts, and their depths `(B,)` or the function that chooses them."""
-        # 1. Every prompt must be tokens of the vocabulary without a gap, and end in its only control token.
-        config = self.config
-        if not isinstance(input_ids, torch.Tensor) or input_ids.is_floating_point():
-            raise ValueError(f"input_ids is {type(input_ids)}; expected a tensor of whole numbers, (B, L).")
-        layout = BatchLayout(input_ids, attention_mask, config)
-        valid, size = layout.valid, config.vocab_size
-        last_token = input_ids.gather(1, layout.last_prompt_column())[:, 0]  # (B,)
-        unfinished = (last_token != config.latent_start_token_id) | (layout.length != layout.prompt_length)
-        control = valid & ((input_ids == config.latent_start_token_id) | (input_ids == config.latent_end_token_id))
-        parts = valid[:, 0] + (valid[:, 1:] & ~valid[:, :-1]).sum(dim=1)  # (B,), runs of tokens without padding
-        problems = {
-            f"does not end in {LATENT_START_TOKEN}. Append it to the prompt.": unfinished | (layout.length == 0),
-            f"has {LATENT_START_TOKEN} or <|latent_end|> before its end. Remove it.": control.sum(dim=1) > 1,
-            "has an attention_mask with a hole. Pad at the sides only.": parts > 1,
-            f"has token ids outside 0 … {size - 1}.": (valid & ((input_ids < 0) | (input_ids >= size))).any(dim=1),
-        }
-        is_wrong = torch.stack(list(problems.values()))  # (problems, B)
-        if is_wrong.any():
-            problem, index = is_wrong.nonzero()[0].tolist()
-            raise ValueError(f"Prompt {index} {list(problems)[problem]}")
-        # 2. Prompt, latent steps, <|latent_end|> and Semantic ID must fit into the backbone's positions.
-        if latent_steps is None:
-            latent_steps = partial(most_likely_depth, min_latent_steps=self.config.min_latent_steps)
-        if callable(latent_steps):
-            max_steps = self.config.max_latent_steps
-        else:
-            max_steps = latent_steps = self._checked_depths(latent_steps, len(input_ids), input_ids.device)
-        length = layout.length + max_steps + 1 + self.config.num_sid_levels  # (B,)
-        limit = getattr(self.config.backbone_config, "max_position_embeddings", None)  # some backbones have no limit
-        if limit is not None and (length > limit).any():
-            index = int((length > limit).nonzero()[0])
-            raise ValueError(
-                f"Prompt {index} needs {int(length[index])} positions for prompt, latent steps and answer, but the "
-                f"backbone has max_position_embeddings={limit}. Use fewer history items."
-            )
-        return layout, latent_steps
 
     def compile_for_serving(
         self, prompt_buckets: Sequence[int] = (128, 256, 512), batch_buckets: Sequence[int] = (1, 8, 64),
@@ -436,30 +397,12 @@ class LasarForGenerativeRec(LasarPreTrainedModel, GenerationMixin):
         """
         self.static_passes = StaticPasses(prompt_buckets, batch_buckets, num_beams, mode=mode, **kwargs)
 
-    def _checked_depths(self, latent_steps: int | torch.Tensor, batch_size: int, device) -> torch.Tensor:
-        latent_steps = torch.as_tensor(latent_steps, device=device)
-        is_integer = not latent_steps.is_floating_point() and latent_steps.dtype != torch.bool
-        if not is_integer or latent_steps.shape not in ((), (batch_size,)):
-            raise ValueError(
-                f"latent_steps has type {latent_steps.dtype} and shape {tuple(latent_steps.shape)}; expected an "
-                f"integer, or one for each of the {batch_size} prompts."
-            )
-        latent_steps = latent_steps.expand(batch_size)
-        outside = (latent_steps < 0) | (latent_steps > self.config.max_latent_steps)
-        if outside.any():
-            index = int(outside.nonzero()[0])
-            raise ValueError(
-                f"latent_steps is {int(latent_steps[index])} for prompt {index}; expected 0 … "
-                f"{self.config.max_latent_steps}."
-            )
-        return latent_steps
-
     def recommend(
         self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None,
         catalog: SidCatalog | None = None, top_k: int = 10, num_beams: int = 50,
         latent_steps: int | torch.Tensor | None = None, allow: Sequence[torch.Tensor | None] | None = None,
         deny: Sequence[torch.Tensor | None] | None = None, allow_empty: bool = False,
-        memory: ItemMemory | None = None,
+        memory: ItemMemory | None = None, exclude_history: bool | None = None,
     ) -> RecommendOutput:
         """
         Recommend items of a catalogue: latent steps, then beam search over the catalogue's Semantic IDs (LASAR, arXiv
@@ -470,8 +413,8 @@ class LasarForGenerativeRec(LasarPreTrainedModel, GenerationMixin):
                 Prompts that end in `<|latent_start|>`.
             attention_mask (`torch.Tensor` of shape `(B, L)`, *optional*):
                 0 at padding, on either side.
-            catalog ([`SidCatalog`]):
-                Items to choose from.
+            catalog ([`SidCatalog`], *optional*):
+                Items to choose from. Defaults to those of the checkpoint, `model.catalog`.
             top_k (`int`, *optional*, defaults to `10`):
                 Number of items per prompt, `k`.
             num_beams (`int`, *optional*, defaults to `50`):
@@ -488,6 +431,9 @@ class LasarForGenerativeRec(LasarPreTrainedModel, GenerationMixin):
             memory ([`ItemMemory`], *optional*):
                 Mix the model's distribution with the memory of this catalogue. Candidates are the items of the beams
                 and the same number of the memory's most likely items, and scores are log-probabilities of the mixture.
+            exclude_history (`bool`, *optional*):
+                Leave out the items of the prompt. Defaults to `config.exclude_history`; `True` for a model that was
+                trained without it has the effect of `deny`.
 
         Returns:
             [`RecommendOutput`] with `items` `(B, k)`, `scores` `(B, k)` and `latent_steps` `(B,)`; with a `memory`
@@ -496,12 +442,14 @@ class LasarForGenerativeRec(LasarPreTrainedModel, GenerationMixin):
         Raises:
             `ValueError`: if a prompt does not end in its only control token `<|latent_start|>`, has unknown token ids
             or padding between tokens, or is too long for the backbone, `latent_steps` is not `0 … max_latent_steps`,
-            `catalog` is missing or does not match the model, `top_k` or `num_beams` is not a whole number of at least
+            `catalog` is missing or does not match the model, `exclude_history` is `False` for a model that was trained
+            with it, `top_k` or `num_beams` is not a whole number of at least
             1, the request is larger than the sizes of `compile_for_serving`, a list is invalid, a prompt may get no
             item, `memory` is that of another catalogue or used after `compile_for_serving`, or the logits contain NaN.
         """
+        catalog = self.catalog if catalog is None else catalog
         if catalog is None:
-            raise ValueError("catalog is missing. Pass catalog=SidCatalog(codes, item_ids).")
+            raise ValueError("The model has no catalog. Pass catalog=SidCatalog(codes, item_ids).")
         if not isinstance(top_k, Integral) or not isinstance(num_beams, Integral) or top_k < 1 or num_beams < 1:
             raise ValueError(f"top_k is {top_k} and num_beams is {num_beams}; expected whole numbers of at least 1.")
         catalog.check_matches(self.config.num_sid_levels, self.config.codebook_size)
@@ -509,6 +457,14 @@ class LasarForGenerativeRec(LasarPreTrainedModel, GenerationMixin):
             memory.check_matches(catalog)
             if self.static_passes is not None:
                 raise ValueError("memory is not supported after compile_for_serving. Leave one of them out.")
+        if exclude_history is not None:
+            self.config.check_exclusion(exclude_history)
+        if exclude_history and not self.config.exclude_history:
+            _, own = self._prompt_items(catalog, input_ids)  # (B, L)
+            deny = [
+                items[items >= 0] if denied is None else torch.cat([items[items >= 0], denied.to(items.device)])
+                for items, denied in zip(own, [None] * len(own) if deny is None else deny, strict=True)
+            ]
         item_filter = None
         if allow is not None or deny is not None:
             trie = catalog.trie(input_ids.device)
@@ -526,16 +482,22 @@ class LasarForGenerativeRec(LasarPreTrainedModel, GenerationMixin):
         items, scores = rank_items(leaves, scores, trie, top_k, item_filter)
         return RecommendOutput(items=items, scores=scores, latent_steps=state.depths)
 
-    def _recall(self, memory: ItemMemory, catalog: SidCatalog, input_ids: torch.Tensor) -> Recall:
-        """The memory's distribution over the items that the trie has, given the items of the prompts."""
-        trie, every_item = catalog.trie(input_ids.device), catalog.trie_of_all(input_ids.device)
+    def _prompt_items(self, catalog: SidCatalog, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        The items of prompts, and those that can be excluded, both `(B, L)`; -1 pads. Items that share a Semantic ID
+        are represented by the first of them, and not excluded.
+        """
+        every_item = catalog.trie_of_all(input_ids.device)
         leaves = every_item.leaves_in(input_ids - self.config.sid_token_offset, self.config.codebook_size)  # (B, L)
-        # Items that share a Semantic ID are represented by the first of them, and not excluded.
         sharing = every_item.items(leaves.clamp(min=0))  # (B, L, C)
         history = torch.where(leaves >= 0, sharing[..., 0], -1)
-        excluded = None
-        if self.config.exclude_history:
-            excluded = torch.where((sharing >= 0).sum(dim=-1) == 1, history, -1)
+        return history, torch.where((sharing >= 0).sum(dim=-1) == 1, history, -1)
+
+    def _recall(self, memory: ItemMemory, catalog: SidCatalog, input_ids: torch.Tensor) -> Recall:
+        """The memory's distribution over the items that the trie has, given the items of the prompts."""
+        trie = catalog.trie(input_ids.device)
+        history, own = self._prompt_items(catalog, input_ids)
+        excluded = own if self.config.exclude_history else None
         is_available = trie.item_positions[: len(memory)] < len(trie.item_indices)  # (I,)
         return memory.to(input_ids.device).recall(history, excluded, is_available)
 

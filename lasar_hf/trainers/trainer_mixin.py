@@ -142,7 +142,11 @@ class LasarTrainerMixin:
     """Methods of both trainers, which set `processor`, `catalog`, `_tag_names` and `_description`."""
 
     def record_latent_states(self, lasar: LasarForGenerativeRec) -> None:
-        """Keep the output of the base model's last forward, from which the extra losses read the latent states."""
+        """
+        Keep the output of the base model's last forward, from which the extra losses read the latent states. The
+        model gets the catalogue of the training, with which it is saved.
+        """
+        lasar.catalog = self.catalog
         self._outputs = deque(maxlen=1)  # `pop` releases the output, so that its autograd graph can be freed
         lasar.model.register_forward_hook(lambda module, args, output: self._outputs.append(output))
 

@@ -1,0 +1,77 @@
+"""What a checkpoint has beside its weights: the catalogue, and the code of pipeline and recommender."""
+
+import os
+
+from .catalog_lasar import SidCatalog
+from .memory_lasar import ItemMemory
+
+
+# Arguments of `from_pretrained` that say where files come from; they hold for every part of a checkpoint.
+HUB_ARGUMENTS = (
+    "cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token", "_commit_hash",
+)  # fmt: skip
+
+
+def hub_arguments(kwargs: dict) -> dict:
+    """Those of the arguments of a `from_pretrained` that say where files come from."""
+    return {name: value for name, value in kwargs.items() if name in HUB_ARGUMENTS}
+
+
+class CheckpointMixin:
+    """
+    Loads a model together with its catalogue and item memory, and saves it with its catalogue.
+
+    Attributes:
+        catalog ([`SidCatalog`], *optional*):
+            The items of the checkpoint, `None` if it has none. `recommend` uses them by default.
+        memory ([`ItemMemory`], *optional*):
+            The memory of the checkpoint, `None` if it has none. Its weight in the mixture was fitted to the weights
+            of the checkpoint, so a model that is trained further is saved without it.
+    """
+
+    catalog: SidCatalog | None = None
+    memory: ItemMemory | None = None
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        """
+        Load a model and, from the same folder or repository, its catalogue and memory. Arguments as for
+        [`~transformers.PreTrainedModel.from_pretrained`]; `use_safetensors` defaults to
+        `True`, so that pickled weights, which can run code, are refused.
+
+        Raises:
+            `ValueError`: if the catalogue is damaged or has other levels or codes than the model, or the memory is
+            that of another catalogue.
+        """
+        kwargs.setdefault("use_safetensors", True)
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info
+        if pretrained_model_name_or_path is not None:
+            model.catalog = SidCatalog.find(pretrained_model_name_or_path, **hub_arguments(kwargs))
+        if model.catalog is not None:
+            model.catalog.check_matches(model.config.num_sid_levels, model.config.codebook_size)
+            model.memory = ItemMemory.find(pretrained_model_name_or_path, **hub_arguments(kwargs))
+        if model.memory is not None:
+            model.memory.check_matches(model.catalog)
+        return loaded
+
+    def save_pretrained(self, save_directory, is_main_process: bool = True, push_to_hub: bool = False, **kwargs):
+        """
+        Save weights, configuration, code and catalogue. Arguments as for
+        [`~transformers.PreTrainedModel.save_pretrained`]. Prompt format and memory are saved by their own objects, or
+        all together by [`Recommender.save_pretrained`].
+        """
+        # Relative imports of this file are the code that travels with a checkpoint.
+        from .pipeline_lasar import GenerativeRecommendationPipeline  # noqa: F401
+
+        hub = {name: kwargs.pop(name) for name in ("repo_id", "commit_message", "create_pr") if name in kwargs}
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        if self.catalog is not None and is_main_process:
+            self.catalog.save_pretrained(save_directory)
+        if push_to_hub and is_main_process:
+            # The base class would upload the files that it wrote itself, without the catalogue.
+            repo_id = hub.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
+            self.push_to_hub(repo_id, token=kwargs.get("token"), **hub)
+
+
+__all__ = ["CheckpointMixin"]

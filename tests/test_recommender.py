@@ -1,0 +1,234 @@
+"""A checkpoint that stands alone: its catalogue, recommender, explanation and pipeline."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import pipeline
+
+from lasar_hf import ItemMemory, LasarForGenerativeRec, LasarProcessor, Recommender, SidCatalog
+from lasar_hf.model.explain_lasar import nearest_items
+from lasar_hf.model.memory_lasar import catalog_hash
+from tests.tiny import tiny_catalog, tiny_model
+
+
+def titled_catalog(**kwargs) -> SidCatalog:
+    catalog = tiny_catalog(**kwargs)
+    titles = [f"Book  {number}" for number in range(len(catalog))]
+    titles[3:5] = ["Twin", "twin"]
+    return SidCatalog(catalog.codes, catalog.item_ids, titles=titles)
+
+
+def ring_memory(catalog: SidCatalog) -> ItemMemory:
+    """A memory in which each item is followed by the next one."""
+    size = len(catalog)
+    return ItemMemory(
+        torch.arange(size + 1), (torch.arange(size) + 1) % size, torch.ones(size), catalog_hash(catalog),
+        gate=(5.0, 0.0),
+    )
+
+
+@pytest.fixture
+def recommender() -> Recommender:
+    model, tokenizer = tiny_model()
+    return Recommender(model, LasarProcessor(tokenizer, titled_catalog(), max_history=3))
+
+
+def ids(result: dict) -> list[str]:
+    return [item["item_id"] for item in result["items"]]
+
+
+def test_a_loaded_model_has_the_catalogue_of_its_folder(recommender, tmp_path):
+    recommender.model.save_pretrained(tmp_path)
+    model = LasarForGenerativeRec.from_pretrained(tmp_path)
+    assert model.catalog.item_ids == recommender.catalog.item_ids
+    assert model.catalog.titles == recommender.catalog.titles
+    inputs = recommender.processor([["item-1", "item-2"]])
+    expected = recommender.model.recommend(**inputs, catalog=recommender.catalog, top_k=5)
+    assert model.recommend(**inputs, top_k=5).items.equal(expected.items)
+
+
+def test_a_checkpoint_without_a_catalogue_loads(tmp_path):
+    model, _ = tiny_model()
+    model.save_pretrained(tmp_path)
+    model = LasarForGenerativeRec.from_pretrained(tmp_path)
+    assert model.catalog is None
+    with pytest.raises(ValueError, match="no catalog"):
+        model.recommend(torch.tensor([[model.config.latent_start_token_id]]))
+
+
+def test_a_foreign_catalogue_is_refused(recommender, tmp_path):
+    recommender.save_pretrained(tmp_path)
+    tiny_catalog(num_sid_levels=2, num_items=5).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="levels"):
+        LasarForGenerativeRec.from_pretrained(tmp_path)
+
+
+def test_pickled_weights_are_refused(recommender, tmp_path):
+    recommender.save_pretrained(tmp_path)
+    torch.save(recommender.model.state_dict(), tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(OSError, match="safetensors"):
+        LasarForGenerativeRec.from_pretrained(tmp_path)
+
+
+def test_excluding_the_history_leaves_out_the_items_of_the_prompt(recommender):
+    inputs = recommender.processor([["item-1", "item-2"], ["item-7"]])
+    plain = recommender.model.recommend(**inputs, top_k=20)
+    without = recommender.model.recommend(**inputs, top_k=20, exclude_history=True)
+    for row, own in enumerate([{1, 2}, {7}]):
+        kept = [item for item in plain.items[row].tolist() if item not in own]
+        assert [item for item in without.items[row].tolist() if item >= 0] == kept
+    denied = recommender.model.recommend(**inputs, top_k=20, exclude_history=True, deny=[None, torch.tensor([8])])
+    assert not {7, 8} & set(denied.items[1].tolist())
+    recommender.model.config.exclude_history = True
+    with pytest.raises(ValueError, match="exclude_history"):
+        recommender.model.recommend(**inputs, exclude_history=False)
+
+
+def test_histories_of_ids_and_titles_give_the_models_list(recommender):
+    histories = [["item-1", "item-2"], ["  BOOK 1", "book 2"], ["item-5"]]
+    results = recommender.recommend(histories, top_k=4)
+    output = recommender.model.recommend(
+        **recommender.processor([["item-1", "item-2"], ["item-5"]]), catalog=recommender.catalog, top_k=4
+    )
+    first, last = recommender.processor.decode_recommendations(output)
+    assert results[0]["items"] == results[1]["items"]
+    assert ids(results[0]) == [item["item_id"] for item in first]
+    assert ids(results[2]) == [item["item_id"] for item in last]
+    assert results[2]["latent_steps"] == output.latent_steps[1].item()
+    scores = [item["score"] for item in results[0]["items"]]
+    torch.testing.assert_close(torch.tensor(scores), output.scores[0], atol=1e-5, rtol=0)
+
+
+def test_batches_give_the_results_in_order(recommender):
+    histories = [[f"item-{number}"] * (1 + number % 3) for number in range(7)]
+    one_by_one = [recommender.recommend([history])[0] for history in histories]
+    batched = recommender.recommend(histories, batch_size=2)
+    assert [ids(result) for result in batched] == [ids(result) for result in one_by_one]
+
+
+def test_the_whole_history_is_left_out_also_what_the_prompt_does_not_show(recommender):
+    history = [f"item-{number}" for number in range(6)]  # the prompt shows three
+    (result,) = recommender.recommend([history], top_k=20, exclude_history=True)
+    assert not set(history) & set(ids(result))
+    assert len(result["items"]) == 14
+
+
+def test_allow_and_deny(recommender):
+    histories = [["item-1"], ["item-2"]]
+    allow, deny = [["item-7", "Book 9"], None], [["item-7"], ["item-8"]]
+    allowed, other = recommender.recommend(histories, allow=allow, deny=deny)
+    assert ids(allowed) == ["item-9"]
+    assert "item-8" not in ids(other)
+
+
+def test_the_memory_is_mixed_in_and_saved(recommender, tmp_path):
+    alone = recommender.recommend([["item-1"]])[0]
+    recommender.memory = ring_memory(recommender.catalog)
+    mixed = recommender.recommend([["item-1"]])[0]
+    assert ids(mixed)[0] == "item-2"
+    recommender.card = "# A card\n"
+    recommender.save_pretrained(tmp_path)
+    loaded = Recommender.from_pretrained(tmp_path, device="cpu")
+    assert loaded.recommend([["item-1"]]) == [mixed]
+    assert loaded.card == "# A card\n"
+    loaded.memory = None
+    assert ids(loaded.recommend([["item-1"]])[0]) == ids(alone)
+
+
+@pytest.mark.parametrize(
+    "history, message",
+    [
+        (["item-1", "item-77"], "item-77"),
+        (["book 7 again"], "no item"),
+        (["book"], "Titles that contain it: 'Book  0', 'Book  1', 'Book  2'"),
+        (["Twin"], "2 items have the title 'Twin'. Use an item id: 'item-3', 'item-4'"),
+        (["<a_1><b_2><c_3>"], "Semantic ID"),
+        (["<a_300>"], "Semantic ID"),
+        ([], "empty"),
+        ("item-1", "expected a list"),
+    ],
+)
+def test_bad_histories_are_named(recommender, history, message):
+    with pytest.raises(ValueError, match=message.replace(".", r"\.")):
+        recommender.recommend([history])
+
+
+def test_unknown_items_can_be_left_out(recommender):
+    results = recommender.recommend([["item-1", "gone"], ["gone"], []], unknown_items="skip")
+    assert ids(results[0]) == ids(recommender.recommend([["item-1"]])[0])
+    assert results[1] == results[2] == {"items": [], "latent_steps": None}
+    with pytest.raises(ValueError, match="Semantic ID"):
+        recommender.recommend([["item-1", "<a_1>"]], unknown_items="skip")
+
+
+def test_explanation_has_the_list_of_every_depth(recommender, tmp_path):
+    explanation = recommender.explain(["item-1", "item-2"], top_k=4)
+    for depth, items in enumerate(explanation.by_depth):
+        expected = recommender.recommend([["item-1", "item-2"]], top_k=4, latent_steps=depth)[0]["items"]
+        assert [item["item_id"] for item in items] == [item["item_id"] for item in expected]
+    (chosen,) = recommender.recommend([["item-1", "item-2"]])
+    assert explanation.latent_steps == chosen["latent_steps"]
+    assert list(explanation.depth_probabilities) == [1, 2, 3, 4]
+    assert math.isclose(sum(explanation.depth_probabilities.values()), 1, abs_tol=1e-5)
+    assert len(explanation.path) == len(explanation.nearest_items) == len(explanation.by_depth) == 5
+    total = sum(math.exp(item["score"]) for item in explanation.by_depth[explanation.latent_steps])
+    assert math.isclose(explanation.beam_tree["probability"], total, rel_tol=1e-5)
+    explanation.plot(tmp_path / "explanation.png")
+    assert (tmp_path / "explanation.png").stat().st_size > 1000
+
+
+def test_the_nearest_item_of_a_state_that_is_made_of_its_codes(recommender):
+    model, catalog = recommender.model, recommender.catalog
+    token_ids = recommender.processor.sid_token_ids[6]
+    rows = model.lm_head.weight[token_ids].detach()
+    state = torch.nn.functional.normalize(rows, dim=-1).sum(dim=0)
+    (nearest,) = nearest_items(model, catalog, state[None], 1)
+    cosines = torch.nn.functional.cosine_similarity(state[None], rows)
+    assert nearest[0]["item_id"] == "item-6"
+    assert math.isclose(nearest[0]["similarity"], cosines.mean().item(), abs_tol=1e-5)
+
+
+def test_a_pipeline_needs_consent_to_run_the_code_of_the_checkpoint(recommender, tmp_path):
+    recommender.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        pipeline("generative-recommendation", model=str(tmp_path))
+
+
+VISITOR = """
+import json, sys
+sys.modules["lasar_hf"] = None  # importing it fails
+from transformers import AutoModel, AutoProcessor, pipeline
+path, histories = sys.argv[1], json.loads(sys.argv[2])
+model = AutoModel.from_pretrained(path, trust_remote_code=True)
+processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
+output = model.recommend(**processor(histories[:1]), memory=model.memory, top_k=3)
+recommend = pipeline("generative-recommendation", model=path, trust_remote_code=True, device="cpu", top_k=3)
+results = {
+    "model": processor.decode_recommendations(output)[0], "one": recommend(histories[0]),
+    "two": recommend(histories, top_k=2), "parts": recommend.run_single(histories[0], {}, {"top_k": 3}, {}),
+}
+print(json.dumps(results))
+"""
+
+
+def test_a_visitor_without_the_package_gets_the_same_lists(recommender, tmp_path):
+    recommender.memory = ring_memory(recommender.catalog)
+    recommender.save_pretrained(tmp_path / "model")
+    histories = [["item-1", "item-2"], ["item-4"]]
+    environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    run = subprocess.run(
+        [sys.executable, "-c", VISITOR, str(tmp_path / "model"), json.dumps(histories)], cwd=tmp_path,
+        env=environment, text=True, capture_output=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    results = json.loads(run.stdout)
+    (expected,) = recommender.recommend(histories[:1], top_k=3)
+    assert results["model"] == expected["items"]
+    assert results["one"] == results["parts"] == expected
+    assert results["two"] == recommender.recommend(histories, top_k=2)
