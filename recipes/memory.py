@@ -3,95 +3,11 @@ Give checkpoints an item memory: a matrix of item-to-item steps of the training 
 
     python recipes/memory.py --config recipes/scientific/memory.yaml
 
-The matrix has the steps of item-kNN and items with similar text, which decide where steps are rare; it is tuned on
-validation samples. Its weight in the mixture is fitted for each checkpoint on validation samples, with `path@N` for
-`N` latent steps and `path@text` for a model that writes a chain of thought. Writes `item_memory.safetensors` into each
-checkpoint, which `eval.py` and `recommend.py` then use.
+The code is `lasar_hf/commands/memory.py`.
 """
 
-import logging
-from dataclasses import dataclass, field
-from pathlib import Path
-
-import torch
-from trl import TrlParser
-
-from lasar_hf import ItemMemory, LasarForGenerativeRec, LasarProcessor
-from lasar_hf.data import PreparedData
-from lasar_hf.evaluation import (
-    build_memory,
-    fit_gate,
-    ranking_metrics,
-    ranks,
-    recommend_samples,
-    similar_items,
-    tune_memory,
-)
-from lasar_hf.onednn import onednn_linear
-
-
-logger = logging.getLogger(__name__)
-
-
-@dataclass
-class MemoryArguments:
-    """Arguments of the item memory."""
-
-    data_dir: str = field(metadata={"help": "Folder that recipes/prepare.py wrote."})
-    models: list[str] = field(metadata={"help": "Checkpoints: `path`, `path@N` for N latent steps, or `path@text`."})
-    max_neighbours: int = field(default=200, metadata={"help": "Neighbours to keep per item."})
-    users: int = field(default=10_000, metadata={"help": "Largest number of validation samples to fit the weight on."})
-    num_beams: int = field(default=50, metadata={"help": "Width of the beam search."})
-    batch_size: int = field(default=64, metadata={"help": "Users per batch."})
-
-    def __post_init__(self):
-        how = {entry: entry.partition("@")[2] for entry in self.models}
-        wrong = [entry for entry, part in how.items() if not (part in ("", "text") or part.isdecimal())]
-        paths = [entry.partition("@")[0] for entry in self.models]
-        if wrong or not self.models or len(set(paths)) < len(paths):
-            raise ValueError(
-                f"models is {wrong or self.models}; expected distinct paths, path@N with N latent steps, or path@text."
-            )
-        missing = [path for path in paths if not Path(path, "config.json").exists()]
-        if missing:
-            raise ValueError(f"models has {missing}, which are no folders of checkpoints.")
-
-
-def fit(args: MemoryArguments, data: PreparedData, memory: ItemMemory, path: str, reasoning: str) -> ItemMemory:
-    """The memory with the weight for one checkpoint; `reasoning` is a depth, `text`, or empty for the policy."""
-    processor = LasarProcessor.from_pretrained(path)
-    data.check_catalog(processor.catalog, path)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = LasarForGenerativeRec.from_pretrained(path).to(device).eval()
-    samples = data.samples["validation"].shuffle(seed=0)
-    samples = samples.select(range(min(args.users, len(samples))))
-    depth = int(reasoning) if reasoning.isdecimal() else None
-    with onednn_linear(model):
-        candidates = recommend_samples(
-            model, samples, processor, args.num_beams, args.num_beams, depth, args.batch_size, progress=True,
-            exclude_history=data.exclude_history, memory=memory, write_text=reasoning == "text",
-        )
-    fitted, lists = fit_gate(memory, candidates, list(samples["target"]))
-    results = ranking_metrics(ranks(lists, samples["target"]), ks=(10,))
-    logger.info(
-        "%s: weight sigmoid(%.3f + %.3f log s), with s the largest score of the memory; validation HR@10 %.4f, "
-        "NDCG@10 %.4f.", path, *fitted.gate, results["HR@10"], results["NDCG@10"],
-    )
-    return fitted
-
-
-def main(args: MemoryArguments) -> None:
-    """Tune the matrix once, and fit and save it for every checkpoint."""
-    data = PreparedData.load(args.data_dir)
-    similar = similar_items(data.text_vectors)
-    tuning = tune_memory(data, similar)
-    logger.info("Memory alone: %s, validation NDCG@10 %.4f.", tuning.settings, tuning.validation_ndcg)
-    memory = build_memory(data, args.max_neighbours, similar=similar, **tuning.settings)
-    for entry in args.models:
-        path, _, reasoning = entry.partition("@")
-        fit(args, data, memory, path, reasoning).save_pretrained(path)
+from lasar_hf.commands.memory import run
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    main(*TrlParser((MemoryArguments,)).parse_args_and_config())
+    run()

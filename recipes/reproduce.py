@@ -16,13 +16,11 @@ import json
 import logging
 import os
 import platform
-import runpy
 import subprocess
 import sys
 import time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, fields
-from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -31,16 +29,20 @@ import torch
 import yaml
 from trl import TrlParser
 
+from lasar_hf import LasarGRPOConfig, LasarSFTConfig
+from lasar_hf.commands.grpo import GRPOScriptArguments
+from lasar_hf.commands.sft import SFTScriptArguments
 from lasar_hf.data import PreparedData
 from lasar_hf.evaluation import BASELINES
 from lasar_hf.evaluation.study import StudyResults, write_study
 from lasar_hf.files import atomic_file, read_json, write_json
+from lasar_hf.trainers import LasarModelConfig
 
 
 RECIPES = Path(__file__).resolve().parent
 TRAINING = {  # what a row may run, and the classes of its arguments
-    "sft": ("SFTScriptArguments", "LasarSFTConfig", "LasarModelConfig"),
-    "grpo": ("GRPOScriptArguments", "LasarGRPOConfig", "LasarModelConfig"),
+    "sft": (SFTScriptArguments, LasarSFTConfig, LasarModelConfig),
+    "grpo": (GRPOScriptArguments, LasarGRPOConfig, LasarModelConfig),
 }
 VERSIONS = ("lasar_hf", "torch", "transformers", "trl", "numpy")
 logger = logging.getLogger(__name__)
@@ -157,11 +159,9 @@ def read_row(name: str, settings: dict[str, Any]) -> RowArguments:
     return row
 
 
-@cache
 def argument_names(recipe: str) -> set[str]:
     """Names of the arguments of a training recipe."""
-    names = runpy.run_path(str(Path(__file__).with_name(f"{recipe}.py")))
-    return {part.name for arguments in TRAINING[recipe] for part in fields(names[arguments])}
+    return {part.name for arguments in TRAINING[recipe] for part in fields(arguments)}
 
 
 def changed_settings(config: str | None, changes: dict[str, Any]) -> dict[str, Any]:

@@ -1,12 +1,11 @@
 """Running `recipes/prepare.py` in tests: the recipe as a module, small settings, and the files of a folder."""
 
-import importlib.util
 from pathlib import Path
-from types import ModuleType
 
 from transformers import AutoTokenizer
 
 from lasar_hf import LasarProcessor
+from lasar_hf.commands import prepare as recipe
 from lasar_hf.data import PreparedData
 from lasar_hf.model.configuration_lasar import CONTROL_TOKENS, sid_tokens
 
@@ -15,16 +14,6 @@ RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "prepare.py"
 SMALL = {"codebook_size": 8, "text_dim": 8, "collaborative_dim": 4, "max_latent_steps": 4, "tokenizer_size": 300}
 SHOP = {"num_users": 30, "num_items": 48}
 ALL = ["interactions", "embeddings", "semantic_ids", "chains", "segments", "tokenizer", "samples", "card"]
-
-
-def load_recipe() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("prepare_recipe", RECIPE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-recipe = load_recipe()
 
 
 def run(folder: Path, source: str | Path = "toy", source_args: dict | None = None, **arguments: object) -> list[str]:

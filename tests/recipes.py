@@ -1,5 +1,6 @@
 """Recipes as modules, and small folders for them to read: a checkpoint and prepared data."""
 
+import importlib
 import importlib.util
 import json
 import sys
@@ -16,8 +17,15 @@ from tests.tiny import tiny_catalog, tiny_model
 ROOT = Path(__file__).resolve().parents[1]
 
 
+COMMANDS = {"eval": "evaluate"} | {
+    name: name for name in ("prepare", "sft", "grpo", "memory", "recommend", "add_items")
+}  # recipe -> module of lasar_hf.commands
+
+
 def load_recipe(name: str) -> ModuleType:
-    """`recipes/<name>.py` as a module."""
+    """The code of `recipes/<name>.py` as a module."""
+    if name in COMMANDS:
+        return importlib.import_module(f"lasar_hf.commands.{COMMANDS[name]}")
     spec = importlib.util.spec_from_file_location(f"{name}_recipe", ROOT / "recipes" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look up their module

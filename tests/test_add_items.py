@@ -1,10 +1,8 @@
 """Adding items to a trained model's catalogue: the recipe as a whole, killed and repeated runs, refusals."""
 
-import importlib.util
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,25 +16,17 @@ from lasar_hf.data import toy_shop
 from lasar_hf.model.configuration_lasar import sid_token
 from lasar_hf.semantic_ids import ItemEncoder, ResidualKMeans, assign_new_items
 from tests.preparing import files, run
+from tests.recipes import load_recipe
 from tests.tiny import tiny_model
 
 
-RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 SHOP = toy_shop(30, 48)
 NEW = [{"item_id": f"new-{row}"} | SHOP.items[row] for row in range(0, 48, 5)] + [{"item_id": "7 nameless"}]
 
 
-def load(name):
-    spec = importlib.util.spec_from_file_location(f"{name}_recipe", RECIPES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def recipe():
-    return load("add_items")
+    return load_recipe("add_items")
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +111,7 @@ def test_new_items_are_recommended(recipe, prepared, checkpoint, tmp_path):
     add(recipe, prepared, checkpoint, write_items(tmp_path / "new.jsonl"))
     histories = tmp_path / "histories.jsonl"
     histories.write_text(json.dumps({"user_id": "a", "history": ["item-0", "new-5", "7 nameless"]}) + "\n")
-    recommend = load("recommend")
+    recommend = load_recipe("recommend")
     recommend.main(
         recommend.RecommendArguments(
             model=str(checkpoint), histories=str(histories), output_dir=str(tmp_path / "out"), top_k=59, num_beams=59

@@ -233,6 +233,12 @@ def test_a_broken_memory_is_refused(change):
         ItemMemory(**parts | change)
 
 
+def test_a_damaged_memory_is_named(tmp_path):
+    (tmp_path / "item_memory.safetensors").write_bytes(b"any")
+    with pytest.raises(ValueError, match="item_memory.safetensors is damaged"):
+        ItemMemory.from_pretrained(tmp_path)
+
+
 def test_a_memory_of_an_older_version_is_refused(tmp_path):
     """Its weight depended on the support of the newest item instead of the largest score."""
     _, catalog, _, matrix = setup()

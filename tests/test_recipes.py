@@ -17,7 +17,7 @@ import yaml
 from peft import get_peft_model
 from trl import TrlParser
 
-from lasar_hf import LasarForGenerativeRec, LasarGRPOConfig, LasarProcessor, LasarSFTConfig
+from lasar_hf import ItemMemory, LasarForGenerativeRec, LasarGRPOConfig, LasarProcessor, LasarSFTConfig, SidCatalog
 from lasar_hf.data import (
     ALIGNMENT_TASKS,
     PreparedData,
@@ -26,6 +26,7 @@ from lasar_hf.data import (
     sft_examples,
     stage1_examples,
 )
+from lasar_hf.model.memory_lasar import catalog_hash
 from lasar_hf.reasoning import encode_anchors
 from lasar_hf.trainers import LasarModelConfig, lasar_lora_config
 from tests.recipes import ROOT, load_recipe, save_checkpoint, save_prepared
@@ -252,7 +253,8 @@ def test_a_run_resumes_after_its_start_got_a_memory(folder, stage1, tmp_path):
         args = LasarSFTConfig(**settings(tmp_path / "stage2") | dict(save_strategy="steps", save_steps=1))
         recipe.main(script, args, LasarModelConfig(model_name_or_path=str(start)))
         assert prompt_format(tmp_path / "stage2") == prompt_format(start)
-        (start / "item_memory.safetensors").write_bytes(b"any")
+        item_ids, empty = catalog_hash(SidCatalog.from_pretrained(start)), torch.zeros(0)
+        ItemMemory(torch.zeros(21), empty, empty, item_ids).save_pretrained(start)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5])

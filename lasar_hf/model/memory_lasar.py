@@ -18,7 +18,7 @@ import math
 import os
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from transformers.utils import cached_file
@@ -188,14 +188,17 @@ class ItemMemory:
         path = cached_file(pretrained_directory, MEMORY_NAME, _raise_exceptions_for_missing_entries=False, **kwargs)
         if path is None:
             return None
-        with safe_open(path, framework="pt") as file:
-            if set(file.keys()) != set(TENSORS):
-                raise ValueError(
-                    f"{path} has {sorted(file.keys())}; expected {', '.join(TENSORS)}. Its weight depended on other "
-                    "numbers in an older version. Make it again with recipes/memory.py."
-                )
-            settings = json.loads(file.metadata()["settings"])
-            return cls(**{name: file.get_tensor(name) for name in file.keys()}, **settings)
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors, settings = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged ({error}). Make it again with recipes/memory.py.") from error
+        if set(tensors) != set(TENSORS):
+            raise ValueError(
+                f"{path} has {sorted(tensors)}; expected {', '.join(TENSORS)}. Its weight depended on other "
+                "numbers in an older version. Make it again with recipes/memory.py."
+            )
+        return cls(**tensors, **json.loads(settings["settings"]))
 
 
 class Recall:
