@@ -321,6 +321,18 @@ def test_a_process_serves_and_answers_what_is_queued_before_it_ends(recommender,
         assert "Traceback" not in process.stderr.read()
 
 
+@pytest.mark.parametrize("given, variable, expected", [(None, "a", "a"), ("b", "a", "b"), (None, "", None)])
+def test_the_admin_token_is_an_argument_or_a_variable(recommender, tmp_path, monkeypatch, given, variable, expected):
+    recommender.save_pretrained(tmp_path)
+    monkeypatch.setenv("LASAR_ADMIN_TOKEN", variable)
+    tokens = []
+    monkeypatch.setattr(
+        "uvicorn.Server.run", lambda server, sockets: tokens.append(server.config.app.state.admin_token)
+    )
+    serve(tmp_path, port=0, device="cpu", admin_token=given)
+    assert tokens == [expected]
+
+
 def test_a_port_in_use_is_named(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
