@@ -23,6 +23,7 @@ LAYERS = [
     ["__init__"],  # the public names
     ["serving"],
     ["commands"],
+    ["__main__"],
 ]
 HEIGHT = {name: height for height, layer in enumerate(LAYERS) for name in layer}
 

@@ -72,24 +72,21 @@ def _raw_batches(
         yield from table.select_columns(present).with_format(None).iter(BATCH_SIZE)
         return
     path = Path(table)
-    suffix = re.sub(r"\.(gz|bz2|xz|zip)$", "", path.name.lower()).rpartition(".")[2]
-    if f".{suffix}" not in (".parquet", *DELIMITED, *JSON):
-        formats = ", ".join([".parquet", *DELIMITED, *JSON])
-        raise ValueError(f"{path}: unknown format; expected {formats} (or .gz, .bz2, .xz or .zip of these).")
+    suffix = _suffix(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file.")
     if encoding == "utf-8":
         encoding = "utf-8-sig"  # with or without a byte-order mark
-    read = _json_batches if f".{suffix}" in JSON else _delimited_batches
+    read = _json_batches if suffix in JSON else _delimited_batches
     try:
-        if suffix == "parquet":
+        if suffix == ".parquet":
             with parquet.ParquetFile(path) as file:
                 present = _present(path, file.schema_arrow.names, columns, names)
                 yield from (batch.to_pydict() for batch in file.iter_batches(BATCH_SIZE, columns=present))
         else:
             yield from read(path, columns, names, encoding or _encoding(path), **options)
     except UNREADABLE as error:
-        raise ValueError(f"{path}: not readable as {suffix} ({str(error).splitlines()[0]}).") from error
+        raise ValueError(f"{path}: not readable as {suffix[1:]} ({str(error).splitlines()[0]}).") from error
 
 
 def _present(table: Table, existing: Sequence[str], columns: Sequence[str], names: Sequence[str]) -> list[str]:
@@ -125,16 +122,48 @@ def _encoding(path: Path) -> str:
     return "utf-8"
 
 
+def column_names(path: str | Path) -> list[str]:
+    """
+    Names of the columns of a file: those of Parquet, the keys of the first JSON row, or the first row of delimited
+    text, which RecBole writes as `user_id:token`.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file.")
+    suffix = _suffix(path)
+    if suffix == ".parquet":
+        return parquet.read_schema(path).names
+    if suffix in JSON:
+        return list(next(_json_rows(path, _encoding(path)))[1])
+    _, row = _first_row(path, _encoding(path), None)
+    return [re.sub(r":(token|float)(_seq)?$", "", field) for field in row]
+
+
+def _suffix(path: Path) -> str:
+    """`.csv` of `ratings.csv.gz`; refuses unknown formats."""
+    suffix = "." + re.sub(r"\.(gz|bz2|xz|zip)$", "", path.name.lower()).rpartition(".")[2]
+    if suffix not in (".parquet", *DELIMITED, *JSON):
+        formats = ", ".join([".parquet", *DELIMITED, *JSON])
+        raise ValueError(f"{path}: unknown format; expected {formats} (or .gz, .bz2, .xz or .zip of these).")
+    return suffix
+
+
+def _first_row(path: Path, encoding: str, delimiter: str | None) -> tuple[str, list[str]]:
+    """The delimiter and the fields of the first row of delimited text."""
+    with TextIOWrapper(_open(path), encoding, newline="") as file:
+        line = next((line for line in file if line.strip()), "")
+        delimiter = delimiter or ("::" if "::" in line else max(",;\t|", key=line.count))
+        lines = csv_reader(chain([line], file), delimiter=delimiter[0], skipinitialspace=True)
+        row = line.split(delimiter) if len(delimiter) > 1 else next(lines, [])
+        return delimiter, [field.strip() for field in row]
+
+
 def _delimited_batches(
     path: Path, columns: Sequence[str], names: Sequence[str], encoding: str, layouts=(), delimiter: str | None = None
 ) -> Iterator[dict[str, list]]:
     # 1. The first row: names of columns, which RecBole writes as `user_id:token`, or data.
-    with TextIOWrapper(_open(path), encoding, newline="") as file:
-        line = next((line for line in file if line.strip()), "")
-        delimiter = delimiter or ("::" if "::" in line else max(",;\t|", key=line.count))
-        is_long = len(delimiter) > 1  # then without quotes
-        lines = csv_reader(chain([line], file), delimiter=delimiter[0], skipinitialspace=True)
-        row = [field.strip() for field in (line.split(delimiter) if is_long else next(lines, []))]
+    delimiter, row = _first_row(path, encoding, delimiter)
+    is_long = len(delimiter) > 1  # then without quotes
     fields = [field if field in names else re.sub(r":(token|float)(_seq)?$", "", field) for field in row]
     is_given = len(layouts) == 1  # otherwise supposed
     layout = next((part for part in layouts if len(part) == len(row) or is_given and len(part) < len(row)), None)

@@ -1,0 +1,223 @@
+"""
+The `lasar` command: from a table of interactions to recommendations.
+
+    lasar prepare ratings.csv --output mine
+    lasar train mine
+    lasar recommend mine --history "item1,item2"
+
+This file is outside the package, since importing the package takes seconds and help should not.
+"""
+
+import logging
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated
+
+import typer
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich", help=__doc__.split("\n")[1])
+console = Console()
+
+SOURCES = ("toy", "routines", "amazon2014", "amazon2018", "amazon2023")
+Project = Annotated[str, typer.Argument(help="Folder of the project, as given to `lasar prepare --output`.")]
+Model = Annotated[str, typer.Argument(help="Folder of a project or a checkpoint, or a model id on the Hub.")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", help="Change a setting, such as codebook_size=64; can be repeated.")
+]
+
+
+def show_version(wanted: bool) -> None:
+    if wanted:
+        console.print(f"lasar_hf {metadata.version('lasar_hf')}")
+        raise typer.Exit()
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+
+
+def show_table(title: str, columns: list[str], rows: list[list]) -> None:
+    table = Table(title=title, title_justify="left")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number == 0 else "right")
+    for row in rows:
+        cells = ("–" if cell is None else f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in row)
+        table.add_row(*cells)
+    console.print(table)
+
+
+def results_table(results: dict[str, dict]) -> None:
+    """The rows of a report."""
+    columns = ["HR@10", "NDCG@10", "mean_depth", "ms_per_user"]
+    rows = [[name, *(row.get(column) for column in columns)] for name, row in results.items()]
+    show_table("Test users, the whole catalogue ranked", ["model", *columns], rows)
+
+
+def read_changes(changes: list[str] | None) -> dict:
+    """`name=value` pairs as a dictionary, values as in YAML."""
+    pairs = [change.partition("=") for change in changes or []]
+    if wrong := [name for name, equals, _ in pairs if not equals]:
+        raise ValueError(f"--set has {wrong[0]!r}; expected name=value.")
+    return {name: yaml.safe_load(value) for name, _, value in pairs}
+
+
+def load(model: str):
+    """The recommender of a project, a folder or a model id."""
+    from transformers.utils.logging import disable_progress_bar
+
+    from lasar_hf import Recommender
+    from lasar_hf.commands.project import checkpoint_of
+
+    disable_progress_bar()  # of loading small weights
+    return Recommender.from_pretrained(checkpoint_of(model))
+
+
+@app.command()
+def prepare(
+    data: Annotated[str, typer.Argument(help=f"A table (CSV, JSON, Parquet …), a folder, or {', '.join(SOURCES)}.")],
+    output: Annotated[str, typer.Option(help="Folder of the project.")] = "mine",
+    items: Annotated[str | None, typer.Option(help="Table of the items, with their titles.")] = None,
+    user_column: Annotated[str | None, typer.Option(help="Column of users; found by its name.")] = None,
+    item_column: Annotated[str | None, typer.Option(help="Column of items; found by its name.")] = None,
+    time_column: Annotated[str | None, typer.Option(help="Column of times; found by its name.")] = None,
+    title_column: Annotated[str | None, typer.Option(help="Column of titles; found by its name.")] = None,
+    k_core: Annotated[int | None, typer.Option(help="Fewest interactions of a user and an item.")] = None,
+    changes: Set = None,
+) -> None:
+    """Read interactions and make Semantic IDs and training data of them."""
+    from lasar_hf.commands.project import prepare_project, table_arguments
+
+    source, arguments = data, {}
+    if data not in SOURCES and not Path(data).is_dir():
+        columns = {"user_column": user_column, "item_column": item_column, "time_column": time_column}
+        source, arguments = "table", table_arguments(data, items, title_column=title_column, **columns)
+        if k_core is not None:
+            arguments["k_core"] = k_core
+    settings = prepare_project(output, source, arguments, read_changes(changes))
+    rows = [[name, value] for name, value in settings.items()]
+    show_table("Chosen by the size of the data; change one with --set", ["setting", "value"], rows)
+    console.print(f"Next: lasar train {output}")
+
+
+@app.command()
+def train(
+    project: Project,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Change train.yaml, such as stage1.num_train_epochs=3; can be repeated."),
+    ] = None,
+    launch: Annotated[str | None, typer.Option(help='Such as "accelerate launch --num_processes 8".')] = None,
+    report_to: Annotated[str | None, typer.Option(help="trackio, tensorboard, wandb or none.")] = None,
+) -> None:
+    """Train all stages, with the settings of train.yaml, which is made to fit the data. Resumes where it stopped."""
+    from lasar_hf.commands.project import train_project
+
+    results_table(train_project(project, changes or [], launch, report_to))
+    console.print(f'The model is in {project}/model. Next: lasar recommend {project} --history "ITEM,ITEM"')
+
+
+@app.command()
+def evaluate(
+    project: Project,
+    split: Annotated[str, typer.Option(help="validation or test.")] = "test",
+    users: Annotated[int, typer.Option(help="Number of users, the first ones; 0 for all.")] = 0,
+    beams: Annotated[int, typer.Option(help="Width of the beam search.")] = 50,
+) -> None:
+    """Rank the whole catalogue for held-out users: baselines and the checkpoints of all stages."""
+    from lasar_hf.commands.evaluate import EvaluateArguments
+    from lasar_hf.commands.evaluate import main as run
+    from lasar_hf.commands.project import project_settings, stage_settings
+    from lasar_hf.files import read_json
+
+    settings = stage_settings(project, project_settings(project))["evaluate"]
+    settings |= {"split": split, "users": users, "num_beams": beams}
+    settings["output_dir"] = str(Path(project, f"report_{split}"))
+    run(EvaluateArguments(**settings))
+    results_table(read_json(Path(settings["output_dir"], "report.json"))["results"])
+
+
+@app.command()
+def recommend(
+    model: Model,
+    history: Annotated[str | None, typer.Option(help="Item ids or titles of one user, oldest first: a,b,c.")] = None,
+    histories: Annotated[str | None, typer.Option(help="Table of users with user_id and history.")] = None,
+    output: Annotated[str | None, typer.Option(help="Folder of the results for --histories.")] = None,
+    top_k: Annotated[int, typer.Option(help="Number of items per user.")] = 10,
+    latent_steps: Annotated[int | None, typer.Option(help="Latent steps; the policy's by default.")] = None,
+) -> None:
+    """Recommend items: a table with titles for one --history, or files for a table of --histories."""
+    if (history is None) == (histories is None) or (histories is None) != (output is None):
+        raise ValueError("Give either --history, or --histories with --output.")
+    if histories is not None:
+        from lasar_hf.commands.project import checkpoint_of
+        from lasar_hf.commands.recommend import RecommendArguments
+        from lasar_hf.commands.recommend import main as run
+
+        path = checkpoint_of(model)
+        run(RecommendArguments(path, histories, output, top_k=top_k, latent_steps=latent_steps))
+        return
+    # Titles may contain commas; one that is a title or an id as a whole is one item.
+    recommender = load(model)
+    is_item = recommender.item_index(history) is not None
+    items = [history] if is_item else [part.strip() for part in history.split(",")]
+    (result,) = recommender.recommend([items], top_k=top_k, latent_steps=latent_steps)
+    rows = [[item["title"] or "", item["item_id"], item["score"]] for item in result["items"]]
+    show_table(f"After {result['latent_steps']} latent steps", ["title", "item", "log-probability"], rows)
+
+
+@app.command()
+def serve(
+    model: Model,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+) -> None:
+    """Serve recommendations over HTTP."""
+    from lasar_hf.commands.project import checkpoint_of
+    from lasar_hf.serving import serve as run
+
+    run(checkpoint_of(model), host=host, port=port)
+
+
+@app.command()
+def push(
+    model: Model,
+    repo_id: Annotated[str, typer.Argument(help="Name on the Hub, such as user/model.")],
+    private: Annotated[bool, typer.Option(help="Make a private repository.")] = False,
+) -> None:
+    """Upload a model with code, prompt format, catalogue, memory and card to the Hub."""
+    console.print(load(model).push_to_hub(repo_id, private=private))
+
+
+@app.command()
+def plot(
+    project: Project, output: Annotated[str | None, typer.Option(help="Image; training.png in the project.")] = None
+) -> None:
+    """Plot loss, ranking, reward and depth of a training."""
+    from lasar_hf.commands.plots import plot_project
+
+    path = output or str(Path(project, "training.png"))
+    plot_project(project, path)
+    console.print(f"Written to {path}.")
+
+
+def run() -> None:
+    """The command. A wrong setting, file or item ends it with one sentence."""
+    try:
+        app()
+    except (ValueError, OSError, RuntimeError) as error:
+        console.print(f"Error: {error}", style="red", markup=False, highlight=False)
+        raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    run()
