@@ -340,8 +340,13 @@ def test_a_port_in_use_is_named(tmp_path):
             serve(tmp_path, port=port)
 
 
-@pytest.mark.parametrize("name, message", [("", "Cannot serve"), ("missing", "which is not a folder")])
-def test_a_missing_model_is_named(tmp_path, name, message):
+@pytest.mark.parametrize(
+    "name, message", [("empty", "Cannot serve"), ("missing", "which is not a folder"), ("cut", "deserializing")]
+)
+def test_a_missing_or_damaged_model_is_named(recommender, tmp_path, name, message):
+    (tmp_path / "empty").mkdir()
+    recommender.save_pretrained(tmp_path / "cut")
+    os.truncate(tmp_path / "cut" / "model.safetensors", 5000)
     with pytest.raises(SystemExit, match=message) as error:
         serve(str(tmp_path / name), port=0)
     assert "\n" not in error.value.code

@@ -13,6 +13,7 @@ import logging
 import secrets
 from contextlib import asynccontextmanager
 from importlib.metadata import version
+from pathlib import Path
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, FastAPI, Header, HTTPException, Request, Response
@@ -138,7 +139,8 @@ async def health(service: Service, response: Response) -> Health:
     is_running, config = service.batcher.is_running, service.recommender.model.config
     response.status_code = 200 if is_running else 503
     return Health(
-        status="ready" if is_running else "stopped", model=config._name_or_path, queue_length=len(service.batcher),
+        status="ready" if is_running else "stopped", queue_length=len(service.batcher),
+        model="/".join(Path(config._name_or_path).parts[-2:]),  # of a Hub id, all; of a path on this machine, the end
         max_latent_steps=config.max_latent_steps, **service.counts().model_dump(),
     )
 

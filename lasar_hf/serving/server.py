@@ -1,15 +1,20 @@
 """Load a checkpoint and serve it on a port."""
 
+import logging
 import os
 import socket
 from contextlib import suppress
 
 import uvicorn
+from safetensors import SafetensorError
 from transformers.utils import cached_file
 
 from ..model.recommender_lasar import Recommender
 from ..onednn import onednn_linear
 from .app import create_app
+
+
+logger = logging.getLogger("uvicorn.error")  # the server's own log, which shows this line
 
 
 def serve(
@@ -51,10 +56,12 @@ def serve(
             recommender = Recommender.from_pretrained(model, device=device)
             token = admin_token or os.environ.get("LASAR_ADMIN_TOKEN") or None
             app = create_app(recommender, admin_token=token, **options)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             name = model if os.path.isdir(model) else f"{model}, which is not a folder"
             raise SystemExit(f"Cannot serve {name}: {str(error).splitlines()[0]}") from error
         server = uvicorn.Server(uvicorn.Config(app, access_log=False))
+        address = f"[{host}]" if ":" in host else host
+        logger.info("Serving %s on http://%s:%d", model, address, listener.getsockname()[1])
         with onednn_linear(recommender.model), suppress(KeyboardInterrupt):
             server.run(sockets=[listener])
 
