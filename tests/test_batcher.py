@@ -84,7 +84,7 @@ def test_a_full_queue_takes_all_requests_or_none(compute):
 
 def test_a_request_that_times_out_in_the_queue_is_not_computed(compute):
     async def scenario():
-        async with Batcher(compute, max_wait_ms=0, timeout=0.2) as batcher:
+        async with Batcher(compute, max_wait_ms=0, timeout=0.5) as batcher:
             compute.gate.clear()
             first = asyncio.create_task(batcher.submit(["a"], None))
             await until(compute.started.is_set)

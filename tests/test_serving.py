@@ -18,7 +18,9 @@ from pathlib import Path
 
 import pytest
 from fastapi.testclient import TestClient
+from typer.testing import CliRunner
 
+import lasar_cli
 import lasar_hf.serving
 from lasar_hf import LasarProcessor, Recommender, SidCatalog
 from lasar_hf.serving import create_app, serve
@@ -151,19 +153,20 @@ def busy(monkeypatch):
 
 def test_a_full_queue_and_a_time_out(recommender, monkeypatch):
     body = {"history": ["item-1"]}
-    options = {"max_queue": 1, "timeout": 1.0, "max_wait_ms": 0}
+    options = {"max_queue": 1, "timeout": 2.0, "max_wait_ms": 0}
     with TestClient(create_app(recommender, **options)) as client, ThreadPoolExecutor(2) as pool:
         with busy(monkeypatch) as started:
             first = pool.submit(client.post, "/recommend", json=body)
             assert started.wait(5)
             second = pool.submit(client.post, "/recommend", json=body)
             while client.get("/health").json()["queue_length"] == 0:
+                assert not second.done()
                 time.sleep(0.01)
             refused = client.post("/recommend", json=body)
             assert (refused.status_code, refused.headers["Retry-After"]) == (429, "1")
             for late in (first, second):
                 assert late.result().status_code == 504
-                assert "longer than 1 seconds" in late.result().json()["detail"]
+                assert "longer than 2 seconds" in late.result().json()["detail"]
         assert client.post("/recommend", json=body).status_code == 200
         counts = client.get("/metrics").text
         assert 'lasar_requests_total{path="/recommend",status="429"} 1.0' in counts
@@ -302,7 +305,7 @@ def free_port() -> int:
 def test_a_process_serves_and_answers_what_is_queued_before_it_ends(recommender, tmp_path):
     recommender.save_pretrained(tmp_path)
     port, body = free_port(), {"history": ["item-1", "item-2"]}
-    with server(tmp_path, port, max_wait_ms=1500) as process:
+    with server(tmp_path, port, max_wait_ms=2000) as process:
         while True:
             try:
                 assert fetch(port, "/health")["num_items"] == 20
@@ -313,6 +316,7 @@ def test_a_process_serves_and_answers_what_is_queued_before_it_ends(recommender,
         with ThreadPoolExecutor(3) as pool:
             answers = [pool.submit(fetch, port, "/recommend", body) for _ in range(3)]
             while fetch(port, "/health")["queue_length"] < 3:
+                assert not any(answer.done() for answer in answers)
                 time.sleep(0.02)
             process.send_signal(signal.SIGTERM)
             expected = recommender.recommend([body["history"]])[0]
@@ -336,8 +340,24 @@ def test_the_admin_token_is_an_argument_or_a_variable(recommender, tmp_path, mon
 def test_a_port_in_use_is_named(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-        with pytest.raises(SystemExit, match=f"port {port}: Address already in use"):
+        with pytest.raises(SystemExit, match=f"port {port}: Address already in use. Choose"):
             serve(tmp_path, port=port)
+
+
+def test_options_out_of_range_are_named(recommender, tmp_path):
+    recommender.save_pretrained(tmp_path)
+    with pytest.raises(SystemExit, match="num_beams is 0; expected at least 1"):
+        serve(tmp_path, port=0, device="cpu", num_beams=0)
+
+
+def test_the_command_passes_its_options(monkeypatch):
+    calls = []
+    monkeypatch.setattr(lasar_hf.serving, "serve", lambda *args, **options: calls.append((args, options)))
+    monkeypatch.setenv("LASAR_ADMIN_TOKEN", "secret")
+    result = CliRunner().invoke(lasar_cli.app, "serve user/model --port 1234 --max-batch 8 --timeout 2".split())
+    assert result.exit_code == 0, result.output
+    options = {"num_beams": 50, "max_batch": 8, "max_wait_ms": 5.0, "max_queue": 1024, "timeout": 2.0}
+    assert calls == [(("user/model", "127.0.0.1", 1234, None, "secret"), options)]
 
 
 @pytest.mark.parametrize(

@@ -72,4 +72,5 @@ def open_socket(host: str, port: int) -> socket.socket:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host, port), family=family)
     except OSError as error:
-        raise SystemExit(f"Cannot listen on {host}, port {port}: {error.strerror}. Choose another address.") from error
+        reason = error.strerror.split(" (")[0]  # without the address, which follows in brackets
+        raise SystemExit(f"Cannot listen on {host}, port {port}: {reason}. Choose another address.") from error

@@ -40,9 +40,14 @@ class RecommendService:
             Width of the beam search.
         batching (`dict`):
             Arguments of [`~batcher.Batcher`].
+
+    Raises:
+        `ValueError`: if a number is out of range.
     """
 
     def __init__(self, recommender: Recommender, num_beams: int = 50, **batching):
+        if num_beams < 1:
+            raise ValueError(f"num_beams is {num_beams}; expected at least 1.")
         self.recommender, self.num_beams = recommender, num_beams
         self.batcher = Batcher(self._recommend, **batching)
         self.metrics = Metrics(self.batcher.__len__)
