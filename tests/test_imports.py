@@ -22,6 +22,7 @@ LAYERS = [
     ["trainers"],
     ["steps"],
     ["__init__"],  # the public names
+    ["serving"],
     ["commands"],
     ["__main__"],
 ]
