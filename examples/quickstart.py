@@ -117,7 +117,7 @@ def main() -> None:
     start, console = time.perf_counter(), Console(highlight=False)
 
     def say(text: str) -> None:
-        console.print(f"[{time.perf_counter() - start:4.0f} s] {text}", markup=False)
+        console.print(f"[{time.perf_counter() - start:4.0f} s] {text}", markup=False, soft_wrap=True)
 
     # 1. A shop, its split, and Semantic IDs.
     shop = toy_shop(num_users=600, num_items=192, seed=SEED)
@@ -157,7 +157,7 @@ def main() -> None:
     pairs = zip(train_samples["history"], train_samples["target"], strict=True)
     segments = segment([teacher.chain_of_thought(*pair) for pair in pairs], max_segments=STEPS)
     anchors = encode_anchors(model, processor, segments)
-    say(f"A teacher wrote {len(segments):,} chains of thought. The first: {' / '.join(segments[0])}")
+    say(f"A teacher wrote {len(segments):,} chains of thought, of {np.mean([*map(len, segments)]):.1f} segments each.")
     depths = np.random.default_rng(SEED).integers(1, STEPS + 1, len(segments))
     args = LasarSFTConfig(
         str(OUTPUT / "stage2"), num_train_epochs=6, learning_rate=2e-3, weight_decay=0.1, warmup_steps=0.05,
@@ -171,7 +171,7 @@ def main() -> None:
     # 4. GRPO: candidates are rewarded, and the policy head learns how many steps pay off.
     args = LasarGRPOConfig(
         str(OUTPUT / "grpo"), max_steps=100, learning_rate=1e-4, per_device_train_batch_size=64, num_generations=8,
-        depth_gradient="exact", step_cost="auto", policy_learning_rate=1e-3, **COMMON,
+        depth_gradient="exact", step_cost="auto", policy_learning_rate=3e-3, **COMMON,
     )
     examples = grpo_examples(train_samples, processor, anchors.terminal())
     rl = train(LasarGRPOTrainer(model, args, train_dataset=examples, processing_class=processor))
