@@ -91,6 +91,24 @@ def test_run_sh_runs_every_stage(path):
         assert stages == ["prepare", "stage1", "stage2", "grpo", "memory", "eval"]
 
 
+@pytest.mark.parametrize("recipe", ["amazon_qwen3_0.6b", "amazon_qwen3_1.7b_lora"])
+@pytest.mark.parametrize(("stage", "script"), [("stage1", "sft"), ("stage2", "sft"), ("grpo", "grpo")])
+def test_one_card_takes_the_steps_of_eight(recipe, stage, script, tmp_path):
+    """The options of run.sh for one card parse, and change neither the examples of a step nor the loss."""
+    options = re.search(rf'{script.upper()}="(--.*)"', (RECIPES / recipe / "run.sh").read_text())[1].split()
+    parser = TrlParser(argument_classes(script))
+    settings = ["--config", str(RECIPES / recipe / f"{stage}.yaml"), "--output_dir", str(tmp_path)]
+    settings += ["--use_cpu", "true", "--bf16", "false"]
+    (_, eight, eight_model), (_, one, one_model) = (
+        parser.parse_args_and_config(arguments) for arguments in (settings, settings + options)
+    )
+    examples = [args.per_device_train_batch_size * args.gradient_accumulation_steps for args in (eight, one)]
+    assert examples[1] == 8 * examples[0]
+    assert one.gradient_checkpointing and one_model == eight_model
+    changed = {"per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing"}
+    assert {name.removeprefix("--") for name in options[::2]} == changed
+
+
 @pytest.mark.parametrize("script", sorted(path.stem for path in RECIPES.glob("*.py")))
 def test_scripts_leave_the_import_path_alone(script):
     before = list(sys.path)
