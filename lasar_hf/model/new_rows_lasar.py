@@ -1,4 +1,4 @@
-"""Rows of new tokens in the embeddings and the head of a backbone."""
+"""Embeddings and head weights of the tokens that a backbone gets. Not in the paper."""
 
 import math
 
@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 def add_embeddings(language_model: PreTrainedModel, num_old: int, num_tokens: int) -> None:
     """
     Add embeddings and head weights of new tokens, drawn with the mean and the deviation of the old ones. If the
-    backbone has learnt text, the new rows of the head are quiet. Not in the paper.
+    backbone has learnt text, the new rows of the head are quiet.
     """
     if num_tokens > language_model.get_input_embeddings().weight.shape[0]:
         language_model.resize_token_embeddings(num_tokens, mean_resizing=False)
