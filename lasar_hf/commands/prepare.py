@@ -38,7 +38,7 @@ from ..data import (
     samples,
     write_routines,
 )
-from ..data.prepared_data import RARE_REPEATS, load_interactions, save_interactions
+from ..data.prepared_data import RARE_REPEATS, load_interactions, save_dataset, save_interactions
 from ..data.readers import check_source_args, source_settings
 from ..data.splits import PARTS, Split, repeat_rate
 from ..evaluation import compare_exclusion
@@ -255,7 +255,7 @@ def write_samples(args: PrepareArguments, out: Path) -> None:
     parts = {part: samples(split, part, args.targets, args.max_history) for part in PARTS}
     texts = [open_arrow(folder / name) for name in ("chains.arrow", "segments.arrow")]
     parts["train"] = concatenate_datasets([parts["train"], *texts], axis=1)
-    DatasetDict(parts).save_to_disk(out / "samples")
+    save_dataset(DatasetDict(parts), out / "samples")
     write_json(
         out / "prepared.json",
         {"codebook_size": args.codebook_size, "max_history": args.max_history}
