@@ -4,17 +4,33 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from typer.testing import CliRunner
 
 import lasar_cli
+from lasar_cli import split_history
+from lasar_hf.commands import project
 from lasar_hf.commands.automatic import core_size, find_column, prepare_settings, train_settings
 from lasar_hf.commands.prepare import PrepareArguments
-from lasar_hf.commands.project import STAGES, check_keys, project_settings, stage_settings, table_arguments
-from lasar_hf.data import read_table, toy_shop
+from lasar_hf.commands.project import (
+    STAGES,
+    check_keys,
+    follow,
+    locked,
+    prepare_project,
+    project_settings,
+    read_value,
+    run_stage,
+    stage_settings,
+    table_arguments,
+    train_project,
+)
+from lasar_hf.data import PreparedData, read_table, toy_shop
 from tests.recipes import save_checkpoint
 
 
@@ -75,7 +91,15 @@ def test_a_mistyped_option_names_the_near_one():
         (["prepare", "names.csv"], "no column with a usual name of a user; its columns are a, b. Set --user-column."),
         (["prepare", "ratings.csv", "--title-column", "name"], "has no column 'name'"),
         (["prepare", "ratings.csv", "--set", "codebok_size=3"], "Did you mean 'codebook_size'?"),
-        (["train", "nowhere"], "nowhere/data"),
+        (["prepare", "ratings.csv", "--set", "codebook_size=abc"], "codebook_size is 'abc'; expected a whole number."),
+        (["prepare", "ratings.csv", "--set", "source=toy"], "given by the data and --output"),
+        (["prepare", "ratings.csv", "--output", "names.csv"], "names.csv/data/steps: Not a directory."),
+        (["prepare", "toy", "--items", "items.csv"], "--items is for a table"),
+        (["train", "nowhere"], "Run: lasar prepare DATA --output nowhere"),
+        (["recommend", "nowhere", "--history", "1"], "nowhere is not a folder, and not a model"),
+        (["recommend", "empty", "--history", "1"], "neither a project nor a checkpoint"),
+        (["recommend", "model", "--history", ""], "The history is empty"),
+        (["recommend", "model", "--history", "gone", "--unknown-items", "skip"], "nothing to recommend"),
         (["recommend", "model"], "Give either --history"),
         (["recommend", "model", "--history", "item-1,gone"], "The catalogue has no item 'gone'."),
         (["recommend", "model", "--history", "<a_1>"], "is a Semantic ID"),
@@ -85,6 +109,7 @@ def test_a_mistyped_option_names_the_near_one():
 def test_bad_input_ends_with_one_sentence(ratings, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(ratings.parent)
     Path("names.csv").write_text("a,b\n1,2\n")
+    Path("empty").mkdir()
     save_checkpoint(ratings.parent / "model")
     monkeypatch.setattr(sys, "argv", ["lasar", *arguments])
     monkeypatch.setattr(lasar_cli.console, "_width", 300)
@@ -102,8 +127,49 @@ def test_one_history_gives_a_table(tmp_path):
     assert len(re.findall(r"item-\d+", result.output)) == 3
 
 
+def test_titles_of_a_history_may_contain_commas():
+    recommender = SimpleNamespace(item_index=lambda item: 0 if item == "Tea, green" else None)
+    assert split_history("Tea, green", recommender) == ["Tea, green"]
+    assert split_history('a, "Tea, green",,b', recommender) == ["a", "Tea, green", "b"]
+    assert split_history("", recommender) == []
+
+
+def test_a_warning_is_one_sentence_and_said_once(ratings):
+    run = lasar("prepare", "ratings.csv", cwd=ratings.parent)
+    warnings = [line for line in run.stderr.splitlines() if "arning" in line]
+    assert any(line.startswith("Warning: No item has text") for line in warnings)
+    assert len(set(warnings)) == len(warnings) and not any(".py" in line for line in warnings)
+    assert "%|" not in run.stderr  # bars of short steps
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Settings that fit the data
+
+
+def test_arguments_of_the_source_are_settings_too(tmp_path, caplog):
+    path, folder = tmp_path / "log.csv", str(tmp_path / "mine")
+    path.write_text("user,item\nu1,1\nu1,1\nu1,2\nu1,3\nu1,4\nu2,1\nu2,2\nu2,3\nu2,4\n")
+    for changes, lengths in (({}, [2, 2]), ({"keep_repeats": True}, [3, 2])):
+        prepare_project(folder, "table", table_arguments(str(path)), changes)
+        assert list(map(len, PreparedData.load(f"{folder}/data").split.train)) == lengths
+    assert "train.yaml" not in caplog.text
+    Path(folder, "train.yaml").touch()
+    prepare_project(folder, "table", table_arguments(str(path)))
+    assert "train.yaml is kept" in caplog.text
+
+
+@pytest.mark.parametrize("text, value", [("1e-3", 0.001), ("3", 3), ("true", True), ("[1, 2]", [1, 2]), ("e3", "e3")])
+def test_values_are_read_as_yaml_with_exponents(text, value):
+    assert read_value(text) == value and type(read_value(text)) is type(value)
+
+
+@pytest.mark.parametrize("value, fits", [(3, True), ("3", True), (3.5, False), (True, False), ("x", False)])
+def test_whole_numbers_are_checked_before_anything_runs(value, fits):
+    if fits:
+        check_keys("grpo", {"num_generations": value}, STAGES["grpo"][1])
+    else:
+        with pytest.raises(ValueError, match="num_generations is .*; expected a whole number"):
+            check_keys("grpo", {"num_generations": value}, STAGES["grpo"][1])
 
 
 @pytest.mark.parametrize(
@@ -135,6 +201,7 @@ def test_the_settings_of_ten_thousand_users_are_those_of_the_recipe():
 def test_columns_are_found_by_their_names():
     assert find_column("user", ["userId", "movieId", "rating", "timestamp"], "x") == "userId"
     assert find_column("item", ["userId", "movieId", "rating", "timestamp"], "x") == "movieId"
+    assert find_column("item", ["User ID", "Item ID"], "x") == "Item ID"
     assert find_column("time", ["user_id:token", "item_id:token", "timestamp:float"], "x") == "timestamp"
 
 
@@ -149,6 +216,7 @@ def test_titles_may_stand_in_the_interactions(tmp_path):
 
 def test_train_yaml_keeps_changes_and_wins_over_the_size(tmp_path):
     (tmp_path / "train.yaml").write_text("stage1: {learning_rate: 0.5}\n")
+    (tmp_path / "data").mkdir()
     settings = project_settings(tmp_path, ["stage1.num_train_epochs=3", "evaluate.users=7"])
     assert settings == project_settings(tmp_path) == {
         "stage1": {"learning_rate": 0.5, "num_train_epochs": 3}, "evaluate": {"users": 7}
@@ -163,6 +231,98 @@ def test_train_yaml_keeps_changes_and_wins_over_the_size(tmp_path):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A project
+
+
+def test_two_trainings_do_not_share_a_project(tmp_path):
+    with locked(tmp_path), pytest.raises(RuntimeError, match="in use by another training"), locked(tmp_path):
+        pass
+    with locked(tmp_path):
+        pass
+
+
+@pytest.fixture
+def stage(tmp_path):
+    """Runs a stage, given its launcher: a shell script."""
+
+    def run(script: str) -> None:
+        (tmp_path / "launch.sh").write_text(script)
+        with locked(tmp_path) as lock:
+            run_stage("stage1", tmp_path / "stage1.yaml", f"sh {tmp_path / 'launch.sh'}", lock)
+
+    return run
+
+
+def test_an_ended_training_ends_the_processes_of_its_launcher(tmp_path, stage, monkeypatch):
+    def interrupted(*_):
+        while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(project, "follow", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        stage(f"sleep 60 & echo $! > {tmp_path / 'pid'}; wait")
+    pid = int((tmp_path / "pid").read_text())
+    for _ in range(100):
+        state = Path(f"/proc/{pid}/stat")
+        if not state.exists() or state.read_text().split()[2] == "Z":
+            return
+        time.sleep(0.05)
+    pytest.fail("The process of the launcher still runs.")
+
+
+def test_a_failed_stage_says_where_its_output_is(tmp_path, stage):
+    with pytest.raises(RuntimeError, match=r"exit code 3: out of memory The whole output is in .*stage1.log"):
+        stage("echo started; echo out of memory; exit 3")
+
+
+def test_the_error_of_a_stage_is_said_and_not_its_launchers(stage):
+    with pytest.raises(RuntimeError, match="exit code 1: ValueError: stage is 3. The whole"):
+        stage("echo '[rank1]: ValueError: stage is 3.'; echo 'subprocess.CalledProcessError: Command'; exit 1")
+
+
+def test_a_changed_stage_starts_anew_and_an_unfinished_one_resumes(tmp_path, monkeypatch):
+    """The stages write nothing here but the names of the runs that they found."""
+    runs = []
+
+    def run(name, *_):
+        runs.append((name, sorted(path.name for path in (tmp_path / name).glob("*"))))
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "checkpoint").touch()
+        if len(runs) == 2:
+            raise RuntimeError("killed")
+
+    monkeypatch.setattr(project, "run_stage", run)
+    monkeypatch.setattr(project, "Recommender", SimpleNamespace(from_pretrained=lambda *_, **__: SimpleNamespace(
+        save_pretrained=lambda folder: None)))  # fmt: skip
+    (tmp_path / "data").mkdir()
+    (tmp_path / "train.yaml").write_text("stage1: {seed: 1}\n")
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report/report.json").write_text('{"results": {}}')
+    with pytest.raises(RuntimeError, match="killed"):
+        train_project(tmp_path)
+    train_project(tmp_path)
+    names = ["stage2", "grpo", "memory", "evaluate"]
+    assert runs == [("stage1", []), ("stage2", []), ("stage2", ["checkpoint"]), *((name, []) for name in names[1:])]
+    runs[:] = [None, None]
+    train_project(tmp_path)
+    assert runs[2:] == []
+    (tmp_path / "train.yaml").write_text("grpo: {seed: 1}\nstage1: {seed: 1}\n")
+    train_project(tmp_path)
+    assert runs[2:4] == [("grpo", []), ("memory", [])] and (tmp_path / "grpo.old/checkpoint").exists()
+
+
+def test_a_missing_launcher_is_named(tmp_path):
+    with locked(tmp_path) as lock, pytest.raises(ValueError, match="--launch has 'acelerate'"):
+        run_stage("stage1", tmp_path / "stage1.yaml", "acelerate launch", lock)
+
+
+def test_progress_is_that_of_the_outer_bar(tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(project.Progress, "update", lambda self, task, **counts: shown.append(counts))
+    log = tmp_path / "log"
+    log.write_bytes(b"\r 10%|# | 4/40 [00:01<00:09, 4it/s]\n\r 50%|# | 1/2 [00:00<00:00]\x1b[A")
+    follow(subprocess.Popen(["true"]), log, "stage1")
+    assert shown[-1] == {"completed": 4, "total": 40}
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ be changed.
 """
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,7 +27,8 @@ def find_column(kind: str, names: Sequence[str], table: str) -> str:
     Raises:
         `ValueError`: if no column has one of the usual names.
     """
-    usual = {name.lower().split(":")[0]: name for name in reversed(names)}  # RecBole writes user_id:token
+    # RecBole writes user_id:token, spreadsheets write User ID.
+    usual = {re.sub("[ .-]", "_", name.strip().lower().split(":")[0]): name for name in reversed(names)}
     for name in COLUMNS[kind]:
         if name in usual:
             return usual[name].split(":")[0]
