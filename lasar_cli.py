@@ -9,6 +9,7 @@ This file is outside the package, since importing the package takes seconds and 
 """
 
 import logging
+import warnings
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated
@@ -20,7 +21,7 @@ from rich.table import Table
 
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich", help=__doc__.split("\n")[1])
-console = Console()
+console, errors = Console(), Console(stderr=True)
 
 SOURCES = ("toy", "routines", "amazon2014", "amazon2018", "amazon2023")
 Project = Annotated[str, typer.Argument(help="Folder of the project, as given to `lasar prepare --output`.")]
@@ -44,10 +45,17 @@ def main(
 ) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    warnings.showwarning = show_warning
+
+
+def show_warning(message: Warning | str, *_, **__) -> None:
+    """A warning without the line of code that it comes from."""
+    errors.print(f"Warning: {message}", style="yellow", markup=False, highlight=False)
 
 
 def show_table(title: str, columns: list[str], rows: list[list]) -> None:
-    table = Table(title=title, title_justify="left")
+    console.print(title, highlight=False)
+    table = Table()
     for number, column in enumerate(columns):
         table.add_column(column, justify="left" if number == 0 else "right")
     for row in rows:
@@ -61,6 +69,14 @@ def results_table(results: dict[str, dict]) -> None:
     columns = ["HR@10", "NDCG@10", "mean_depth", "ms_per_user"]
     rows = [[name, *(row.get(column) for column in columns)] for name, row in results.items()]
     show_table("Test users, the whole catalogue ranked", ["model", *columns], rows)
+
+
+def settings_table(path: str, settings: dict[str, dict]) -> None:
+    """The settings of training that are changed most often."""
+    names = ["learning_rate", "num_train_epochs", "max_steps", "max_tokens_per_batch", "eval_steps"]
+    stages = {stage: part for stage, part in settings.items() if set(names) & set(part)}
+    rows = [[stage, *(str(part.get(name, "–")) for name in names)] for stage, part in stages.items()]
+    show_table(f"Settings in {path}; change one with --set stage1.learning_rate=0.001", ["stage", *names], rows)
 
 
 def read_changes(changes: list[str] | None) -> dict:
@@ -116,13 +132,15 @@ def train(
         list[str] | None,
         typer.Option("--set", help="Change train.yaml, such as stage1.num_train_epochs=3; can be repeated."),
     ] = None,
+    config: Annotated[str | None, typer.Option(help="YAML file whose sections replace those of train.yaml.")] = None,
     launch: Annotated[str | None, typer.Option(help='Such as "accelerate launch --num_processes 8".')] = None,
     report_to: Annotated[str | None, typer.Option(help="trackio, tensorboard, wandb or none.")] = None,
 ) -> None:
     """Train all stages, with the settings of train.yaml, which is made to fit the data. Resumes where it stopped."""
-    from lasar_hf.commands.project import train_project
+    from lasar_hf.commands.project import project_settings, train_project
 
-    results_table(train_project(project, changes or [], launch, report_to))
+    settings_table(f"{project}/train.yaml", project_settings(project, changes or [], config))
+    results_table(train_project(project, launch, report_to))
     console.print(f'The model is in {project}/model. Next: lasar recommend {project} --history "ITEM,ITEM"')
 
 
@@ -214,8 +232,8 @@ def run() -> None:
     """The command. A wrong setting, file or item ends it with one sentence."""
     try:
         app()
-    except (ValueError, OSError, RuntimeError) as error:
-        console.print(f"Error: {error}", style="red", markup=False, highlight=False)
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        errors.print(f"Error: {error}", style="red", markup=False, highlight=False)
         raise SystemExit(1) from None
 
 

@@ -11,10 +11,19 @@ import yaml
 from typer.testing import CliRunner
 
 import lasar_cli
+from lasar_hf.commands import project
 from lasar_hf.commands.automatic import core_size, find_column, prepare_settings, train_settings
 from lasar_hf.commands.prepare import PrepareArguments
-from lasar_hf.commands.project import STAGES, check_keys, project_settings, stage_settings, table_arguments
+from lasar_hf.commands.project import (
+    STAGES,
+    check_keys,
+    project_settings,
+    run_stage,
+    stage_settings,
+    table_arguments,
+)
 from lasar_hf.data import read_table, toy_shop
+from lasar_hf.files import write_json
 from tests.recipes import save_checkpoint
 
 
@@ -74,7 +83,7 @@ def test_a_mistyped_option_names_the_near_one():
         (["prepare", "missing.csv"], "missing.csv: no such file."),
         (["prepare", "names.csv"], "no column with a usual name of a user; its columns are a, b. Set --user-column."),
         (["prepare", "ratings.csv", "--title-column", "name"], "has no column 'name'"),
-        (["prepare", "ratings.csv", "--set", "codebok_size=3"], "Did you mean 'codebook_size'?"),
+        (["prepare", "ratings.csv", "--set", "codebok_size=3"], "(did you mean 'codebook_size'?)"),
         (["train", "nowhere"], "nowhere/data"),
         (["recommend", "model"], "Give either --history"),
         (["recommend", "model", "--history", "item-1,gone"], "The catalogue has no item 'gone'."),
@@ -87,11 +96,11 @@ def test_bad_input_ends_with_one_sentence(ratings, monkeypatch, capsys, argument
     Path("names.csv").write_text("a,b\n1,2\n")
     save_checkpoint(ratings.parent / "model")
     monkeypatch.setattr(sys, "argv", ["lasar", *arguments])
-    monkeypatch.setattr(lasar_cli.console, "_width", 300)
+    monkeypatch.setattr(lasar_cli.errors, "_width", 300)
     with pytest.raises(SystemExit) as ended:
         lasar_cli.run()
     assert ended.value.code == 1
-    assert message in capsys.readouterr().out.replace("\n", " ")
+    assert message in capsys.readouterr().err.replace("\n", " ")
 
 
 def test_one_history_gives_a_table(tmp_path):
@@ -156,13 +165,56 @@ def test_train_yaml_keeps_changes_and_wins_over_the_size(tmp_path):
     stages = stage_settings(str(tmp_path), settings)
     assert stages["stage1"]["learning_rate"] == 0.5 and stages["evaluate"]["users"] == 7
     assert stages["stage2"]["model_name_or_path"] == stages["stage1"]["output_dir"]
+    (tmp_path / "other.yaml").write_text("grpo: {max_steps: 5}\nevaluate:\n")
+    other = project_settings(tmp_path, config=str(tmp_path / "other.yaml"))
+    assert other == project_settings(tmp_path) == {"grpo": {"max_steps": 5}, "evaluate": {}}
     for change in ("stage1.num_train_epoch=3", "stage9.seed=1", "stage1.seed"):
-        with pytest.raises(ValueError, match="expected|Did you mean"):
+        with pytest.raises(ValueError, match="expected|did you mean"):
             project_settings(tmp_path, [change])
+
+
+def test_a_file_without_sections_is_refused(tmp_path):
+    (tmp_path / "train.yaml").write_text("learning_rate: 0.5\n")
+    with pytest.raises(ValueError, match="not made of sections"):
+        project_settings(tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A project
+
+
+@pytest.fixture
+def started(tmp_path, monkeypatch) -> list[tuple[str, str | None]]:
+    """Replaces the stages of a project; says which were started, with their `report_to`."""
+    started = []
+
+    def run_stage(name, config, launch):
+        started.append((name, yaml.safe_load(config.read_text()).get("report_to")))
+        write_json(tmp_path / "report" / "report.json", {"results": {}})
+
+    (tmp_path / "data" / "steps").mkdir(parents=True)
+    (tmp_path / "report").mkdir()
+    (tmp_path / "train.yaml").write_text("stage1: {seed: 1}\n")
+    save_checkpoint(tmp_path / "grpo")
+    monkeypatch.setattr(project, "run_stage", run_stage)
+    return started
+
+
+def test_only_stages_whose_settings_changed_run_again(tmp_path, started):
+    project.train_project(tmp_path)
+    assert [name for name, _ in started] == list(STAGES)
+    project.train_project(tmp_path, report_to="tensorboard")  # changes no result
+    assert len(started) == len(STAGES)
+    project_settings(tmp_path, ["grpo.max_steps=7"])
+    project.train_project(tmp_path, report_to="tensorboard")
+    assert started[len(STAGES) :] == [("grpo", "tensorboard"), ("memory", None), ("evaluate", None)]
+
+
+def test_a_failed_stage_shows_the_end_of_its_output(tmp_path):
+    (tmp_path / "launcher.py").write_text("print('starting')\nraise ValueError('the disk is full')\n")
+    launch = f"{sys.executable} {tmp_path / 'launcher.py'}"
+    with pytest.raises(RuntimeError, match="stage1 ended with exit code 1: ValueError: the disk is full.*stage1.log"):
+        run_stage("stage1", tmp_path / "stage1.yaml", launch)
 
 
 @pytest.mark.slow

@@ -7,7 +7,6 @@ A project: one folder in which the `lasar` command prepares data, trains all sta
 predecessors did not change is not run again, and a stage that was killed resumes.
 """
 
-import difflib
 import hashlib
 import json
 import logging
@@ -24,6 +23,7 @@ from typing import Any
 import yaml
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from ..arguments import near_name
 from ..data import PreparedData, read_source
 from ..data.tables import column_names
 from ..files import atomic_file, folder_hashes, read_json, write_json
@@ -41,6 +41,7 @@ from .sft import SFTScriptArguments
 logger = logging.getLogger(__name__)
 
 SETTINGS = "train.yaml"
+TRAINED = ("stage1", "stage2", "grpo")
 # The stages in order: module of lasar_hf.commands, and the classes of its arguments.
 STAGES = {
     "stage1": ("sft", (SFTScriptArguments, LasarSFTConfig, LasarModelConfig)),
@@ -108,7 +109,7 @@ def prepare_project(
     output_dir = str(Path(folder, "data"))
     check_keys("prepare", settings, (PrepareArguments,))
     prepare(PrepareArguments(output_dir=output_dir, source=source, source_args=source_args, **settings))
-    return settings
+    return {"k_core": source_args["k_core"], **settings} if source == "table" else settings
 
 
 def check_keys(section: str, settings: Mapping[str, Any], classes: Sequence[type]) -> None:
@@ -116,11 +117,10 @@ def check_keys(section: str, settings: Mapping[str, Any], classes: Sequence[type
     known = [part.name for arguments in classes for part in fields(arguments)]
     for name in settings:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            raise ValueError(f"{section} has no setting {name!r}." + (f" Did you mean {near[0]!r}?" if near else ""))
+            raise ValueError(f"{section} has no setting {name!r}{near_name(name, known)}.")
 
 
-def project_settings(folder: str, changes: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
+def project_settings(folder: str, changes: Sequence[str] = (), config: str | None = None) -> dict[str, dict[str, Any]]:
     """
     The sections of `train.yaml`, which is written first if it is missing: settings that fit the prepared data.
 
@@ -129,13 +129,16 @@ def project_settings(folder: str, changes: Sequence[str] = ()) -> dict[str, dict
             Folder of the project.
         changes (`list[str]`, *optional*):
             Settings to change in the file, such as `"stage1.num_train_epochs=3"`.
+        config (`str`, *optional*):
+            Another YAML file to take the sections from. They replace those of the file.
 
     Raises:
         `ValueError`: if a section or a setting does not exist.
     """
     path = Path(folder, SETTINGS)
-    if path.exists():
-        settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    source = Path(config) if config is not None else path
+    if config is not None or path.exists():
+        settings = read_sections(source)
     else:
         data = PreparedData.load(Path(folder, "data"))
         numbers = sum(map(len, data.split.train))
@@ -147,12 +150,20 @@ def project_settings(folder: str, changes: Sequence[str] = ()) -> dict[str, dict
             raise ValueError(f"--set has {change!r}; expected section.name=value, such as stage1.num_train_epochs=3.")
         settings.setdefault(section, {})[key] = yaml.safe_load(value)
     if unknown := set(settings) - set(STAGES):
-        raise ValueError(f"{path} has the sections {sorted(unknown)}; expected some of {', '.join(STAGES)}.")
+        raise ValueError(f"{source} has the sections {sorted(unknown)}; expected some of {', '.join(STAGES)}.")
     for section, part in settings.items():
-        check_keys(f"{path}: {section}", part or {}, STAGES[section][1])
+        check_keys(f"{source}: {section}", part, STAGES[section][1])
     with atomic_file(path) as temporary:
         temporary.write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8")
     return settings
+
+
+def read_sections(path: Path) -> dict[str, dict[str, Any]]:
+    """The sections of a YAML file; an empty one has no settings."""
+    sections = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    if not isinstance(sections, dict) or not all(isinstance(part, dict | None) for part in sections.values()):
+        raise ValueError(f"{path} is not made of sections; expected some of {', '.join(STAGES)}, each with settings.")
+    return {section: part or {} for section, part in sections.items()}
 
 
 def stage_settings(folder: str, settings: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -172,19 +183,17 @@ def stage_settings(folder: str, settings: Mapping[str, Mapping[str, Any]]) -> di
             "output_dir": path["report"],
         },
     }  # fmt: skip
-    return {name: {"data_dir": path["data"], **handed[name], **(settings.get(name) or {})} for name in STAGES}
+    return {name: {"data_dir": path["data"], **handed[name], **settings.get(name, {})} for name in STAGES}
 
 
-def train_project(
-    folder: str, changes: Sequence[str] = (), launch: str | None = None, report_to: str | None = None
-) -> dict[str, dict[str, Any]]:
+def train_project(folder: str, launch: str | None = None, report_to: str | None = None) -> dict[str, dict[str, Any]]:
     """
     Train all stages that are not up to date, give each checkpoint an item memory, evaluate, and save the last one with
     all its parts to `model/`.
 
     Args:
-        folder (`str`), changes (`list[str]`):
-            As for [`project_settings`].
+        folder (`str`):
+            Folder of the project, whose settings are [`project_settings`].
         launch (`str`, *optional*):
             Launcher of the stages, such as `"accelerate launch --num_processes 8"`. By default one process.
         report_to (`str`, *optional*):
@@ -194,13 +203,13 @@ def train_project(
         `dict`: rows of the report by their names.
     """
     root = Path(folder)
-    stages = stage_settings(folder, project_settings(folder, changes))
+    stages = stage_settings(folder, project_settings(folder))
     before: Any = folder_hashes(root / "data", "steps/*.json")
     for number, (name, settings) in enumerate(stages.items(), start=1):
-        if report_to is not None and name in ("stage1", "stage2", "grpo"):
-            settings["report_to"] = report_to
         config, mark = root / "settings" / f"{name}.yaml", root / "settings" / f"{name}.done.json"
         before = hashlib.sha256(json.dumps([before, settings], sort_keys=True).encode()).hexdigest()
+        if report_to is not None and name in TRAINED:  # changes no result
+            settings["report_to"] = report_to
         if mark.exists() and read_json(mark)["settings"] == before:
             logger.info("[%d/%d] %s: done before.", number, len(stages), name)
             continue
