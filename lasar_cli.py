@@ -197,13 +197,25 @@ def recommend(
 def serve(
     model: Model,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on, 0 for a free one.")] = 8000,
+    device: Annotated[str | None, typer.Option(help="Where to compute; the accelerator if there is one.")] = None,
+    num_beams: Annotated[int, typer.Option(min=1, help="Width of the beam search.")] = 50,
+    max_batch: Annotated[int, typer.Option(help="Users of a batch.")] = 64,
+    max_wait_ms: Annotated[float, typer.Option(help="Milliseconds that a user waits for others.")] = 5.0,
+    max_queue: Annotated[int, typer.Option(help="Users that may wait; more are answered with status 429.")] = 1024,
+    timeout: Annotated[float, typer.Option(help="Seconds after which a request is given up, status 504.")] = 30.0,
+    admin_token: Annotated[
+        str | None, typer.Option(envvar="LASAR_ADMIN_TOKEN", help="Token that allows to change the catalogue.")
+    ] = None,
 ) -> None:
-    """Serve recommendations over HTTP."""
+    """Serve recommendations over HTTP; /docs lists the requests."""
     from lasar_hf.commands.project import checkpoint_of
     from lasar_hf.serving import serve as run
 
-    run(checkpoint_of(model), host=host, port=port)
+    run(
+        checkpoint_of(model), host, port, device, admin_token, num_beams=num_beams, max_batch=max_batch,
+        max_wait_ms=max_wait_ms, max_queue=max_queue, timeout=timeout,
+    )
 
 
 @app.command()

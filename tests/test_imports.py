@@ -18,9 +18,11 @@ LAYERS = [
     ["onednn"],
     ["reasoning"],
     ["evaluation"],
+    ["card"],
     ["trainers"],
     ["steps"],
     ["__init__"],  # the public names
+    ["serving"],
     ["commands"],
     ["__main__"],
 ]

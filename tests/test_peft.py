@@ -15,7 +15,7 @@ from lasar_hf import (
     LasarSFTConfig,
     LasarSFTTrainer,
 )
-from lasar_hf.trainers import LasarModelConfig, lasar_lora_config, load_model, lora_from_arguments, save_trained
+from lasar_hf.trainers import LasarModelConfig, lasar_lora_config, load_model, lora_from_arguments
 from lasar_hf.trainers.sharding import refuse_zero3
 from tests.references import DEPTHS as MIXED_DEPTHS
 from tests.references import SIDES, functional, gradients, mixed_rows
@@ -168,7 +168,7 @@ def test_save_load_and_merge_recommend_the_same(tmp_path, tied):
     base.save_pretrained(tmp_path / "base")
     trainer = sft_trainer(tmp_path / "out", tied, policy_weight=0.1, learning_rate=5e-2)
     trainer.train()
-    trainer.save_model(str(tmp_path / "adapter"))
+    trainer.save_model(str(tmp_path / "first"))
     catalog, prompts = tiny_catalog(), batch([row(base, 5, 0), row(base, 8, 0, seed=1)])
 
     def recommend(model):
@@ -176,9 +176,11 @@ def test_save_load_and_merge_recommend_the_same(tmp_path, tied):
 
     expected = recommend(trainer.model)
     assert not torch.equal(expected.items, recommend(base).items)
-    loaded = PeftModel.from_pretrained(LasarForGenerativeRec.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
-    merged = PeftModel.from_pretrained(LasarForGenerativeRec.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
-    save_trained(trainer)
+    loaded, merged = (
+        PeftModel.from_pretrained(LasarForGenerativeRec.from_pretrained(tmp_path / "base"), tmp_path / "first/adapter")
+        for _ in range(2)
+    )
+    trainer.save_model()
     whole = LasarForGenerativeRec.from_pretrained(tmp_path / "out")
     assert (whole.lm_head.weight is whole.get_input_embeddings().weight) == tied
     for model in (loaded, merged.merge_and_unload(), whole):
@@ -191,7 +193,7 @@ def test_save_load_and_merge_recommend_the_same(tmp_path, tied):
 @pytest.mark.parametrize("tied", [True, False])
 def test_an_adapter_saves_its_token_rows_only(tmp_path, tied):
     trainer = sft_trainer(tmp_path, tied)
-    trainer.save_model(str(tmp_path / "adapter"))
+    trainer.save_model()
     base = trainer.model.get_base_model()
     saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     width, rows = base.config.hidden_size, len(trained_rows(base.config))
@@ -203,7 +205,7 @@ def test_an_adapter_saves_its_token_rows_only(tmp_path, tied):
 @pytest.mark.parametrize("name", [".", "adapter"])
 def test_merged_model_and_adapter_come_with_the_processor(tmp_path, name):
     trainer = sft_trainer(tmp_path)
-    save_trained(trainer)
+    trainer.save_model()
     processor = LasarProcessor.from_pretrained(tmp_path / name)
     assert processor.to_dict() == trainer.processor.to_dict()
     assert torch.equal(processor.catalog.codes, trainer.catalog.codes)
@@ -354,7 +356,7 @@ def test_training_goes_on_from_the_folder_of_an_adapter(tmp_path, saved_adapter,
 
 def test_an_adapter_without_its_base_model_names_the_merged_folder(tmp_path):
     """The base of an adapter from a first stage was never saved."""
-    save_trained(sft_trainer(tmp_path, depths=[0] * 6))
+    sft_trainer(tmp_path, depths=[0] * 6).save_model()
     with pytest.raises(ValueError, match=str(tmp_path)):
         load_model(str(tmp_path / "adapter"))
 

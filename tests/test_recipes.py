@@ -16,7 +16,15 @@ import torch
 import yaml
 from peft import get_peft_model
 
-from lasar_hf import ItemMemory, LasarForGenerativeRec, LasarGRPOConfig, LasarProcessor, LasarSFTConfig, SidCatalog
+from lasar_hf import (
+    ItemMemory,
+    LasarForGenerativeRec,
+    LasarGRPOConfig,
+    LasarGRPOTrainer,
+    LasarProcessor,
+    LasarSFTConfig,
+    SidCatalog,
+)
 from lasar_hf.commands.parser import ScriptParser
 from lasar_hf.data import (
     ALIGNMENT_TASKS,
@@ -392,8 +400,8 @@ def test_grpo_ranks_validation_users_at_the_depth_of_training(folder, stage2, tm
 def test_grpo_saves_its_start_if_training_made_it_worse(folder, stage2, tmp_path, monkeypatch, learning_rate, is_kept):
     """A learning rate of 1 destroys the model; with 0 nothing changes, which is not worse."""
     recipe, saved = load_recipe("grpo"), []
-    save = recipe.save_trained
-    monkeypatch.setattr(recipe, "save_trained", lambda trainer: (saved.append(trainer), save(trainer)))
+    save = LasarGRPOTrainer.save_complete
+    monkeypatch.setattr(LasarGRPOTrainer, "save_complete", lambda self, path: (saved.append(path), save(self, path)))
     script = recipe.GRPOScriptArguments(data_dir=str(folder), eval_users=100)
     args = LasarGRPOConfig(**settings(tmp_path, num_generations=4, learning_rate=learning_rate))
     recipe.main(script, args, LasarModelConfig(model_name_or_path=str(stage2)))

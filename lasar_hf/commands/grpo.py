@@ -13,6 +13,7 @@ from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from transformers import set_seed
 
+from ..card import base_model_of
 from ..data import PreparedData, grpo_examples
 from ..evaluation import RankingEvaluator
 from ..model.configuration_lasar import LasarConfig
@@ -28,7 +29,6 @@ from ..trainers import (
     load_model,
     load_rewards,
     lora_from_arguments,
-    save_trained,
     starting_files,
     unsharded_weights,
 )
@@ -81,14 +81,17 @@ def save_better(trainer: LasarGRPOTrainer, evaluator: RankingEvaluator, start: L
     is_worse = [trained < before]
     broadcast_object_list(is_worse)  # all processes save the same
     if not is_worse[0]:
-        save_trained(trainer)
+        trainer.save_model()
         return
     logger.warning("Training made the model worse on validation users. The starting checkpoint is saved instead.")
     if trainer.is_world_process_zero():
         start.save_pretrained(trainer.args.output_dir)
         trainer.processing_class.save_pretrained(trainer.args.output_dir)
         trainer.save_processor(trainer.args.output_dir)
+        trainer.create_model_card()
     trainer.accelerator.wait_for_everyone()
+    if trainer.args.push_to_hub:
+        trainer.upload("Model save")
 
 
 def main(script: GRPOScriptArguments, training_args: LasarGRPOConfig, model_args: LasarModelConfig) -> None:
@@ -123,6 +126,9 @@ def main(script: GRPOScriptArguments, training_args: LasarGRPOConfig, model_args
         train_dataset=grpo_examples(data.samples["train"], processor, terminal_anchors(script, model_args.dtype)),
         peft_config=lora_from_arguments(model, model_args),
     )
+    trainer.card_facts = data.card_facts(script.data_dir) | {
+        "base_model": base_model_of(model_args.model_name_or_path)
+    }
     trainer.train(resume_from_checkpoint=checkpoint)
     if evaluator is not None:
         with unsharded_weights():
@@ -130,7 +136,7 @@ def main(script: GRPOScriptArguments, training_args: LasarGRPOConfig, model_args
         start = start.merge_and_unload() if isinstance(start, PeftModel) else start
         save_better(trainer, evaluator, start)
     else:
-        save_trained(trainer)
+        trainer.save_model()
     trainer.accelerator.end_training()
 
 

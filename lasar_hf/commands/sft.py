@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from ..arguments import check_choices, read_json_object, read_switch
+from ..card import base_model_of
 from ..data import PreparedData, reasoning_examples, sft_examples, stage1_examples, with_neighbours
 from ..evaluation import RankingEvaluator, neighbour_draws, similar_items, tune_memory
 from ..files import folder_hashes
@@ -34,7 +35,6 @@ from ..trainers import (
     is_adapter,
     load_model,
     lora_from_arguments,
-    save_trained,
     starting_files,
     unsharded_weights,
 )
@@ -324,8 +324,11 @@ def main(script: SFTScriptArguments, training_args: LasarSFTConfig, model_args: 
         model, training_args, anchors=anchors, ranking_evaluator=evaluator, train_dataset=examples,
         eval_dataset=eval_examples, processing_class=processor, peft_config=lora_from_arguments(model, model_args),
     )
+    trainer.card_facts = data.card_facts(script.data_dir) | {
+        "base_model": base_model_of(model_args.model_name_or_path)
+    }
     trainer.train(resume_from_checkpoint=checkpoint)
-    save_trained(trainer)
+    trainer.save_model()
     trainer.accelerator.end_training()
 
 

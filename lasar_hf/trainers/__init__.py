@@ -5,7 +5,7 @@ from .depth_policy import DepthScores, fit_depth_policy, score_depths
 from .depth_rows import DepthRows
 from .grpo_config import LasarGRPOConfig
 from .grpo_trainer import LasarGRPOTrainer
-from .lora import is_adapter, lasar_lora_config, load_model, lora_from_arguments, save_trained
+from .lora import is_adapter, lasar_lora_config, load_model, lora_from_arguments
 from .losses import DISTANCES, alignment_loss, bidirectional_kl, depth_entropy, exact_depth_loss, reinforce_loss
 from .model_config import LasarModelConfig
 from .resume import checkpoint_to_resume, starting_files
@@ -42,7 +42,6 @@ __all__ = [
     "load_rewards",
     "lora_from_arguments",
     "reinforce_loss",
-    "save_trained",
     "score_depths",
     "starting_files",
     "unsharded_weights",

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from trl import GRPOConfig
 
 from ..arguments import check_choices
+from .hub import check_hub_strategy
 from .losses import DISTANCES
 from .sharding import refuse_unused_search
 
@@ -111,6 +112,9 @@ class LasarGRPOConfig(GRPOConfig):
     prompts_per_user: int = field(default=1, metadata={"help": "Prompts of a user that stay together; read once."})
     use_bias_correction_kl: bool = field(default=True, metadata={"help": "Unbiased gradient of the KL penalty."})
     router_aux_loss_coef: float | None = field(default=0.0, metadata={"help": "Keep it at 0."})
+    license: str | None = field(default=None, metadata={"help": "Licence of the model, such as mit, for its card."})
+    dataset: str | None = field(default=None, metadata={"help": "Name of the data set, for the model card."})
+    hub_strategy: str = field(default="end", metadata={"help": "Keep it at end: the complete model is pushed."})
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Keep it at False."})
 
     def __post_init__(self):
@@ -122,6 +126,7 @@ class LasarGRPOConfig(GRPOConfig):
         self._check_depth_arguments()
         refuse_unused_search(self)
         super().__post_init__()
+        check_hub_strategy(self)
 
     def _check_depth_arguments(self):
         if self.step_cost != "auto":

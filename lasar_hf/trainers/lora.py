@@ -6,7 +6,6 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import nn
-from transformers import Trainer
 
 from ..model.modeling_lasar import LasarForGenerativeRec
 from .model_config import LasarModelConfig
@@ -135,21 +134,3 @@ def complete_reference(model: PeftModel) -> None:
     for name, parameter in parameters.items():
         if name.endswith(".ref"):
             parameter.copy_(parameters[f"{name.removesuffix('.ref')}.default"])
-
-
-def save_trained(trainer: Trainer) -> None:
-    """
-    Save the model and its processor (or tokenizer and catalogue) to `output_dir`, from which the next stage starts.
-
-    After training with LoRA this merges the adapter into the model; the adapter alone goes to `output_dir/adapter`.
-    """
-    folder = trainer.args.output_dir
-    if not isinstance(trainer.model, PeftModel):
-        trainer.save_model(folder)
-        return
-    trainer.save_model(os.path.join(folder, "adapter"))
-    if trainer.is_world_process_zero():
-        trainer.model.merge_and_unload().save_pretrained(folder)
-        trainer.processing_class.save_pretrained(folder)
-        trainer.save_processor(folder)
-    trainer.accelerator.wait_for_everyone()

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from trl import SFTConfig
 
 from ..arguments import check_choices
+from .hub import check_hub_strategy
 from .losses import DISTANCES
 from .sharding import refuse_unused_search
 
@@ -83,6 +84,9 @@ class LasarSFTConfig(SFTConfig):
         default=None, metadata={"help": "Batches of users with this many tokens; a shared prefix counts once."}
     )
     router_aux_loss_coef: float | None = field(default=0.0, metadata={"help": "Keep it at 0."})
+    license: str | None = field(default=None, metadata={"help": "Licence of the model, such as mit, for its card."})
+    dataset: str | None = field(default=None, metadata={"help": "Name of the data set, for the model card."})
+    hub_strategy: str = field(default="end", metadata={"help": "Keep it at end: the complete model is pushed."})
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Keep it at False."})
 
     def __post_init__(self):
@@ -99,6 +103,7 @@ class LasarSFTConfig(SFTConfig):
             raise ValueError(f"neighbour_targets is {self.neighbour_targets}; expected a probability.")
         refuse_unused_search(self)
         super().__post_init__()
+        check_hub_strategy(self)
 
     def _check_depth_weights(self):
         weights = self.depth_weights

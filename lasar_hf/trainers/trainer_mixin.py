@@ -1,14 +1,15 @@
 """What both trainers share: the latent states of a pass, logged metrics, checkpoints and the model card."""
 
+import copy
 import os
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from datasets import Dataset
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import HfApi
 from peft import PeftModel
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
@@ -16,29 +17,17 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoProcessor, PreTrainedTokenizerBase
 from trl.models import unwrap_model_for_generation
 
-from ..files import atomic_file
+from ..card import model_card, save_card
 from ..model.base_lasar import LasarModelOutput
 from ..model.configuration_lasar import LasarConfig
 from ..model.modeling_lasar import LasarForGenerativeRec
 from ..model.processing_lasar import LasarProcessor
+from .hub import ADAPTER, commit_operations
 from .losses import depth_entropy
 
 
 # A sum over the local batch and the number of its terms.
 SumAndCount = tuple[torch.Tensor, torch.Tensor | int]
-
-USAGE = """
-```python
-from transformers import AutoModel, AutoProcessor
-
-processor = AutoProcessor.from_pretrained("{name}", trust_remote_code=True)
-model = AutoModel.from_pretrained("{name}", trust_remote_code=True)
-history = processor.catalog.item_ids[:3]
-output = model.recommend(**processor([history]), catalog=processor.catalog)
-print(processor.decode_recommendations(output)[0])
-```
-"""
-
 
 def unwrap_lasar(model: nn.Module) -> nn.Module:
     """The [`LasarForGenerativeRec`] inside a PEFT wrapper, or the model itself without one."""
@@ -141,6 +130,8 @@ def latent_metrics(
 class LasarTrainerMixin:
     """Methods of both trainers, which set `processor`, `catalog`, `_tag_names` and `_description`."""
 
+    card_facts: Mapping[str, Any] = {}  # what the model card says about the data, see `model_card`
+
     def record_latent_states(self, lasar: LasarForGenerativeRec) -> None:
         """
         Keep the output of the base model's last forward, from which the extra losses read the latent states. The
@@ -231,15 +222,76 @@ class LasarTrainerMixin:
         if self.args.should_save:
             self.save_processor(output_dir or self.args.output_dir)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """
+        Save a checkpoint that the next stage, evaluation and serving load, and push it if `push_to_hub` is set.
+
+        With LoRA the weights are merged, and the adapter alone is saved to `adapter/`. The model in memory keeps its
+        adapter. Checkpoints of a running training (`_internal_call`) have the adapter only.
+        """
+        if _internal_call:
+            super().save_model(output_dir, _internal_call=True)
+            return
+        self.save_complete(output_dir or self.args.output_dir)
+        if self.args.push_to_hub:
+            self.upload("Model save")
+
+    def save_complete(self, folder: str) -> None:
+        """Save what [`~LasarTrainerMixin.save_model`] saves, without pushing it."""
+        if isinstance(self.model, PeftModel):
+            super().save_model(os.path.join(folder, ADAPTER), _internal_call=True)
+            if self.is_world_process_zero():
+                merged = copy.deepcopy(self.model).merge_and_unload()
+                merged.save_pretrained(folder)
+                self.processing_class.save_pretrained(folder)
+                self.save_processor(folder)
+            self.accelerator.wait_for_everyone()
+        else:
+            super().save_model(folder, _internal_call=True)
+        if os.path.abspath(folder) == os.path.abspath(self.args.output_dir):
+            self.create_model_card()
+
+    def push_to_hub(
+        self, commit_message: str | None = "End of training", blocking: bool = True, token: str | None = None,
+        revision: str | None = None, private: bool | None = None, **kwargs,
+    ):
+        """
+        Save the model to `output_dir` and upload it with its code, prompt format, catalogue and card; with LoRA, the
+        merged weights and the adapter. Arguments as for [`~transformers.Trainer.push_to_hub`].
+        """
+        self.save_complete(self.args.output_dir)
+        if kwargs:
+            self.create_model_card(**kwargs)
+        return self.upload(commit_message, blocking, token, revision, private)
+
+    def upload(
+        self, commit_message: str, blocking: bool = True, token: str | None = None, revision: str | None = None,
+        private: bool | None = None,
+    ):
+        """Upload the files of `output_dir` that are shared, in one commit, from the main process."""
+        if not self.is_world_process_zero():
+            return None
+        token = token or self.args.hub_token
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        return HfApi(token=token).create_commit(
+            self.hub_model_id, commit_operations(self.args.output_dir), commit_message=commit_message,
+            revision=revision or self.args.hub_revision, run_as_future=not blocking,
+        )
+
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):
-        """Write `README.md`. TRL's own method looks for templates inside TRL."""
+        """
+        Write `README.md`, see [`~lasar_hf.card.model_card`], with the facts in `self.card_facts`. TRL's own method
+        looks for templates inside TRL.
+        """
         if not self.is_world_process_zero():
             return
-        name = model_name or os.path.basename(os.path.normpath(self.args.output_dir))
-        # No pipeline of transformers recommends items, and without a tag the Hub may guess "text-generation".
+        name = self.args.hub_model_id or model_name or os.path.basename(os.path.normpath(self.args.output_dir))
+        facts = {"dataset": dataset_name or self.args.dataset, "license": self.args.license, **self.card_facts}
         tags = sorted([*self._tag_names, *(tags or [])])
-        data = ModelCardData(library_name="transformers", tags=tags, pipeline_tag="other")
-        usage = "" if self.processor is None else USAGE.format(name=name)
-        text = f"---\n{data.to_yaml()}\n---\n\n# {name}\n\n{self._description}\n{usage}"
-        with atomic_file(os.path.join(self.args.output_dir, "README.md")) as temporary:
-            ModelCard(text).save(temporary)
+        lasar = unwrap_lasar(self.accelerator.unwrap_model(self.model))
+        save_card(
+            self.args.output_dir,
+            model_card(name, self._description, lasar, self.processor, self.args, tags, facts),
+        )
