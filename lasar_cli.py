@@ -25,7 +25,7 @@ from rich.table import Table
 
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich", help=__doc__.split("\n")[1])
-console = Console()
+console, errors = Console(), Console(stderr=True)
 
 SOURCES = ("toy", "routines", "amazon2014", "amazon2018", "amazon2023")
 Project = Annotated[str, typer.Argument(help="Folder of the project, as given to `lasar prepare --output`.")]
@@ -50,7 +50,7 @@ def main(
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     # Warnings for users, one sentence each and once; those for programmers are of other kinds.
-    warnings.showwarning = lambda message, kind, *_: kind is UserWarning and show_warning(str(message))
+    warnings.showwarning = lambda message, kind, *_, **__: kind is UserWarning and show_warning(str(message))
     # tqdm shows the bars of steps that take longer than a second, and removes them in the end (empty for no).
     for name, value in {"TQDM_DELAY": "1", "TQDM_LEAVE": ""}.items():
         os.environ.setdefault(name, value)
@@ -62,11 +62,13 @@ def main(
 
 @functools.cache
 def show_warning(message: str) -> None:
-    logging.getLogger(__name__).warning("Warning: %s", message)
+    """A warning, said once, without the line of code that it comes from."""
+    errors.print(f"Warning: {message}", style="yellow", markup=False, highlight=False)
 
 
 def show_table(title: str, columns: list[str], rows: list[list]) -> None:
-    table = Table(title=title, title_justify="left")
+    console.print(title, highlight=False)
+    table = Table()
     for number, column in enumerate(columns):
         table.add_column(column, justify="left" if number == 0 else "right")
     for row in rows:
@@ -80,6 +82,14 @@ def results_table(results: dict[str, dict]) -> None:
     columns = ["HR@10", "NDCG@10", "mean_depth", "ms_per_user"]
     rows = [[name, *(row.get(column) for column in columns)] for name, row in results.items()]
     show_table("Test users, the whole catalogue ranked", ["model", *columns], rows)
+
+
+def settings_table(path: str, settings: dict[str, dict]) -> None:
+    """The settings of training that are changed most often."""
+    names = ["learning_rate", "num_train_epochs", "max_steps", "max_tokens_per_batch", "eval_steps"]
+    stages = {stage: part for stage, part in settings.items() if set(names) & set(part)}
+    rows = [[name, *(str(part.get(name, "–")) for part in stages.values())] for name in names]
+    show_table(f"Settings in {path}; change one with --set stage1.learning_rate=0.001", ["setting", *stages], rows)
 
 
 def read_changes(changes: list[str] | None) -> dict:
@@ -147,13 +157,15 @@ def train(
         list[str] | None,
         typer.Option("--set", help="Change train.yaml, such as stage1.num_train_epochs=3; can be repeated."),
     ] = None,
+    config: Annotated[str | None, typer.Option(help="YAML file whose sections replace those of train.yaml.")] = None,
     launch: Annotated[str | None, typer.Option(help='Such as "accelerate launch --num_processes 8".')] = None,
     report_to: Annotated[str | None, typer.Option(help="trackio, tensorboard, wandb or none.")] = None,
 ) -> None:
     """Train all stages, with the settings of train.yaml, which is made to fit the data. Resumes where it stopped."""
-    from lasar_hf.commands.project import train_project
+    from lasar_hf.commands.project import project_settings, train_project
 
-    results_table(train_project(project, changes or [], launch, report_to))
+    settings_table(f"{project}/train.yaml", project_settings(project, changes or [], config))
+    results_table(train_project(project, launch, report_to))
     console.print(f'The model is in {project}/model. Next: lasar recommend {project} --history "ITEM,ITEM"')
 
 
@@ -264,7 +276,7 @@ def run() -> None:
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         is_file = isinstance(error, OSError) and error.filename is not None and error.strerror is not None
         text = f"{error.filename}: {error.strerror}." if is_file else str(error)
-        console.print(f"Error: {text}", style="red", markup=False, highlight=False)
+        errors.print(f"Error: {text}", style="red", markup=False, highlight=False)
         raise SystemExit(1) from None
 
 

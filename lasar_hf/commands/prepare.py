@@ -23,7 +23,6 @@ from pathlib import Path
 
 import numpy as np
 from datasets import Dataset, DatasetDict, Features, List, Value, concatenate_datasets
-from trl import TrlParser
 
 from .. import __version__
 from ..arguments import check_choices, import_dotted, read_json_object
@@ -58,6 +57,7 @@ from ..semantic_ids import (
     text_embeddings,
 )
 from ..steps import Step, run_steps
+from .parser import ScriptParser
 
 
 logger = logging.getLogger(__name__)
@@ -392,7 +392,7 @@ def prepare(args: PrepareArguments) -> list[str]:
 def run() -> None:
     """Run the command with the arguments of the command line."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    prepare(*TrlParser((PrepareArguments,)).parse_args_and_config())
+    prepare(*ScriptParser((PrepareArguments,), __doc__).parse_args_and_config())
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ predecessors did not change is not run again, and one that was killed resumes. O
 run is kept in `stage1.old/` and so on.
 """
 
-import difflib
 import fcntl
 import hashlib
 import inspect
@@ -34,13 +33,14 @@ from huggingface_hub import CacheNotFound, scan_cache_dir
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers.utils import cached_file
 
+from ..arguments import near_name
 from ..data import PreparedData, read_source
 from ..data.readers import SOURCES, read_lcrec
 from ..data.tables import column_names
 from ..files import atomic_file, folder_hashes, read_json, write_json
 from ..model.recommender_lasar import Recommender
 from ..trainers import LasarGRPOConfig, LasarModelConfig, LasarSFTConfig
-from .automatic import CORE, LARGE, core_size, find_column, prepare_settings, train_settings
+from .automatic import LARGE, core_size, find_column, prepare_settings, train_settings
 from .evaluate import EvaluateArguments
 from .grpo import GRPOScriptArguments
 from .memory import MemoryArguments
@@ -52,6 +52,7 @@ from .sft import SFTScriptArguments
 logger = logging.getLogger(__name__)
 
 SETTINGS = "train.yaml"
+TRAINED = ("stage1", "stage2", "grpo")
 # The stages in order: module of lasar_hf.commands, and the classes of its arguments.
 STAGES = {
     "stage1": ("sft", (SFTScriptArguments, LasarSFTConfig, LasarModelConfig)),
@@ -119,24 +120,18 @@ def prepare_project(
     if taken := [name for name in changes if name in (*fixed, "source_args")]:
         raise ValueError(f"--set has {taken[0]!r}, which is given by the data and --output.")
     PrepareArguments(**fixed, **changes)  # refuses wrong values before the long reading
-
-    if source == "table" and "k_core" not in source_args:
-        data = read_source(source, source_args | {"k_core": 1})
-        source_args["k_core"] = core_size(data.num_interactions)
-        if source_args["k_core"] == 1:
-            logger.info(
-                "All users and items are kept. From %s interactions on, those with fewer than %d are left out.",
-                f"{LARGE:,}", CORE,
-            )  # fmt: skip
-        else:
-            data = read_source(source, source_args)
-    else:
-        data = read_source(source, source_args)
-    settings = prepare_settings(len(data.items)) | changes
-    ran = prepare(PrepareArguments(**fixed, source_args=source_args, **settings))
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with locked(Path(folder)):
+        if source == "table" and "k_core" not in source_args:
+            source_args["k_core"] = 1
+            source_args["k_core"] = core_size(read_source(source, source_args).num_interactions)
+            if source_args["k_core"] == 1:
+                logger.info("All users and items are kept, since there are fewer than %s interactions.", f"{LARGE:,}")
+        settings = prepare_settings(len(read_source(source, source_args).items)) | changes
+        ran = prepare(PrepareArguments(**fixed, source_args=source_args, **settings))
     if ran and Path(folder, SETTINGS).exists():
         logger.warning("%s is kept. Delete it to train with settings that fit this data.", Path(folder, SETTINGS))
-    return settings
+    return {"k_core": source_args["k_core"], **settings} if source == "table" else settings
 
 
 def check_keys(section: str, settings: Mapping[str, Any], classes: Sequence[type]) -> None:
@@ -148,8 +143,7 @@ def check_keys(section: str, settings: Mapping[str, Any], classes: Sequence[type
     hints = {name: hint for arguments in classes for name, hint in get_type_hints(arguments).items()}
     for name, value in settings.items():
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            raise ValueError(f"{section} has no setting {name!r}." + (f" Did you mean {near[0]!r}?" if near else ""))
+            raise ValueError(f"{section} has no setting {name!r}{near_name(name, known)}.")
         check_value(f"{section}: {name}", value, hints[name])
 
 
@@ -179,7 +173,7 @@ def read_value(text: str) -> Any:
     return float(text) if re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", text) else yaml.safe_load(text)
 
 
-def project_settings(folder: str, changes: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
+def project_settings(folder: str, changes: Sequence[str] = (), config: str | None = None) -> dict[str, dict[str, Any]]:
     """
     The sections of `train.yaml`, which is written first if it is missing: settings that fit the prepared data.
 
@@ -188,6 +182,8 @@ def project_settings(folder: str, changes: Sequence[str] = ()) -> dict[str, dict
             Folder of the project.
         changes (`list[str]`, *optional*):
             Settings to change in the file, such as `"stage1.num_train_epochs=3"`.
+        config (`str`, *optional*):
+            Another YAML file to take the sections from. They replace those of the file.
 
     Raises:
         `ValueError`: if a section or a setting does not exist.
@@ -195,8 +191,9 @@ def project_settings(folder: str, changes: Sequence[str] = ()) -> dict[str, dict
     path = Path(folder, SETTINGS)
     if not Path(folder, "data").is_dir():
         raise FileNotFoundError(f"{folder} has no prepared data. Run: lasar prepare DATA --output {folder}")
-    if path.exists():
-        settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    source = Path(config) if config is not None else path
+    if config is not None or path.exists():
+        settings = read_sections(source)
     else:
         data = PreparedData.load(Path(folder, "data"))
         numbers = sum(map(len, data.split.train))
@@ -208,12 +205,20 @@ def project_settings(folder: str, changes: Sequence[str] = ()) -> dict[str, dict
             raise ValueError(f"--set has {change!r}; expected section.name=value, such as stage1.num_train_epochs=3.")
         settings.setdefault(section, {})[key] = read_value(value)
     if unknown := set(settings) - set(STAGES):
-        raise ValueError(f"{path} has the sections {sorted(unknown)}; expected some of {', '.join(STAGES)}.")
+        raise ValueError(f"{source} has the sections {sorted(unknown)}; expected some of {', '.join(STAGES)}.")
     for section, part in settings.items():
-        check_keys(f"{path}: {section}", part or {}, STAGES[section][1])
+        check_keys(f"{source}: {section}", part, STAGES[section][1])
     with atomic_file(path) as temporary:
         temporary.write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8")
     return settings
+
+
+def read_sections(path: Path) -> dict[str, dict[str, Any]]:
+    """The sections of a YAML file; an empty one has no settings."""
+    sections = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    if not isinstance(sections, dict) or not all(isinstance(part, dict | None) for part in sections.values()):
+        raise ValueError(f"{path} is not made of sections; expected some of {', '.join(STAGES)}, each with settings.")
+    return {section: part or {} for section, part in sections.items()}
 
 
 def stage_settings(folder: str, settings: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -233,19 +238,17 @@ def stage_settings(folder: str, settings: Mapping[str, Mapping[str, Any]]) -> di
             "output_dir": path["report"],
         },
     }  # fmt: skip
-    return {name: {"data_dir": path["data"], **handed[name], **(settings.get(name) or {})} for name in STAGES}
+    return {name: {"data_dir": path["data"], **handed[name], **settings.get(name, {})} for name in STAGES}
 
 
-def train_project(
-    folder: str, changes: Sequence[str] = (), launch: str | None = None, report_to: str | None = None
-) -> dict[str, dict[str, Any]]:
+def train_project(folder: str, launch: str | None = None, report_to: str | None = None) -> dict[str, dict[str, Any]]:
     """
     Train all stages that are not up to date, give each checkpoint an item memory, evaluate, and save the last one with
     all its parts to `model/`.
 
     Args:
-        folder (`str`), changes (`list[str]`):
-            As for [`project_settings`].
+        folder (`str`):
+            Folder of the project, whose settings are [`project_settings`].
         launch (`str`, *optional*):
             Launcher of the stages, such as `"accelerate launch --num_processes 8"`. By default one process.
         report_to (`str`, *optional*):
@@ -254,22 +257,24 @@ def train_project(
     Returns:
         `dict`: rows of the report by their names.
     """
-    stages = stage_settings(folder, project_settings(folder, changes))
+    settings = project_settings(folder)
     with locked(Path(folder)) as lock:
-        run_stages(Path(folder), stages, lock, launch, report_to)
+        run_stages(Path(folder), settings, lock, launch, report_to)
     return read_json(Path(folder, "report", "report.json"))["results"]
 
 
 def run_stages(
-    root: Path, stages: Mapping[str, dict[str, Any]], lock: IO, launch: str | None, report_to: str | None
+    root: Path, sections: Mapping[str, dict[str, Any]], lock: IO, launch: str | None, report_to: str | None
 ) -> None:
     """Run the stages that are not up to date, and save the last checkpoint."""
     before: Any = folder_hashes(root / "data", "steps/*.json")
+    stages = stage_settings(str(root), sections)
+    inside = stage_settings("", sections)  # with paths inside the project, which may be moved
     for number, (name, settings) in enumerate(stages.items(), start=1):
-        if report_to is not None and name in ("stage1", "stage2", "grpo"):
-            settings["report_to"] = report_to
         config, mark = root / "settings" / f"{name}.yaml", root / "settings" / f"{name}.json"
-        before = hashlib.sha256(json.dumps([before, settings], sort_keys=True).encode()).hexdigest()
+        before = hashlib.sha256(json.dumps([before, inside[name]], sort_keys=True).encode()).hexdigest()
+        if report_to is not None and name in TRAINED:  # changes no result
+            settings["report_to"] = report_to
         last = read_json(mark) if mark.exists() else {"settings": before, "done": False}
         if last == {"settings": before, "done": True}:
             logger.info("[%d/%d] %s: done before.", number, len(stages), name)
@@ -292,12 +297,12 @@ def run_stages(
 
 @contextmanager
 def locked(root: Path) -> Iterator[IO]:
-    """Hold a project, so that no two trainings write to it. Processes that inherit the file hold it as well."""
+    """Hold a project, so that no two commands write to it. Processes that inherit the file hold it as well."""
     with (root / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise RuntimeError(f"{root} is in use by another training. Wait until it ends, or end it.") from None
+            raise RuntimeError(f"{root} is in use by another lasar prepare or train. Wait until it ends.") from None
         yield file
 
 
