@@ -93,7 +93,6 @@ class Recommender(PushToHubMixin):
                 and `local_files_only` hold for all parts.
         """
         hub = hub_arguments(kwargs)
-        # The model first: its error says best that there is no such folder or model id.
         model = LasarForGenerativeRec.from_pretrained(pretrained_model_name_or_path, **kwargs).eval()
         processor = LasarProcessor.from_pretrained(pretrained_model_name_or_path, **hub)
         if device is None and torch.accelerator.is_available():
