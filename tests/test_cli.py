@@ -93,11 +93,12 @@ def test_a_mistyped_option_names_the_near_one():
         (["prepare", "ratings.csv", "--title-column", "name"], "has no column 'name'"),
         (["prepare", "ratings.csv", "--set", "codebok_size=3"], "(did you mean 'codebook_size'?)"),
         (["prepare", "ratings.csv", "--set", "codebook_size=abc"], "codebook_size is 'abc'; expected a whole number."),
+        (["prepare", "toy", "--set", "num_item=60"], "(did you mean 'num_items'?)"),
         (["prepare", "ratings.csv", "--set", "source=toy"], "given by the data and --output"),
         (["prepare", "ratings.csv", "--output", "names.csv"], "names.csv: File exists."),
         (["prepare", "toy", "--items", "items.csv"], "--items is for a table"),
         (["train", "nowhere"], "Run: lasar prepare DATA --output nowhere"),
-        (["recommend", "nowhere", "--history", "1"], "nowhere is not a folder, and not a model"),
+        (["recommend", "nowhere", "--history", "1"], "nowhere is not a folder, and no model of this name can be"),
         (["recommend", "empty", "--history", "1"], "neither a project nor a checkpoint"),
         (["recommend", "model", "--history", ""], "The history is empty"),
         (["recommend", "model", "--history", "gone", "--unknown-items", "skip"], "nothing to recommend"),
@@ -306,8 +307,10 @@ def test_an_ended_training_ends_the_processes_of_its_launcher(tmp_path, stage, m
         raise KeyboardInterrupt
 
     monkeypatch.setattr(project, "follow", interrupted)
+    begin = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         stage(f"sleep 60 & echo $! > {tmp_path / 'pid'}; wait")
+    assert time.monotonic() - begin < 50
     pid = int((tmp_path / "pid").read_text())
     for _ in range(100):
         state = Path(f"/proc/{pid}/stat")

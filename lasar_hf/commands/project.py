@@ -116,6 +116,8 @@ def prepare_project(
     own = [part.name for part in fields(PrepareArguments)]
     of_source = [name for name in inspect.signature(SOURCES.get(source, read_lcrec)).parameters if name not in own]
     source_args = {**(source_args or {}), **{name: changes.pop(name) for name in of_source if name in changes}}
+    if unknown := [name for name in changes if name not in own]:
+        raise ValueError(f"prepare has no setting {unknown[0]!r}{near_name(unknown[0], [*own, *of_source])}.")
     check_keys("prepare", changes, (PrepareArguments,))
     if taken := [name for name in changes if name in (*fixed, "source_args")]:
         raise ValueError(f"--set has {taken[0]!r}, which is given by the data and --output.")
@@ -352,6 +354,8 @@ def follow(process: subprocess.Popen, log: Path, name: str) -> None:
                 counts = re.findall(rb"(\d+)/(\d+) \[[^\]\r\n]*\](?!\x1b)", file.read())
             if counts:
                 progress.update(task, completed=int(counts[-1][0]), total=int(counts[-1][1]))
+        if process.returncode == 0 and progress.tasks[task].total is None:
+            progress.update(task, completed=1, total=1)  # too short for a bar
 
 
 def checkpoint_of(path: str) -> str:
@@ -374,8 +378,8 @@ def checkpoint_of(path: str) -> str:
             cached_file(path, "config.json")
         except OSError as error:
             raise OSError(
-                f"{path} is not a folder, and not a model that can be had from the Hub ({str(error).splitlines()[0]}) "
-                f"In the cache are: {', '.join(cached_models()) or 'no models'}."
+                f"{path} is not a folder, and no model of this name can be loaded from the Hub. "
+                f"{str(error).splitlines()[0]} In the cache: {', '.join(cached_models()) or 'no models'}."
             ) from None
     return path
 
