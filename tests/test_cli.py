@@ -368,7 +368,7 @@ def test_progress_is_that_of_the_outer_bar(tmp_path, monkeypatch):
     log = tmp_path / "log"
     log.write_bytes(b"\r 10%|# | 4/40 [00:01<00:09, 4it/s]\n\r 50%|# | 1/2 [00:00<00:00]\x1b[A")
     follow(subprocess.Popen(["true"]), log, "stage1")
-    assert shown[-1] == {"completed": 4, "total": 40}
+    assert shown[0] == {"completed": 4, "total": 40}
 
 
 @pytest.mark.slow
