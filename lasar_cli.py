@@ -8,19 +8,24 @@ The `lasar` command: from a table of interactions to recommendations.
 This file is outside the package, since importing the package takes seconds and help should not.
 """
 
+import csv
+import functools
 import logging
+import os
+import signal
+import sys
+import warnings
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated
 
 import typer
-import yaml
 from rich.console import Console
 from rich.table import Table
 
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich", help=__doc__.split("\n")[1])
-console = Console()
+console, errors = Console(), Console(stderr=True)
 
 SOURCES = ("toy", "routines", "amazon2014", "amazon2018", "amazon2023")
 Project = Annotated[str, typer.Argument(help="Folder of the project, as given to `lasar prepare --output`.")]
@@ -44,10 +49,26 @@ def main(
 ) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    # Warnings for users, one sentence each and once; those for programmers are of other kinds.
+    warnings.showwarning = lambda message, kind, *_, **__: kind is UserWarning and show_warning(str(message))
+    # tqdm shows the bars of steps that take longer than a second, and removes them in the end (empty for no).
+    for name, value in {"TQDM_DELAY": "1", "TQDM_LEAVE": ""}.items():
+        os.environ.setdefault(name, value)
+    # Ended from outside, such as by a closed terminal, a command ends the processes that it started.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
+
+
+@functools.cache
+def show_warning(message: str) -> None:
+    """A warning, said once, without the line of code that it comes from."""
+    errors.print(f"Warning: {message}", style="yellow", markup=False, highlight=False)
 
 
 def show_table(title: str, columns: list[str], rows: list[list]) -> None:
-    table = Table(title=title, title_justify="left")
+    console.print(title, highlight=False)
+    table = Table()
     for number, column in enumerate(columns):
         table.add_column(column, justify="left" if number == 0 else "right")
     for row in rows:
@@ -63,12 +84,22 @@ def results_table(results: dict[str, dict]) -> None:
     show_table("Test users, the whole catalogue ranked", ["model", *columns], rows)
 
 
+def settings_table(path: str, settings: dict[str, dict]) -> None:
+    """The settings of training that are changed most often."""
+    names = ["learning_rate", "num_train_epochs", "max_steps", "max_tokens_per_batch", "eval_steps"]
+    stages = {stage: part for stage, part in settings.items() if set(names) & set(part)}
+    rows = [[name, *(str(part.get(name, "–")) for part in stages.values())] for name in names]
+    show_table(f"Settings in {path}; change one with --set stage1.learning_rate=0.001", ["setting", *stages], rows)
+
+
 def read_changes(changes: list[str] | None) -> dict:
     """`name=value` pairs as a dictionary, values as in YAML."""
     pairs = [change.partition("=") for change in changes or []]
     if wrong := [name for name, equals, _ in pairs if not equals]:
         raise ValueError(f"--set has {wrong[0]!r}; expected name=value.")
-    return {name: yaml.safe_load(value) for name, _, value in pairs}
+    from lasar_hf.commands.project import read_value
+
+    return {name: read_value(value) for name, _, value in pairs}
 
 
 def load(model: str):
@@ -82,6 +113,13 @@ def load(model: str):
     return Recommender.from_pretrained(checkpoint_of(model))
 
 
+def split_history(history: str, recommender) -> list[str]:
+    """The items of a row of CSV. Titles may contain commas; one that is a title as a whole is one item."""
+    if recommender.item_index(history) is not None:
+        return [history]
+    return [part.strip() for part in next(csv.reader([history], skipinitialspace=True), []) if part.strip()]
+
+
 @app.command()
 def prepare(
     data: Annotated[str, typer.Argument(help=f"A table (CSV, JSON, Parquet …), a folder, or {', '.join(SOURCES)}.")],
@@ -91,18 +129,21 @@ def prepare(
     item_column: Annotated[str | None, typer.Option(help="Column of items; found by its name.")] = None,
     time_column: Annotated[str | None, typer.Option(help="Column of times; found by its name.")] = None,
     title_column: Annotated[str | None, typer.Option(help="Column of titles; found by its name.")] = None,
-    k_core: Annotated[int | None, typer.Option(help="Fewest interactions of a user and an item.")] = None,
+    k_core: Annotated[int | None, typer.Option(min=1, help="Fewest interactions of a user and an item.")] = None,
     changes: Set = None,
 ) -> None:
     """Read interactions and make Semantic IDs and training data of them."""
     from lasar_hf.commands.project import prepare_project, table_arguments
 
+    columns = {"user_column": user_column, "item_column": item_column, "time_column": time_column}
+    columns |= {"items": items, "title_column": title_column}
     source, arguments = data, {}
     if data not in SOURCES and not Path(data).is_dir():
-        columns = {"user_column": user_column, "item_column": item_column, "time_column": time_column}
-        source, arguments = "table", table_arguments(data, items, title_column=title_column, **columns)
-        if k_core is not None:
-            arguments["k_core"] = k_core
+        source, arguments = "table", table_arguments(data, **columns)
+    elif given := [name for name, value in columns.items() if value is not None]:
+        raise ValueError(f"--{given[0].replace('_', '-')} is for a table; change arguments of {data} with --set.")
+    if k_core is not None:
+        arguments["k_core"] = k_core
     settings = prepare_project(output, source, arguments, read_changes(changes))
     rows = [[name, value] for name, value in settings.items()]
     show_table("Chosen by the size of the data; change one with --set", ["setting", "value"], rows)
@@ -116,13 +157,15 @@ def train(
         list[str] | None,
         typer.Option("--set", help="Change train.yaml, such as stage1.num_train_epochs=3; can be repeated."),
     ] = None,
+    config: Annotated[str | None, typer.Option(help="YAML file whose sections replace those of train.yaml.")] = None,
     launch: Annotated[str | None, typer.Option(help='Such as "accelerate launch --num_processes 8".')] = None,
     report_to: Annotated[str | None, typer.Option(help="trackio, tensorboard, wandb or none.")] = None,
 ) -> None:
     """Train all stages, with the settings of train.yaml, which is made to fit the data. Resumes where it stopped."""
-    from lasar_hf.commands.project import train_project
+    from lasar_hf.commands.project import project_settings, train_project
 
-    results_table(train_project(project, changes or [], launch, report_to))
+    settings_table(f"{project}/train.yaml", project_settings(project, changes or [], config))
+    results_table(train_project(project, launch, report_to))
     console.print(f'The model is in {project}/model. Next: lasar recommend {project} --history "ITEM,ITEM"')
 
 
@@ -149,11 +192,12 @@ def evaluate(
 @app.command()
 def recommend(
     model: Model,
-    history: Annotated[str | None, typer.Option(help="Item ids or titles of one user, oldest first: a,b,c.")] = None,
+    history: Annotated[str | None, typer.Option(help='Item ids or titles, oldest first: a,b,"c, d".')] = None,
     histories: Annotated[str | None, typer.Option(help="Table of users with user_id and history.")] = None,
     output: Annotated[str | None, typer.Option(help="Folder of the results for --histories.")] = None,
     top_k: Annotated[int, typer.Option(help="Number of items per user.")] = 10,
     latent_steps: Annotated[int | None, typer.Option(help="Latent steps; the policy's by default.")] = None,
+    unknown_items: Annotated[str, typer.Option(help="What an unknown item of --history is: error or skip.")] = "error",
 ) -> None:
     """Recommend items: a table with titles for one --history, or files for a table of --histories."""
     if (history is None) == (histories is None) or (histories is None) != (output is None):
@@ -166,13 +210,16 @@ def recommend(
         path = checkpoint_of(model)
         run(RecommendArguments(path, histories, output, top_k=top_k, latent_steps=latent_steps))
         return
-    # Titles may contain commas; one that is a title or an id as a whole is one item.
     recommender = load(model)
-    is_item = recommender.item_index(history) is not None
-    items = [history] if is_item else [part.strip() for part in history.split(",")]
-    (result,) = recommender.recommend([items], top_k=top_k, latent_steps=latent_steps)
-    rows = [[item["title"] or "", item["item_id"], item["score"]] for item in result["items"]]
-    show_table(f"After {result['latent_steps']} latent steps", ["title", "item", "log-probability"], rows)
+    items = split_history(history, recommender)
+    (result,) = recommender.recommend([items], top_k, latent_steps=latent_steps, unknown_items=unknown_items)
+    if not result["items"]:
+        raise ValueError("There is nothing to recommend: the history has no known items, or no others are left.")
+    columns = {"title": "title", "item_id": "item", "score": "log-probability"}
+    if not any(item["title"] for item in result["items"]):
+        del columns["title"]
+    rows = [[item[name] for name in columns] for item in result["items"]]
+    show_table(f"After {result['latent_steps']} latent steps", list(columns.values()), rows)
 
 
 @app.command()
@@ -225,9 +272,11 @@ def plot(
 def run() -> None:
     """The command. A wrong setting, file or item ends it with one sentence."""
     try:
-        app()
+        app(prog_name="lasar")
     except (ValueError, OSError, RuntimeError, ImportError) as error:
-        console.print(f"Error: {error}", style="red", markup=False, highlight=False)
+        is_file = isinstance(error, OSError) and error.filename is not None and error.strerror is not None
+        text = f"{error.filename}: {error.strerror}." if is_file else str(error)
+        errors.print(f"Error: {text}", style="red", markup=False, highlight=False)
         raise SystemExit(1) from None
 
 

@@ -1,9 +1,11 @@
 """Checks of arguments that a parser does not make."""
 
+import difflib
 import importlib
 import json
 import os
 import sys
+from collections.abc import Iterable
 from dataclasses import fields
 from numbers import Integral
 from typing import Any
@@ -31,6 +33,12 @@ def check_whole_numbers(smallest: int, **arguments: object) -> None:
     for name, value in arguments.items():
         if isinstance(value, bool) or not isinstance(value, Integral) or value < smallest:
             raise ValueError(f"{name} is {value!r}; expected a whole number of at least {smallest}.")
+
+
+def near_name(name: str, known: Iterable[str]) -> str:
+    """`" (did you mean 'seed'?)"` for a mistyped name, or nothing if no known one is near."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def import_dotted(path: str) -> Any:

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from trl import TrlParser
 
 from lasar_hf import LasarForGenerativeRec, LasarProcessor
 from lasar_hf.arguments import check_choices
+from lasar_hf.commands.parser import ScriptParser
 from lasar_hf.data import PreparedData
 from lasar_hf.evaluation import ndcg_per_user, paired_bootstrap, ranks, recommend_samples
 from lasar_hf.files import atomic_file, write_json
@@ -232,4 +232,4 @@ def main(args: DepthArguments) -> None:
 
 
 if __name__ == "__main__":
-    main(*TrlParser((DepthArguments,)).parse_args_and_config())
+    main(*ScriptParser((DepthArguments,), __doc__).parse_args_and_config())

@@ -27,10 +27,10 @@ from typing import Any
 
 import torch
 import yaml
-from trl import TrlParser
 
 from lasar_hf import LasarGRPOConfig, LasarSFTConfig
 from lasar_hf.commands.grpo import GRPOScriptArguments
+from lasar_hf.commands.parser import ScriptParser
 from lasar_hf.commands.sft import SFTScriptArguments
 from lasar_hf.data import PreparedData
 from lasar_hf.evaluation import BASELINES
@@ -388,4 +388,4 @@ if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     if "--config" in sys.argv[:-1]:
         check_names(sys.argv[sys.argv.index("--config") + 1])
-    main(*TrlParser((StudyArguments,)).parse_args_and_config())
+    main(*ScriptParser((StudyArguments,), __doc__).parse_args_and_config())

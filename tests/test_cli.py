@@ -4,17 +4,34 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from typer.testing import CliRunner
 
 import lasar_cli
+from lasar_cli import split_history
+from lasar_hf.commands import project
 from lasar_hf.commands.automatic import core_size, find_column, prepare_settings, train_settings
 from lasar_hf.commands.prepare import PrepareArguments
-from lasar_hf.commands.project import STAGES, check_keys, project_settings, stage_settings, table_arguments
-from lasar_hf.data import read_table, toy_shop
+from lasar_hf.commands.project import (
+    STAGES,
+    check_keys,
+    follow,
+    locked,
+    prepare_project,
+    project_settings,
+    read_value,
+    run_stage,
+    stage_settings,
+    table_arguments,
+    train_project,
+)
+from lasar_hf.data import PreparedData, read_table, toy_shop
+from lasar_hf.files import write_json
 from tests.recipes import save_checkpoint
 
 
@@ -74,8 +91,17 @@ def test_a_mistyped_option_names_the_near_one():
         (["prepare", "missing.csv"], "missing.csv: no such file."),
         (["prepare", "names.csv"], "no column with a usual name of a user; its columns are a, b. Set --user-column."),
         (["prepare", "ratings.csv", "--title-column", "name"], "has no column 'name'"),
-        (["prepare", "ratings.csv", "--set", "codebok_size=3"], "Did you mean 'codebook_size'?"),
-        (["train", "nowhere"], "nowhere/data"),
+        (["prepare", "ratings.csv", "--set", "codebok_size=3"], "(did you mean 'codebook_size'?)"),
+        (["prepare", "ratings.csv", "--set", "codebook_size=abc"], "codebook_size is 'abc'; expected a whole number."),
+        (["prepare", "toy", "--set", "num_item=60"], "(did you mean 'num_items'?)"),
+        (["prepare", "ratings.csv", "--set", "source=toy"], "given by the data and --output"),
+        (["prepare", "ratings.csv", "--output", "names.csv"], "names.csv: File exists."),
+        (["prepare", "toy", "--items", "items.csv"], "--items is for a table"),
+        (["train", "nowhere"], "Run: lasar prepare DATA --output nowhere"),
+        (["recommend", "nowhere", "--history", "1"], "nowhere is not a folder, and no model of this name can be"),
+        (["recommend", "empty", "--history", "1"], "neither a project nor a checkpoint"),
+        (["recommend", "model", "--history", ""], "The history is empty"),
+        (["recommend", "model", "--history", "gone", "--unknown-items", "skip"], "nothing to recommend"),
         (["recommend", "model"], "Give either --history"),
         (["recommend", "model", "--history", "item-1,gone"], "The catalogue has no item 'gone'."),
         (["recommend", "model", "--history", "<a_1>"], "is a Semantic ID"),
@@ -85,13 +111,14 @@ def test_a_mistyped_option_names_the_near_one():
 def test_bad_input_ends_with_one_sentence(ratings, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(ratings.parent)
     Path("names.csv").write_text("a,b\n1,2\n")
+    Path("empty").mkdir()
     save_checkpoint(ratings.parent / "model")
     monkeypatch.setattr(sys, "argv", ["lasar", *arguments])
-    monkeypatch.setattr(lasar_cli.console, "_width", 300)
+    monkeypatch.setattr(lasar_cli.errors, "_width", 300)
     with pytest.raises(SystemExit) as ended:
         lasar_cli.run()
     assert ended.value.code == 1
-    assert message in capsys.readouterr().out.replace("\n", " ")
+    assert message in capsys.readouterr().err.replace("\n", " ")
 
 
 def test_one_history_gives_a_table(tmp_path):
@@ -102,8 +129,49 @@ def test_one_history_gives_a_table(tmp_path):
     assert len(re.findall(r"item-\d+", result.output)) == 3
 
 
+def test_titles_of_a_history_may_contain_commas():
+    recommender = SimpleNamespace(item_index=lambda item: 0 if item == "Tea, green" else None)
+    assert split_history("Tea, green", recommender) == ["Tea, green"]
+    assert split_history('a, "Tea, green",,b', recommender) == ["a", "Tea, green", "b"]
+    assert split_history("", recommender) == []
+
+
+def test_a_warning_is_one_sentence_and_said_once(ratings):
+    run = lasar("prepare", "ratings.csv", cwd=ratings.parent)
+    warnings = [line for line in run.stderr.splitlines() if "arning" in line]
+    assert any(line.startswith("Warning: No item has text") for line in warnings)
+    assert len(set(warnings)) == len(warnings) and not any(".py" in line for line in warnings)
+    assert "%|" not in run.stderr  # bars of short steps
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Settings that fit the data
+
+
+def test_arguments_of_the_source_are_settings_too(tmp_path, caplog):
+    path, folder = tmp_path / "log.csv", str(tmp_path / "mine")
+    path.write_text("user,item\nu1,1\nu1,1\nu1,2\nu1,3\nu1,4\nu2,1\nu2,2\nu2,3\nu2,4\n")
+    for changes, lengths in (({}, [2, 2]), ({"keep_repeats": True}, [3, 2])):
+        prepare_project(folder, "table", table_arguments(str(path)), changes)
+        assert list(map(len, PreparedData.load(f"{folder}/data").split.train)) == lengths
+    assert "train.yaml" not in caplog.text
+    Path(folder, "train.yaml").touch()
+    prepare_project(folder, "table", table_arguments(str(path)))
+    assert "train.yaml is kept" in caplog.text
+
+
+@pytest.mark.parametrize("text, value", [("1e-3", 0.001), ("3", 3), ("true", True), ("[1, 2]", [1, 2]), ("e3", "e3")])
+def test_values_are_read_as_yaml_with_exponents(text, value):
+    assert read_value(text) == value and type(read_value(text)) is type(value)
+
+
+@pytest.mark.parametrize("value, fits", [(3, True), ("3", True), (3.5, False), (True, False), ("x", False)])
+def test_whole_numbers_are_checked_before_anything_runs(value, fits):
+    if fits:
+        check_keys("grpo", {"num_generations": value}, STAGES["grpo"][1])
+    else:
+        with pytest.raises(ValueError, match="num_generations is .*; expected a whole number"):
+            check_keys("grpo", {"num_generations": value}, STAGES["grpo"][1])
 
 
 @pytest.mark.parametrize(
@@ -135,6 +203,7 @@ def test_the_settings_of_ten_thousand_users_are_those_of_the_recipe():
 def test_columns_are_found_by_their_names():
     assert find_column("user", ["userId", "movieId", "rating", "timestamp"], "x") == "userId"
     assert find_column("item", ["userId", "movieId", "rating", "timestamp"], "x") == "movieId"
+    assert find_column("item", ["User ID", "Item ID"], "x") == "Item ID"
     assert find_column("time", ["user_id:token", "item_id:token", "timestamp:float"], "x") == "timestamp"
 
 
@@ -149,6 +218,7 @@ def test_titles_may_stand_in_the_interactions(tmp_path):
 
 def test_train_yaml_keeps_changes_and_wins_over_the_size(tmp_path):
     (tmp_path / "train.yaml").write_text("stage1: {learning_rate: 0.5}\n")
+    (tmp_path / "data").mkdir()
     settings = project_settings(tmp_path, ["stage1.num_train_epochs=3", "evaluate.users=7"])
     assert settings == project_settings(tmp_path) == {
         "stage1": {"learning_rate": 0.5, "num_train_epochs": 3}, "evaluate": {"users": 7}
@@ -156,13 +226,149 @@ def test_train_yaml_keeps_changes_and_wins_over_the_size(tmp_path):
     stages = stage_settings(str(tmp_path), settings)
     assert stages["stage1"]["learning_rate"] == 0.5 and stages["evaluate"]["users"] == 7
     assert stages["stage2"]["model_name_or_path"] == stages["stage1"]["output_dir"]
+    (tmp_path / "other.yaml").write_text("grpo: {max_steps: 5}\nevaluate:\n")
+    other = project_settings(tmp_path, config=str(tmp_path / "other.yaml"))
+    assert other == project_settings(tmp_path) == {"grpo": {"max_steps": 5}, "evaluate": {}}
     for change in ("stage1.num_train_epoch=3", "stage9.seed=1", "stage1.seed"):
-        with pytest.raises(ValueError, match="expected|Did you mean"):
+        with pytest.raises(ValueError, match="expected|did you mean"):
             project_settings(tmp_path, [change])
+
+
+def test_a_file_without_sections_is_refused(tmp_path):
+    (tmp_path / "train.yaml").write_text("learning_rate: 0.5\n")
+    (tmp_path / "data").mkdir()
+    with pytest.raises(ValueError, match="not made of sections"):
+        project_settings(tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A project
+
+
+@pytest.fixture
+def started(tmp_path, monkeypatch) -> list[tuple[str, str | None]]:
+    """Replaces the stages of a project; says which were started, with their `report_to`."""
+    started = []
+
+    def run_stage(name, config, *_):
+        started.append((name, yaml.safe_load(config.read_text()).get("report_to")))
+        write_json(tmp_path / "report" / "report.json", {"results": {}})
+        if name == "grpo":
+            save_checkpoint(tmp_path / "grpo")
+
+    (tmp_path / "data" / "steps").mkdir(parents=True)
+    (tmp_path / "report").mkdir()
+    (tmp_path / "train.yaml").write_text("stage1: {seed: 1}\n")
+    monkeypatch.setattr(project, "run_stage", run_stage)
+    return started
+
+
+def test_only_stages_whose_settings_changed_run_again(tmp_path, started):
+    project.train_project(tmp_path)
+    assert [name for name, _ in started] == list(STAGES)
+    project.train_project(tmp_path, report_to="tensorboard")  # changes no result
+    assert len(started) == len(STAGES)
+    project_settings(tmp_path, ["grpo.max_steps=7"])
+    project.train_project(tmp_path, report_to="tensorboard")
+    assert started[len(STAGES) :] == [("grpo", "tensorboard"), ("memory", None), ("evaluate", None)]
+
+
+def test_a_failed_stage_shows_the_end_of_its_output(tmp_path):
+    (tmp_path / "launcher.py").write_text("print('starting')\nraise ValueError('the disk is full')\n")
+    launch = f"{sys.executable} {tmp_path / 'launcher.py'}"
+    message = "stage1 ended with exit code 1: ValueError: the disk is full.*stage1.log"
+    with pytest.raises(RuntimeError, match=message), locked(tmp_path) as lock:
+        run_stage("stage1", tmp_path / "stage1.yaml", launch, lock)
+
+
+def test_two_trainings_do_not_share_a_project(tmp_path):
+    with locked(tmp_path), pytest.raises(RuntimeError, match="in use by another lasar"), locked(tmp_path):
+        pass
+    with locked(tmp_path):
+        pass
+
+
+@pytest.fixture
+def stage(tmp_path):
+    """Runs a stage, given its launcher: a shell script."""
+
+    def run(script: str) -> None:
+        (tmp_path / "launch.sh").write_text(script)
+        with locked(tmp_path) as lock:
+            run_stage("stage1", tmp_path / "stage1.yaml", f"sh {tmp_path / 'launch.sh'}", lock)
+
+    return run
+
+
+def test_an_ended_training_ends_the_processes_of_its_launcher(tmp_path, stage, monkeypatch):
+    def interrupted(*_):
+        while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(project, "follow", interrupted)
+    begin = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        stage(f"sleep 60 & echo $! > {tmp_path / 'pid'}; wait")
+    assert time.monotonic() - begin < 50
+    pid = int((tmp_path / "pid").read_text())
+    for _ in range(100):
+        state = Path(f"/proc/{pid}/stat")
+        if not state.exists() or state.read_text().split()[2] == "Z":
+            return
+        time.sleep(0.05)
+    pytest.fail("The process of the launcher still runs.")
+
+
+def test_the_error_of_a_stage_is_said_and_not_its_launchers(stage):
+    with pytest.raises(RuntimeError, match="exit code 1: ValueError: stage is 3. The whole"):
+        stage("echo '[rank1]: ValueError: stage is 3.'; echo 'subprocess.CalledProcessError: Command'; exit 1")
+
+
+def test_a_changed_stage_starts_anew_and_an_unfinished_one_resumes(tmp_path, monkeypatch):
+    """The stages write nothing here but the names of the runs that they found."""
+    runs = []
+
+    def run(name, *_):
+        runs.append((name, sorted(path.name for path in (tmp_path / name).glob("*"))))
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "checkpoint").touch()
+        if len(runs) == 2:
+            raise RuntimeError("killed")
+
+    monkeypatch.setattr(project, "run_stage", run)
+    monkeypatch.setattr(project, "Recommender", SimpleNamespace(from_pretrained=lambda *_, **__: SimpleNamespace(
+        save_pretrained=lambda folder: None)))  # fmt: skip
+    (tmp_path / "data").mkdir()
+    (tmp_path / "train.yaml").write_text("stage1: {seed: 1}\n")
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report/report.json").write_text('{"results": {}}')
+    with pytest.raises(RuntimeError, match="killed"):
+        train_project(tmp_path)
+    train_project(tmp_path)
+    names = ["stage2", "grpo", "memory", "evaluate"]
+    assert runs == [("stage1", []), ("stage2", []), ("stage2", ["checkpoint"]), *((name, []) for name in names[1:])]
+    runs[:] = [None, None]
+    monkeypatch.chdir(tmp_path.parent)  # another path of the same project
+    train_project(tmp_path.name)
+    assert runs[2:] == []
+    (tmp_path / "train.yaml").write_text("grpo: {seed: 1}\nstage1: {seed: 1}\n")
+    train_project(tmp_path)
+    assert runs[2:4] == [("grpo", []), ("memory", [])] and (tmp_path / "grpo.old/checkpoint").exists()
+
+
+def test_a_missing_launcher_is_named(tmp_path):
+    with locked(tmp_path) as lock, pytest.raises(ValueError, match="--launch has 'acelerate'"):
+        run_stage("stage1", tmp_path / "stage1.yaml", "acelerate launch", lock)
+
+
+def test_progress_is_that_of_the_outer_bar(tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(project.Progress, "update", lambda self, task, **counts: shown.append(counts))
+    log = tmp_path / "log"
+    log.write_bytes(b"\r 10%|# | 4/40 [00:01<00:09, 4it/s]\n\r 50%|# | 1/2 [00:00<00:00]\x1b[A")
+    follow(subprocess.Popen(["true"]), log, "stage1")
+    assert shown[0] == {"completed": 4, "total": 40}
 
 
 @pytest.mark.slow

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from trl import TrlParser
 
 from lasar_hf import LasarConfig, LasarForGenerativeRec
+from lasar_hf.commands.parser import ScriptParser
 from lasar_hf.data import PreparedData
 from lasar_hf.evaluation import has_sasrec
 from tests.recipes import ROOT, load_recipe, report, save_checkpoint, save_prepared
@@ -66,8 +66,9 @@ def test_exclusion_holds_in_every_row_and_is_said(recipe, folder, tmp_path, choi
 
 
 def test_exclusion_is_read_from_yaml(recipe, tmp_path):
-    (tmp_path / "eval.yaml").write_text("data_dir: data\noutput_dir: out\nexclude_history: false\n")
-    (args,) = TrlParser((recipe.EvaluateArguments,)).parse_args_and_config(["--config", str(tmp_path / "eval.yaml")])
+    config = tmp_path / "eval.yaml"
+    config.write_text("data_dir: data\noutput_dir: out\nexclude_history: false\n")
+    (args,) = ScriptParser((recipe.EvaluateArguments,)).parse_args_and_config(["--config", str(config)])
     assert args.exclude_history is False
     with pytest.raises(ValueError, match="exclude_history"):
         recipe.EvaluateArguments("data", "out", exclude_history="sometimes")
@@ -120,7 +121,7 @@ def test_another_instruction_is_refused(recipe, folder, tmp_path):
     """The prompt format belongs to the checkpoint, so there is no argument for it."""
     options = [f"--data_dir={folder / 'data'}", f"--output_dir={tmp_path}", "--instruction", "Buy this."]
     with pytest.raises(ValueError, match="instruction"):
-        TrlParser((recipe.EvaluateArguments,)).parse_args_and_config(options)
+        ScriptParser((recipe.EvaluateArguments,)).parse_args_and_config(options)
 
 
 def test_another_catalogue_is_refused(recipe, folder, tmp_path):

@@ -302,12 +302,22 @@ def test_items_get_the_text_of_their_first_row(tmp_path, text_columns, expected)
 
 
 def test_repeated_and_empty_items_are_counted(tmp_path):
-    (tmp_path / "items.csv").write_text(ITEMS_CSV)
+    (tmp_path / "items.csv").write_text(ITEMS_CSV + "x,Again,Other,\n")
     with pytest.warns(UserWarning) as caught:
         read_table(log_file(tmp_path, ".csv"), [tmp_path / "items.csv"], k_core=1)
     messages = [str(warning.message) for warning in caught]
     assert any("1 rows" in message for message in messages)
     assert any("3 of 4" in message for message in messages)
+
+
+def test_the_first_text_of_an_item_counts(tmp_path, recwarn):
+    """Interactions with titles repeat the title in each row, and some rows lack it; only another title is said."""
+    path = tmp_path / "log.csv"
+    path.write_text("item_id,title\n1,\n1,Apple\n1,Apple\n2,Pear\n2,\n")
+    assert read_items(path) == {"1": {"title": "Apple"}, "2": {"title": "Pear"}} and not recwarn
+    path.write_text("item_id,title\n1,Apple\n1,Pear\n")
+    with pytest.warns(UserWarning, match="1 rows repeat an item with other text"):
+        assert read_items(path) == {"1": {"title": "Apple"}}
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

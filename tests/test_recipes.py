@@ -15,7 +15,6 @@ import pytest
 import torch
 import yaml
 from peft import get_peft_model
-from trl import TrlParser
 
 from lasar_hf import (
     ItemMemory,
@@ -26,6 +25,7 @@ from lasar_hf import (
     LasarSFTConfig,
     SidCatalog,
 )
+from lasar_hf.commands.parser import ScriptParser
 from lasar_hf.data import (
     ALIGNMENT_TASKS,
     PreparedData,
@@ -127,7 +127,7 @@ def test_wrong_keys_and_values_are_refused(tmp_path, line):
     config = tmp_path / "stage1.yaml"
     config.write_text((RECIPES / "toy/stage1.yaml").read_text() + f"{line}\n")
     with pytest.raises(ValueError, match=line.split(":")[0]):
-        TrlParser(argument_classes("sft")).parse_args_and_config(["--config", str(config)])
+        ScriptParser(argument_classes("sft")).parse_args_and_config(["--config", str(config)])
 
 
 @pytest.mark.parametrize("script", ["grpo", "recommend"])
@@ -136,7 +136,7 @@ def test_the_prompt_format_is_not_an_argument_after_training(tmp_path, script, l
     config = tmp_path / "config.yaml"
     config.write_text((RECIPES / f"scientific/{script}.yaml").read_text() + f"{line}\n")
     with pytest.raises(ValueError, match=line.split(":")[0]):
-        TrlParser(argument_classes(script)).parse_args_and_config(["--config", str(config)])
+        ScriptParser(argument_classes(script)).parse_args_and_config(["--config", str(config)])
 
 
 @pytest.mark.parametrize("value", [BACKBONE, json.dumps(BACKBONE)])

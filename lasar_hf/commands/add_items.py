@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from trl import TrlParser
 
 from ..arguments import read_json_object
 from ..data import read_items
 from ..files import read_json
 from ..model.catalog_lasar import SidCatalog
 from ..semantic_ids import ItemEncoder, Quantizer, assign_new_items, load_quantizer
+from .parser import ScriptParser
 
 
 logger = logging.getLogger(__name__)
@@ -123,7 +123,7 @@ def main(args: AddItemsArguments) -> None:
 def run() -> None:
     """Run the command with the arguments of the command line."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    main(*TrlParser((AddItemsArguments,)).parse_args_and_config())
+    main(*ScriptParser((AddItemsArguments,), __doc__).parse_args_and_config())
 
 
 if __name__ == "__main__":

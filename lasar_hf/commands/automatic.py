@@ -5,6 +5,7 @@ be changed.
 """
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,7 +27,8 @@ def find_column(kind: str, names: Sequence[str], table: str) -> str:
     Raises:
         `ValueError`: if no column has one of the usual names.
     """
-    usual = {name.lower().split(":")[0]: name for name in reversed(names)}  # RecBole writes user_id:token
+    # RecBole writes user_id:token, spreadsheets write User ID.
+    usual = {re.sub("[ .-]", "_", name.strip().lower().split(":")[0]): name for name in reversed(names)}
     for name in COLUMNS[kind]:
         if name in usual:
             return usual[name].split(":")[0]
@@ -53,7 +55,7 @@ def prepare_settings(num_items: int) -> dict[str, Any]:
 
 
 def train_settings(num_users: int, num_items: int, num_interactions: int, num_sid_levels: int) -> dict[str, dict]:
-    """Arguments of the stages of training: `stage1`, `stage2` and `grpo`."""
+    """Arguments of the stages of training, `stage1`, `stage2` and `grpo`, and of the evaluation."""
     hidden_size = 64 if num_items < 1000 else 128 if num_items < 20_000 else 256
     backbone = {
         "model_type": "gpt_neox", "hidden_size": hidden_size, "intermediate_size": 4 * hidden_size,
@@ -94,4 +96,5 @@ def train_settings(num_users: int, num_items: int, num_interactions: int, num_si
             "per_device_train_batch_size": 8 * prompts, "max_steps": steps, "eval_steps": steps // 4,
             "save_steps": steps // 4, "logging_steps": 10,
         },
+        "evaluate": {"users": 10_000 if num_users > 100_000 else 0},
     }  # fmt: skip

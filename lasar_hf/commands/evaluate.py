@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from trl import TrlParser
 
 from ..arguments import check_choices, read_switch
 from ..card import CARD_NAME, add_results, table
@@ -51,6 +50,7 @@ from ..model.memory_lasar import ItemMemory
 from ..model.modeling_lasar import LasarForGenerativeRec
 from ..model.processing_lasar import LasarProcessor
 from ..onednn import onednn_linear
+from .parser import ScriptParser
 
 
 TOP_K = 20
@@ -277,7 +277,7 @@ def main(args: EvaluateArguments) -> None:
 
 def run() -> None:
     """Run the command with the arguments of the command line."""
-    main(*TrlParser((EvaluateArguments,)).parse_args_and_config())
+    main(*ScriptParser((EvaluateArguments,), __doc__).parse_args_and_config())
     PartialState().destroy_process_group()
 
 

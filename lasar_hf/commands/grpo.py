@@ -12,7 +12,6 @@ import numpy as np
 from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from transformers import set_seed
-from trl import TrlParser
 
 from ..card import base_model_of
 from ..data import PreparedData, grpo_examples
@@ -33,6 +32,7 @@ from ..trainers import (
     starting_files,
     unsharded_weights,
 )
+from .parser import ScriptParser
 
 
 logger = logging.getLogger(__name__)
@@ -142,7 +142,7 @@ def main(script: GRPOScriptArguments, training_args: LasarGRPOConfig, model_args
 
 def run() -> None:
     """Run the command with the arguments of the command line."""
-    main(*TrlParser((GRPOScriptArguments, LasarGRPOConfig, LasarModelConfig)).parse_args_and_config())
+    main(*ScriptParser((GRPOScriptArguments, LasarGRPOConfig, LasarModelConfig), __doc__).parse_args_and_config())
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from trl import TrlParser
 
 from ..data import PreparedData
 from ..evaluation import build_memory, fit_gate, ranking_metrics, ranks, recommend_samples, similar_items, tune_memory
@@ -20,6 +19,7 @@ from ..model.memory_lasar import ItemMemory
 from ..model.modeling_lasar import LasarForGenerativeRec
 from ..model.processing_lasar import LasarProcessor
 from ..onednn import onednn_linear
+from .parser import ScriptParser
 
 
 logger = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ def main(args: MemoryArguments) -> None:
 def run() -> None:
     """Run the command with the arguments of the command line."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    main(*TrlParser((MemoryArguments,)).parse_args_and_config())
+    main(*ScriptParser((MemoryArguments,), __doc__).parse_args_and_config())
 
 
 if __name__ == "__main__":

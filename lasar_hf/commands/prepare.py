@@ -23,7 +23,6 @@ from pathlib import Path
 
 import numpy as np
 from datasets import Dataset, DatasetDict, Features, List, Value, concatenate_datasets
-from trl import TrlParser
 
 from .. import __version__
 from ..arguments import check_choices, import_dotted, read_json_object
@@ -38,7 +37,7 @@ from ..data import (
     samples,
     write_routines,
 )
-from ..data.prepared_data import RARE_REPEATS, load_interactions, save_interactions
+from ..data.prepared_data import RARE_REPEATS, load_interactions, save_dataset, save_interactions
 from ..data.readers import check_source_args, source_settings
 from ..data.splits import PARTS, Split, repeat_rate
 from ..evaluation import compare_exclusion
@@ -58,6 +57,7 @@ from ..semantic_ids import (
     text_embeddings,
 )
 from ..steps import Step, run_steps
+from .parser import ScriptParser
 
 
 logger = logging.getLogger(__name__)
@@ -255,7 +255,7 @@ def write_samples(args: PrepareArguments, out: Path) -> None:
     parts = {part: samples(split, part, args.targets, args.max_history) for part in PARTS}
     texts = [open_arrow(folder / name) for name in ("chains.arrow", "segments.arrow")]
     parts["train"] = concatenate_datasets([parts["train"], *texts], axis=1)
-    DatasetDict(parts).save_to_disk(out / "samples")
+    save_dataset(DatasetDict(parts), out / "samples")
     write_json(
         out / "prepared.json",
         {"codebook_size": args.codebook_size, "max_history": args.max_history}
@@ -392,7 +392,7 @@ def prepare(args: PrepareArguments) -> list[str]:
 def run() -> None:
     """Run the command with the arguments of the command line."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    prepare(*TrlParser((PrepareArguments,)).parse_args_and_config())
+    prepare(*ScriptParser((PrepareArguments,), __doc__).parse_args_and_config())
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 from tqdm.auto import tqdm
-from trl import TrlParser
 
 from ..arguments import read_switch
 from ..data import PreparedData
@@ -33,6 +32,7 @@ from ..model.memory_lasar import ItemMemory
 from ..model.modeling_lasar import LasarForGenerativeRec
 from ..model.processing_lasar import LasarProcessor
 from ..onednn import int8_linear, onednn_linear
+from .parser import ScriptParser
 
 
 logger = logging.getLogger(__name__)
@@ -211,7 +211,7 @@ def main(args: RecommendArguments) -> None:
 def run() -> None:
     """Run the command with the arguments of the command line."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    main(*TrlParser((RecommendArguments,)).parse_args_and_config())
+    main(*ScriptParser((RecommendArguments,), __doc__).parse_args_and_config())
     PartialState().destroy_process_group()
 
 

@@ -15,7 +15,6 @@ from datasets import Dataset
 from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
-from trl import TrlParser
 
 from ..arguments import check_choices, read_json_object, read_switch
 from ..card import base_model_of
@@ -39,6 +38,7 @@ from ..trainers import (
     starting_files,
     unsharded_weights,
 )
+from .parser import ScriptParser
 
 
 @dataclass
@@ -334,7 +334,7 @@ def main(script: SFTScriptArguments, training_args: LasarSFTConfig, model_args: 
 
 def run() -> None:
     """Run the command with the arguments of the command line."""
-    main(*TrlParser((SFTScriptArguments, LasarSFTConfig, LasarModelConfig)).parse_args_and_config())
+    main(*ScriptParser((SFTScriptArguments, LasarSFTConfig, LasarModelConfig), __doc__).parse_args_and_config())
 
 
 if __name__ == "__main__":

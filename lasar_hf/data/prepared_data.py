@@ -8,7 +8,16 @@ from itertools import chain
 from pathlib import Path
 
 import numpy as np
-from datasets import Dataset, DatasetDict, Features, List, Value
+from datasets import (
+    Dataset,
+    DatasetDict,
+    Features,
+    List,
+    Value,
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+)
 from transformers import PreTrainedTokenizerBase
 
 from ..files import folder_hashes, read_json, write_json
@@ -150,16 +159,25 @@ class PreparedData:
             )
 
 
+def save_dataset(dataset: Dataset | DatasetDict, folder: Path) -> None:
+    """Save to a folder, without the bars of progress, which appear however short it takes."""
+    shows_progress = not are_progress_bars_disabled()
+    disable_progress_bars()
+    dataset.save_to_disk(folder)
+    if shows_progress:
+        enable_progress_bars()
+
+
 def save_interactions(interactions: Interactions, split: Split, folder: str | Path) -> None:
     """Write `items/`, `users/` and `interactions.json` (fields of the split, and [`describe`]) to a folder."""
     folder = Path(folder)
     items = {"item_id": interactions.item_ids}
     items |= {name: [item.get(name, "") for item in interactions.items] for name in ITEM_FIELDS}
-    Dataset.from_dict(items, features=Features(dict.fromkeys(items, Value("string")))).save_to_disk(folder / "items")
+    save_dataset(Dataset.from_dict(items, features=Features(dict.fromkeys(items, Value("string")))), folder / "items")
     fields = dict(vars(split))
     users = {"user_id": fields.pop("user_ids")} | {part: fields.pop(part) for part in PARTS}
     features = {"user_id": Value("string")} | dict.fromkeys(PARTS, List(Value("int64")))
-    Dataset.from_dict(users, features=Features(features)).save_to_disk(folder / "users")
+    save_dataset(Dataset.from_dict(users, features=Features(features)), folder / "users")
     description = describe(interactions, split)
     write_json(folder / "interactions.json", {"split_fields": fields, "description": description})
 

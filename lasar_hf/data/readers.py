@@ -48,7 +48,7 @@ def read_items(
     **options: str | None,
 ) -> dict[str, dict[str, str]]:
     """
-    Read the text of items. If an item has several rows, the first one counts.
+    Read the text of items. If an item has several rows, the first one with text counts.
 
     Args:
         tables (`str`, `Path`, `Dataset`, `IterableDataset` or a sequence of these):
@@ -79,23 +79,22 @@ def read_items(
     layout = [item_column, *(fields[name][0] for name in ("title", "categories") if name in fields)]
     options |= {"layouts": [columns] if columns else [layout[:2], layout]}
     items: dict[str, dict[str, str]] = {}
-    num_repeated, item_id = 0, None
+    num_other, item_id = 0, None
     for table in _as_list(tables):
         for start, batch in read_batches(table, needed, optional, **options):
             for position, value in enumerate(batch[item_column]):
                 item_id = _checked_id(value, table, start + position, item_column)
                 if item_ids is not None and item_id not in item_ids:
                     continue
-                if item_id in items:
-                    num_repeated += 1
-                    continue
                 values = {field: [batch[name][position] for name in names] for field, names in fields.items()}
-                items[item_id] = item_fields(values, strip_markup, several=True)
+                text = item_fields(values, strip_markup, several=True)
+                items[item_id] = first = items.get(item_id) or text
+                num_other += bool(text) and text != first
     if item_ids and not items:
         files = ", ".join(map(table_name, _as_list(tables)))
         raise ValueError(f"{files}: no {item_column} is an item of the interactions: {item_id!r}, {min(item_ids)!r}.")
-    if num_repeated:
-        warnings.warn(f"{num_repeated} rows repeat an item; the first row of an item counts.", stacklevel=3)
+    if num_other:
+        warnings.warn(f"{num_other} rows repeat an item with other text; the first text counts.", stacklevel=3)
     return items
 
 
