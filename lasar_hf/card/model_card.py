@@ -142,26 +142,17 @@ def model_card(
 
     Args:
         name (`str`):
-            Name of the checkpoint: its id on the Hub, or the name of its folder without the path.
+            Id on the Hub, or name of the folder without the path.
         config ([`LasarConfig`]), catalog ([`SidCatalog`], *optional*), processor ([`LasarProcessor`], *optional*):
             Parts of the checkpoint. Without a processor there is no usage and no prompt.
-        data_card (`Mapping`, *optional*):
-            Content of the `data_card.json` that `recipes/prepare.py` wrote.
-        dataset (`str`, *optional*):
-            Name of the data set. Defaults to that of the files in the data card.
-        license (`str`, *optional*):
-            Licence of the checkpoint, such as `"apache-2.0"`.
-        base_model (`str`, *optional*):
-            Hub id of the model that the training began with.
-        datasets (`list[str]`, *optional*):
-            Hub ids of the data sets.
-        tags (`list[str]`, *optional*):
-            Tags on the Hub.
+        data_card (`Mapping`), dataset (`str`, *optional*):
+            Content of the `data_card.json` of the prepared data, and a name that replaces that of its files.
+        license, base_model (`str`), datasets, tags (`list[str]`, *optional*):
+            As on the Hub: licence, id of the model that the training began with, ids of data sets, tags.
         training (`Mapping[str, str]`, *optional*):
             Text of each stage of the training by its title, see [`training_text`].
         start ([`~huggingface_hub.ModelCard`], *optional*):
-            Card of the checkpoint that the training began with: its licence, base model, data and stages, where they
-            are not given.
+            Card of the starting checkpoint: its licence, base model, data and stages, where they are not given.
 
     Example:
 
@@ -176,26 +167,22 @@ def model_card(
     ```
     """
     before = {} if start is None else split_headings(start.text)
-    stages = {}
-    if "Training" in before:
-        stages = {title: text for title, text in split_headings(before["Training"], 3).items() if title}
+    stages = {title: text for title, text in split_headings(before.get("Training", ""), 3).items() if title}
     stages |= training or {}
     if start is not None:
         license, base_model = license or start.data.license, base_model or start.data.base_model
         datasets = datasets or start.data.datasets or ()
+    if data_card is not None:
+        before |= {"Data": data_text(data_card, dataset), "Semantic IDs": semantic_id_text(config, catalog, data_card)}
+        datasets = datasets or hub_datasets(data_card)
     # Each stage names the terms of its loss.
     has_policy = not stages or any("depth policy" in text for text in stages.values())
-    if data_card is not None:
-        data, ids = data_text(data_card, dataset), semantic_id_text(config, catalog, data_card)
-        datasets = datasets or hub_datasets(data_card)
-    else:
-        data = before.get("Data") or f"{dataset or 'Not recorded'}."
-        ids = before.get("Semantic IDs", "")
     parts = {
         "": f"# {name}\n\n{essentials(config, catalog, license, base_model, list(stages), has_policy)}",
         "Usage": usage_text(name, processor, has_policy), "Results": NOT_EVALUATED,
         "Training": join_headings(stages, 3) if stages else "Not recorded.",
-        "Data": data, "Semantic IDs": ids or semantic_id_text(config, catalog, {}),
+        "Data": before.get("Data") or f"{dataset or 'Not recorded'}.",
+        "Semantic IDs": before.get("Semantic IDs") or semantic_id_text(config, catalog, {}),
         "Prompt": prompt_text(processor), "Limits": LIMITS, "Citation": CITATION,
     }  # fmt: skip
     # No pipeline of transformers recommends items, and without a tag the Hub may guess "text-generation".

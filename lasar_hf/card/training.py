@@ -10,11 +10,10 @@ import yaml
 from transformers import TrainerState, TrainingArguments
 
 
-# Settings that are shown also where they have their default.
+# Settings that are shown also where they have their default. The weights of the losses are in a line of their own.
 SHOWN = (
-    "alignment", "alignment_weight", "terminal_weight", "policy_weight", "depth_weight", "beta", "learning_rate",
-    "lr_scheduler_type", "per_device_train_batch_size", "gradient_accumulation_steps", "max_tokens_per_batch",
-    "num_generations", "seed",
+    "learning_rate", "lr_scheduler_type", "per_device_train_batch_size", "gradient_accumulation_steps",
+    "max_tokens_per_batch", "num_generations", "seed",
 )  # fmt: skip
 # Settings of a script that do not decide the weights.
 HIDDEN = ("data_dir", "anchors_dir", "stage1_model", "eval_users")
@@ -96,7 +95,7 @@ def training_text(
             Whether an adapter was trained instead of all weights.
     """
     lines = [f"{description} {facts.note}".strip(), f"Loss: {losses_text(losses)}."]
-    length = f"{state.global_step:,} updates" + (f", {state.epoch:.1f} epochs" if state.epoch else "")
+    length = f"{state.global_step:,} updates" + (f", {state.epoch:.2f} epochs" if state.epoch else "")
     trained = "a LoRA adapter, the new token rows and the policy head" if has_adapter else "all weights"
     processes = "1 process" if num_processes == 1 else f"{num_processes} processes"
     lines.append(f"Length: {length}, on {processes}. Trained: {trained}.")
@@ -107,5 +106,5 @@ def training_text(
         )
     settings = {**facts.settings, **changed_settings(args, SHOWN, names)}
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("lasar_hf", *PACKAGES))
-    block = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=100)
+    block = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, default_flow_style=None)
     return "\n".join(lines) + f"\n\n```yaml\n{block}```\n\nMade with {versions}."

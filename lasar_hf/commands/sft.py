@@ -324,8 +324,9 @@ def main(script: SFTScriptArguments, training_args: LasarSFTConfig, model_args: 
         model, training_args, anchors=anchors, ranking_evaluator=evaluator, train_dataset=examples,
         eval_dataset=eval_examples, processing_class=processor, peft_config=lora_from_arguments(model, model_args),
     )
+    shown = ("tasks", "max_latent_steps") if script.stage == 1 else ("depth_source", "anchor_context")
     trainer.card_facts = CardFacts(
-        model_args.model_name_or_path, data.data_card(script.data_dir), changed_settings(script, ("tasks",)),
+        model_args.model_name_or_path, data.data_card(script.data_dir), changed_settings(script, shown),
         title=f"Stage {script.stage}",
     )
     trainer.train(resume_from_checkpoint=checkpoint)
