@@ -8,8 +8,9 @@ import sys
 
 import pytest
 from huggingface_hub import ModelCard
+from transformers.utils import PushToHubMixin
 
-from lasar_hf import LasarProcessor, LasarSFTConfig, LasarSFTTrainer, SidCatalog
+from lasar_hf import LasarProcessor, LasarSFTConfig, LasarSFTTrainer, Recommender, SidCatalog
 from lasar_hf.card import CardFacts, add_results, add_section, find_card, folder_card, hub_name
 from lasar_hf.card.headings import join_headings, split_headings
 from lasar_hf.model.recommender_lasar import renamed_card
@@ -136,6 +137,7 @@ def test_results_are_written_by_split_and_replaced(tmp_path):
         ("validation", "hit_rate"): 0.375, ("validation", "ndcg"): 0.1875,
         ("test", "hit_rate"): 0.75, ("test", "ndcg"): 0.375,
     }  # fmt: skip
+    assert len(card.data.eval_results) == 4
     first = card.data.eval_results[0]
     assert first.dataset_name == "Shop" and first.metric_name == "HR@10 (this model)"
     assert first.metric_args == {"k": 10, "interval_95": [0.25, 0.75]}
@@ -186,6 +188,14 @@ def test_another_name_changes_title_and_usage(tmp_path):
     text = renamed_card(card_of(tmp_path / "shop").content, "user/shop")
     assert "\n# user/shop\n" in text and '\nname = "user/shop"  # the folder' in text
     assert not re.search(r"\bshop", text.replace("user/shop", ""))
+
+
+def test_a_pushed_card_has_the_name_on_the_hub(tmp_path, monkeypatch):
+    local, pushed = card_of(tmp_path).content, []
+    monkeypatch.setattr(PushToHubMixin, "push_to_hub", lambda self, repo_id: pushed.append(self.card))
+    recommender = Recommender.from_pretrained(tmp_path, device="cpu")
+    recommender.push_to_hub("user/shop")
+    assert pushed == [renamed_card(local, "user/shop")] and recommender.card == local
 
 
 def test_a_section_is_added_before_the_training(tmp_path):

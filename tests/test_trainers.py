@@ -654,7 +654,7 @@ def test_model_card_names_the_tags_and_the_usage(tmp_path, kind):
     card = (tmp_path / "README.md").read_text()
     assert f"- {kind}\n" in card
     assert "- mine\n" in card
-    assert 'AutoProcessor.from_pretrained("shop"' in card
+    assert 'name = "shop"' in card
     assert "pipeline_tag: other\n" in card
 
 

@@ -35,7 +35,7 @@ class CardFacts:
         title (`str`, *optional*):
             Name of the stage, such as `"Stage 1"`.
         note (`str`, *optional*):
-            A sentence on how the run ended.
+            A sentence on how the run ended, if the weights are not those that it trained.
     """
 
     start: str | None = None
@@ -99,7 +99,7 @@ def training_text(
     trained = "a LoRA adapter, the new token rows and the policy head" if has_adapter else "all weights"
     processes = "1 process" if num_processes == 1 else f"{num_processes} processes"
     lines.append(f"Length: {length}, on {processes}. Trained: {trained}.")
-    if args.load_best_model_at_end and state.best_global_step:
+    if args.load_best_model_at_end and state.best_global_step and not facts.note:
         lines.append(
             f"The weights are those after {state.best_global_step:,} updates, the best ones on validation data "
             f"({args.metric_for_best_model} {state.best_metric:.4f})."
