@@ -8,14 +8,15 @@ import sys
 
 import pytest
 from huggingface_hub import ModelCard
+from transformers import AutoModelForCausalLM
 from transformers.utils import PushToHubMixin
 
-from lasar_hf import LasarProcessor, LasarSFTConfig, LasarSFTTrainer, Recommender, SidCatalog
+from lasar_hf import LasarForGenerativeRec, LasarProcessor, LasarSFTConfig, LasarSFTTrainer, Recommender, SidCatalog
 from lasar_hf.card import CardFacts, add_results, add_section, find_card, folder_card, hub_name
 from lasar_hf.card.headings import join_headings, split_headings
 from lasar_hf.model.recommender_lasar import renamed_card
 from tests.recipes import ROOT, load_recipe, save_checkpoint, save_prepared
-from tests.tiny import tiny_catalog
+from tests.tiny import tiny_backbone, tiny_catalog, tiny_tokenizer
 from tests.training import COMMON, grpo_trainer, sft_setup
 
 
@@ -178,6 +179,17 @@ def test_eval_writes_results_into_the_cards(tmp_path):
 )  # fmt: skip
 def test_only_names_on_the_hub_are_base_models(path, name):
     assert hub_name(path) == name
+
+
+def test_the_configuration_names_a_backbone_on_the_hub_only(tmp_path):
+    tiny_backbone().save_pretrained(tmp_path / "backbone")
+    for name in (str(tmp_path / "backbone"), "Qwen/Qwen3-0.6B"):
+        backbone = AutoModelForCausalLM.from_pretrained(tmp_path / "backbone")
+        backbone.config._name_or_path = name
+        model = LasarForGenerativeRec.from_backbone(backbone, tiny_tokenizer(), 3, 4)
+        model.save_pretrained(tmp_path / "model")
+        text = (tmp_path / "model" / "config.json").read_text()
+        assert str(tmp_path) not in text and (name in text) is (hub_name(name) is not None)
 
 
 def test_a_missing_card_is_none_and_does_not_end_a_training(tmp_path):
