@@ -299,7 +299,7 @@ class LasarTrainerMixin:
             model_name (`str`, *optional*):
                 Name of the model. Defaults to the name of `output_dir`. With `push_to_hub` it is the id on the Hub.
             dataset_name (`str` or `list[str]`, *optional*):
-                Hub ids of the data sets.
+                Hub ids of the data sets, or another name. Defaults to `args.dataset`.
             tags (`str` or `list[str]`, *optional*):
                 More tags.
         """
@@ -314,9 +314,10 @@ class LasarTrainerMixin:
             self._description, self.args, self.state, self.loss_terms(), (*TRAINING, *SCHEDULE), facts,
             self.accelerator.num_processes, isinstance(self.model, PeftModel),
         )
+        name = self.hub_model_id or model_name or os.path.basename(os.path.abspath(self.args.output_dir))
         card = model_card(
-            self.hub_model_id or model_name or os.path.basename(os.path.abspath(self.args.output_dir)), config,
-            self.catalog, self.processor, facts.data_card, self.args.dataset, self.args.license, base_model, datasets,
-            [*self._tag_names, *tags], {facts.title or self._title: stage}, self.start_card,
+            name, config, self.catalog, self.processor, facts.data_card, ", ".join(datasets) or self.args.dataset,
+            self.args.license, base_model, [name for name in datasets if hub_name(name)], [*self._tag_names, *tags],
+            {facts.title or self._title: stage}, self.start_card,
         )
         save_card(card, self.args.output_dir)
