@@ -33,6 +33,7 @@ from lasar_hf import (
     Recommender,
     SidCatalog,
 )
+from lasar_hf.card import CardFacts, add_results
 from lasar_hf.data import (
     alignment_examples,
     build_tokenizer,
@@ -84,11 +85,12 @@ def make_model(shop, quantizer):
     return model, tokenizer
 
 
-def train(trainer):
-    """Train without a line for every few steps."""
+def train(trainer, title: str, start: str | None = None):
+    """Train without a line for every few steps, and write a card that goes on from that of the stage before."""
     trainer.remove_callback(PrinterCallback)
+    trainer.card_facts = CardFacts(start and str(OUTPUT / start), title=title)
     trainer.train()
-    return trainer
+    trainer.create_model_card(model_name=str(OUTPUT / "model"), dataset_name="Toy shop")
 
 
 def plot(table: dict[str, dict], path: Path) -> None:
@@ -134,7 +136,7 @@ def main() -> None:
         str(OUTPUT / "stage1"), num_train_epochs=30, learning_rate=4e-3, weight_decay=0.1, warmup_steps=0.05,
         per_device_train_batch_size=32, train_sampling_strategy="group_by_length", **COMMON,
     )
-    train(LasarSFTTrainer(model, args, train_dataset=examples, processing_class=processor))
+    train(LasarSFTTrainer(model, args, train_dataset=examples, processing_class=processor), "Stage 1")
 
     test = samples(split, "test")
     table, targets = {}, np.array(test["target"])
@@ -165,7 +167,8 @@ def main() -> None:
         anchors_at_any_depth=True, **COMMON,
     )
     examples = reasoning_examples(train_samples, processor, depths)
-    train(LasarSFTTrainer(model, args, anchors=anchors, train_dataset=examples, processing_class=processor))
+    stage2 = LasarSFTTrainer(model, args, anchors=anchors, train_dataset=examples, processing_class=processor)
+    train(stage2, "Stage 2", start="stage1")
     say(f"Stage 2, the model reasons in hidden states: {evaluate('LASAR-SFT')}.")
 
     # 4. GRPO: candidates are rewarded, and the policy head learns how many steps pay off.
@@ -174,14 +177,16 @@ def main() -> None:
         depth_gradient="exact", step_cost="auto", policy_learning_rate=3e-3, **COMMON,
     )
     examples = grpo_examples(train_samples, processor, anchors.terminal())
-    rl = train(LasarGRPOTrainer(model, args, train_dataset=examples, processing_class=processor))
+    rl = LasarGRPOTrainer(model, args, train_dataset=examples, processing_class=processor)
+    train(rl, "Reinforcement learning", start="stage2")
     say(f"GRPO, the model learns which steps pay off: {evaluate('LASAR-RL')}.")
 
     # 5. A checkpoint with everything that others need, the report and the figure.
     folder = OUTPUT / "model"
-    rl.create_model_card(model_name=str(folder), dataset_name="Toy shop")
     recommender = Recommender(model.eval(), processor, card=(OUTPUT / "grpo" / "README.md").read_text())
     recommender.save_pretrained(folder)
+    results = {"results": table, "details": {"exclude_history": True}}
+    add_results(folder, results, "Toy shop", rows={"LASAR-RL": "this model"})
     save_report(OUTPUT, table)
     plot(table, OUTPUT / "quickstart.png")
     view = Table("", "HR@10", "NDCG@10", "latent steps", title="Test users, all books ranked", title_justify="left")

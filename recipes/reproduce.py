@@ -302,8 +302,10 @@ def run_job(job: Job, study: StudyArguments) -> bool:
     """Run a command with its log beside its results. Returns whether it succeeded."""
     job.folder.mkdir(parents=True, exist_ok=True)
     config = job.folder / f"{job.name.split('/')[-1]}.yaml"
+    # Several evaluations of a checkpoint may run at once, and those of fixed depths are not results of its policy.
+    settings = job.settings | ({"cards": False} if job.script == "eval" else {})
     with atomic_file(config) as temporary:
-        temporary.write_text(yaml.safe_dump(job.settings, sort_keys=False), encoding="utf-8")
+        temporary.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
     command = [sys.executable, str(RECIPES / f"{job.script}.py"), "--config", str(config)]
     log, began = config.with_suffix(".log"), time.time()
     threads = str(max(torch.get_num_threads() // study.jobs, 1))

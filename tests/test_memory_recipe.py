@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from lasar_hf import ItemMemory, LasarForGenerativeRec, LasarProcessor
+from lasar_hf.card import find_card
+from lasar_hf.card.headings import split_headings
 from lasar_hf.data import PreparedData
 from lasar_hf.evaluation import (
     Recommendations,
@@ -89,6 +91,11 @@ def test_models_are_distinct_folders(folder, models):
     recipe = load_recipe("memory")
     with pytest.raises(ValueError, match="models"):
         recipe.MemoryArguments(str(folder / "data"), [name.format(folder / "checkpoint") for name in models])
+
+
+def test_the_card_says_that_there_is_a_memory(folder):
+    text = split_headings(find_card(folder / "checkpoint").text)["Item memory"]
+    assert "item_memory.safetensors" in text and "Fitted for 0 latent steps." in text
 
 
 def test_eval_has_a_second_row(folder, tmp_path):

@@ -427,6 +427,7 @@ def test_grpo_saves_its_start_if_training_made_it_worse(folder, stage2, tmp_path
     start, result = (LasarForGenerativeRec.from_pretrained(path).state_dict() for path in (stage2, tmp_path))
     assert all(torch.equal(start[name], result[name]) for name in start)
     assert prompt_format(tmp_path) == prompt_format(stage2)
+    assert ("made the model worse" in (tmp_path / "README.md").read_text()) is not is_kept
 
 
 @pytest.mark.parametrize("use_peft", [False, True])

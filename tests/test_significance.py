@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lasar_hf.evaluation import paired_bootstrap
+from lasar_hf.evaluation import mean_interval, paired_bootstrap
 
 
 def test_interval_matches_the_normal_one():
@@ -110,3 +110,10 @@ def test_other_seeds_give_other_results():
 def test_wrong_input_is_refused(values_a, values_b):
     with pytest.raises(ValueError, match="values_a"):
         paired_bootstrap(values_a, values_b)
+
+
+def test_the_interval_of_a_mean_has_the_width_of_its_standard_error():
+    values = np.random.default_rng(0).normal(2.0, 1.0, 400)
+    low, high = mean_interval(values)
+    assert low < values.mean() < high
+    assert high - low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.1)

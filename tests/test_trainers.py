@@ -651,11 +651,12 @@ def test_with_a_tokenizer_the_catalogue_is_saved(tmp_path):
 
 @pytest.mark.parametrize("kind", ["sft", "grpo"])
 def test_model_card_names_the_tags_and_the_usage(tmp_path, kind):
-    processor_trainer(kind, tmp_path).create_model_card("shop", tags=["mine"])
+    processor_trainer(kind, tmp_path).create_model_card("shop", ["Toy shop", "user/books"], tags=["mine"])
     card = (tmp_path / "README.md").read_text()
     assert f"- {kind}\n" in card
     assert "- mine\n" in card
-    assert 'AutoProcessor.from_pretrained("shop"' in card
+    assert "datasets:\n- user/books\n" in card and "Toy shop, user/books" in card
+    assert 'name = "shop"' in card
     assert "pipeline_tag: other\n" in card
 
 

@@ -10,6 +10,8 @@ SASRec has a row if cornac is installed (`pip install "lasar_hf[baselines]"`). `
 of every user.
 """
 
+import logging
+import os
 import tempfile
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
@@ -21,7 +23,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from ..arguments import check_choices, read_switch
-from ..card import CARD_NAME, add_results, table
+from ..card import add_results, data_name
 from ..data import PreparedData
 from ..evaluation import (
     BASELINES,
@@ -31,6 +33,7 @@ from ..evaluation import (
     exclusion_note,
     hits_per_user,
     matrix_ranking,
+    mean_interval,
     memory_matrix,
     ndcg_per_user,
     paired_bootstrap,
@@ -53,6 +56,8 @@ from ..onednn import onednn_linear
 from .parser import ScriptParser
 
 
+logger = logging.getLogger(__name__)
+
 TOP_K = 20
 WITH_MEMORY = " + memory"  # end of the name of a row
 
@@ -73,7 +78,9 @@ class EvaluateArguments:
     memory: bool = field(default=True, metadata={"help": "Whether checkpoints with an item memory have a second row."})
     baselines: bool = field(default=True, metadata={"help": "Whether to tune and rank the baselines too."})
     cards: bool = field(default=True, metadata={"help": "Write the results into the cards of the checkpoints."})
-    dataset: str = field(default="own data", metadata={"help": "Name of the data set, for the cards."})
+    dataset: str | None = field(
+        default=None, metadata={"help": "Name of the data set, for the cards; by default that of its files."}
+    )
     exclude_history: str = field(
         default="auto",
         metadata={
@@ -180,6 +187,18 @@ def evaluate_baselines(args: EvaluateArguments, data: PreparedData, samples):
     return predictions, rows, tuning
 
 
+def intervals(predictions: dict[str, np.ndarray], samples) -> dict[str, dict[str, list[float]]]:
+    """95 % intervals of HR@10 and NDCG@10 of each row, by a bootstrap over users; none for a single user."""
+    output = {}
+    if len(set(samples["user_id"])) < 2:
+        return output
+    for name, items in predictions.items():
+        rank = ranks(items, samples["target"])
+        values = {"HR@10": hits_per_user(rank, 10), "NDCG@10": ndcg_per_user(rank, 10)}
+        output[name] = {metric: mean_interval(part, samples["user_id"]) for metric, part in values.items()}
+    return output
+
+
 def significance(predictions: dict[str, np.ndarray], samples) -> dict[str, dict]:
     """Bootstrap of the difference of each row to the one above, and of each row below item-kNN to item-kNN."""
     target_ranks = {name: ranks(items, samples["target"]) for name, items in predictions.items()}
@@ -201,44 +220,33 @@ def significance(predictions: dict[str, np.ndarray], samples) -> dict[str, dict]
     }
 
 
-def report(args: EvaluateArguments, data: PreparedData, samples, predictions, rows, tuning, depths) -> None:
-    """Print the tables, and write the report and the cards."""
+def report(args: EvaluateArguments, data: PreparedData, samples, predictions, rows, tuning, depths) -> dict:
+    """Print the tables and write the report. Returns it."""
     exclude, parts = history_is_excluded(args, data), slices(samples, data.split.train)
     by_slice = slice_report(predictions, samples["target"], parts)
     notes = [exclusion_note(exclude), *tuning_notes(tuning)]
     print(comparison_table(rows), *notes, "", slice_table(by_slice), sep="\n")
     details = {
         "arguments": asdict(args), "exclude_history": exclude, "repeat_rate": data.repeat_rate, "baselines": tuning,
+        "intervals": intervals(predictions, samples),
+        "depths": {name: np.bincount(steps).tolist() for name, steps in depths.items()},  # users by latent steps
         **significance(predictions, samples),
     }
     save_report(args.output_dir, rows, details, by_slice, notes)
-    if args.cards:
-        write_cards(args, samples, predictions, rows, depths, notes)
+    return {"results": rows, "details": details}
 
 
-def write_cards(args: EvaluateArguments, samples, predictions, rows, depths, notes: list[str]) -> None:
-    """Write the table, the model's own numbers with intervals and its depths into the card of each checkpoint."""
-    for name, (path, _) in parse_models(args.models).items():
-        if not Path(path, CARD_NAME).exists():
+def write_cards(args: EvaluateArguments, report: dict) -> None:
+    """Write the results into the card of each checkpoint in a folder that can be written to."""
+    card = PreparedData.data_card(args.data_dir)
+    dataset = args.dataset or (data_name(card) if card is not None else "own data")
+    for path in dict.fromkeys(path for path, _ in parse_models(args.models).values()):
+        if not Path(path).is_dir():  # on the Hub
             continue
-        own = [variant for variant in (name, name + WITH_MEMORY) if variant in rows]
-        lines, metrics = [], {}
-        for variant in own:
-            rank = ranks(predictions[variant], samples["target"])
-            metrics[variant] = {"HR@10": rows[variant]["HR@10"], "NDCG@10": rows[variant]["NDCG@10"]}
-            values = {"HR@10": hits_per_user(rank, 10), "NDCG@10": ndcg_per_user(rank, 10)}
-            for metric, value in values.items():
-                test = paired_bootstrap(value, np.zeros(len(value)), samples["user_id"])
-                lines.append(f"* {variant}, {metric}: {test.difference:.4f} ({test.low:.4f} to {test.high:.4f})")
-        counts = np.bincount(depths[name])
-        shares = table({str(depth): f"{count / counts.sum():.1%}" for depth, count in enumerate(counts) if count},
-                       ("latent steps", "users"))  # fmt: skip
-        text = [
-            f"{len(samples):,} users of the {args.split} part, the whole catalogue ranked. This model is {own[0]}, "
-            "with 95 % intervals from a bootstrap over users:", "\n".join(lines), comparison_table(rows),
-            "\n".join(f"* {note}" for note in notes), "Latent steps that the model took:", shares,
-        ]  # fmt: skip
-        add_results(path, "\n\n".join(part.strip() for part in text), metrics, args.dataset, args.split)
+        if os.access(path, os.W_OK):
+            add_results(path, report, dataset)
+        else:
+            logger.warning("%s cannot be written to, so its card has no results.", path)
 
 
 def save_lists(folder: str, predictions: dict[str, np.ndarray], depths: dict[str, np.ndarray]) -> None:
@@ -272,7 +280,9 @@ def main(args: EvaluateArguments) -> None:
             predictions[variant], depths[variant], rows[variant] = results
     if state.is_main_process:
         save_lists(args.output_dir, predictions, depths)
-        report(args, data, samples, predictions, rows, tuning, depths)
+        content = report(args, data, samples, predictions, rows, tuning, depths)
+        if args.cards:
+            write_cards(args, content)
 
 
 def run() -> None:

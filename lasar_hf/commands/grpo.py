@@ -6,14 +6,14 @@ Resumes from the last checkpoint in `output_dir`. The prompt format is that of t
 """
 
 import logging
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from transformers import set_seed
 
-from ..card import base_model_of
+from ..card import CardFacts, changed_settings
 from ..data import PreparedData, grpo_examples
 from ..evaluation import RankingEvaluator
 from ..model.configuration_lasar import LasarConfig
@@ -36,6 +36,10 @@ from .parser import ScriptParser
 
 
 logger = logging.getLogger(__name__)
+
+NOT_BETTER = (
+    "It made the model worse on validation users: the weights are those of the checkpoint that it began with."
+)
 
 
 @dataclass
@@ -84,6 +88,7 @@ def save_better(trainer: LasarGRPOTrainer, evaluator: RankingEvaluator, start: L
         trainer.save_model()
         return
     logger.warning("Training made the model worse on validation users. The starting checkpoint is saved instead.")
+    trainer.card_facts = replace(trainer.card_facts, note=NOT_BETTER)
     if trainer.is_world_process_zero():
         start.save_pretrained(trainer.args.output_dir)
         trainer.processing_class.save_pretrained(trainer.args.output_dir)
@@ -126,9 +131,9 @@ def main(script: GRPOScriptArguments, training_args: LasarGRPOConfig, model_args
         train_dataset=grpo_examples(data.samples["train"], processor, terminal_anchors(script, model_args.dtype)),
         peft_config=lora_from_arguments(model, model_args),
     )
-    trainer.card_facts = data.card_facts(script.data_dir) | {
-        "base_model": base_model_of(model_args.model_name_or_path)
-    }
+    trainer.card_facts = CardFacts(
+        model_args.model_name_or_path, data.data_card(script.data_dir), changed_settings(script)
+    )
     trainer.train(resume_from_checkpoint=checkpoint)
     if evaluator is not None:
         with unsharded_weights():

@@ -38,7 +38,7 @@ from ..data import PreparedData, read_source
 from ..data.readers import SOURCES, read_lcrec
 from ..data.tables import column_names
 from ..files import atomic_file, folder_hashes, read_json, write_json
-from ..model.recommender_lasar import Recommender
+from ..model.recommender_lasar import Recommender, renamed_card
 from ..trainers import LasarGRPOConfig, LasarModelConfig, LasarSFTConfig
 from .automatic import LARGE, core_size, find_column, prepare_settings, train_settings
 from .evaluate import EvaluateArguments
@@ -294,7 +294,9 @@ def run_stages(
         write_json(mark, {"settings": before, "done": True})
         if values := [entry["eval_NDCG@10"] for entry in training_log(root / name) if "eval_NDCG@10" in entry]:
             logger.info("      best NDCG@10 on validation users: %.4f", max(values))
-    Recommender.from_pretrained(root / "grpo", device="cpu").save_pretrained(root / "model")
+    recommender = Recommender.from_pretrained(root / "grpo", device="cpu")
+    recommender.card = None if recommender.card is None else renamed_card(recommender.card, "model")
+    recommender.save_pretrained(root / "model")
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from ..arguments import check_choices, read_json_object, read_switch
-from ..card import base_model_of
+from ..card import CardFacts, changed_settings
 from ..data import PreparedData, reasoning_examples, sft_examples, stage1_examples, with_neighbours
 from ..evaluation import RankingEvaluator, neighbour_draws, similar_items, tune_memory
 from ..files import folder_hashes
@@ -324,9 +324,11 @@ def main(script: SFTScriptArguments, training_args: LasarSFTConfig, model_args: 
         model, training_args, anchors=anchors, ranking_evaluator=evaluator, train_dataset=examples,
         eval_dataset=eval_examples, processing_class=processor, peft_config=lora_from_arguments(model, model_args),
     )
-    trainer.card_facts = data.card_facts(script.data_dir) | {
-        "base_model": base_model_of(model_args.model_name_or_path)
-    }
+    shown = ("tasks", "max_latent_steps") if script.stage == 1 else ("depth_source", "anchor_context")
+    trainer.card_facts = CardFacts(
+        model_args.model_name_or_path, data.data_card(script.data_dir), changed_settings(script, shown),
+        title=f"Stage {script.stage}",
+    )
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.accelerator.end_training()

@@ -112,14 +112,11 @@ class PreparedData:
         patterns = ("**/data-*.arrow", "catalog/*", "tokenizer/*", "prepared.json")
         return {name: sha for pattern in patterns for name, sha in folder_hashes(folder, pattern).items()}
 
-    def card_facts(self, folder: str | Path) -> dict[str, object]:
-        """What a model card says about the data in a folder: counts, and the quality of the Semantic IDs if known."""
-        interactions = sum(len(items) for part in PARTS for items in self.users[part])
-        path = Path(folder, "semantic_ids.json")
-        return {
-            "counts": {"users": len(self.users), "items": len(self.items), "interactions": interactions},
-            "semantic_ids": read_json(path) if path.exists() else {},
-        }
+    @staticmethod
+    def data_card(folder: str | Path) -> dict | None:
+        """Content of the `data_card.json` of a folder, or `None` if it has none."""
+        path = Path(folder, "data_card.json")
+        return read_json(path) if path.exists() else None
 
     @cached_property
     def text_vectors(self) -> np.ndarray | None:

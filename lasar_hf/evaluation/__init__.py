@@ -33,7 +33,7 @@ from .report import (
     slice_table,
 )
 from .sasrec import has_sasrec, sasrec_ranking
-from .significance import BootstrapResult, paired_bootstrap
+from .significance import BootstrapResult, mean_interval, paired_bootstrap
 from .slices import slices
 from .tuning import BASELINES, Tuning, baseline_rankings, compare_exclusion, tune, tune_item_knn, tuning_notes
 
@@ -60,6 +60,7 @@ __all__ = [
     "item_knn_ranking",
     "markov_ranking",
     "matrix_ranking",
+    "mean_interval",
     "memory_matrix",
     "ndcg_per_user",
     "neighbour_draws",

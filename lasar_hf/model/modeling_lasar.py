@@ -1,5 +1,6 @@
 """LASAR (arXiv 2605.10207) with its language-model head: making it from a backbone, its loss, and `recommend`."""
 
+import os
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -159,6 +160,8 @@ class LasarForGenerativeRec(CheckpointMixin, LasarPreTrainedModel, GenerationMix
 
         # 3. Resize, and put the backbone into the recommender.
         add_embeddings(backbone, num_old, len(tokenizer))
+        if os.path.exists(backbone.config._name_or_path):
+            backbone.config._name_or_path = ""  # it is saved with the configuration, and a local path is private
         start_id, latent_id, end_id = tokenizer.convert_tokens_to_ids(list(CONTROL_TOKENS))
         config = LasarConfig(
             backbone_config=backbone.config, num_sid_levels=num_sid_levels, codebook_size=codebook_size,

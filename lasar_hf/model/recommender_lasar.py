@@ -1,5 +1,6 @@
 """A checkpoint as one object: from histories of item ids or titles to ranked items with titles."""
 
+import json
 import os
 import re
 from collections import defaultdict
@@ -24,6 +25,13 @@ SEMANTIC_ID = re.compile(r"(<[a-z]_\d+>\s*)+")
 def title_key(title: str) -> str:
     """Titles that differ in case and spaces only have the same key."""
     return " ".join(title.casefold().split())
+
+
+def renamed_card(card: str, name: str) -> str:
+    """A model card for another name of the checkpoint: its title, and the line of its usage that has the name."""
+    card = re.sub(r"^# .*", lambda match: f"# {name}", card, count=1, flags=re.MULTILINE)
+    line = f"name = {json.dumps(name)}  # the folder"
+    return re.sub(r'^name = ".*"  # the folder', lambda match: line, card, count=1, flags=re.MULTILINE)
 
 
 class Recommender(PushToHubMixin):
@@ -118,6 +126,18 @@ class Recommender(PushToHubMixin):
         if self.card is not None:
             with open(os.path.join(save_directory, CARD_NAME), "w", encoding="utf-8") as file:
                 file.write(self.card)
+
+    def push_to_hub(self, repo_id: str, **kwargs) -> str:
+        """
+        Upload all parts, with a card whose usage has this name. `kwargs` as for
+        [`~transformers.PreTrainedModel.push_to_hub`], such as `private`.
+        """
+        local = self.card
+        try:
+            self.card = None if local is None else renamed_card(local, repo_id)
+            return super().push_to_hub(repo_id, **kwargs)
+        finally:
+            self.card = local
 
     @cached_property
     def _items_of_title(self) -> dict[str, list[int]]:

@@ -57,6 +57,11 @@ class LasarGRPOConfig(GRPOConfig):
         prompts_per_user (`int`, *optional*, defaults to `1`):
             Number of prompts of one user, with histories that continue one another, that stay together in the order of
             training. Together they are read once; more of them make a step faster and its gradient less diverse.
+        license (`str`, *optional*):
+            Licence of the checkpoint, such as `"apache-2.0"`, for its model card. Defaults to that of the checkpoint
+            that the training began with. The card says so if there is none.
+        dataset (`str`, *optional*):
+            Name of the data set, for the model card. Defaults to the names of its files, if they are known.
 
     > [!NOTE]
     > These parameters have default values different from [`~trl.GRPOConfig`]:

@@ -98,7 +98,7 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
     #   compute_loss                     reads them from its micro-batch, and the latent states from `self._outputs`
 
     _tag_names = ["trl", "grpo", "lasar"]
-    _description = "Reinforcement learning of LASAR with GRPO."
+    _title, _description = "Reinforcement learning", "GRPO of items and depth with `LasarGRPOTrainer`."
 
     def __init__(
         self, model, args: LasarGRPOConfig, catalog: SidCatalog | None = None, reward_funcs=None,
@@ -151,6 +151,18 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
         self.reward_baseline: float | None = None  # b_EMA; starts as the mean reward of the first batch
         # λ; the first batch sets an automatic one.
         self.step_cost: float | None = None if args.step_cost == "auto" else args.step_cost
+
+    def loss_terms(self) -> dict[str, float]:
+        """Weight of each term of the loss by its name, for the model card."""
+        args = self.args
+        has_anchors = any("terminal_anchor" in (data.column_names or ()) for data in as_sets(self.train_dataset))
+        terminal = args.terminal_weight if has_anchors and args.alignment != "none" else 0.0
+        return {
+            f"GRPO with the rewards {', '.join(self.reward_func_names)}": 1.0,
+            "KL to the starting checkpoint": args.beta,
+            f"terminal alignment ({args.alignment})": terminal,
+            f"depth policy ({args.depth_gradient})": args.depth_weight,
+        }
 
     def draw_candidates(self, prompts: list[str], trainer: GRPOTrainer) -> dict[str, list]:
         """

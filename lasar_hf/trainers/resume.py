@@ -29,7 +29,8 @@ TRAINING = (
     "top_entropy_quantile", "train_sampling_strategy", "use_adaptive_entropy", "use_bias_correction_kl",
     "vespo_k_neg", "vespo_k_pos", "vespo_lambda_neg", "vespo_lambda_pos", "weight_decay",
 )  # fmt: skip
-
+# Arguments that a longer run may change, or that change numbers by rounding only.
+SCHEDULE = ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "bf16", "fp16")
 
 # Files of a checkpoint that a run begins with. A memory may be added later.
 STARTING_FILES = ("*model*.safetensors", "sid_catalog*", "processor_config.json")

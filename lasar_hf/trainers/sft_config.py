@@ -46,6 +46,11 @@ class LasarSFTConfig(SFTConfig):
             `per_device_train_batch_size` random examples. The history of a user is read once for all samples, and a
             shared token counts once. Every example weighs the same, also if batches differ in size. Replaces
             `train_sampling_strategy`.
+        license (`str`, *optional*):
+            Licence of the checkpoint, such as `"apache-2.0"`, for its model card. Defaults to that of the checkpoint
+            that the training began with. The card says so if there is none.
+        dataset (`str`, *optional*):
+            Name of the data set, for the model card. Defaults to the names of its files, if they are known.
 
     > [!NOTE]
     > These parameters have default values different from [`~trl.SFTConfig`]:

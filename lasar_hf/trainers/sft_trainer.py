@@ -138,7 +138,7 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
     batch_sampler: PrefixBatchSampler | None = None  # with `max_tokens_per_batch`
     _drawn_at, _micro_batch = -1, 0  # step and micro-batch of the last draw of neighbours
     _tag_names = ["trl", "sft", "lasar"]
-    _description = "Supervised training of LASAR."
+    _title, _description = "Supervised training", "Supervised training with `LasarSFTTrainer`."
 
     def __init__(
         self, model, args: LasarSFTConfig, catalog: SidCatalog | None = None, anchors: AnchorStore | None = None,
@@ -164,7 +164,7 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
         # As tokenised by TRL, or as given if TRL may have cut them.
         if args.max_length is None:
             train_dataset, eval_dataset = self.train_dataset, self.eval_dataset
-        self.depth_rows = _depth_rows(args, lasar.config)
+        self.depth_rows, self.has_anchors = _depth_rows(args, lasar.config), anchors is not None
         for dataset in [*as_sets(train_dataset), *as_sets(eval_dataset)]:
             check_lengths(dataset, lasar.config, args.max_length, depth_rows=self.depth_rows)
         if isinstance(self.data_collator, DataCollatorForLanguageModeling):
@@ -180,6 +180,15 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
         check_token_rows(lasar)
         train_policy_head(lasar, args.policy_weight > 0)
         self.record_latent_states(lasar)
+
+    def loss_terms(self) -> dict[str, float]:
+        """Weight of each term of the loss by its name, for the model card."""
+        align = self.args.alignment_weight if self.has_anchors and self.args.alignment != "none" else 0.0
+        over = "the catalogue" if self.args.sid_loss == "catalog" else "the vocabulary"
+        return {
+            f"cross-entropy (of Semantic IDs over {over})": 1.0, f"alignment ({self.args.alignment})": align,
+            "depth policy": self.args.policy_weight,
+        }  # fmt: skip
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()

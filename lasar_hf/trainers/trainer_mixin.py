@@ -3,13 +3,13 @@
 import copy
 import os
 from collections import deque
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from datasets import Dataset
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, ModelCard
 from peft import PeftModel
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
@@ -17,13 +17,14 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoProcessor, PreTrainedTokenizerBase
 from trl.models import unwrap_model_for_generation
 
-from ..card import model_card, save_card
+from ..card import CardFacts, find_card, hub_name, model_card, save_card, training_text
 from ..model.base_lasar import LasarModelOutput
 from ..model.configuration_lasar import LasarConfig
 from ..model.modeling_lasar import LasarForGenerativeRec
 from ..model.processing_lasar import LasarProcessor
 from .hub import ADAPTER, commit_operations
 from .losses import depth_entropy
+from .resume import SCHEDULE, TRAINING
 
 
 # A sum over the local batch and the number of its terms.
@@ -128,9 +129,12 @@ def latent_metrics(
 
 
 class LasarTrainerMixin:
-    """Methods of both trainers, which set `processor`, `catalog`, `_tag_names` and `_description`."""
+    """
+    Methods of both trainers, which set `processor`, `catalog`, `_tag_names`, `_title` and `_description` and have
+    `loss_terms`.
+    """
 
-    card_facts: Mapping[str, Any] = {}  # what the model card says about the data, see `model_card`
+    card_facts = CardFacts()  # what the caller knows of the run, for the model card
 
     def record_latent_states(self, lasar: LasarForGenerativeRec) -> None:
         """
@@ -280,18 +284,40 @@ class LasarTrainerMixin:
             revision=revision or self.args.hub_revision, run_as_future=not blocking,
         )
 
+    @cached_property
+    def start_card(self) -> ModelCard | None:
+        """The card of the checkpoint that the run began with, if that is a recommender with a card."""
+        card = find_card(self.card_facts.start or unwrap_lasar(self.model).config._name_or_path)
+        return card if card is not None and "lasar" in (card.data.tags or ()) else None
+
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):
         """
-        Write `README.md`, see [`~lasar_hf.card.model_card`], with the facts in `self.card_facts`. TRL's own method
-        looks for templates inside TRL.
+        Write `README.md`, see [`~lasar_hf.card.model_card`], from this run, `card_facts` and the card of the
+        checkpoint that it began with. TRL's own method looks for templates inside TRL.
+
+        Args:
+            model_name (`str`, *optional*):
+                Name of the model. Defaults to the name of `output_dir`. With `push_to_hub` it is the id on the Hub.
+            dataset_name (`str` or `list[str]`, *optional*):
+                Hub ids of the data sets, or another name. Defaults to `args.dataset`.
+            tags (`str` or `list[str]`, *optional*):
+                More tags.
         """
         if not self.is_world_process_zero():
             return
-        name = self.args.hub_model_id or model_name or os.path.basename(os.path.normpath(self.args.output_dir))
-        facts = {"dataset": dataset_name or self.args.dataset, "license": self.args.license, **self.card_facts}
-        tags = sorted([*self._tag_names, *(tags or [])])
-        lasar = unwrap_lasar(self.accelerator.unwrap_model(self.model))
-        save_card(
-            self.args.output_dir,
-            model_card(name, self._description, lasar, self.processor, self.args, tags, facts),
+        facts, config = self.card_facts, unwrap_lasar(self.accelerator.unwrap_model(self.model)).config
+        base_model = hub_name(facts.start or config._name_or_path)
+        if base_model is None and self.start_card is None:
+            base_model = hub_name(config.backbone_config._name_or_path)
+        datasets, tags = ([part] if isinstance(part, str) else part or [] for part in (dataset_name, tags))
+        stage = training_text(
+            self._description, self.args, self.state, self.loss_terms(), (*TRAINING, *SCHEDULE), facts,
+            self.accelerator.num_processes, isinstance(self.model, PeftModel),
         )
+        name = self.hub_model_id or model_name or os.path.basename(os.path.abspath(self.args.output_dir))
+        card = model_card(
+            name, config, self.catalog, self.processor, facts.data_card, ", ".join(datasets) or self.args.dataset,
+            self.args.license, base_model, [name for name in datasets if hub_name(name)], [*self._tag_names, *tags],
+            {facts.title or self._title: stage}, self.start_card,
+        )
+        save_card(card, self.args.output_dir)
