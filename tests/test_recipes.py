@@ -96,7 +96,7 @@ def test_run_sh_runs_every_stage(path):
 def test_one_card_takes_the_steps_of_eight(recipe, stage, script, tmp_path):
     """The options of run.sh for one card parse, and change neither the examples of a step nor the loss."""
     options = re.search(rf'{script.upper()}="(--.*)"', (RECIPES / recipe / "run.sh").read_text())[1].split()
-    parser = TrlParser(argument_classes(script))
+    parser = ScriptParser(argument_classes(script))
     settings = ["--config", str(RECIPES / recipe / f"{stage}.yaml"), "--output_dir", str(tmp_path)]
     settings += ["--use_cpu", "true", "--bf16", "false"]
     (_, eight, eight_model), (_, one, one_model) = (
