@@ -197,7 +197,10 @@ def test_a_missing_card_is_none_and_does_not_end_a_training(tmp_path):
 
 
 def test_another_name_changes_title_and_usage(tmp_path):
-    text = renamed_card(card_of(tmp_path / "shop").content, "user/shop")
+    card_of(tmp_path / "shop")
+    add_results(tmp_path / "shop", report(tmp_path / "shop"))
+    text = renamed_card((tmp_path / "shop" / "README.md").read_text(), "user/shop")
+    assert ModelCard(text).data.model_name == "user/shop"
     assert "\n# user/shop\n" in text and '\nname = "user/shop"  # the folder' in text
     assert not re.search(r"\bshop", text.replace("user/shop", ""))
 

@@ -28,7 +28,8 @@ def title_key(title: str) -> str:
 
 
 def renamed_card(card: str, name: str) -> str:
-    """A model card for another name of the checkpoint: its title, and the line of its usage that has the name."""
+    """A model card for another name of the checkpoint, in its header, its title and the first lines of its usage."""
+    card = re.sub(r"^(model-index:\n- name: ).*", lambda match: match[1] + json.dumps(name), card, flags=re.MULTILINE)
     card = re.sub(r"^# .*", lambda match: f"# {name}", card, count=1, flags=re.MULTILINE)
     line = f"name = {json.dumps(name)}  # the folder"
     return re.sub(r'^name = ".*"  # the folder', lambda match: line, card, count=1, flags=re.MULTILINE)
