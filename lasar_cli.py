@@ -64,11 +64,12 @@ def show_table(title: str, columns: list[str], rows: list[list]) -> None:
     console.print(table)
 
 
-def results_table(results: dict[str, dict]) -> None:
+def results_table(results: dict[str, dict], split: str = "test") -> None:
     """The rows of a report."""
     columns = ["HR@10", "NDCG@10", "mean_depth", "ms_per_user"]
     rows = [[name, *(row.get(column) for column in columns)] for name, row in results.items()]
-    show_table("Test users, the whole catalogue ranked", ["model", *columns], rows)
+    users = max((row["n"] for row in results.values()), default=0)
+    show_table(f"{users:,} users of the {split} part, the whole catalogue ranked", ["model", *columns], rows)
 
 
 def settings_table(path: str, settings: dict[str, dict]) -> None:
@@ -158,10 +159,10 @@ def evaluate(
     from lasar_hf.files import read_json
 
     settings = stage_settings(project, project_settings(project))["evaluate"]
-    settings |= {"split": split, "users": users, "num_beams": beams}
+    settings |= {"split": split, "users": users, "num_beams": beams, "cards": split == "test" and users == 0}
     settings["output_dir"] = str(Path(project, f"report_{split}"))
     run(EvaluateArguments(**settings))
-    results_table(read_json(Path(settings["output_dir"], "report.json"))["results"])
+    results_table(read_json(Path(settings["output_dir"], "report.json"))["results"], split)
 
 
 @app.command()
@@ -225,7 +226,12 @@ def push(
     private: Annotated[bool, typer.Option(help="Make a private repository.")] = False,
 ) -> None:
     """Upload a model with code, prompt format, catalogue, memory and card to the Hub."""
-    console.print(load(model).push_to_hub(repo_id, private=private))
+    from lasar_hf.card import renamed
+
+    recommender = load(model)
+    if recommender.card is not None:
+        recommender.card = renamed(recommender.card, repo_id)
+    console.print(str(recommender.push_to_hub(repo_id, private=private)))
 
 
 @app.command()

@@ -189,6 +189,16 @@ def save_card(folder: str | os.PathLike, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def renamed(text: str, name: str) -> str:
+    """The text of a card with another name of the model: in its title, its usage and its `model-index`."""
+    card = ModelCard(text, ignore_metadata_errors=True)
+    title = card.text.strip().partition("\n")[0].removeprefix("# ")
+    if card.data.eval_results:
+        card.data.model_name = name
+    content = card.text.replace(f"# {title}\n", f"# {name}\n", 1).replace(f'"{title}"', f'"{name}"')
+    return f"---\n{card.data.to_yaml()}\n---\n{content}"
+
+
 def add_results(
     folder: str | os.PathLike, text: str, metrics: Mapping[str, Mapping[str, float]], dataset: str, split: str
 ) -> None:

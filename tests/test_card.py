@@ -8,7 +8,7 @@ import pytest
 from huggingface_hub import EvalResult, ModelCard
 
 from lasar_hf import LasarProcessor, LasarSFTConfig, LasarSFTTrainer
-from lasar_hf.card import add_results, base_model_of, changed_arguments, hub_name, model_card
+from lasar_hf.card import add_results, base_model_of, changed_arguments, hub_name, model_card, renamed
 from tests.recipes import load_recipe, save_checkpoint, save_prepared
 from tests.tiny import tiny_catalog, tiny_model
 from tests.training import COMMON, sft_setup
@@ -42,6 +42,16 @@ def test_the_card_has_settings_data_and_prompt_but_no_local_path(tmp_path):
         assert text in card.content
     assert str(tmp_path) not in card.content
     assert "licence" not in card.content
+
+
+def test_a_renamed_card_has_the_new_name_everywhere(tmp_path):
+    trained(tmp_path / "grpo")
+    add_results(tmp_path / "grpo", "| a | table |", {"LASAR": {"HR@10": 0.5}}, "Shop", "test")
+    text = (tmp_path / "grpo" / "README.md").read_text()
+    new = renamed(text, "ann/shop")
+    assert new.replace("ann/shop", "grpo") == text
+    assert "# ann/shop\n" in new and new.count('from_pretrained("ann/shop"') == 2
+    assert ModelCard(new).data.model_name == "ann/shop"
 
 
 def test_a_card_without_a_licence_says_so(tmp_path):

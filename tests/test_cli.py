@@ -11,6 +11,7 @@ import yaml
 from typer.testing import CliRunner
 
 import lasar_cli
+from lasar_hf import Recommender
 from lasar_hf.commands import project
 from lasar_hf.commands.automatic import core_size, find_column, prepare_settings, train_settings
 from lasar_hf.commands.prepare import PrepareArguments
@@ -109,6 +110,20 @@ def test_one_history_gives_a_table(tmp_path):
     result = CliRunner().invoke(lasar_cli.app, arguments)
     assert result.exit_code == 0
     assert len(re.findall(r"item-\d+", result.output)) == 3
+
+
+def test_push_uploads_all_parts_under_the_name_on_the_hub(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path)
+    (tmp_path / "README.md").write_text('---\nlicense: mit\n---\n\n# grpo\n\nfrom_pretrained("grpo")\n')
+    uploads = []
+    monkeypatch.setattr(
+        Recommender, "push_to_hub", lambda self, repo_id, **options: uploads.append((self.card, repo_id, options))
+    )
+    result = CliRunner().invoke(lasar_cli.app, ["push", str(tmp_path), "ann/shop", "--private"])
+    assert result.exit_code == 0, result.output
+    ((card, repo_id, options),) = uploads
+    assert repo_id == "ann/shop" and options == {"private": True}
+    assert "# ann/shop" in card and 'from_pretrained("ann/shop")' in card
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -229,6 +244,8 @@ def test_three_commands_make_recommendations_with_titles(ratings):
     first = lasar("recommend", "mine", "--history", "item-0,item-1", "--top-k", "2", cwd=folder)
     assert first.stdout.count("Volume") == 2, first.stdout + first.stderr
     assert lasar("plot", "mine", cwd=folder).returncode == 0 and (folder / "mine/training.png").exists()
+    card = (folder / "mine/model/README.md").read_text()
+    assert 'from_pretrained("mine/model"' in card and "LASAR-RL + memory, NDCG@10" in card
     again = lasar("train", "mine", cwd=folder)
     assert again.stderr.count("done before") == 5, again.stderr
     assert lasar("recommend", "mine", "--history", "item-0,item-1", "--top-k", "2", cwd=folder).stdout == first.stdout

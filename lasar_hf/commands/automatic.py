@@ -73,8 +73,9 @@ def train_settings(num_users: int, num_items: int, num_interactions: int, num_si
         "metric_for_best_model": "eval_NDCG@10", "load_best_model_at_end": True, "logging_steps": 0.02,
         "report_to": "none", "neighbour_targets": 0.5,
     }  # fmt: skip
-    # Candidates of 8 to 32 prompts, and 100 to 300 updates.
-    prompts, steps = (8, 100) if num_users < 2000 else (32, 300)
+    # Candidates of 8 to 32 prompts, and 100 to 300 updates. Stage 2 of small data has few updates, so larger ones.
+    is_small = num_users < 2000
+    prompts, steps = (8, 100) if is_small else (32, 300)
     reinforce = {name: value for name, value in common.items() if name not in ("neighbour_targets", "warmup_steps")}
     return {
         "stage1": {
@@ -84,8 +85,9 @@ def train_settings(num_users: int, num_items: int, num_interactions: int, num_si
         },
         "stage2": {
             "stage": 2, "depth_source": "uniform", "depth_weights": [1, 1, 1, 0, 1, 0, 0, 0, 1], "alignment": "kl",
-            "alignment_weight": 0.1, "policy_weight": 0.1, "learning_rate": 5e-4,
-            "num_train_epochs": max(1, round(epochs / 4)), "max_tokens_per_batch": min(16_000, 5 * batch), **common,
+            "alignment_weight": 0.1, "policy_weight": 0.1, "learning_rate": 2e-3 if is_small else 5e-4,
+            "num_train_epochs": max(1, round(epochs / (2 if is_small else 4))),
+            "max_tokens_per_batch": min(16_000, 5 * batch), **common,
         },
         "grpo": {
             **reinforce, "reward_funcs": ["exact_match", "ranking", "prefix"], "sampling": "sample",

@@ -24,6 +24,7 @@ import yaml
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..arguments import near_name
+from ..card import renamed
 from ..data import PreparedData, read_source
 from ..data.tables import column_names
 from ..files import atomic_file, folder_hashes, read_json, write_json
@@ -222,8 +223,16 @@ def train_project(folder: str, launch: str | None = None, report_to: str | None 
         write_json(mark, {"settings": before})
         if values := [entry["eval_NDCG@10"] for entry in training_log(root / name) if "eval_NDCG@10" in entry]:
             logger.info("      best NDCG@10 on validation users: %.4f", max(values))
-    Recommender.from_pretrained(root / "grpo", device="cpu").save_pretrained(root / "model")
+    save_recommender(root / "grpo", root / "model")
     return read_json(root / "report" / "report.json")["results"]
+
+
+def save_recommender(checkpoint: Path, folder: Path) -> None:
+    """Save a checkpoint with all its parts to another folder, whose name is that on its card."""
+    recommender = Recommender.from_pretrained(checkpoint, device="cpu")
+    if recommender.card is not None:
+        recommender.card = renamed(recommender.card, "/".join(folder.parts[-2:]))
+    recommender.save_pretrained(folder)
 
 
 def run_stage(name: str, config: Path, launch: str | None) -> None:
