@@ -205,12 +205,13 @@ def started(tmp_path, monkeypatch) -> list[tuple[str, str | None]]:
 
     def run_stage(name, config, launch):
         started.append((name, yaml.safe_load(config.read_text()).get("report_to")))
+        if name == "grpo":
+            save_checkpoint(tmp_path / "grpo")
         write_json(tmp_path / "report" / "report.json", {"results": {}})
 
     (tmp_path / "data" / "steps").mkdir(parents=True)
     (tmp_path / "report").mkdir()
     (tmp_path / "train.yaml").write_text("stage1: {seed: 1}\n")
-    save_checkpoint(tmp_path / "grpo")
     monkeypatch.setattr(project, "run_stage", run_stage)
     return started
 
@@ -218,11 +219,27 @@ def started(tmp_path, monkeypatch) -> list[tuple[str, str | None]]:
 def test_only_stages_whose_settings_changed_run_again(tmp_path, started):
     project.train_project(tmp_path)
     assert [name for name, _ in started] == list(STAGES)
+    (tmp_path / "grpo" / "earlier").touch()
     project.train_project(tmp_path, report_to="tensorboard")  # changes no result
     assert len(started) == len(STAGES)
     project_settings(tmp_path, ["grpo.max_steps=7"])
     project.train_project(tmp_path, report_to="tensorboard")
     assert started[len(STAGES) :] == [("grpo", "tensorboard"), ("memory", None), ("evaluate", None)]
+    assert (tmp_path / "old" / "grpo" / "earlier").exists() and not (tmp_path / "grpo" / "earlier").exists()
+
+
+def test_a_stage_that_was_interrupted_goes_on_in_its_folder(tmp_path, started, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    run_stage = project.run_stage
+    monkeypatch.setattr(project, "run_stage", stop)
+    with pytest.raises(KeyboardInterrupt):
+        project.train_project(tmp_path)
+    (tmp_path / "stage1").mkdir()
+    monkeypatch.setattr(project, "run_stage", run_stage)
+    project.train_project(tmp_path)
+    assert len(started) == len(STAGES) and (tmp_path / "stage1").exists() and not (tmp_path / "old").exists()
 
 
 def test_a_failed_stage_shows_the_end_of_its_output(tmp_path):
@@ -249,3 +266,5 @@ def test_three_commands_make_recommendations_with_titles(ratings):
     again = lasar("train", "mine", cwd=folder)
     assert again.stderr.count("done before") == 5, again.stderr
     assert lasar("recommend", "mine", "--history", "item-0,item-1", "--top-k", "2", cwd=folder).stdout == first.stdout
+    run = lasar("train", "mine", "--set", "grpo.learning_rate=0.001", cwd=folder)
+    assert run.returncode == 0 and run.stderr.count("done before") == 2, run.stdout + run.stderr

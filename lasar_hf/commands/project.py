@@ -4,7 +4,8 @@ A project: one folder in which the `lasar` command prepares data, trains all sta
     data/  train.yaml  stage1/  stage2/  grpo/  report/  model/  settings/
 
 `train.yaml` has one section for each stage, whose keys are those of the stage's own script. A stage whose settings and
-predecessors did not change is not run again, and a stage that was killed resumes.
+predecessors did not change is not run again, and a stage that was killed resumes. What a stage made with other
+settings is moved to `old/`.
 """
 
 import hashlib
@@ -12,6 +13,7 @@ import json
 import logging
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -207,24 +209,37 @@ def train_project(folder: str, launch: str | None = None, report_to: str | None 
     stages = stage_settings(folder, project_settings(folder))
     before: Any = folder_hashes(root / "data", "steps/*.json")
     for number, (name, settings) in enumerate(stages.items(), start=1):
-        config, mark = root / "settings" / f"{name}.yaml", root / "settings" / f"{name}.done.json"
+        config, mark = root / "settings" / f"{name}.yaml", root / "settings" / f"{name}.json"
         before = hashlib.sha256(json.dumps([before, settings], sort_keys=True).encode()).hexdigest()
         if report_to is not None and name in TRAINED:  # changes no result
             settings["report_to"] = report_to
-        if mark.exists() and read_json(mark)["settings"] == before:
+        earlier = read_json(mark) if mark.exists() else {"settings": before}
+        if earlier == {"settings": before, "done": True}:
             logger.info("[%d/%d] %s: done before.", number, len(stages), name)
             continue
         logger.info("[%d/%d] %s", number, len(stages), name)
-        mark.unlink(missing_ok=True)
+        if earlier["settings"] != before and name in TRAINED:
+            put_aside(root, name)
         config.parent.mkdir(parents=True, exist_ok=True)
+        write_json(mark, {"settings": before, "done": False})
         with atomic_file(config) as temporary:
             temporary.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
         run_stage(name, config, launch)
-        write_json(mark, {"settings": before})
+        write_json(mark, {"settings": before, "done": True})
         if values := [entry["eval_NDCG@10"] for entry in training_log(root / name) if "eval_NDCG@10" in entry]:
             logger.info("      best NDCG@10 on validation users: %.4f", max(values))
     save_recommender(root / "grpo", root / "model")
     return read_json(root / "report" / "report.json")["results"]
+
+
+def put_aside(root: Path, name: str) -> None:
+    """Move what a stage made with other settings to `old/`, since it cannot go on from there."""
+    if (root / name).is_dir():
+        old = root / "old" / name
+        logger.info("      Settings changed. What was trained before is now in %s.", old)
+        shutil.rmtree(old, ignore_errors=True)
+        old.parent.mkdir(exist_ok=True)
+        (root / name).rename(old)
 
 
 def save_recommender(checkpoint: Path, folder: Path) -> None:
