@@ -3,21 +3,24 @@ All stages of LASAR on a generated shop, without network and GPU: under two minu
 
     pip install -e ".[test]" && python examples/quickstart.py
 
-Toy shop -> Semantic IDs -> stage 1 -> stage 2 -> GRPO -> table of results and one recommendation. Model, report and
-a plot of depth and reward go to `outputs/quickstart`; `examples/recommend.py` loads the model.
+Toy shop -> Semantic IDs -> stage 1 -> stage 2 -> GRPO -> a table, a figure and recommendations. The model with its
+card goes to `outputs/quickstart/model`, the figure and the report beside it.
 """
 
 import os
 import time
+import warnings
 from pathlib import Path
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs the network
 
 import datasets
-import matplotlib
 import numpy as np
-from transformers import AutoModelForCausalLM, GPTNeoXConfig, set_seed
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, PrinterCallback, set_seed
 from transformers.utils import logging as transformers_logging
 
 from lasar_hf import (
@@ -27,6 +30,7 @@ from lasar_hf import (
     LasarProcessor,
     LasarSFTConfig,
     LasarSFTTrainer,
+    Recommender,
     SidCatalog,
 )
 from lasar_hf.data import (
@@ -39,16 +43,7 @@ from lasar_hf.data import (
     samples,
     toy_shop,
 )
-from lasar_hf.evaluation import (
-    comparison_table,
-    evaluate_recommendations,
-    item_knn_ranking,
-    markov_ranking,
-    popularity_ranking,
-    recommend_samples,
-    save_report,
-)
-from lasar_hf.files import atomic_file
+from lasar_hf.evaluation import evaluate_recommendations, item_knn_ranking, recommend_samples, save_report
 from lasar_hf.reasoning import TemplateTeacher, encode_anchors, segment
 from lasar_hf.semantic_ids import (
     build_semantic_ids,
@@ -59,12 +54,10 @@ from lasar_hf.semantic_ids import (
 )
 
 
-matplotlib.use("Agg")
-
 SEED, LEVELS, CODES, STEPS, OUTPUT = 0, 4, 16, 4, Path("outputs/quickstart")
 COMMON = dict(
     use_cpu=True, bf16=False, gradient_checkpointing=False, save_strategy="no", report_to="none", logging_steps=5,
-    lr_scheduler_type="cosine", seed=SEED, disable_tqdm=True,
+    lr_scheduler_type="cosine", seed=SEED, disable_tqdm=True, dataloader_pin_memory=False,
 )
 
 
@@ -91,119 +84,122 @@ def make_model(shop, quantizer):
     return model, tokenizer
 
 
-def plot_history(sft_log, rl_log, path: Path) -> None:
-    """Depth during stage 2 and GRPO, reward during GRPO."""
-    from matplotlib import pyplot
+def train(trainer):
+    """Train without a line for every few steps."""
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    return trainer
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    for name, log in (("stage 2 (labels)", sft_log), ("GRPO (sampled)", rl_log)):
-        points = [(entry["step"], entry["mean_depth"]) for entry in log if "loss" in entry]
-        left.plot(*zip(*points, strict=True), label=name)
-    left.set(xlabel="step", ylabel="mean latent steps", title="Depth")
-    left.legend()
-    points = [(entry["step"], entry["rewards/exact_match/mean"]) for entry in rl_log if "loss" in entry]
-    right.plot(*zip(*points, strict=True), color="tab:green")
-    right.set(xlabel="step", ylabel="share of candidates that are the target", title="Reward")
-    with atomic_file(path) as temporary:
-        figure.savefig(temporary, dpi=120)
+
+def plot(table: dict[str, dict], path: Path) -> None:
+    """How good the lists are, and how many latent steps they took, before and after reinforcement learning."""
+    figure = Figure(figsize=(9, 3), layout="constrained")
+    quality, depth = figure.subplots(1, 2, width_ratios=[3, 2])
+    colours = ["tab:gray", "tab:blue", "tab:orange", "tab:green"]
+    bars = quality.bar(list(table), [row["NDCG@10"] for row in table.values()], color=colours)
+    quality.bar_label(bars, fmt="%.3f")
+    quality.set(title="Ranking quality (higher is better)", ylabel="NDCG@10, test users", ylim=(0, 1))
+    names = ["LASAR-SFT", "LASAR-RL"]
+    bars = depth.bar(names, [table[name]["mean_depth"] for name in names], color=colours[2:], width=0.5)
+    depth.bar_label(bars, fmt="%.2f")
+    depth.set(title="Latent steps per user (fewer is faster)", ylabel="mean", ylim=(0, STEPS))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
 
 
 def main() -> None:
     """Run every stage and report."""
+    warnings.simplefilter("ignore", FutureWarning)  # transformers' own, about names of arguments in the next version
     transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()
     set_seed(SEED)
-    start = time.perf_counter()
+    start, console = time.perf_counter(), Console(highlight=False)
 
     def say(text: str) -> None:
-        print(f"[{time.perf_counter() - start:5.0f} s] {text}", flush=True)
+        console.print(f"[{time.perf_counter() - start:4.0f} s] {text}", markup=False, soft_wrap=True)
 
     # 1. A shop, its split, and Semantic IDs.
-
     shop = toy_shop(num_users=600, num_items=192, seed=SEED)
     split = leave_one_out(shop)
     catalog, quantizer = make_catalog(shop, split)
-    say(f"Toy shop: {len(split.user_ids)} users, {len(catalog)} items, Semantic IDs of {LEVELS} x {CODES} codes.")
+    say(f"A toy shop: {len(split.user_ids)} users, {len(catalog)} books, Semantic IDs of {LEVELS} x {CODES} codes.")
 
     # 2. Stage 1: loss on every item of a user's history, and item titles to Semantic IDs.
     model, tokenizer = make_model(shop, quantizer)
     processor = LasarProcessor(tokenizer, catalog, instruction="")
     titles = alignment_examples(shop, split, processor, tasks=("title_to_sid",))
-    examples = [history_examples(split, processor), titles]
+    examples = datasets.concatenate_datasets([history_examples(split, processor), titles])
     args = LasarSFTConfig(
         str(OUTPUT / "stage1"), num_train_epochs=30, learning_rate=4e-3, weight_decay=0.1, warmup_steps=0.05,
         per_device_train_batch_size=32, train_sampling_strategy="group_by_length", **COMMON,
     )
-    examples = datasets.concatenate_datasets(examples)
-    LasarSFTTrainer(model, args, train_dataset=examples, processing_class=processor).train()
-    say("Stage 1: the model generates Semantic IDs.")
+    train(LasarSFTTrainer(model, args, train_dataset=examples, processing_class=processor))
 
     test = samples(split, "test")
     table, targets = {}, np.array(test["target"])
-    baselines = {"popularity": popularity_ranking, "Markov": markov_ranking, "item-kNN": item_knn_ranking}
-    for name, ranking in baselines.items():
-        predictions = ranking(split.train, test["history"], len(catalog), 20, exclude_history=True)
-        table[name] = evaluate_recommendations(predictions, targets, len(catalog))
+    neighbours = item_knn_ranking(split.train, test["history"], len(catalog), 20, exclude_history=True)
+    table["item-kNN"] = evaluate_recommendations(neighbours, targets, len(catalog))
 
-    def evaluate(name: str, latent_steps: int | None = None) -> None:
+    def evaluate(name: str, latent_steps: int | None = None) -> str:
         result = recommend_samples(model, test, processor, latent_steps=latent_steps)
-        table[name] = evaluate_recommendations(
+        table[name] = row = evaluate_recommendations(
             result.items, targets, len(catalog), result.latent_steps, result.seconds
         )
+        return f"NDCG@10 {row['NDCG@10']:.3f} with {row['mean_depth']:.2f} latent steps per user"
 
-    evaluate("direct", latent_steps=0)
+    say(f"Stage 1, the model learns Semantic IDs: {evaluate('direct', latent_steps=0)}.")
 
-    # 3. Stage 2: latent states are aligned with the hidden states of the segments of a chain of thought.
-    train = samples(split, "train")
+    # 3. Stage 2: latent states are aligned with the hidden states of the segments of a chain of thought. The list is
+    # trained after each number of steps, so that the policy head has something to choose from.
+    train_samples = samples(split, "train")
     teacher = TemplateTeacher(shop, split)
-    chains = [teacher.chain_of_thought(h, t) for h, t in zip(train["history"], train["target"], strict=True)]
-    segments = segment(chains, max_segments=STEPS)
+    pairs = zip(train_samples["history"], train_samples["target"], strict=True)
+    segments = segment([teacher.chain_of_thought(*pair) for pair in pairs], max_segments=STEPS)
     anchors = encode_anchors(model, processor, segments)
-    say(f"Teacher, segments and anchors: {anchors.depths.mean():.2f} steps on average. One chain of thought:")
-    print(*(f"          {step + 1}. {text}" for step, text in enumerate(segments[7])), sep="\n")
-
+    say(f"A teacher wrote {len(segments):,} chains of thought, of {np.mean([*map(len, segments)]):.1f} segments each.")
+    depths = np.random.default_rng(SEED).integers(1, STEPS + 1, len(segments))
     args = LasarSFTConfig(
-        str(OUTPUT / "stage2"), num_train_epochs=10, learning_rate=2e-3, weight_decay=0.1, warmup_steps=0.05,
-        per_device_train_batch_size=64, alignment_weight=0.05, policy_weight=0.1, **COMMON,
+        str(OUTPUT / "stage2"), num_train_epochs=6, learning_rate=2e-3, weight_decay=0.1, warmup_steps=0.05,
+        per_device_train_batch_size=64, alignment_weight=0.05, policy_weight=0.1, depth_weights=[1, 1, 1, 1, 1],
+        anchors_at_any_depth=True, **COMMON,
     )
-    stage2 = LasarSFTTrainer(
-        model, args, anchors=anchors, train_dataset=reasoning_examples(train, processor, anchors.depths),
-        processing_class=processor,
-    )
-    stage2.train()
-    evaluate("LASAR-SFT")
-    say("Stage 2: the model reasons in hidden states.")
+    examples = reasoning_examples(train_samples, processor, depths)
+    train(LasarSFTTrainer(model, args, anchors=anchors, train_dataset=examples, processing_class=processor))
+    say(f"Stage 2, the model reasons in hidden states: {evaluate('LASAR-SFT')}.")
 
-    # 4. GRPO: candidates are rewarded, the policy head learns how many steps pay off.
+    # 4. GRPO: candidates are rewarded, and the policy head learns how many steps pay off.
     args = LasarGRPOConfig(
         str(OUTPUT / "grpo"), max_steps=100, learning_rate=1e-4, per_device_train_batch_size=64, num_generations=8,
-        **COMMON,
+        depth_gradient="exact", step_cost="auto", policy_learning_rate=3e-3, **COMMON,
     )
-    rl = LasarGRPOTrainer(
-        model, args, train_dataset=grpo_examples(train, processor, anchors.terminal()), processing_class=processor
-    )
-    rl.train()
-    evaluate("LASAR-RL")
-    say("GRPO: quality and depth together.")
+    examples = grpo_examples(train_samples, processor, anchors.terminal())
+    rl = train(LasarGRPOTrainer(model, args, train_dataset=examples, processing_class=processor))
+    say(f"GRPO, the model learns which steps pay off: {evaluate('LASAR-RL')}.")
 
-    # 5. A checkpoint with model, tokenizer, catalogue and prompt format; the report; one recommendation.
-    model.save_pretrained(OUTPUT / "model")
-    processor.save_pretrained(OUTPUT / "model")
-    plot_history(stage2.state.log_history, rl.state.log_history, OUTPUT / "training.png")
+    # 5. A checkpoint with everything that others need, the report and the figure.
+    folder = OUTPUT / "model"
+    rl.create_model_card(model_name=str(folder), dataset_name="Toy shop")
+    recommender = Recommender(model.eval(), processor, card=(OUTPUT / "grpo" / "README.md").read_text())
+    recommender.save_pretrained(folder)
     save_report(OUTPUT, table)
-    shown = ("HR@10", "NDCG@10", "mean_depth", "ms_per_user")
-    print("\n" + comparison_table({n: {k: v for k, v in row.items() if k in shown} for n, row in table.items()}))
+    plot(table, OUTPUT / "quickstart.png")
+    view = Table("", "HR@10", "NDCG@10", "latent steps", title="Test users, all books ranked", title_justify="left")
+    for name, row in table.items():
+        view.add_row(name, *(f"{row[key]:.3f}" if key in row else "–" for key in ("HR@10", "NDCG@10", "mean_depth")))
+    console.print(view)
 
     user = test[3]
-    inputs = processor([[catalog.item_ids[item] for item in user["history"]]])
-    output = model.recommend(**inputs, catalog=catalog, top_k=5)
-    print(f"User {user['user_id']} bought:")
-    print(*(f"  {catalog.titles[item]}" for item in user["history"]), sep="\n")
-    print(f"After {int(output.latent_steps[0])} latent steps we recommend:")
-    for entry in processor.decode_recommendations(output)[0]:
-        mark = "  <- bought next" if entry["item_id"] == catalog.item_ids[user["target"]] else ""
-        print(f"  {np.exp(entry['score']):6.1%}  {entry['title']}{mark}")
-    say(f"Done. Model, report and plot are in {OUTPUT}.")
+    history = [catalog.item_ids[item] for item in user["history"]]
+    (result,) = recommender.recommend([history], top_k=5)
+    bought = (catalog.titles[item] for item in user["history"][::-1])
+    console.print("A user bought, the last one first:", *bought, sep="\n  ")
+    console.print(f"After {result['latent_steps']} latent steps the model recommends:")
+    for item in result["items"]:
+        mark = "  <- bought next" if item["item_id"] == catalog.item_ids[user["target"]] else ""
+        console.print(f"  {np.exp(item['score']):6.1%}  {item['title']}{mark}")
+    say(f"Done. The model and its card are in {folder}, a figure is {OUTPUT / 'quickstart.png'}.")
+    console.print(f'Next: lasar recommend {folder} --history "item-0,item-1,item-2"')
 
 
 if __name__ == "__main__":

@@ -95,8 +95,9 @@ def test_a_visitor_gets_the_list_of_the_trainer(hub, tmp_path, kind):
     assert {path for path in files if "/" in path} == (adapter if kind == "lora" else set())
     names = {path for path in files if "/" not in path and not path.endswith("_lasar.py")}
     assert names == {
-        "README.md", "config.json", "generation_config.json", "model.safetensors", "processor_config.json",
-        "sid_catalog.json", "sid_catalog.safetensors", "tokenizer.json", "tokenizer_config.json",
+        "README.md", "config.json", "generation_config.json", "handler.py", "model.safetensors",
+        "processor_config.json", "sid_catalog.json", "sid_catalog.safetensors", "tokenizer.json",
+        "tokenizer_config.json",
     }  # fmt: skip
     assert not [path for path, content in files.items() if str(tmp_path).encode() in content]  # no local paths
     visitor = hub.environment | {"HF_HOME": str(tmp_path / "visitor"), "PYTHONPATH": ""}

@@ -76,6 +76,14 @@ def test_pickled_weights_are_refused(recommender, tmp_path):
         LasarForGenerativeRec.from_pretrained(tmp_path)
 
 
+def test_damaged_weights_are_named(recommender, tmp_path):
+    recommender.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="The weights of .* are damaged"):
+        Recommender.from_pretrained(tmp_path)
+
+
 def test_excluding_the_history_leaves_out_the_items_of_the_prompt(recommender):
     inputs = recommender.processor([["item-1", "item-2"], ["item-7"]])
     plain = recommender.model.recommend(**inputs, top_k=20)

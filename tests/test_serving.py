@@ -21,13 +21,14 @@ from fastapi.testclient import TestClient
 from typer.testing import CliRunner
 
 import lasar_cli
+import lasar_hf.model
 import lasar_hf.serving
 from lasar_hf import LasarProcessor, Recommender, SidCatalog
 from lasar_hf.serving import create_app, serve
 from tests.tiny import tiny_catalog, tiny_model
 
 
-HANDLER = Path(lasar_hf.serving.__file__).with_name("handler.py")
+HANDLER = Path(lasar_hf.model.__file__).with_name("handler.py")
 ADMIN = {"Authorization": "Bearer secret"}
 
 

@@ -2,6 +2,8 @@
 
 import os
 
+from safetensors import SafetensorError
+
 from .catalog_lasar import SidCatalog
 from .memory_lasar import ItemMemory
 
@@ -36,15 +38,20 @@ class CheckpointMixin:
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
         """
         Load a model and, from the same folder or repository, its catalogue and memory. Arguments as for
-        [`~transformers.PreTrainedModel.from_pretrained`]; `use_safetensors` defaults to
-        `True`, so that pickled weights, which can run code, are refused.
+        [`~transformers.PreTrainedModel.from_pretrained`]; `use_safetensors` defaults to `True`, so that
+        pickled weights, which can run code, are refused.
 
         Raises:
-            `ValueError`: if the catalogue is damaged or has other levels or codes than the model, or the memory is
-            that of another catalogue.
+            `ValueError`: if the weights or the catalogue are damaged, the catalogue has other levels or codes than
+            the model, or the memory is that of another catalogue.
         """
         kwargs.setdefault("use_safetensors", True)
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        try:
+            loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        except SafetensorError as error:
+            raise ValueError(
+                f"The weights of {pretrained_model_name_or_path} are damaged ({error}). Save or download them again."
+            ) from error
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info
         if pretrained_model_name_or_path is not None:
             model.catalog = SidCatalog.find(pretrained_model_name_or_path, **hub_arguments(kwargs))
@@ -62,6 +69,7 @@ class CheckpointMixin:
         all together by [`Recommender.save_pretrained`].
         """
         # Relative imports of this file are the code that travels with a checkpoint.
+        from .handler import EndpointHandler  # noqa: F401
         from .pipeline_lasar import GenerativeRecommendationPipeline  # noqa: F401
 
         hub = {name: kwargs.pop(name) for name in ("repo_id", "commit_message", "create_pr") if name in kwargs}

@@ -49,45 +49,50 @@ class Explanation:
     beam_tree: dict[str, Any]
 
     def plot(self, path: str, num_items: int = 5) -> None:
+        """Save [`~Explanation.figure`] to an image file, such as `explanation.png`."""
+        self.figure(num_items).savefig(path, dpi=110)
+
+    def figure(self, num_items: int = 5):
         """
-        Draw the policy, the probability of the best items after every number of steps, and the latent path to an image
-        file. Needs matplotlib.
+        The policy, the probability of the best items after every number of steps, and the latent path as a matplotlib
+        figure.
 
         Args:
-            path (`str`):
-                Name of the image, such as `explanation.png`.
             num_items (`int`, *optional*, defaults to `5`):
                 Items of the chosen depth to follow over all depths.
         """
         try:
             from matplotlib.figure import Figure
         except ImportError as error:
-            raise ImportError("plot needs matplotlib. Install it with: pip install matplotlib") from error
-        figure = Figure(figsize=(12, 3.6), layout="constrained")
-        policy, lists, latent = figure.subplots(1, 3, width_ratios=[2, 3, 3])
+            raise ImportError("A figure needs matplotlib. Install it with: pip install matplotlib") from error
+        figure = Figure(figsize=(13, 4.2), layout="constrained")
+        policy, lists, latent = figure.subplots(1, 3, width_ratios=[2, 3, 4])
         # 1. The policy.
         depths = list(self.depth_probabilities)
         colours = ["tab:orange" if depth == self.latent_steps else "tab:blue" for depth in depths]
         policy.bar(depths, list(self.depth_probabilities.values()), color=colours)
-        policy.set(title="Depth policy", xlabel="latent steps", ylabel="probability", xticks=depths)
+        policy.set(title="How many latent steps?", xlabel="latent steps", ylabel="policy's probability", xticks=depths)
         # 2. The best items of the chosen depth, after every number of steps.
         probability = [{item["item_id"]: item["score"] for item in items} for items in self.by_depth]
         for item in self.by_depth[self.latent_steps][:num_items]:
             scores = [scores.get(item["item_id"], -torch.inf) for scores in probability]
             lists.plot(torch.tensor(scores).exp().tolist(), marker="o", label=_short(item))
         lists.axvline(self.latent_steps, color="tab:orange", linestyle=":")
-        lists.set(title="Best items", xlabel="latent steps", ylabel="probability")
-        lists.legend(fontsize="x-small", frameon=False)
+        lists.set(title="The best items after each step", xlabel="latent steps", ylabel="probability")
+        lists.set_xticks(range(len(self.by_depth)))
+        lists.legend(fontsize="x-small", frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.18))
         # 3. The latent states, each with its nearest item.
         latent.plot(*zip(*self.path, strict=True), color="lightgray", zorder=0)
         for step, (point, nearest) in enumerate(zip(self.path, self.nearest_items, strict=True)):
             latent.scatter(*point, color="tab:orange" if step == self.latent_steps else "tab:blue")
-            latent.annotate(f"{step}: {_short(nearest[0])}", point, fontsize="x-small")
-        latent.set(title="Latent path, nearest items", xticks=[], yticks=[])
-        figure.savefig(path, dpi=110)
+            label = {"xytext": (5, 5), "textcoords": "offset points", "fontsize": "x-small"}
+            latent.annotate(f"{step}: {_short(nearest[0])}", point, **label)
+        latent.margins(x=0.45, y=0.15)  # room for the names
+        latent.set(title="Latent states and their nearest items", xticks=[], yticks=[])
+        return figure
 
 
-def _short(item: dict[str, Any], length: int = 28) -> str:
+def _short(item: dict[str, Any], length: int = 40) -> str:
     text = item["title"] or item["item_id"]
     return text if len(text) <= length else text[: length - 1] + "…"
 

@@ -93,8 +93,8 @@ class Recommender(PushToHubMixin):
                 and `local_files_only` hold for all parts.
         """
         hub = hub_arguments(kwargs)
-        processor = LasarProcessor.from_pretrained(pretrained_model_name_or_path, **hub)
         model = LasarForGenerativeRec.from_pretrained(pretrained_model_name_or_path, **kwargs).eval()
+        processor = LasarProcessor.from_pretrained(pretrained_model_name_or_path, **hub)
         if device is None and torch.accelerator.is_available():
             device = torch.accelerator.current_accelerator()
         path = cached_file(

@@ -1,6 +1,6 @@
 """Entry point of Hugging Face Inference Endpoints. It needs torch and transformers only.
 
-Copy this file to the root of the model repository, beside `config.json`. A request is
+It is saved with every checkpoint. A request is
 
     {"inputs": ["item-0", "item-1"], "parameters": {"top_k": 3}}
 
