@@ -127,7 +127,7 @@ def test_catalogue_must_match_the_model():
         model.recommend(**inputs, catalog=tiny_catalog(num_items=5, num_sid_levels=2))
     with pytest.raises(ValueError, match="codebook_size"):
         model.recommend(**inputs, catalog=SidCatalog([[0, 0, 9]], ["a"]))
-    with pytest.raises(ValueError, match="catalog is missing"):
+    with pytest.raises(ValueError, match="has no catalog"):
         model.recommend(**inputs)
 
 
