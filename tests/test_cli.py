@@ -337,8 +337,8 @@ def test_a_changed_stage_starts_anew_and_an_unfinished_one_resumes(tmp_path, mon
             raise RuntimeError("killed")
 
     monkeypatch.setattr(project, "run_stage", run)
-    monkeypatch.setattr(project, "Recommender", SimpleNamespace(from_pretrained=lambda *_, **__: SimpleNamespace(
-        save_pretrained=lambda folder: None)))  # fmt: skip
+    saved = SimpleNamespace(card=None, save_pretrained=lambda folder: None)
+    monkeypatch.setattr(project, "Recommender", SimpleNamespace(from_pretrained=lambda *_, **__: saved))
     (tmp_path / "data").mkdir()
     (tmp_path / "train.yaml").write_text("stage1: {seed: 1}\n")
     (tmp_path / "report").mkdir()

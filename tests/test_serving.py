@@ -351,14 +351,15 @@ def test_options_out_of_range_are_named(recommender, tmp_path):
         serve(tmp_path, port=0, device="cpu", num_beams=0)
 
 
-def test_the_command_passes_its_options(monkeypatch):
+def test_the_command_passes_its_options(recommender, tmp_path, monkeypatch):
+    recommender.save_pretrained(tmp_path)
     calls = []
     monkeypatch.setattr(lasar_hf.serving, "serve", lambda *args, **options: calls.append((args, options)))
     monkeypatch.setenv("LASAR_ADMIN_TOKEN", "secret")
-    result = CliRunner().invoke(lasar_cli.app, "serve user/model --port 1234 --max-batch 8 --timeout 2".split())
+    result = CliRunner().invoke(lasar_cli.app, f"serve {tmp_path} --port 1234 --max-batch 8 --timeout 2".split())
     assert result.exit_code == 0, result.output
     options = {"num_beams": 50, "max_batch": 8, "max_wait_ms": 5.0, "max_queue": 1024, "timeout": 2.0}
-    assert calls == [(("user/model", "127.0.0.1", 1234, None, "secret"), options)]
+    assert calls == [((str(tmp_path), "127.0.0.1", 1234, None, "secret"), options)]
 
 
 @pytest.mark.parametrize(
