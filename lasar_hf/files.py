@@ -1,40 +1,10 @@
-"""Atomic file writes, JSON, and content hashes."""
+"""JSON, content hashes, and the atomic writes that the model's files share."""
 
 import hashlib
 import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-
-@contextmanager
-def atomic_file(path: str | Path) -> Iterator[Path]:
-    """
-    Write a file under a temporary name, flush it to disk, then rename it: a reader sees the old or the complete new
-    file, never a part.
-
-    The temporary file is in the same folder and keeps the suffix, because some writers choose the format by it. If the
-    block raises, the old file stays and the temporary file is removed. A process that is killed leaves its temporary
-    file, see [`remove_temporary_files`]. The folder is created if missing.
-
-    Example:
-
-    ```python
-    >>> with atomic_file("outputs/report.md") as temporary:
-    ...     temporary.write_text("# Report")
-    ```
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
-    try:
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+from .model.files_lasar import atomic_file as atomic_file
 
 
 def remove_temporary_files(folder: str | Path) -> None:

@@ -390,3 +390,12 @@ def test_damaged_codes_name_their_file(tmp_path):
     path.write_bytes(path.read_bytes()[:-3])
     with pytest.raises(ValueError, match="sid_catalog.safetensors"):
         SidCatalog.from_pretrained(tmp_path)
+
+
+def test_a_saved_file_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    events, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda *args: (events.append("fsync"), fsync(*args)))
+    monkeypatch.setattr(os, "replace", lambda *args: (events.append("replace"), replace(*args)))
+    tiny_catalog().save_pretrained(tmp_path)
+    assert events == ["fsync", "replace"] * 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["sid_catalog.json", "sid_catalog.safetensors"]

@@ -11,8 +11,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "lasar_hf"
 
 # From bottom to top. A name is a folder or a file of the package.
 LAYERS = [
-    ["files", "arguments"],
     ["model"],
+    ["files", "arguments"],
     ["data"],
     ["semantic_ids"],
     ["onednn"],

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers.utils import cached_file
 
+from .files_lasar import atomic_file
 from .trie_lasar import SidTrie
 
 
@@ -216,13 +217,12 @@ class SidCatalog:
         config = {name: getattr(self, name) for name in ("num_levels", "allow_collisions", "item_ids", "titles")}
         weights_path = os.path.join(save_directory, CATALOG_WEIGHTS_NAME)
         config_path = os.path.join(save_directory, CATALOG_CONFIG_NAME)
-        save_file({"codes": self.codes, "removed": self.removed}, weights_path + ".tmp")
-        with open(config_path + ".tmp", "w", encoding="utf-8") as file:
-            json.dump(config, file, ensure_ascii=False)
-        if os.path.exists(config_path):
-            os.remove(config_path)
-        os.replace(weights_path + ".tmp", weights_path)
-        os.replace(config_path + ".tmp", config_path)
+        with atomic_file(config_path) as temporary:
+            temporary.write_text(json.dumps(config, ensure_ascii=False), encoding="utf-8")
+            with atomic_file(weights_path) as temporary_weights:
+                save_file({"codes": self.codes, "removed": self.removed}, temporary_weights)
+                if os.path.exists(config_path):
+                    os.remove(config_path)
 
     def __deepcopy__(self, memo) -> "SidCatalog":
         return self  # it never changes: `add` and `remove` make new ones

@@ -24,6 +24,7 @@ from torch import nn
 from transformers.utils import cached_file
 
 from .catalog_lasar import SidCatalog
+from .files_lasar import atomic_file
 from .trie_lasar import ItemFilter
 
 
@@ -168,8 +169,8 @@ class ItemMemory:
         path = os.path.join(save_directory, MEMORY_NAME)
         settings = {"catalog_sha256": self.catalog_sha256, "decay": self.decay, "gate": self.gate}
         tensors = {name: getattr(self, name).cpu() for name in TENSORS}
-        save_file(tensors, path + ".tmp", metadata={"settings": json.dumps(settings)})
-        os.replace(path + ".tmp", path)
+        with atomic_file(path) as temporary:
+            save_file(tensors, temporary, metadata={"settings": json.dumps(settings)})
 
     @classmethod
     def from_pretrained(cls, pretrained_directory: str | os.PathLike, **kwargs) -> "ItemMemory":

@@ -13,6 +13,7 @@ from transformers.utils import PushToHubMixin, cached_file
 from .catalog_lasar import SidCatalog
 from .checkpoint_lasar import hub_arguments
 from .explain_lasar import Explanation, explain
+from .files_lasar import atomic_file
 from .memory_lasar import ItemMemory
 from .modeling_lasar import LasarForGenerativeRec
 from .processing_lasar import LasarProcessor
@@ -125,8 +126,8 @@ class Recommender(PushToHubMixin):
         if self.memory is not None:
             self.memory.save_pretrained(save_directory)
         if self.card is not None:
-            with open(os.path.join(save_directory, CARD_NAME), "w", encoding="utf-8") as file:
-                file.write(self.card)
+            with atomic_file(os.path.join(save_directory, CARD_NAME)) as temporary:
+                temporary.write_text(self.card, encoding="utf-8")
 
     def push_to_hub(self, repo_id: str, **kwargs) -> str:
         """
