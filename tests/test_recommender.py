@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import pipeline
 
 from lasar_hf import ItemMemory, LasarForGenerativeRec, LasarProcessor, Recommender, SidCatalog
@@ -240,3 +241,54 @@ def test_a_visitor_without_the_package_gets_the_same_lists(recommender, tmp_path
     assert results["model"] == expected["items"]
     assert results["one"] == results["parts"] == expected
     assert results["two"] == recommender.recommend(histories, top_k=2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parts that do not belong together
+
+
+def change_json(path, **changes) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize("name", ["model.policy_head.out_proj.weight", "model.backbone.layers.1.mlp.up_proj.weight"])
+def test_missing_weights_are_refused(recommender, tmp_path, name):
+    recommender.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors[name]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"lack {name}"):
+        Recommender.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("layers, problem", [(1, "in excess"), (3, "lack")])
+def test_another_number_of_layers_is_refused(recommender, tmp_path, layers, problem):
+    recommender.save_pretrained(tmp_path)
+    backbone = json.loads((tmp_path / "config.json").read_text())["backbone_config"]
+    kinds = {"layer_types": ["full_attention"] * layers}
+    change_json(tmp_path / "config.json", backbone_config=backbone | kinds | {"num_hidden_layers": layers})
+    with pytest.raises(ValueError, match=problem):
+        Recommender.from_pretrained(tmp_path)
+
+
+def test_another_shape_is_refused(recommender, tmp_path):
+    recommender.save_pretrained(tmp_path)
+    change_json(tmp_path / "config.json", max_latent_steps=3)
+    with pytest.raises(ValueError, match="in another shape, model.policy_head.out_proj"):
+        Recommender.from_pretrained(tmp_path)
+
+
+def test_loading_info_is_returned_if_asked_for(recommender, tmp_path):
+    recommender.save_pretrained(tmp_path)
+    model, info = LasarForGenerativeRec.from_pretrained(tmp_path, output_loading_info=True)
+    assert model.catalog is not None and not info["missing_keys"]
+
+
+@pytest.mark.parametrize(
+    "field", ["sid_token_offset", "latent_start_token_id", "latent_token_id", "latent_end_token_id"]
+)
+def test_a_tokenizer_of_another_model_is_refused(recommender, tmp_path, field):
+    recommender.save_pretrained(tmp_path)
+    change_json(tmp_path / "config.json", **{field: getattr(recommender.model.config, field) - 1})
+    with pytest.raises(ValueError, match=field):
+        Recommender.from_pretrained(tmp_path)

@@ -60,14 +60,15 @@ def recommend_samples(
             that was trained on [`~lasar_hf.data.explicit_examples`].
 
     Raises:
-        `ValueError`: if `exclude_history` is `False`, but the model was trained with it, or `write_text` has
-        `latent_steps`.
+        `ValueError`: if `exclude_history` is `False`, but the model was trained with it, the processor is that of
+        another model, or `write_text` has `latent_steps`.
     """
     if write_text and latent_steps:
         raise ValueError(f"latent_steps is {latent_steps} with write_text=True; expected 0 or None.")
     if exclude_history is None:
         exclude_history = model.config.exclude_history
     model.config.check_exclusion(exclude_history)
+    processor.check_matches(model.config)
     memory = None if memory is None else memory.to(model.device)
     histories = samples["history"]
     prompts = [processor.prompt_ids(history) for history in histories]

@@ -19,6 +19,20 @@ def hub_arguments(kwargs: dict) -> dict:
     return {name: value for name, value in kwargs.items() if name in HUB_ARGUMENTS}
 
 
+def check_complete(name: str | os.PathLike | None, info: dict) -> None:
+    """Refuse, with a `ValueError`, weights that do not fit the configuration; otherwise some would be random."""
+    problems = {
+        "missing_keys": "lack", "unexpected_keys": "have, in excess,", "mismatched_keys": "have, in another shape,",
+    }  # fmt: skip
+    for part, problem in problems.items():
+        names = sorted(str(entry[0] if isinstance(entry, tuple) else entry) for entry in info[part])
+        if names:
+            raise ValueError(
+                f"The weights of {name} {problem} {', '.join(names[:3])}{' …' if names[3:] else ''}. config.json does "
+                "not belong to these weights, or a file is incomplete. Save or download the checkpoint again."
+            )
+
+
 class CheckpointMixin:
     """
     Loads a model together with its catalogue and item memory, and saves it with its catalogue.
@@ -42,17 +56,22 @@ class CheckpointMixin:
         pickled weights, which can run code, are refused.
 
         Raises:
-            `ValueError`: if the weights or the catalogue are damaged, the catalogue has other levels or codes than
-            the model, or the memory is that of another catalogue.
+            `ValueError`: if weights are damaged, missing, in excess or of another shape, the catalogue is damaged or
+            has other levels or codes than the model, or the memory is that of another catalogue.
         """
         kwargs.setdefault("use_safetensors", True)
+        wants_info = kwargs.pop("output_loading_info", False)
         try:
-            loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+            # Other shapes are collected, and refused below by their names.
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *model_args, output_loading_info=True,
+                **kwargs | {"ignore_mismatched_sizes": True},
+            )
         except SafetensorError as error:
             raise ValueError(
                 f"The weights of {pretrained_model_name_or_path} are damaged ({error}). Save or download them again."
             ) from error
-        model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info
+        check_complete(pretrained_model_name_or_path, info)
         if pretrained_model_name_or_path is not None:
             model.catalog = SidCatalog.find(pretrained_model_name_or_path, **hub_arguments(kwargs))
         if model.catalog is not None:
@@ -60,7 +79,7 @@ class CheckpointMixin:
             model.memory = ItemMemory.find(pretrained_model_name_or_path, **hub_arguments(kwargs))
         if model.memory is not None:
             model.memory.check_matches(model.catalog)
-        return loaded
+        return (model, info) if wants_info else model
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, push_to_hub: bool = False, **kwargs):
         """

@@ -202,6 +202,26 @@ class LasarProcessor(ProcessorMixin):
             for items, scores in zip(output.items.tolist(), output.scores.tolist(), strict=True)
         ]
 
+    def check_matches(self, config) -> None:
+        """
+        Refuse, with a `ValueError`, a tokenizer whose Semantic-ID or control tokens have other ids than in the
+        [`LasarConfig`] of a model, or a catalogue with other levels or codes.
+        """
+        self.catalog.check_matches(config.num_sid_levels, config.codebook_size)
+        for name in ("latent_start_token_id", "latent_token_id", "latent_end_token_id"):
+            if getattr(self, name) != getattr(config, name):
+                raise ValueError(
+                    f"{name} is {getattr(self, name)} in the tokenizer and {getattr(config, name)} in config.json. "
+                    "Save the tokenizer of the training to the checkpoint."
+                )
+        levels = torch.arange(config.num_sid_levels) * config.codebook_size  # (M,)
+        expected = config.sid_token_offset + levels + self.catalog.codes  # (I, M)
+        if not self.sid_token_ids.equal(expected):
+            raise ValueError(
+                "The tokenizer has other ids for the Semantic-ID tokens than config.json (sid_token_offset "
+                f"{config.sid_token_offset}). Save the tokenizer of the training to the checkpoint."
+            )
+
     def check_format(self, instruction: str | None = None, max_history: int | None = None) -> None:
         """Refuse settings that differ from the checkpoint's prompt format, with a `ValueError`; `None` fits any."""
         for name, value in (("instruction", instruction), ("max_history", max_history)):

@@ -64,7 +64,7 @@ class Recommender(PushToHubMixin):
         self, model: LasarForGenerativeRec, processor: LasarProcessor, memory: ItemMemory | None = None,
         card: str | None = None,
     ):
-        processor.catalog.check_matches(model.config.num_sid_levels, model.config.codebook_size)
+        processor.check_matches(model.config)
         self.model, self.processor, self.card = model, processor, card
         self.memory = memory
         model.catalog = processor.catalog
