@@ -148,6 +148,18 @@ def test_the_memory_is_mixed_in_and_saved(recommender, tmp_path):
     assert loaded.card == "# A card\n"
     loaded.memory = None
     assert ids(loaded.recommend([["item-1"]])[0]) == ids(alone)
+    loaded.save_pretrained(tmp_path)
+    assert Recommender.from_pretrained(tmp_path, device="cpu").memory is None
+
+
+def test_the_memory_of_another_catalogue_is_refused(recommender, tmp_path):
+    foreign = SidCatalog(recommender.catalog.codes, [f"other-{number}" for number in range(20)])
+    with pytest.raises(ValueError, match="another catalogue"):
+        recommender.memory = ring_memory(foreign)
+    recommender.save_pretrained(tmp_path)
+    ring_memory(foreign).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="another catalogue"):
+        LasarForGenerativeRec.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -160,12 +172,54 @@ def test_the_memory_is_mixed_in_and_saved(recommender, tmp_path):
         (["<a_1><b_2><c_3>"], "Semantic ID"),
         (["<a_300>"], "Semantic ID"),
         ([], "empty"),
+        ([" "], "no item ' '. Use an item id"),
+        ([" <a_300> "], "Semantic ID"),
         ("item-1", "expected a list"),
+        (None, "The history is None; expected a list"),
     ],
 )
 def test_bad_histories_are_named(recommender, history, message):
     with pytest.raises(ValueError, match=message.replace(".", r"\.")):
         recommender.recommend([history])
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"histories": ["item-1", "item-2"]}, "histories is one history"),
+        ({"histories": [1, 2]}, "histories is one history"),
+        ({"histories": None}, "histories is one history or no list"),
+        ({"batch_size": -1}, "batch_size is -1"),
+        ({"unknown_items": "ignore"}, "unknown_items is 'ignore'"),
+        ({"allow": ["item-7"]}, r"allow is \['item-7'\]; expected a list of items, or None, for each"),
+        ({"deny": [["item-7"], None]}, "deny has 2 lists"),
+        ({"deny": [["item-77"]], "unknown_items": "skip"}, "no item 'item-77'"),
+    ],
+)
+def test_bad_arguments_are_named(recommender, options, message):
+    with pytest.raises(ValueError, match=message):
+        recommender.recommend(**{"histories": [["item-1"]]} | options)
+
+
+def test_histories_may_be_any_iterable(recommender):
+    expected = recommender.recommend([["item-1", "item-2"], ["item-5"]])
+    assert recommender.recommend(tuple(history) for history in (["item-1", "item-2"], ["item-5"])) == expected
+    assert recommender.recommend([]) == []
+
+
+def test_ids_that_are_numbers_come_before_titles_that_are(recommender):
+    codes = recommender.catalog.codes
+    catalog = SidCatalog(codes, range(20), titles=[str((item + 1) % 20) for item in range(20)])
+    numbered = Recommender(recommender.model, LasarProcessor(recommender.processor.tokenizer, catalog))
+    assert [numbered.item_index(item) for item in (4, "4", torch.tensor([4]).numpy()[0])] == [4, 4, 4]
+
+
+def test_titles_are_matched_without_case_spaces_and_composition(recommender):
+    titles = ["Café", "STRASSE  12", "ﬁsh\u00a0book", *[None] * 17]
+    catalog = SidCatalog(recommender.catalog.codes, recommender.catalog.item_ids, titles=titles)
+    recommender = Recommender(recommender.model, LasarProcessor(recommender.processor.tokenizer, catalog))
+    written = ("cafe\u0301", "Straße 12", "FISH BOOK", "cafe")
+    assert [recommender.item_index(title) for title in written] == [0, 1, 2, None]
 
 
 def test_unknown_items_can_be_left_out(recommender):
@@ -218,9 +272,12 @@ model = AutoModel.from_pretrained(path, trust_remote_code=True)
 processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
 output = model.recommend(**processor(histories[:1]), memory=model.memory, top_k=3)
 recommend = pipeline("generative-recommendation", model=path, trust_remote_code=True, device="cpu", top_k=3)
+recommend.save_pretrained("saved")
+again = pipeline("generative-recommendation", model="saved", trust_remote_code=True, device="cpu", top_k=3)
 results = {
     "model": processor.decode_recommendations(output)[0], "one": recommend(histories[0]),
-    "two": recommend(histories, top_k=2), "parts": recommend.run_single(histories[0], {}, {"top_k": 3}, {}),
+    "two": recommend((history for history in histories), top_k=2), "again": again(histories[0]),
+    "parts": recommend.run_single(histories[0], {}, {"top_k": 3}, {}),
 }
 print(json.dumps(results))
 """
@@ -239,7 +296,7 @@ def test_a_visitor_without_the_package_gets_the_same_lists(recommender, tmp_path
     results = json.loads(run.stdout)
     (expected,) = recommender.recommend(histories[:1], top_k=3)
     assert results["model"] == expected["items"]
-    assert results["one"] == results["parts"] == expected
+    assert results["one"] == results["parts"] == results["again"] == expected
     assert results["two"] == recommender.recommend(histories, top_k=2)
 
 
