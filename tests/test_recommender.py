@@ -8,13 +8,16 @@ import sys
 
 import pytest
 import torch
+from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import pipeline
 
 from lasar_hf import ItemMemory, LasarForGenerativeRec, LasarProcessor, Recommender, SidCatalog
-from lasar_hf.model.explain_lasar import nearest_items
+from lasar_hf.model.configuration_lasar import sid_token
+from lasar_hf.model.explain_lasar import _principal_plane, nearest_items
 from lasar_hf.model.memory_lasar import catalog_hash
-from tests.tiny import tiny_catalog, tiny_model
+from lasar_hf.trainers import lasar_lora_config
+from tests.tiny import tiny_backbone, tiny_catalog, tiny_model, tiny_tokenizer
 
 
 def titled_catalog(**kwargs) -> SidCatalog:
@@ -126,6 +129,10 @@ def test_the_whole_history_is_left_out_also_what_the_prompt_does_not_show(recomm
     (result,) = recommender.recommend([history], top_k=20, exclude_history=True)
     assert not set(history) & set(ids(result))
     assert len(result["items"]) == 14
+    recommender.model.config.exclude_history = True
+    assert not set(history) & set(ids(recommender.recommend([history], top_k=20)[0]))
+    with pytest.raises(ValueError, match="exclude_history"):
+        recommender.recommend([history], exclude_history=False)
 
 
 def test_allow_and_deny(recommender):
@@ -244,6 +251,73 @@ def test_explanation_has_the_list_of_every_depth(recommender, tmp_path):
     assert math.isclose(explanation.beam_tree["probability"], total, rel_tol=1e-5)
     explanation.plot(tmp_path / "explanation.png")
     assert (tmp_path / "explanation.png").stat().st_size > 1000
+
+
+def test_explanation_leaves_out_the_history_and_removed_items_and_mixes_the_memory(recommender):
+    catalog, tokenizer = recommender.catalog.remove(["item-9", "item-4"]), recommender.processor.tokenizer
+    recommender = Recommender(recommender.model, LasarProcessor(tokenizer, catalog, max_history=3))
+    recommender.memory = ring_memory(catalog)
+    recommender.model.config.exclude_history = True
+    history = [f"item-{number}" for number in range(6)]  # the prompt shows three
+    explanation = recommender.explain(history, top_k=20)
+    assert [item["title"] for item in explanation.history] == [catalog.titles[number] for number in range(6)]
+    (expected,) = recommender.recommend([history], top_k=20)
+    chosen = explanation.by_depth[explanation.latent_steps]
+    assert [item["item_id"] for item in chosen] == ids(expected)
+    assert [item["score"] for item in chosen] == pytest.approx([item["score"] for item in expected["items"]], abs=1e-4)
+    left = {f"item-{number}" for number in range(6, 20)} - {"item-9"}
+    assert all({item["item_id"] for item in items} == left for items in explanation.by_depth)
+    assert all({item["item_id"] for item in items} == left | set(history) - {"item-4"}
+               for items in explanation.nearest_items)  # fmt: skip
+
+
+def test_items_that_share_a_semantic_id_have_its_probability_once(recommender):
+    codes = recommender.catalog.codes.clone()
+    codes[4:6] = codes[3]
+    catalog = SidCatalog(codes, recommender.catalog.item_ids, allow_collisions=True)
+    recommender = Recommender(recommender.model, LasarProcessor(recommender.processor.tokenizer, catalog))
+    tree = recommender.explain(["item-3"], top_k=20).beam_tree
+    assert math.isclose(tree["probability"], 1, abs_tol=1e-5)
+    node = tree
+    for level, code in enumerate(codes[3].tolist()):
+        (node,) = [child for child in node["children"] if child["token"] == sid_token(level, code)]
+    assert node["item_ids"] == ["item-3", "item-4", "item-5"]
+
+
+def test_explanation_of_the_only_item_and_of_an_empty_list(recommender, tmp_path):
+    catalog = SidCatalog([[0, 1, 2]], ["only"])
+    recommender = Recommender(recommender.model, LasarProcessor(recommender.processor.tokenizer, catalog))
+    assert recommender.explain(["only"]).beam_tree["probability"] == pytest.approx(1)
+    recommender.model.config.exclude_history = True
+    explanation = recommender.explain(["only"])
+    assert explanation.by_depth == [[]] * 5 and explanation.beam_tree["children"] == []
+    explanation.plot(tmp_path / "explanation.png")
+
+
+def test_explanation_of_a_policy_that_may_choose_no_step():
+    torch.manual_seed(0)
+    tokenizer = tiny_tokenizer()
+    model = LasarForGenerativeRec.from_backbone(
+        tiny_backbone(), tokenizer, 3, 4, max_latent_steps=1, min_latent_steps=0
+    ).eval()
+    explanation = Recommender(model, LasarProcessor(tokenizer, titled_catalog())).explain(["item-1"])
+    assert list(explanation.depth_probabilities) == [0, 1]
+    assert len(explanation.path) == len(explanation.by_depth) == 2
+
+
+def test_the_path_keeps_the_distances_of_states_in_a_plane(recommender):
+    directions = torch.linalg.qr(torch.randn(16, 2, generator=torch.Generator().manual_seed(0))).Q
+    states = torch.tensor([[0.0, 0], [4, 0], [4, 1], [9, 3]]) @ directions.T + 7
+    path = torch.tensor(_principal_plane(states))
+    torch.testing.assert_close(torch.cdist(path, path), torch.cdist(states, states), atol=1e-4, rtol=0)
+    assert path[:, 0].var() > path[:, 1].var()
+
+
+def test_a_model_with_an_adapter_is_explained(recommender):
+    before = recommender.explain(["item-1"])
+    adapted = get_peft_model(recommender.model, lasar_lora_config(recommender.model, r=4))
+    explanation = Recommender(adapted, recommender.processor).explain(["item-1"])
+    assert explanation.latent_steps == before.latent_steps
 
 
 def test_the_nearest_item_of_a_state_that_is_made_of_its_codes(recommender):
