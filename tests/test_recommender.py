@@ -56,6 +56,15 @@ def test_a_loaded_model_has_the_catalogue_of_its_folder(recommender, tmp_path):
     assert model.recommend(**inputs, top_k=5).items.equal(expected.items)
 
 
+def test_model_and_processor_share_the_catalogue_until_its_files_change(recommender, tmp_path):
+    recommender.save_pretrained(tmp_path)
+    model = LasarForGenerativeRec.from_pretrained(tmp_path)
+    assert LasarProcessor.from_pretrained(tmp_path).catalog is model.catalog
+    recommender.catalog.remove(["item-3"]).save_pretrained(tmp_path)
+    assert LasarProcessor.from_pretrained(tmp_path).catalog.num_items == 19
+    assert model.catalog.num_items == 20
+
+
 def test_a_checkpoint_without_a_catalogue_loads(tmp_path):
     model, _ = tiny_model()
     model.save_pretrained(tmp_path)
