@@ -15,6 +15,7 @@ class HubServer(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), HubHandler)
         self.commits: dict[str, list[tuple[str, dict[str, bytes]]]] = {}
+        self.private: set[str] = set()
         self.token: str | None = None  # if set, every request must have it
 
     @property
@@ -60,6 +61,8 @@ class HubHandler(BaseHTTPRequestHandler):
             request = json.loads(body)
             repo = f"{request.get('organization') or 'user'}/{request['name']}"
             self.server.commits.setdefault(repo, [("0" * 40, {})])
+            if request.get("private") or request.get("visibility") == "private":
+                self.server.private.add(repo)
             self.answer({"url": f"{self.server.url}/{repo}", "name": repo})
         elif parts[:2] == ["api", "models"] and parts[4] == "preupload":
             files = [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
@@ -72,6 +75,8 @@ class HubHandler(BaseHTTPRequestHandler):
                 entry = json.loads(line)
                 if entry["key"] == "file":
                     files[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
+                elif entry["key"] == "deletedFile":
+                    del files[entry["value"]["path"]]
             commit = hashlib.sha1(body).hexdigest()
             self.server.commits[repo].append((commit, files))
             url = f"{self.server.url}/{repo}/commit/{commit}"
@@ -94,7 +99,7 @@ class HubHandler(BaseHTTPRequestHandler):
             commit, files = self.server.files(repo, revision)
             if parts[4:5] == ["tree"]:
                 folder = "".join(f"{part}/" for part in parts[6:])
-                if not any(path.startswith(folder) for path in files):
+                if folder and not any(path.startswith(folder) for path in files):
                     self.missing("EntryNotFound")
                     return
                 rows = [{"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}

@@ -9,9 +9,8 @@ import sys
 import pytest
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM
-from transformers.utils import PushToHubMixin
 
-from lasar_hf import LasarForGenerativeRec, LasarProcessor, LasarSFTConfig, LasarSFTTrainer, Recommender, SidCatalog
+from lasar_hf import LasarForGenerativeRec, LasarProcessor, LasarSFTConfig, LasarSFTTrainer, SidCatalog
 from lasar_hf.card import CardFacts, add_results, add_section, find_card, folder_card, hub_name
 from lasar_hf.card.headings import join_headings, split_headings
 from lasar_hf.model.recommender_lasar import renamed_card
@@ -203,14 +202,6 @@ def test_another_name_changes_title_and_usage(tmp_path):
     assert ModelCard(text).data.model_name == "user/shop"
     assert "\n# user/shop\n" in text and '\nname = "user/shop"  # the folder' in text
     assert not re.search(r"\bshop", text.replace("user/shop", ""))
-
-
-def test_a_pushed_card_has_the_name_on_the_hub(tmp_path, monkeypatch):
-    local, pushed = card_of(tmp_path).content, []
-    monkeypatch.setattr(PushToHubMixin, "push_to_hub", lambda self, repo_id: pushed.append(self.card))
-    recommender = Recommender.from_pretrained(tmp_path, device="cpu")
-    recommender.push_to_hub("user/shop")
-    assert pushed == [renamed_card(local, "user/shop")] and recommender.card == local
 
 
 def test_a_section_is_added_before_the_training(tmp_path):

@@ -149,6 +149,38 @@ def test_every_part_has_the_revision_and_the_token(hub, tmp_path):
     assert_same(run(VISIT, "user/shop", json.dumps(options | {"revision": revision}), environment=anonymous), old)
 
 
+PARTS = """
+import json, sys
+from lasar_hf import Recommender
+from tests.test_recommender import ring_memory
+
+recommender = Recommender.from_pretrained(sys.argv[1], device="cpu")
+recommender.card = 'A card.\\n\\n# model\\n\\nname = "model"  # the folder\\n'
+if sys.argv[2] == "first":
+    recommender.memory = ring_memory(recommender.catalog)
+    recommender.push_to_hub("shop", private=True)
+    recommender.model.save_pretrained(sys.argv[1], push_to_hub=True, repo_id="user/weights", private=True)
+    recommender.processor.save_pretrained(sys.argv[1], push_to_hub=True, repo_id="user/format", private=True)
+else:
+    recommender.save_pretrained(sys.argv[1], push_to_hub=True, repo_id="user/shop", max_shard_size="5KB")
+print(json.dumps(None))
+"""
+
+
+def test_a_recommender_pushes_its_card_and_memory_and_removes_old_ones(hub, tmp_path):
+    save_checkpoint(tmp_path / "model")
+    run(PARTS, str(tmp_path / "model"), "first", environment=hub.environment)
+    _, first = hub.files("user/shop")
+    assert first["README.md"].decode() == 'A card.\n\n# user/shop\n\nname = "user/shop"  # the folder\n'
+    assert {"item_memory.safetensors", "model.safetensors", "handler.py", "tokenizer.json"} <= set(first)
+    assert hub.private == {"user/shop", "user/weights", "user/format"}
+    run(PARTS, str(tmp_path / "model"), "second", environment=hub.environment)
+    _, second = hub.files("user/shop")
+    assert {"item_memory.safetensors", "model.safetensors"}.isdisjoint(second)
+    assert {"model.safetensors.index.json", "README.md", "sid_catalog.json", "tokenizer.json"} <= set(second)
+    assert "# user/shop" in second["README.md"].decode()
+
+
 def test_pushing_during_the_training_is_refused(tmp_path):
     options = {"push_to_hub": True, "use_cpu": True, "bf16": False}
     LasarSFTConfig(str(tmp_path), **options)

@@ -28,8 +28,8 @@ LAYERS = [
 ]
 HEIGHT = {name: height for height, layer in enumerate(LAYERS) for name in layer}
 
-# This folder is copied next to the weights of every checkpoint.
-MODEL_DEPENDENCIES = {"torch", "transformers", "safetensors", "numpy"}
+# This folder is copied next to the weights of every checkpoint. What transformers itself needs may be imported.
+MODEL_DEPENDENCIES = {"torch", "transformers", "safetensors", "numpy", "huggingface_hub"}
 # Imported in a `try`, where transformers does not ask for it when it loads the code of a checkpoint.
 OPTIONAL_DEPENDENCIES = {"matplotlib"}
 

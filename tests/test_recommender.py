@@ -8,13 +8,16 @@ import sys
 
 import pytest
 import torch
+from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import pipeline
 
 from lasar_hf import ItemMemory, LasarForGenerativeRec, LasarProcessor, Recommender, SidCatalog
-from lasar_hf.model.explain_lasar import nearest_items
+from lasar_hf.model.configuration_lasar import sid_token
+from lasar_hf.model.explain_lasar import _principal_plane, nearest_items
 from lasar_hf.model.memory_lasar import catalog_hash
-from tests.tiny import tiny_catalog, tiny_model
+from lasar_hf.trainers import lasar_lora_config
+from tests.tiny import tiny_backbone, tiny_catalog, tiny_model, tiny_tokenizer
 
 
 def titled_catalog(**kwargs) -> SidCatalog:
@@ -51,6 +54,15 @@ def test_a_loaded_model_has_the_catalogue_of_its_folder(recommender, tmp_path):
     inputs = recommender.processor([["item-1", "item-2"]])
     expected = recommender.model.recommend(**inputs, catalog=recommender.catalog, top_k=5)
     assert model.recommend(**inputs, top_k=5).items.equal(expected.items)
+
+
+def test_model_and_processor_share_the_catalogue_until_its_files_change(recommender, tmp_path):
+    recommender.save_pretrained(tmp_path)
+    model = LasarForGenerativeRec.from_pretrained(tmp_path)
+    assert LasarProcessor.from_pretrained(tmp_path).catalog is model.catalog
+    recommender.catalog.remove(["item-3"]).save_pretrained(tmp_path)
+    assert LasarProcessor.from_pretrained(tmp_path).catalog.num_items == 19
+    assert model.catalog.num_items == 20
 
 
 def test_a_checkpoint_without_a_catalogue_loads(tmp_path):
@@ -126,6 +138,10 @@ def test_the_whole_history_is_left_out_also_what_the_prompt_does_not_show(recomm
     (result,) = recommender.recommend([history], top_k=20, exclude_history=True)
     assert not set(history) & set(ids(result))
     assert len(result["items"]) == 14
+    recommender.model.config.exclude_history = True
+    assert not set(history) & set(ids(recommender.recommend([history], top_k=20)[0]))
+    with pytest.raises(ValueError, match="exclude_history"):
+        recommender.recommend([history], exclude_history=False)
 
 
 def test_allow_and_deny(recommender):
@@ -148,6 +164,18 @@ def test_the_memory_is_mixed_in_and_saved(recommender, tmp_path):
     assert loaded.card == "# A card\n"
     loaded.memory = None
     assert ids(loaded.recommend([["item-1"]])[0]) == ids(alone)
+    loaded.save_pretrained(tmp_path)
+    assert Recommender.from_pretrained(tmp_path, device="cpu").memory is None
+
+
+def test_the_memory_of_another_catalogue_is_refused(recommender, tmp_path):
+    foreign = SidCatalog(recommender.catalog.codes, [f"other-{number}" for number in range(20)])
+    with pytest.raises(ValueError, match="another catalogue"):
+        recommender.memory = ring_memory(foreign)
+    recommender.save_pretrained(tmp_path)
+    ring_memory(foreign).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="another catalogue"):
+        LasarForGenerativeRec.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -160,12 +188,54 @@ def test_the_memory_is_mixed_in_and_saved(recommender, tmp_path):
         (["<a_1><b_2><c_3>"], "Semantic ID"),
         (["<a_300>"], "Semantic ID"),
         ([], "empty"),
+        ([" "], "no item ' '. Use an item id"),
+        ([" <a_300> "], "Semantic ID"),
         ("item-1", "expected a list"),
+        (None, "The history is None; expected a list"),
     ],
 )
 def test_bad_histories_are_named(recommender, history, message):
     with pytest.raises(ValueError, match=message.replace(".", r"\.")):
         recommender.recommend([history])
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"histories": ["item-1", "item-2"]}, "histories is one history"),
+        ({"histories": [1, 2]}, "histories is one history"),
+        ({"histories": None}, "histories is one history or no list"),
+        ({"batch_size": -1}, "batch_size is -1"),
+        ({"unknown_items": "ignore"}, "unknown_items is 'ignore'"),
+        ({"allow": ["item-7"]}, r"allow is \['item-7'\]; expected a list of items, or None, for each"),
+        ({"deny": [["item-7"], None]}, "deny has 2 lists"),
+        ({"deny": [["item-77"]], "unknown_items": "skip"}, "no item 'item-77'"),
+    ],
+)
+def test_bad_arguments_are_named(recommender, options, message):
+    with pytest.raises(ValueError, match=message):
+        recommender.recommend(**{"histories": [["item-1"]]} | options)
+
+
+def test_histories_may_be_any_iterable(recommender):
+    expected = recommender.recommend([["item-1", "item-2"], ["item-5"]])
+    assert recommender.recommend(tuple(history) for history in (["item-1", "item-2"], ["item-5"])) == expected
+    assert recommender.recommend([]) == []
+
+
+def test_ids_that_are_numbers_come_before_titles_that_are(recommender):
+    codes = recommender.catalog.codes
+    catalog = SidCatalog(codes, range(20), titles=[str((item + 1) % 20) for item in range(20)])
+    numbered = Recommender(recommender.model, LasarProcessor(recommender.processor.tokenizer, catalog))
+    assert [numbered.item_index(item) for item in (4, "4", torch.tensor([4]).numpy()[0])] == [4, 4, 4]
+
+
+def test_titles_are_matched_without_case_spaces_and_composition(recommender):
+    titles = ["Café", "STRASSE  12", "ﬁsh\u00a0book", *[None] * 17]
+    catalog = SidCatalog(recommender.catalog.codes, recommender.catalog.item_ids, titles=titles)
+    recommender = Recommender(recommender.model, LasarProcessor(recommender.processor.tokenizer, catalog))
+    written = ("cafe\u0301", "Straße 12", "FISH BOOK", "cafe")
+    assert [recommender.item_index(title) for title in written] == [0, 1, 2, None]
 
 
 def test_unknown_items_can_be_left_out(recommender):
@@ -190,6 +260,73 @@ def test_explanation_has_the_list_of_every_depth(recommender, tmp_path):
     assert math.isclose(explanation.beam_tree["probability"], total, rel_tol=1e-5)
     explanation.plot(tmp_path / "explanation.png")
     assert (tmp_path / "explanation.png").stat().st_size > 1000
+
+
+def test_explanation_leaves_out_the_history_and_removed_items_and_mixes_the_memory(recommender):
+    catalog, tokenizer = recommender.catalog.remove(["item-9", "item-4"]), recommender.processor.tokenizer
+    recommender = Recommender(recommender.model, LasarProcessor(tokenizer, catalog, max_history=3))
+    recommender.memory = ring_memory(catalog)
+    recommender.model.config.exclude_history = True
+    history = [f"item-{number}" for number in range(6)]  # the prompt shows three
+    explanation = recommender.explain(history, top_k=20)
+    assert [item["title"] for item in explanation.history] == [catalog.titles[number] for number in range(6)]
+    (expected,) = recommender.recommend([history], top_k=20)
+    chosen = explanation.by_depth[explanation.latent_steps]
+    assert [item["item_id"] for item in chosen] == ids(expected)
+    assert [item["score"] for item in chosen] == pytest.approx([item["score"] for item in expected["items"]], abs=1e-4)
+    left = {f"item-{number}" for number in range(6, 20)} - {"item-9"}
+    assert all({item["item_id"] for item in items} == left for items in explanation.by_depth)
+    assert all({item["item_id"] for item in items} == left | set(history) - {"item-4"}
+               for items in explanation.nearest_items)  # fmt: skip
+
+
+def test_items_that_share_a_semantic_id_have_its_probability_once(recommender):
+    codes = recommender.catalog.codes.clone()
+    codes[4:6] = codes[3]
+    catalog = SidCatalog(codes, recommender.catalog.item_ids, allow_collisions=True)
+    recommender = Recommender(recommender.model, LasarProcessor(recommender.processor.tokenizer, catalog))
+    tree = recommender.explain(["item-3"], top_k=20).beam_tree
+    assert math.isclose(tree["probability"], 1, abs_tol=1e-5)
+    node = tree
+    for level, code in enumerate(codes[3].tolist()):
+        (node,) = [child for child in node["children"] if child["token"] == sid_token(level, code)]
+    assert node["item_ids"] == ["item-3", "item-4", "item-5"]
+
+
+def test_explanation_of_the_only_item_and_of_an_empty_list(recommender, tmp_path):
+    catalog = SidCatalog([[0, 1, 2]], ["only"])
+    recommender = Recommender(recommender.model, LasarProcessor(recommender.processor.tokenizer, catalog))
+    assert recommender.explain(["only"]).beam_tree["probability"] == pytest.approx(1)
+    recommender.model.config.exclude_history = True
+    explanation = recommender.explain(["only"])
+    assert explanation.by_depth == [[]] * 5 and explanation.beam_tree["children"] == []
+    explanation.plot(tmp_path / "explanation.png")
+
+
+def test_explanation_of_a_policy_that_may_choose_no_step():
+    torch.manual_seed(0)
+    tokenizer = tiny_tokenizer()
+    model = LasarForGenerativeRec.from_backbone(
+        tiny_backbone(), tokenizer, 3, 4, max_latent_steps=1, min_latent_steps=0
+    ).eval()
+    explanation = Recommender(model, LasarProcessor(tokenizer, titled_catalog())).explain(["item-1"])
+    assert list(explanation.depth_probabilities) == [0, 1]
+    assert len(explanation.path) == len(explanation.by_depth) == 2
+
+
+def test_the_path_keeps_the_distances_of_states_in_a_plane(recommender):
+    directions = torch.linalg.qr(torch.randn(16, 2, generator=torch.Generator().manual_seed(0))).Q
+    states = torch.tensor([[0.0, 0], [4, 0], [4, 1], [9, 3]]) @ directions.T + 7
+    path = torch.tensor(_principal_plane(states))
+    torch.testing.assert_close(torch.cdist(path, path), torch.cdist(states, states), atol=1e-4, rtol=0)
+    assert path[:, 0].var() > path[:, 1].var()
+
+
+def test_a_model_with_an_adapter_is_explained(recommender):
+    before = recommender.explain(["item-1"])
+    adapted = get_peft_model(recommender.model, lasar_lora_config(recommender.model, r=4))
+    explanation = Recommender(adapted, recommender.processor).explain(["item-1"])
+    assert explanation.latent_steps == before.latent_steps
 
 
 def test_the_nearest_item_of_a_state_that_is_made_of_its_codes(recommender):
@@ -218,9 +355,12 @@ model = AutoModel.from_pretrained(path, trust_remote_code=True)
 processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
 output = model.recommend(**processor(histories[:1]), memory=model.memory, top_k=3)
 recommend = pipeline("generative-recommendation", model=path, trust_remote_code=True, device="cpu", top_k=3)
+recommend.save_pretrained("saved")
+again = pipeline("generative-recommendation", model="saved", trust_remote_code=True, device="cpu", top_k=3)
 results = {
     "model": processor.decode_recommendations(output)[0], "one": recommend(histories[0]),
-    "two": recommend(histories, top_k=2), "parts": recommend.run_single(histories[0], {}, {"top_k": 3}, {}),
+    "two": recommend((history for history in histories), top_k=2), "again": again(histories[0]),
+    "parts": recommend.run_single(histories[0], {}, {"top_k": 3}, {}),
 }
 print(json.dumps(results))
 """
@@ -239,7 +379,7 @@ def test_a_visitor_without_the_package_gets_the_same_lists(recommender, tmp_path
     results = json.loads(run.stdout)
     (expected,) = recommender.recommend(histories[:1], top_k=3)
     assert results["model"] == expected["items"]
-    assert results["one"] == results["parts"] == expected
+    assert results["one"] == results["parts"] == results["again"] == expected
     assert results["two"] == recommender.recommend(histories, top_k=2)
 
 

@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Sequence
 from functools import cached_property
+from weakref import WeakValueDictionary
 
 import torch
 from safetensors import SafetensorError
@@ -17,6 +18,8 @@ from .trie_lasar import SidTrie
 
 CATALOG_WEIGHTS_NAME = "sid_catalog.safetensors"
 CATALOG_CONFIG_NAME = "sid_catalog.json"
+# Loaded catalogues that are in use, by the state of their files: model and processor of a checkpoint share one.
+_IN_USE = WeakValueDictionary()
 
 
 class SidCatalog:
@@ -253,6 +256,14 @@ class SidCatalog:
         if config_path is None:
             return None
         weights_path = cached_file(pretrained_directory, CATALOG_WEIGHTS_NAME, **kwargs)
+        key = _file_state(config_path), _file_state(weights_path)
+        catalog = _IN_USE.get(key)
+        if catalog is None:
+            catalog = _IN_USE[key] = cls._read(config_path, weights_path)
+        return catalog
+
+    @classmethod
+    def _read(cls, config_path: str, weights_path: str) -> "SidCatalog":
         try:
             with open(config_path, encoding="utf-8") as file:
                 config = json.load(file)
@@ -271,6 +282,12 @@ class SidCatalog:
                 f"codes of shape {tuple(codes.shape)}. Save the catalogue again."
             )
         return cls(codes, item_ids, allow_collisions, removed, config.get("titles"))
+
+
+def _file_state(path: str) -> tuple:
+    """What changes when a file is written again."""
+    state = os.stat(path)
+    return os.path.realpath(path), state.st_ino, state.st_size, state.st_mtime_ns
 
 
 def _checked_titles(titles: Sequence[str | None] | None, num_items: int) -> list[str | None] | None:

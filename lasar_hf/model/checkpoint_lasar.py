@@ -19,6 +19,21 @@ def hub_arguments(kwargs: dict) -> dict:
     return {name: value for name, value in kwargs.items() if name in HUB_ARGUMENTS}
 
 
+# Arguments of `save_pretrained` that are for `push_to_hub`, and those that are for both.
+PUSH_ARGUMENTS = ("commit_message", "commit_description", "create_pr", "private", "repo_id", "revision")
+SHARED_ARGUMENTS = ("max_shard_size", "token")
+
+
+def push_arguments(save_directory: str | os.PathLike, kwargs: dict) -> dict:
+    """
+    The arguments of `push_to_hub` among those of a `save_pretrained`, from which those that only pushing needs are
+    removed. `repo_id` defaults to the name of the folder.
+    """
+    hub = {"repo_id": os.path.basename(os.path.abspath(save_directory))}
+    hub |= {name: kwargs.pop(name) for name in PUSH_ARGUMENTS if name in kwargs}
+    return hub | {name: kwargs[name] for name in SHARED_ARGUMENTS if name in kwargs}
+
+
 def check_complete(name: str | os.PathLike | None, info: dict) -> None:
     """Refuse, with a `ValueError`, weights that do not fit the configuration; otherwise some would be random."""
     problems = {
@@ -91,14 +106,13 @@ class CheckpointMixin:
         from .handler import EndpointHandler  # noqa: F401
         from .pipeline_lasar import GenerativeRecommendationPipeline  # noqa: F401
 
-        hub = {name: kwargs.pop(name) for name in ("repo_id", "commit_message", "create_pr") if name in kwargs}
+        hub = push_arguments(save_directory, kwargs)
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         if self.catalog is not None and is_main_process:
             self.catalog.save_pretrained(save_directory)
         if push_to_hub and is_main_process:
             # The base class would upload the files that it wrote itself, without the catalogue.
-            repo_id = hub.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
-            self.push_to_hub(repo_id, token=kwargs.get("token"), **hub)
+            self.push_to_hub(**hub)
 
 
 __all__ = ["CheckpointMixin"]

@@ -1,5 +1,6 @@
 """What a recommendation is made of: the depth policy, the list at every depth, the latent path and the beams."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,12 +12,17 @@ from .configuration_lasar import sid_token
 from .memory_lasar import ItemMemory
 
 
+_CHOSEN, _OTHER = "tab:orange", "tab:blue"  # colours of the number of steps that the policy chose, and of others
+
+
 @dataclass
 class Explanation:
     """
     How a model came to its recommendations for one user, as plain data.
 
     Args:
+        history (`list[dict]`):
+            The user's items, oldest first: `item_id` and `title`.
         latent_steps (`int`):
             Latent steps that the policy chose, its most likely number.
         depth_probabilities (`dict[int, float]`):
@@ -30,7 +36,8 @@ class Explanation:
             The latent states on their first two principal components.
         beam_tree (`dict`):
             The recommendations after `latent_steps` by their codes. A node has its `token`, the `probability` of the
-            listed items below it, and `children`; a leaf has `item_ids` and `titles`.
+            listed Semantic IDs below it, and `children`; a leaf has `item_ids` and `titles`. Items that share a
+            Semantic ID have its probability once, that of the likeliest of them.
 
     Example:
 
@@ -41,6 +48,7 @@ class Explanation:
     ```
     """
 
+    history: list[dict[str, Any]]
     latent_steps: int
     depth_probabilities: dict[int, float]
     by_depth: list[list[dict[str, Any]]]
@@ -65,34 +73,45 @@ class Explanation:
             from matplotlib.figure import Figure
         except ImportError as error:
             raise ImportError("A figure needs matplotlib. Install it with: pip install matplotlib") from error
-        figure = Figure(figsize=(13, 4.2), layout="constrained")
-        policy, lists, latent = figure.subplots(1, 3, width_ratios=[2, 3, 4])
+        figure = Figure(figsize=(13, 5), layout="constrained")
+        policy, lists, latent = figure.subplots(1, 3, width_ratios=[2, 3, 3])
+        chosen = self.latent_steps
+        legend = {"fontsize": "x-small", "frameon": False, "loc": "upper center", "bbox_to_anchor": (0.5, -0.17)}
+        recent = [*["…"][: len(self.history) - 3], *map(_short, self.history[-3:])]
+        figure.suptitle(f"The user had: {' → '.join(recent)}", fontsize="medium")
         # 1. The policy.
         depths = list(self.depth_probabilities)
-        colours = ["tab:orange" if depth == self.latent_steps else "tab:blue" for depth in depths]
+        colours = [_CHOSEN if depth == chosen else _OTHER for depth in depths]
         policy.bar(depths, list(self.depth_probabilities.values()), color=colours)
-        policy.set(title="How many latent steps?", xlabel="latent steps", ylabel="policy's probability", xticks=depths)
-        # 2. The best items of the chosen depth, after every number of steps.
-        probability = [{item["item_id"]: item["score"] for item in items} for items in self.by_depth]
-        for item in self.by_depth[self.latent_steps][:num_items]:
-            scores = [scores.get(item["item_id"], -torch.inf) for scores in probability]
-            lists.plot(torch.tensor(scores).exp().tolist(), marker="o", label=_short(item))
-        lists.axvline(self.latent_steps, color="tab:orange", linestyle=":")
-        lists.set(title="The best items after each step", xlabel="latent steps", ylabel="probability")
+        policy.set(
+            title=f"The policy takes {chosen} latent step{'' if chosen == 1 else 's'}", xlabel="latent steps",
+            ylabel="probability of this number", xticks=depths,
+        )
+        # 2. The best items of the chosen depth, after every number of steps. Small probabilities stay visible.
+        probability = [{item["item_id"]: math.exp(item["score"]) for item in items} for items in self.by_depth]
+        lists.axvline(chosen, color=_CHOSEN, linewidth=6, alpha=0.3)
+        names = ("blue", "green", "red", "purple", "brown", "pink", "cyan")
+        lists.set_prop_cycle(color=[f"tab:{name}" for name in names])
+        for rank, item in enumerate(self.by_depth[chosen][:num_items], start=1):
+            line = [items.get(item["item_id"], math.nan) for items in probability]
+            lists.plot(line, marker="o", label=f"{rank}. {_short(item)}")
+        lists.set(title="Recommended items", xlabel="after so many latent steps", ylabel="probability", yscale="log")
         lists.set_xticks(range(len(self.by_depth)))
-        lists.legend(fontsize="x-small", frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.18))
+        if self.by_depth[chosen]:
+            lists.legend(**legend)
         # 3. The latent states, each with its nearest item.
         latent.plot(*zip(*self.path, strict=True), color="lightgray", zorder=0)
         for step, (point, nearest) in enumerate(zip(self.path, self.nearest_items, strict=True)):
-            latent.scatter(*point, color="tab:orange" if step == self.latent_steps else "tab:blue")
-            label = {"xytext": (5, 5), "textcoords": "offset points", "fontsize": "x-small"}
-            latent.annotate(f"{step}: {_short(nearest[0])}", point, **label)
-        latent.margins(x=0.45, y=0.15)  # room for the names
-        latent.set(title="Latent states and their nearest items", xticks=[], yticks=[])
+            colour = _CHOSEN if step == chosen else _OTHER
+            latent.scatter(*point, s=180, color=colour, label=f"{step}: near {_short(nearest[0])}")
+            latent.annotate(str(step), point, color="white", ha="center", va="center", fontsize="small")
+        latent.margins(0.12)
+        latent.set(title="Latent state after each step", xlabel="first two principal components", xticks=[], yticks=[])
+        latent.legend(**legend, markerscale=0.5)
         return figure
 
 
-def _short(item: dict[str, Any], length: int = 40) -> str:
+def _short(item: dict[str, Any], length: int = 36) -> str:
     text = item["title"] or item["item_id"]
     return text if len(text) <= length else text[: length - 1] + "…"
 
@@ -113,7 +132,7 @@ def explain(
         inputs = processor.pad([prompt]).to(model.device)
         state = model.encode_prompts(**inputs, latent_steps=max_steps)
         end = inputs["input_ids"].new_full((1, 1), config.latent_end_token_id)
-        model.model.read_tokens(state, end, torch.ones(1, 1, 1, dtype=torch.bool, device=end.device))
+        model.get_decoder().read_tokens(state, end, torch.ones(1, 1, 1, dtype=torch.bool, device=end.device))
     states = state.latent_states()[0].float()  # (1 + N_max, H)
     policy = state.depth_logits[0].float().softmax(dim=-1).tolist()  # (C,)
     probabilities = dict(enumerate(policy, start=config.min_latent_steps))
@@ -123,14 +142,20 @@ def explain(
     own = [torch.tensor(history)] * (1 + max_steps) if config.exclude_history else None
     output = model.recommend(
         **inputs, catalog=catalog, top_k=top_k, num_beams=num_beams, latent_steps=torch.arange(1 + max_steps),
-        deny=own, memory=memory,
+        deny=own, allow_empty=True, memory=memory,
     )
     by_depth = processor.decode_recommendations(output)
     return Explanation(
-        latent_steps=chosen, depth_probabilities=probabilities, by_depth=by_depth,
+        history=[_item(catalog, item) for item in history], latent_steps=chosen,
+        depth_probabilities=probabilities, by_depth=by_depth,
         nearest_items=nearest_items(model, catalog, states, top_k), path=_principal_plane(states),
         beam_tree=_beam_tree(catalog, by_depth[chosen]),
     )
+
+
+def _item(catalog, index: int) -> dict[str, Any]:
+    """Id and title of an item."""
+    return {"item_id": catalog.item_ids[index], "title": catalog.titles[index] if catalog.titles else None}
 
 
 def nearest_items(model, catalog, states: torch.Tensor, top_k: int) -> list[list[dict[str, Any]]]:
@@ -146,10 +171,9 @@ def nearest_items(model, catalog, states: torch.Tensor, top_k: int) -> list[list
     codes = catalog.codes[items].long().to(states.device)  # (I, M)
     similarity = sum(cosine[:, level, codes[:, level]] for level in range(config.num_sid_levels))  # (S, I)
     best = (similarity / config.num_sid_levels).topk(min(top_k, len(items)), dim=-1)
-    titles = catalog.titles or [None] * len(catalog)
     return [
         [
-            {"item_id": catalog.item_ids[item], "title": titles[item], "similarity": value}
+            _item(catalog, item) | {"similarity": value}
             for item, value in zip(items[index].tolist(), values, strict=True)
         ]
         for index, values in zip(best.indices.cpu(), best.values.tolist(), strict=True)
@@ -167,11 +191,14 @@ def _principal_plane(states: torch.Tensor) -> list[tuple[float, float]]:
 def _beam_tree(catalog, recommended: list[dict[str, Any]]) -> dict[str, Any]:
     """The tree of the codes of recommended items, with their probabilities added up."""
     root: dict[str, Any] = {"token": None, "probability": 0.0, "children": []}
+    leaves = set()
     for item in recommended:
-        probability = float(torch.tensor(item["score"]).exp())
+        codes = catalog.codes[catalog.index_of[item["item_id"]]].tolist()
+        probability = 0.0 if tuple(codes) in leaves else math.exp(item["score"])
+        leaves.add(tuple(codes))
         node = root
         node["probability"] += probability
-        for level, code in enumerate(catalog.codes[catalog.index_of[item["item_id"]]].tolist()):
+        for level, code in enumerate(codes):
             token = sid_token(level, code)
             child = next((child for child in node["children"] if child["token"] == token), None)
             if child is None:

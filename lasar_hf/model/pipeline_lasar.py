@@ -1,10 +1,11 @@
 """The pipeline of a checkpoint: `pipeline("generative-recommendation", model=id, trust_remote_code=True)`."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable
 
 from transformers import Pipeline
 
-from .recommender_lasar import Recommender
+from .recommender_lasar import Recommender, is_history
 
 
 class GenerativeRecommendationPipeline(Pipeline):
@@ -37,14 +38,23 @@ class GenerativeRecommendationPipeline(Pipeline):
         super().__init__(*args, **kwargs)
         self.recommender = Recommender(self.model, self.processor, self.model.memory)
 
-    def __call__(self, histories: Sequence, **options) -> dict | list[dict]:
+    def __call__(self, histories: Iterable, **options) -> dict | list[dict]:
         """One history or several. `options` as for [`Recommender.recommend`]."""
-        if isinstance(histories, str):
+        if isinstance(histories, str) or not isinstance(histories, Iterable):
             raise ValueError(f"The history is {histories!r}; expected a list of item ids or titles.")
-        is_one = len(histories) > 0 and isinstance(histories[0], (str, int))
+        histories = list(histories)
+        is_one = is_history(histories)
         options = self._forward_params | options
         results = self.recommender.recommend([histories] if is_one else histories, **options)
         return results[0] if is_one else results
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
+        """Save the checkpoint, as [`Recommender.save_pretrained`]. The base class would leave parts out."""
+        self.recommender.save_pretrained(save_directory, **kwargs)
+
+    def push_to_hub(self, repo_id: str, **kwargs) -> str:
+        """Upload the checkpoint, as [`Recommender.push_to_hub`]."""
+        return self.recommender.push_to_hub(repo_id, **kwargs)
 
     # The base class asks for these parts of a call. They do the same for one history.
 

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
 from .catalog_lasar import SidCatalog
+from .checkpoint_lasar import push_arguments
 from .configuration_lasar import CONTROL_TOKENS, LATENT_START_TOKEN, sid_token
 
 
@@ -262,7 +263,7 @@ class LasarProcessor(ProcessorMixin):
         files = super().save_pretrained(save_directory)
         if push_to_hub:
             # The base class would only upload the files that it wrote itself, without the catalogue.
-            self.push_to_hub(kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory))), **kwargs)
+            self.push_to_hub(**push_arguments(save_directory, kwargs))
         return files
 
     @classmethod

@@ -3,29 +3,39 @@
 import json
 import os
 import re
-from collections import defaultdict
-from collections.abc import Sequence
+import tempfile
+import unicodedata
+from collections.abc import Iterable, Sequence
 from functools import cached_property
+from numbers import Integral
 
 import torch
-from transformers.utils import PushToHubMixin, cached_file
+from huggingface_hub import HfApi
+from transformers.utils import cached_file
 
 from .catalog_lasar import SidCatalog
-from .checkpoint_lasar import hub_arguments
+from .checkpoint_lasar import hub_arguments, push_arguments
 from .explain_lasar import Explanation, explain
 from .files_lasar import atomic_file
-from .memory_lasar import ItemMemory
+from .memory_lasar import MEMORY_NAME, ItemMemory
 from .modeling_lasar import LasarForGenerativeRec
 from .processing_lasar import LasarProcessor
 
 
 CARD_NAME = "README.md"
+# Files of an earlier upload that are removed, unless they are written again: shards and a memory would be loaded.
+OLD_WEIGHTS = ("model*.safetensors*", MEMORY_NAME)
 SEMANTIC_ID = re.compile(r"(<[a-z]_\d+>\s*)+")
 
 
 def title_key(title: str) -> str:
-    """Titles that differ in case and spaces only have the same key."""
-    return " ".join(title.casefold().split())
+    """Titles that differ only in case, spaces and the way to write the same letters in Unicode have the same key."""
+    return " ".join(unicodedata.normalize("NFKC", title.casefold()).split())
+
+
+def is_history(histories: Sequence) -> bool:
+    """Whether this is one history, items instead of a list for each user."""
+    return len(histories) > 0 and isinstance(histories[0], (str, Integral))
 
 
 def renamed_card(card: str, name: str) -> str:
@@ -36,7 +46,7 @@ def renamed_card(card: str, name: str) -> str:
     return re.sub(r'^name = ".*"  # the folder', lambda match: line, card, count=1, flags=re.MULTILINE)
 
 
-class Recommender(PushToHubMixin):
+class Recommender:
     """
     Model, prompt format, catalogue and item memory of a checkpoint.
 
@@ -97,7 +107,7 @@ class Recommender(PushToHubMixin):
             pretrained_model_name_or_path (`str`):
                 Folder or model id.
             device (`str` or `torch.device`, *optional*):
-                Where to compute. Defaults to the accelerator, if there is one.
+                Where to compute. Defaults to `device_map`, if it is given, or else the accelerator, if there is one.
             kwargs:
                 Passed to [`LasarForGenerativeRec.from_pretrained`], such as `dtype`; `revision`, `token`, `cache_dir`
                 and `local_files_only` hold for all parts.
@@ -105,7 +115,7 @@ class Recommender(PushToHubMixin):
         hub = hub_arguments(kwargs)
         model = LasarForGenerativeRec.from_pretrained(pretrained_model_name_or_path, **kwargs).eval()
         processor = LasarProcessor.from_pretrained(pretrained_model_name_or_path, **hub)
-        if device is None and torch.accelerator.is_available():
+        if device is None and "device_map" not in kwargs and torch.accelerator.is_available():
             device = torch.accelerator.current_accelerator()
         path = cached_file(
             pretrained_model_name_or_path, CARD_NAME, _raise_exceptions_for_missing_entries=False, **hub
@@ -114,40 +124,76 @@ class Recommender(PushToHubMixin):
         if path is not None:
             with open(path, encoding="utf-8") as file:
                 card = file.read()
-        return cls(model.to(device), processor, model.memory, card)
+        return cls(model if device is None else model.to(device), processor, model.memory, card)
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
         """
-        Save all parts to a folder. `kwargs` as for [`LasarForGenerativeRec.save_pretrained`], such as
-        `max_shard_size`.
+        Save all parts to a folder. Without a memory, one that the folder has is removed, since its weight was fitted
+        to another model. `kwargs` as for [`LasarForGenerativeRec.save_pretrained`], such as `max_shard_size`; with
+        `push_to_hub`, all parts are uploaded too.
         """
+        hub = push_arguments(save_directory, kwargs)
         self.model.save_pretrained(save_directory, **kwargs)
         self.processor.save_pretrained(save_directory)
         if self.memory is not None:
             self.memory.save_pretrained(save_directory)
+        elif os.path.exists(os.path.join(save_directory, MEMORY_NAME)):
+            os.remove(os.path.join(save_directory, MEMORY_NAME))
         if self.card is not None:
             with atomic_file(os.path.join(save_directory, CARD_NAME)) as temporary:
                 temporary.write_text(self.card, encoding="utf-8")
+        if push_to_hub:
+            self.push_to_hub(**hub)
 
-    def push_to_hub(self, repo_id: str, **kwargs) -> str:
+    def push_to_hub(
+        self, repo_id: str, private: bool | None = None, token: bool | str | None = None, revision: str | None = None,
+        max_shard_size: int | str = "50GB", **kwargs,
+    ) -> str:
         """
-        Upload all parts, with a card whose usage has this name. `kwargs` as for
-        [`~transformers.PreTrainedModel.push_to_hub`], such as `private`.
+        Upload all parts in one commit, with a card whose usage has this name. Other weights and another memory that
+        the repository has are removed.
+
+        Args:
+            repo_id (`str`):
+                Name on the Hub, such as `user/shop`.
+            private (`bool`, *optional*):
+                Whether a new repository is private.
+            token (`str`, *optional*):
+                Token of the Hub. Defaults to that of `hf auth login`.
+            revision (`str`, *optional*):
+                Branch, which is made if it is new. Defaults to `main`.
+            max_shard_size (`int` or `str`, *optional*, defaults to `"50GB"`):
+                Largest size of a file of weights.
+            kwargs:
+                Passed to [`~huggingface_hub.HfApi.upload_folder`], such as `commit_message` and `create_pr`.
+
+        Returns:
+            `str`: address of the commit.
         """
-        local = self.card
-        try:
-            self.card = None if local is None else renamed_card(local, repo_id)
-            return super().push_to_hub(repo_id, **kwargs)
-        finally:
-            self.card = local
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None and not revision.startswith("refs/"):
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        kwargs.setdefault("commit_message", "Upload recommender")
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, max_shard_size=max_shard_size)
+            if self.card is not None:
+                with open(os.path.join(folder, CARD_NAME), "w", encoding="utf-8") as file:
+                    file.write(renamed_card(self.card, repo_id))
+            return api.upload_folder(
+                repo_id=repo_id, folder_path=folder, revision=revision, delete_patterns=[*OLD_WEIGHTS], **kwargs
+            )
 
     @cached_property
-    def _items_of_title(self) -> dict[str, list[int]]:
-        items = defaultdict(list)
+    def _items_of_titles(self) -> tuple[dict[str, int], dict[str, list[int]]]:
+        """The first item of each title, and all items of the titles that several have, by [`title_key`]."""
+        first, shared = {}, {}
         for index, title in enumerate(self.catalog.titles or []):
             if title is not None:
-                items[title_key(title)].append(index)
-        return dict(items)
+                key = title_key(title)
+                if first.setdefault(key, index) != index:
+                    shared.setdefault(key, [first[key]]).append(index)
+        return first, shared
 
     def item_index(self, item: str | int) -> int | None:
         """
@@ -159,17 +205,18 @@ class Recommender(PushToHubMixin):
         index = self.catalog.index_of.get(str(item))
         if index is not None:
             return index
-        if SEMANTIC_ID.fullmatch(str(item)):
+        if SEMANTIC_ID.fullmatch(str(item).strip()):
             raise ValueError(f"{item!r} is a Semantic ID; expected the id or the title of an item.")
-        found = self._items_of_title.get(title_key(str(item)), [])
-        if len(found) > 1:
-            ids = ", ".join(repr(self.catalog.item_ids[index]) for index in found[:5])
-            raise ValueError(f"{len(found)} items have the title {item!r}. Use an item id: {ids}.")
-        return found[0] if found else None
+        first, shared = self._items_of_titles
+        key = title_key(str(item))
+        if key in shared:
+            ids = ", ".join(repr(self.catalog.item_ids[index]) for index in shared[key][:5])
+            raise ValueError(f"{len(shared[key])} items have the title {item!r}. Use an item id: {ids}.")
+        return first.get(key)
 
     def item_indices(self, history: Sequence[str | int], unknown_items: str = "error") -> list[int]:
         """Indices of the items of a history, oldest first. Arguments and errors as for [`~Recommender.recommend`]."""
-        if isinstance(history, (str, int)):
+        if isinstance(history, str) or not isinstance(history, Iterable):
             raise ValueError(f"The history is {history!r}; expected a list of item ids or titles.")
         indices = [self.item_index(item) for item in history]
         if unknown_items == "skip":
@@ -177,7 +224,8 @@ class Recommender(PushToHubMixin):
         if None in indices:
             item = history[indices.index(None)]
             key = title_key(str(item))
-            near = [self.catalog.titles[items[0]] for title, items in self._items_of_title.items() if key in title]
+            titles = self._items_of_titles[0].items() if key else ()
+            near = [self.catalog.titles[index] for title, index in titles if key in title]
             hint = f" Titles that contain it: {', '.join(map(repr, near[:3]))}." if near else ""
             raise ValueError(
                 f"The catalogue has no item {item!r}.{hint} Use an item id or a title, or unknown_items='skip'."
@@ -222,8 +270,12 @@ class Recommender(PushToHubMixin):
         """
         if unknown_items not in ("error", "skip"):
             raise ValueError(f"unknown_items is {unknown_items!r}; expected 'error' or 'skip'.")
-        if isinstance(histories, str) or (len(histories) and isinstance(histories[0], (str, int))):
-            raise ValueError("histories is one history; expected a list of histories.")
+        is_list = isinstance(histories, Iterable) and not isinstance(histories, str)
+        histories = list(histories) if is_list else []
+        if not is_list or is_history(histories):
+            raise ValueError("histories is one history or no list; expected a list of histories, one for each user.")
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; expected at least 1.")
         if exclude_history is None:
             exclude_history = self.model.config.exclude_history
         self.model.config.check_exclusion(exclude_history)
@@ -254,8 +306,10 @@ class Recommender(PushToHubMixin):
     def _listed(self, name: str, lists: Sequence | None, num_users: int) -> list[list[int] | None]:
         if lists is None:
             return [None] * num_users
-        if len(lists) != num_users:
+        if isinstance(lists, str) or len(lists) != num_users:
             raise ValueError(f"{name} has {len(lists)} lists; expected one for each of the {num_users} histories.")
+        if any(isinstance(items, (str, Integral)) for items in lists):
+            raise ValueError(f"{name} is {lists!r}; expected a list of items, or None, for each of the histories.")
         return [None if items is None else self.item_indices(items) if len(items) else [] for items in lists]
 
     def explain(self, history: Sequence[str | int], top_k: int = 10, num_beams: int = 50) -> Explanation:
