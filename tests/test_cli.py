@@ -16,6 +16,7 @@ import lasar_cli
 from lasar_cli import split_history
 from lasar_hf.commands import project
 from lasar_hf.commands.automatic import core_size, find_column, prepare_settings, train_settings
+from lasar_hf.commands.grpo import NOT_BETTER
 from lasar_hf.commands.prepare import PrepareArguments
 from lasar_hf.commands.project import (
     STAGES,
@@ -216,6 +217,23 @@ def test_titles_may_stand_in_the_interactions(tmp_path):
     assert [item["title"] for item in data.items] == ["Apple", "Pear"]
 
 
+@pytest.mark.parametrize("title, column", [("name", None), ("Title", None), ("label", "label")])
+def test_a_table_of_items_may_name_its_titles_otherwise(tmp_path, title, column):
+    path, items = tmp_path / "log.csv", tmp_path / "items.csv"
+    path.write_text("user_id,item_id\nu1,1\nu1,2\nu2,1\nu2,2\n")
+    items.write_text(f"item_id,{title},category\n1,Apple,Fruit\n2,Pear,Fruit\n")
+    data = read_table(**table_arguments(str(path), str(items), title_column=column), k_core=1)
+    assert [item["title"] for item in data.items] == ["Apple", "Pear"]
+
+
+def test_missing_columns_are_said_with_their_option(tmp_path, caplog):
+    path, items = tmp_path / "log.csv", tmp_path / "items.csv"
+    path.write_text("user_id,item_id,bought\nu1,1,5\n")
+    items.write_text("item_id,label,category\n1,Apple,Fruit\n")
+    assert table_arguments(str(path), str(items))["items"] == str(items)
+    assert "bought. Set --time-column." in caplog.text and "label, category. Set --title-column." in caplog.text
+
+
 def test_train_yaml_keeps_changes_and_wins_over_the_size(tmp_path):
     (tmp_path / "train.yaml").write_text("stage1: {learning_rate: 0.5}\n")
     (tmp_path / "data").mkdir()
@@ -325,7 +343,7 @@ def test_the_error_of_a_stage_is_said_and_not_its_launchers(stage):
         stage("echo '[rank1]: ValueError: stage is 3.'; echo 'subprocess.CalledProcessError: Command'; exit 1")
 
 
-def test_a_changed_stage_starts_anew_and_an_unfinished_one_resumes(tmp_path, monkeypatch):
+def test_a_changed_stage_starts_anew_and_an_unfinished_one_resumes(tmp_path, monkeypatch, caplog):
     """The stages write nothing here but the names of the runs that they found."""
     runs = []
 
@@ -337,7 +355,7 @@ def test_a_changed_stage_starts_anew_and_an_unfinished_one_resumes(tmp_path, mon
             raise RuntimeError("killed")
 
     monkeypatch.setattr(project, "run_stage", run)
-    saved = SimpleNamespace(card=None, save_pretrained=lambda folder: None)
+    saved = SimpleNamespace(card=NOT_BETTER, save_pretrained=lambda folder: None)
     monkeypatch.setattr(project, "Recommender", SimpleNamespace(from_pretrained=lambda *_, **__: saved))
     (tmp_path / "data").mkdir()
     (tmp_path / "train.yaml").write_text("stage1: {seed: 1}\n")
@@ -346,6 +364,7 @@ def test_a_changed_stage_starts_anew_and_an_unfinished_one_resumes(tmp_path, mon
     with pytest.raises(RuntimeError, match="killed"):
         train_project(tmp_path)
     train_project(tmp_path)
+    assert NOT_BETTER in caplog.text
     names = ["stage2", "grpo", "memory", "evaluate"]
     assert runs == [("stage1", []), ("stage2", []), ("stage2", ["checkpoint"]), *((name, []) for name in names[1:])]
     runs[:] = [None, None]

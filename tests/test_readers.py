@@ -304,7 +304,7 @@ def test_items_get_the_text_of_their_first_row(tmp_path, text_columns, expected)
 def test_repeated_and_empty_items_are_counted(tmp_path):
     (tmp_path / "items.csv").write_text(ITEMS_CSV + "x,Again,Other,\n")
     with pytest.warns(UserWarning) as caught:
-        read_table(log_file(tmp_path, ".csv"), [tmp_path / "items.csv"], k_core=1)
+        read_table(log_file(tmp_path, ".csv"), [tmp_path / "items.csv"], k_core=1, text_columns={"title": "title"})
     messages = [str(warning.message) for warning in caught]
     assert any("1 rows" in message for message in messages)
     assert any("3 of 4" in message for message in messages)

@@ -9,12 +9,14 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from ..data.readers import TEXT_COLUMNS
+
 
 COLUMNS = {
     "user": ("user_id", "user", "userid", "reviewerid", "customer_id", "visitorid"),
     "item": ("item_id", "item", "itemid", "movieid", "product_id", "asin", "parent_asin", "business_id", "book_id"),
     "time": ("timestamp", "time", "date", "unixreviewtime", "datetime", "created_at"),
-    "title": ("title", "name", "item_name", "product_title"),
+    "title": TEXT_COLUMNS["title"],
 }
 CORE = 5  # minimum number of interactions of a user and an item
 LARGE = 100_000  # interactions from which on the core is used

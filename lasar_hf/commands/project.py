@@ -35,14 +35,14 @@ from transformers.utils import cached_file
 
 from ..arguments import near_name
 from ..data import PreparedData, read_source
-from ..data.readers import SOURCES, read_lcrec
+from ..data.readers import SOURCES, TEXT_COLUMNS, read_lcrec
 from ..data.tables import column_names
 from ..files import atomic_file, folder_hashes, read_json, write_json
 from ..model.recommender_lasar import Recommender, renamed_card
 from ..trainers import LasarGRPOConfig, LasarModelConfig, LasarSFTConfig
 from .automatic import LARGE, core_size, find_column, prepare_settings, train_settings
 from .evaluate import EvaluateArguments
-from .grpo import GRPOScriptArguments
+from .grpo import NOT_BETTER, GRPOScriptArguments
 from .memory import MemoryArguments
 from .plots import training_log
 from .prepare import PrepareArguments, prepare
@@ -79,19 +79,22 @@ def table_arguments(
     if time_column is None:
         try:
             arguments["time_column"] = find_column("time", names, path)
-        except ValueError:
-            logger.warning("%s has no column of times: the rows of a user are taken in their order.", path)
-    item_names = names if items is None else column_names(items)
-    if title_column is None and items is not None:
-        return arguments | {"items": items}  # all usual columns of text
+        except ValueError as error:
+            logger.warning("%s Otherwise the rows of a user are taken in the order of the file.", error)
+    table, names = (path, names) if items is None else (items, column_names(items))
     if title_column is None:
         try:
-            title_column = find_column("title", names, path)
-        except ValueError:
-            return arguments
-    if title_column not in item_names:
-        raise ValueError(f"{items or path} has no column {title_column!r}; its columns are {', '.join(item_names)}.")
-    return arguments | {"items": items or path, "text_columns": {"title": title_column}}
+            title_column = find_column("title", names, table)
+        except ValueError as error:
+            if items is None:
+                return arguments
+            logger.warning("%s Otherwise items are shown by their ids.", error)
+            return arguments | {"items": items}
+        if items is not None and title_column in TEXT_COLUMNS["title"]:
+            return arguments | {"items": items}  # all usual columns of text
+    if title_column not in names:
+        raise ValueError(f"{table} has no column {title_column!r}; its columns are {', '.join(names)}.")
+    return arguments | {"items": table, "text_columns": {"title": title_column}}
 
 
 def prepare_project(
@@ -295,6 +298,8 @@ def run_stages(
         if values := [entry["eval_NDCG@10"] for entry in training_log(root / name) if "eval_NDCG@10" in entry]:
             logger.info("      best NDCG@10 on validation users: %.4f", max(values))
     recommender = Recommender.from_pretrained(root / "grpo", device="cpu")
+    if NOT_BETTER in (recommender.card or ""):
+        logger.warning("grpo: %s", NOT_BETTER)
     recommender.card = None if recommender.card is None else renamed_card(recommender.card, "model")
     recommender.save_pretrained(root / "model")
 

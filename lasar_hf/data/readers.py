@@ -28,7 +28,7 @@ AMAZON = {"user_column": "reviewerID", "item_column": "asin", "time_column": "un
 AMAZON_2023 = "McAuley-Lab/Amazon-Reviews-2023"
 # Columns of each text field; the first that is not empty counts.
 TEXT_COLUMNS = {
-    "title": ["title"],
+    "title": ["title", "name", "item_name", "product_title"],
     "description": ["description", "features", "feature", "details", "subtitle", "brand", "store"],
     "brand": ["brand", "store"],
     "categories": ["categories", "category", "genres"],
