@@ -87,7 +87,7 @@ def make_model(shop, quantizer):
 
 
 def train(trainer, title: str, start: str | None = None):
-    """Train without a line for every few steps, and write a card that goes on from that of the stage before."""
+    """Train without printing logs, and write a model card that continues the card of the stage before."""
     trainer.remove_callback(PrinterCallback)
     trainer.card_facts = CardFacts(start and str(OUTPUT / start), title=title)
     trainer.train()

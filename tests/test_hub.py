@@ -195,7 +195,8 @@ def test_files_of_the_run_are_not_shared(tmp_path):
     LasarProcessor(tokenizer, tiny_catalog()).save_pretrained(tmp_path)
     before = shared_files(tmp_path)
     for name in ("training_args.bin", "optimizer.pt", "run.json", "trainer_state.json", "anchors/anchors.safetensors",
-                 "checkpoint-2/model.safetensors", "runs/events", "adapter/training_args.bin"):  # fmt: skip
+                 "checkpoint-2/model.safetensors", "item_memory.safetensors",
+                 "runs/events", "adapter/training_args.bin"):  # fmt: skip
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(b"x")

@@ -95,7 +95,7 @@ def memory_text(memory: ItemMemory, tuning: Tuning, reasoning: str) -> str:
 
 
 def main(args: MemoryArguments) -> None:
-    """Tune the matrix once, and fit and save it for every checkpoint."""
+    """Tune the matrix once. Fit its weight for each checkpoint, and save it there."""
     data = PreparedData.load(args.data_dir)
     similar = similar_items(data.text_vectors)
     tuning = tune_memory(data, similar)

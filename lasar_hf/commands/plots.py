@@ -15,7 +15,7 @@ PANELS = {  # title of a panel: name in the logs, and the stages that have it
 
 
 def training_log(folder: Path) -> list[dict]:
-    """The log of a stage, from its newest checkpoint; empty if there is none."""
+    """The log of a stage, from its newest checkpoint; empty without a checkpoint."""
     states = folder.glob("checkpoint-*/trainer_state.json")
     newest = max(states, key=lambda path: int(path.parent.name.rpartition("-")[2]), default=None)
     return [] if newest is None else read_json(newest)["log_history"]

@@ -4,8 +4,8 @@ A project: one folder in which the `lasar` command prepares data, trains all sta
     data/  train.yaml  stage1/  stage2/  grpo/  report/  model/  settings/
 
 `train.yaml` has one section for each stage, whose keys are those of the stage's own script. A stage whose settings and
-predecessors did not change is not run again, and one that was killed resumes. Otherwise it starts anew, and its last
-run is kept in `stage1.old/` and so on.
+predecessors did not change is not run again, and one that was killed resumes. Otherwise it is trained
+again from the start, and its last run is kept in `stage1.old/` and so on.
 """
 
 import fcntl
@@ -286,7 +286,7 @@ def run_stages(
             continue
         logger.info("[%d/%d] %s", number, len(stages), name)
         if last["settings"] != before and (root / name).exists():
-            logger.info("      Settings or data changed, so it starts anew. The last run is in %s.old.", root / name)
+            logger.info("      Settings or data changed: it starts again. The last run is in %s.old.", root / name)
             shutil.rmtree(root / f"{name}.old", ignore_errors=True)
             (root / name).rename(root / f"{name}.old")
         config.parent.mkdir(parents=True, exist_ok=True)

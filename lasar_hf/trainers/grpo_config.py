@@ -59,7 +59,7 @@ class LasarGRPOConfig(GRPOConfig):
             training. Together they are read once; more of them make a step faster and its gradient less diverse.
         license (`str`, *optional*):
             Licence of the checkpoint, such as `"apache-2.0"`, for its model card. Defaults to that of the checkpoint
-            that the training began with. The card says so if there is none.
+            that the training began with. A card without a licence says so.
         dataset (`str`, *optional*):
             Name of the data set, for the model card. Defaults to the names of its files, if they are known.
 

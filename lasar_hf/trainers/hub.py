@@ -8,6 +8,7 @@ from huggingface_hub import CommitOperationAdd
 from transformers import TrainingArguments
 
 from ..files import read_json
+from ..model.memory_lasar import MEMORY_NAME
 
 
 ADAPTER = "adapter"  # folder of the adapter of a training with LoRA
@@ -30,8 +31,12 @@ def check_hub_strategy(args: TrainingArguments) -> None:
 
 
 def shared_files(folder: str | os.PathLike) -> list[Path]:
-    """The files of an output folder that are shared, in order of their names."""
-    return sorted({path for pattern in SHARED for path in Path(folder).glob(pattern) if path.is_file()})
+    """
+    The files of an output folder that are shared, in order of their names. An item memory that lies there was fitted
+    to earlier weights, so a training does not push it; [`Recommender.push_to_hub`] pushes a memory.
+    """
+    found = {path for pattern in SHARED for path in Path(folder).glob(pattern) if path.is_file()}
+    return sorted(path for path in found if path.name != MEMORY_NAME)
 
 
 def commit_operations(folder: str | os.PathLike) -> list[CommitOperationAdd]:

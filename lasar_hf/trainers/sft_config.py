@@ -48,7 +48,7 @@ class LasarSFTConfig(SFTConfig):
             `train_sampling_strategy`.
         license (`str`, *optional*):
             Licence of the checkpoint, such as `"apache-2.0"`, for its model card. Defaults to that of the checkpoint
-            that the training began with. The card says so if there is none.
+            that the training began with. A card without a licence says so.
         dataset (`str`, *optional*):
             Name of the data set, for the model card. Defaults to the names of its files, if they are known.
 
