@@ -242,8 +242,16 @@ def serve(
     from lasar_hf.serving import serve as run
 
     run(
-        checkpoint_of(model), host, port, device, admin_token, num_beams=num_beams, max_batch=max_batch,
-        max_wait_ms=max_wait_ms, max_queue=max_queue, timeout=timeout,
+        checkpoint_of(model),
+        host,
+        port,
+        device,
+        admin_token,
+        num_beams=num_beams,
+        max_batch=max_batch,
+        max_wait_ms=max_wait_ms,
+        max_queue=max_queue,
+        timeout=timeout,
     )
 
 

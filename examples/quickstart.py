@@ -58,8 +58,16 @@ from lasar_hf.semantic_ids import (
 
 SEED, LEVELS, CODES, STEPS, OUTPUT = 0, 4, 16, 4, Path("outputs/quickstart")
 COMMON = dict(
-    use_cpu=True, bf16=False, gradient_checkpointing=False, save_strategy="no", report_to="none", logging_steps=5,
-    lr_scheduler_type="cosine", seed=SEED, disable_tqdm=True, dataloader_pin_memory=False,
+    use_cpu=True,
+    bf16=False,
+    gradient_checkpointing=False,
+    save_strategy="no",
+    report_to="none",
+    logging_steps=5,
+    lr_scheduler_type="cosine",
+    seed=SEED,
+    disable_tqdm=True,
+    dataloader_pin_memory=False,
 )
 
 
@@ -75,9 +83,17 @@ def make_model(shop, quantizer):
     """A small backbone from scratch. Its tokenizer is fitted to the item text, its SID tokens start as centroids."""
     tokenizer = build_tokenizer([item_text(item) for item in shop.items], vocab_size=400)
     config = GPTNeoXConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=512, hidden_dropout=0.1, tie_word_embeddings=True, pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=512,
+        hidden_dropout=0.1,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
     )
     backbone = AutoModelForCausalLM.from_config(config)
     model = LasarForGenerativeRec.from_backbone(backbone, tokenizer, LEVELS, CODES, STEPS)
@@ -135,8 +151,14 @@ def main() -> None:
     titles = alignment_examples(shop, split, processor, tasks=("title_to_sid",))
     examples = datasets.concatenate_datasets([history_examples(split, processor), titles])
     args = LasarSFTConfig(
-        str(OUTPUT / "stage1"), num_train_epochs=30, learning_rate=4e-3, weight_decay=0.1, warmup_steps=0.05,
-        per_device_train_batch_size=32, train_sampling_strategy="group_by_length", **COMMON,
+        str(OUTPUT / "stage1"),
+        num_train_epochs=30,
+        learning_rate=4e-3,
+        weight_decay=0.1,
+        warmup_steps=0.05,
+        per_device_train_batch_size=32,
+        train_sampling_strategy="group_by_length",
+        **COMMON,
     )
     train(LasarSFTTrainer(model, args, train_dataset=examples, processing_class=processor), "Stage 1")
 
@@ -164,9 +186,17 @@ def main() -> None:
     say(f"A teacher wrote {len(segments):,} chains of thought, of {np.mean([*map(len, segments)]):.1f} segments each.")
     depths = np.random.default_rng(SEED).integers(1, STEPS + 1, len(segments))
     args = LasarSFTConfig(
-        str(OUTPUT / "stage2"), num_train_epochs=6, learning_rate=2e-3, weight_decay=0.1, warmup_steps=0.05,
-        per_device_train_batch_size=64, alignment_weight=0.05, policy_weight=0.1, depth_weights=[1, 1, 1, 1, 1],
-        anchors_at_any_depth=True, **COMMON,
+        str(OUTPUT / "stage2"),
+        num_train_epochs=6,
+        learning_rate=2e-3,
+        weight_decay=0.1,
+        warmup_steps=0.05,
+        per_device_train_batch_size=64,
+        alignment_weight=0.05,
+        policy_weight=0.1,
+        depth_weights=[1, 1, 1, 1, 1],
+        anchors_at_any_depth=True,
+        **COMMON,
     )
     examples = reasoning_examples(train_samples, processor, depths)
     stage2 = LasarSFTTrainer(model, args, anchors=anchors, train_dataset=examples, processing_class=processor)
@@ -175,8 +205,15 @@ def main() -> None:
 
     # 4. GRPO: candidates are rewarded, and the policy head learns how many steps pay off.
     args = LasarGRPOConfig(
-        str(OUTPUT / "grpo"), max_steps=100, learning_rate=1e-4, per_device_train_batch_size=64, num_generations=8,
-        depth_gradient="exact", step_cost="auto", policy_learning_rate=3e-3, **COMMON,
+        str(OUTPUT / "grpo"),
+        max_steps=100,
+        learning_rate=1e-4,
+        per_device_train_batch_size=64,
+        num_generations=8,
+        depth_gradient="exact",
+        step_cost="auto",
+        policy_learning_rate=3e-3,
+        **COMMON,
     )
     examples = grpo_examples(train_samples, processor, anchors.terminal())
     rl = LasarGRPOTrainer(model, args, train_dataset=examples, processing_class=processor)

@@ -53,8 +53,13 @@ class Recommender:
             })  # fmt: skip
         known_rows = [row for row in rows if row["history"]]
         output = recommend_samples(
-            self.model, {"history": [row["history"] for row in known_rows]}, self.processor, self.args.top_k,
-            self.args.num_beams, self.args.latent_steps, exclude_history=self.args.exclude_history,
+            self.model,
+            {"history": [row["history"] for row in known_rows]},
+            self.processor,
+            self.args.top_k,
+            self.args.num_beams,
+            self.args.latent_steps,
+            exclude_history=self.args.exclude_history,
             memory=self.memory,
         )
         decoded = self.processor.decode_recommendations(output)
@@ -93,8 +98,12 @@ def main() -> None:
     # Blocks are shared out among the workers. Without this, a small file would be one block and use one worker.
     histories = read(str(Path(args.histories).resolve())).repartition(target_num_rows_per_block=1024)
     recommendations = histories.map_batches(
-        Recommender, fn_constructor_args=(args,), batch_size=args.batch_size, batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(size=args.workers), num_cpus=args.cpus_per_worker,
+        Recommender,
+        fn_constructor_args=(args,),
+        batch_size=args.batch_size,
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(size=args.workers),
+        num_cpus=args.cpus_per_worker,
         num_gpus=args.gpus_per_worker,
     )
     recommendations.write_parquet(str(Path(args.output_dir).resolve()))

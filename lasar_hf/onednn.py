@@ -156,7 +156,9 @@ def int8_linear(model: nn.Module) -> None:
         raise ValueError("int8_linear needs a CPU with AVX512-VNNI. Use float32 or bfloat16 weights.")
     backbone = model.model.backbone
     layers = [
-        (parent, name, layer) for parent in backbone.modules() for name, layer in parent.named_children()
+        (parent, name, layer)
+        for parent in backbone.modules()
+        for name, layer in parent.named_children()
         if type(layer) is nn.Linear
     ]
     if not layers or not all(layer.weight.is_cpu for _, _, layer in layers):

@@ -377,8 +377,13 @@ def main(study: StudyArguments) -> None:
     settings = {name: asdict(row) for name, row in rows.items()}
     versions = {"python": platform.python_version()} | {name: version(name) for name in VERSIONS}
     details = {
-        "rows": settings, "seeds": study.seeds, "jobs": study.jobs, "seconds": seconds, "commits": commits,
-        "versions": versions, "missing": missing,
+        "rows": settings,
+        "seeds": study.seeds,
+        "jobs": study.jobs,
+        "seconds": seconds,
+        "commits": commits,
+        "versions": versions,
+        "missing": missing,
     }
     write_study(Path(study.report_dir), results, study.tables, details)
     logger.info("The report is %s.", Path(study.report_dir, "study.md"))

@@ -47,9 +47,15 @@ def arguments(folder: Path, options: tuple[str, ...]) -> dict:
     """SGD, since Adam's first steps follow the sign even of gradients that are rounding errors."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     return {
-        **COMMON, "output_dir": str(folder), "max_steps": STEPS, "per_device_train_batch_size": GLOBAL_BATCH // world,
-        "ddp_backend": "gloo" if world > 1 else None, "optim": "sgd",
-        "learning_rate": 0.05, "ddp_timeout": 60, "gradient_checkpointing": "plain" not in options,
+        **COMMON,
+        "output_dir": str(folder),
+        "max_steps": STEPS,
+        "per_device_train_batch_size": GLOBAL_BATCH // world,
+        "ddp_backend": "gloo" if world > 1 else None,
+        "optim": "sgd",
+        "learning_rate": 0.05,
+        "ddp_timeout": 60,
+        "gradient_checkpointing": "plain" not in options,
     }
 
 
@@ -84,7 +90,12 @@ def sft_trainer(folder: Path, stage: str, *options: str) -> LasarSFTTrainer:
     with unsharded_weights():
         model, tokenizer, catalog, rows, anchors = user_setup() if "users" in options else sft_setup(depths)
     return LasarSFTTrainer(
-        model, args, catalog, anchors, train_dataset=rows, eval_dataset=rows.select(range(5)),
+        model,
+        args,
+        catalog,
+        anchors,
+        train_dataset=rows,
+        eval_dataset=rows.select(range(5)),
         processing_class=tokenizer,
         ranking_evaluator=lambda lasar: {"scores": prompt_scores(lasar, catalog)},
         peft_config=adapter(model, options),
@@ -107,8 +118,14 @@ def grpo_trainer(folder: Path, stage: str, *options: str) -> LasarGRPOTrainer:
     PartialState().wait_for_everyone()
     peft_config = adapter(model, options)
     return FixedDraws(
-        model if peft_config else path, args, catalog, [first_code], train_dataset=rows, processing_class=tokenizer,
-        peft_config=peft_config, eval_dataset=rows.select(range(3)),
+        model if peft_config else path,
+        args,
+        catalog,
+        [first_code],
+        train_dataset=rows,
+        processing_class=tokenizer,
+        peft_config=peft_config,
+        eval_dataset=rows.select(range(3)),
     )
 
 

@@ -90,8 +90,10 @@ def draw_model_and_catalog(data):
     """A model of any kind and depth of Semantic ID, under either attention, and a catalogue of its codes."""
     levels, codes = data.draw(st.sampled_from([(3, 4), (1, 9), (2, 5), (4, 3), (3, 1)]))
     model, _ = tiny_model(
-        data.draw(st.sampled_from(["qwen3", "llama", "gpt_neox"])), seed=data.draw(st.integers(0, 3)),
-        num_sid_levels=levels, codebook_size=codes,
+        data.draw(st.sampled_from(["qwen3", "llama", "gpt_neox"])),
+        seed=data.draw(st.integers(0, 3)),
+        num_sid_levels=levels,
+        codebook_size=codes,
     )
     model.set_attn_implementation(data.draw(st.sampled_from(["sdpa", "eager"])))
     num_items = data.draw(st.integers(1, min(40, codes**levels)))

@@ -32,7 +32,11 @@ ROUTED_EXPERTS = KV | {
     "moe_intermediate_size": 16, "first_k_dense_replace": 1,
 }  # fmt: skip
 LATENT_ATTENTION = ROUTED_EXPERTS | {
-    "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8
+    "q_lora_rank": 8,
+    "kv_lora_rank": 8,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
 }
 GPT2 = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 256}
 
@@ -118,13 +122,18 @@ def test_gradients_equal_the_plain_loop(model):
 def test_beams_equal_generate(model):
     catalog, prompt_length, steps = tiny_catalog(), 6, 2
     ids = torch.tensor([row(model, prompt_length, steps, [], seed=0)])
-    found = model.recommend(
-        ids[:, :prompt_length], catalog=catalog, top_k=5, num_beams=20, latent_steps=steps
-    )
+    found = model.recommend(ids[:, :prompt_length], catalog=catalog, top_k=5, num_beams=20, latent_steps=steps)
     generated = model.generate(
-        ids, attention_mask=torch.ones_like(ids), logits_processor=[SidLogitsProcessor(catalog, model.config)],
-        num_beams=20, num_return_sequences=5, max_new_tokens=3, length_penalty=0.0, return_dict_in_generate=True,
-        output_scores=True, pad_token_id=0,
+        ids,
+        attention_mask=torch.ones_like(ids),
+        logits_processor=[SidLogitsProcessor(catalog, model.config)],
+        num_beams=20,
+        num_return_sequences=5,
+        max_new_tokens=3,
+        length_penalty=0.0,
+        return_dict_in_generate=True,
+        output_scores=True,
+        pad_token_id=0,
     )
     expected = torch.tensor([sid_ids(model, catalog.codes[item]) for item in found.items[0]])
     assert torch.equal(generated.sequences[:, -3:], expected)
@@ -220,7 +229,8 @@ def test_checking_a_backbone_leaves_it_as_it_was():
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_a_backbone_keeps_its_implementations(experts, attention):
     backbone = AutoModelForCausalLM.from_config(
-        CONFIG_MAPPING["qwen3_moe"](**SHAPE | ACCEPTED["qwen3_moe"]), attn_implementation=attention,
+        CONFIG_MAPPING["qwen3_moe"](**SHAPE | ACCEPTED["qwen3_moe"]),
+        attn_implementation=attention,
         experts_implementation=experts,
     )
     model = LasarForGenerativeRec.from_backbone(backbone, tiny_tokenizer(), num_sid_levels=3, codebook_size=4)
@@ -232,7 +242,8 @@ def test_a_backbone_keeps_its_implementations(experts, attention):
 @pytest.mark.parametrize(
     "backbone",
     [
-        lambda: tiny_backbone().base_model, lambda: tiny_model()[0],
+        lambda: tiny_backbone().base_model,
+        lambda: tiny_model()[0],
         lambda: get_peft_model(tiny_backbone(), LoraConfig(target_modules=["q_proj"])),
     ],
     ids=["no head", "a recommender", "an adapter"],
@@ -258,7 +269,10 @@ def grpo_trainer(folder, model):
 def test_experts_train_without_a_router_loss(make_trainer, tmp_path):
     """TRL would add the router's loss, which the latent loop does not return."""
     model = LasarForGenerativeRec.from_backbone(
-        tiny_language_model("qwen3_moe", ACCEPTED["qwen3_moe"]), tiny_tokenizer(), num_sid_levels=3, codebook_size=4,
+        tiny_language_model("qwen3_moe", ACCEPTED["qwen3_moe"]),
+        tiny_tokenizer(),
+        num_sid_levels=3,
+        codebook_size=4,
         max_latent_steps=4,
     )
     assert model.config.backbone_config.router_aux_loss_coef > 0

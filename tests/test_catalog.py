@@ -217,7 +217,13 @@ def test_lists_equal_scoring_every_item_and_filtering(data):
     allow, deny = draw_lists(data, size, num_items), draw_lists(data, size, num_items)
     prompts = [row(model, 4 + i, 0, seed=i) for i in range(size)]
     recommended = model.recommend(
-        **batch(prompts), catalog=catalog, top_k=num_items, num_beams=64, latent_steps=1, allow=allow, deny=deny,
+        **batch(prompts),
+        catalog=catalog,
+        top_k=num_items,
+        num_beams=64,
+        latent_steps=1,
+        allow=allow,
+        deny=deny,
         allow_empty=True,
     )
     kept = [i for i in range(num_items) if not catalog.removed[i]]
@@ -264,7 +270,9 @@ def test_a_prompt_without_any_item():
     catalog, inputs = tiny_catalog(), batch([row(model, 5, 0), row(model, 6, 0, seed=1)])
     everything = torch.arange(20)
     for lists in (
-        dict(allow=[None, []]), dict(deny=[None, everything]), dict(allow=[None, [1, 2]], deny=[None, [2, 1]]),
+        dict(allow=[None, []]),
+        dict(deny=[None, everything]),
+        dict(allow=[None, [1, 2]], deny=[None, [2, 1]]),
     ):
         with pytest.raises(ValueError, match="prompt 1"):
             model.recommend(**inputs, catalog=catalog, **lists)

@@ -89,14 +89,10 @@ def naive_loop(model, ids):
     states = [hidden[:, -1:]]
     for position in range(first, answer):
         positions = torch.tensor([[position]])
-        step = base.backbone(
-            inputs_embeds=states[-1], position_ids=positions, past_key_values=cache, use_cache=True
-        )
+        step = base.backbone(inputs_embeds=states[-1], position_ids=positions, past_key_values=cache, use_cache=True)
         states.append(step.last_hidden_state)
     positions = torch.arange(answer, len(ids))[None]
-    read = base.backbone(
-        torch.tensor([ids[answer:]]), position_ids=positions, past_key_values=cache, use_cache=True
-    )
+    read = base.backbone(torch.tensor([ids[answer:]]), position_ids=positions, past_key_values=cache, use_cache=True)
     hidden = torch.cat([hidden, *states[1:], read.last_hidden_state], dim=1)
     return functional(model.lm_head(hidden)[0], torch.cat(states, dim=1)[0])
 

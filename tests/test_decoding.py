@@ -297,10 +297,14 @@ def changed(tensor, *place, value):
     ("message", "change"),
     [
         ("Prompt 1 .*attention_mask", lambda c, ids, mask: dict(attention_mask=changed(mask, 1, 3, value=0))),
-        ("Prompt 1 .*latent_start", lambda c, ids, mask: dict(
-            input_ids=changed(ids, 1, 3, value=c.latent_start_token_id))),
-        ("Prompt 1 .*latent_end", lambda c, ids, mask: dict(
-            input_ids=changed(ids, 1, 3, value=c.latent_end_token_id))),
+        (
+            "Prompt 1 .*latent_start",
+            lambda c, ids, mask: dict(input_ids=changed(ids, 1, 3, value=c.latent_start_token_id)),
+        ),
+        (
+            "Prompt 1 .*latent_end",
+            lambda c, ids, mask: dict(input_ids=changed(ids, 1, 3, value=c.latent_end_token_id)),
+        ),
         ("Prompt 1 .*26", lambda c, ids, mask: dict(input_ids=changed(ids, 1, 3, value=27))),
         ("Prompt 1 .*26", lambda c, ids, mask: dict(input_ids=changed(ids, 1, 3, value=-1))),
         ("input_ids", lambda c, ids, mask: dict(input_ids=ids.float())),

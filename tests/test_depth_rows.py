@@ -88,8 +88,10 @@ def test_batches_of_users_weigh_every_example_the_same(tmp_path):
     def trainer(**kwargs):
         model, tokenizer, catalog, examples, anchors = user_setup()
         args = LasarSFTConfig(
-            str(tmp_path), **COMMON | dict(max_steps=1, max_grad_norm=0.0, optim="sgd", policy_weight=0.1),
-            depth_weights=[1.0, 0.5, 0.0, 1.0], **kwargs,
+            str(tmp_path),
+            **COMMON | dict(max_steps=1, max_grad_norm=0.0, optim="sgd", policy_weight=0.1),
+            depth_weights=[1.0, 0.5, 0.0, 1.0],
+            **kwargs,
         )
         return LasarSFTTrainer(model, args, catalog, anchors, train_dataset=examples, processing_class=tokenizer)
 

@@ -47,9 +47,7 @@ def test_examples_without_steps_are_labels_of_the_policy(tmp_path):
     _, tokenizer, catalog, examples, anchors = sft_setup([0, 1, 2, 4, 0, 3])
     args = LasarSFTConfig(str(tmp_path), **COMMON | dict(max_steps=60), policy_weight=1.0)
     model = model_from_zero()
-    LasarSFTTrainer(
-        model, args, catalog, anchors, train_dataset=examples, processing_class=tokenizer
-    ).train()
+    LasarSFTTrainer(model, args, catalog, anchors, train_dataset=examples, processing_class=tokenizer).train()
     prompts = [ids[: ids.index(model.config.latent_start_token_id) + 1] for ids in examples["input_ids"]]
     output = model.recommend(**batch(prompts), catalog=catalog)
     assert output.latent_steps.tolist() == [0, 1, 2, 4, 0, 3]

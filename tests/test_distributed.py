@@ -35,7 +35,11 @@ def launch(launcher: list[str], out: Path, runs: list[str]) -> dict[str, tuple[l
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-m", *launcher, "-m", "tests.distributed_worker", str(out), *runs],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500,
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=500,
     )
     assert done.returncode == 0, done.stderr[-6000:]
     files = {name: str(out / name.replace("/", "-")) for name in runs}
@@ -121,7 +125,11 @@ def test_deepspeed_trains_as_one_process_does(one_process, tmp_path, stage):
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
     launcher = [
-        "accelerate.commands.launch", "--config_file", str(tmp_path / "config.yaml"), "--main_process_port", str(port)
+        "accelerate.commands.launch",
+        "--config_file",
+        str(tmp_path / "config.yaml"),
+        "--main_process_port",
+        str(port),
     ]
     for run, (logs, _) in launch(launcher, tmp_path, ["stage2/trainer", "grpo/trainer"]).items():
         assert_same_logs(logs, one_process(run.split("/")[0])[0], NAMES)
@@ -129,8 +137,14 @@ def test_deepspeed_trains_as_one_process_does(one_process, tmp_path, stage):
 
 @pytest.mark.parametrize(
     ("name", "kind", "processes"),
-    [("cpu", "NO", 1), ("single_gpu", "NO", 1), ("ddp", "MULTI_GPU", 8), ("zero2", "DEEPSPEED", 8),
-     ("zero3", "DEEPSPEED", 8), ("fsdp2", "FSDP", 8)],
+    [
+        ("cpu", "NO", 1),
+        ("single_gpu", "NO", 1),
+        ("ddp", "MULTI_GPU", 8),
+        ("zero2", "DEEPSPEED", 8),
+        ("zero3", "DEEPSPEED", 8),
+        ("fsdp2", "FSDP", 8),
+    ],
 )
 def test_accelerate_reads_each_configuration(name, kind, processes):
     path = CONFIGS / f"{name}.yaml"

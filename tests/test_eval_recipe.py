@@ -165,7 +165,9 @@ def test_processes_share_the_batches_of_one(recipe, folder, tmp_path, monkeypatc
         return items, batches[1:]  # without the batch that warms up
 
     (one, all_batches), (first, first_batches), (second, second_batches) = (
-        evaluate(0, 1), evaluate(0, 2), evaluate(1, 2)
+        evaluate(0, 1),
+        evaluate(0, 2),
+        evaluate(1, 2),
     )
     assert [len(batch) for batch in all_batches] == [3] * 7 + [2]
     assert first_batches == all_batches[::2]
@@ -185,7 +187,11 @@ def test_two_processes_report_the_same_as_one(recipe, folder, tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [*launch, "recipes/eval.py", *options], capture_output=True, text=True, timeout=300, cwd=ROOT,
+        [*launch, "recipes/eval.py", *options],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=ROOT,
         env={**os.environ, "PYTHONPATH": path},
     )
     assert done.returncode == 0, done.stderr[-3000:]

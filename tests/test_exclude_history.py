@@ -127,8 +127,14 @@ def test_generate_agrees_with_recommend():
     ids = torch.tensor([[*prompt_of(model, [items[4], items[2]]), model.config.latent_end_token_id]])
     constraint = SidLogitsProcessor(catalog, model.config)
     written = model.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), logits_processor=[constraint], num_beams=6,
-        num_return_sequences=6, max_new_tokens=3, length_penalty=0.0, do_sample=False,
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        logits_processor=[constraint],
+        num_beams=6,
+        num_return_sequences=6,
+        max_new_tokens=3,
+        length_penalty=0.0,
+        do_sample=False,
     )
     output = model.recommend(ids[:, :-1], catalog=catalog, top_k=6, num_beams=6, latent_steps=0)
     assert written[:, -3:].tolist() == [items[item] for item in output.items[0].tolist()]
@@ -143,9 +149,7 @@ def test_a_group_needs_enough_items_without_repeats(tmp_path):
     prompt = processor.prompt_text(list(range(17)))
     args = LasarGRPOConfig(str(tmp_path), **COMMON, num_generations=8, sampling="stochastic_beams")
     rows = Dataset.from_list([{"prompt": prompt, "target": 18}] * 8)
-    trainer = LasarGRPOTrainer(
-        model, args, reward_funcs=[first_code], train_dataset=rows, processing_class=processor
-    )
+    trainer = LasarGRPOTrainer(model, args, reward_funcs=[first_code], train_dataset=rows, processing_class=processor)
     with pytest.raises(ValueError, match="num_generations"):
         trainer.train()
 

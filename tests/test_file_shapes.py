@@ -63,8 +63,10 @@ TEXT_FILES = {
     "spaces.csv": (delimited(" , "), {}),
     "quoted.csv": ('"user_id","item_id","timestamp"\n' + "".join(f'"{u}","{i}","{t}"\n' for u, i, t in EVENTS), {}),
     "other_columns.csv": (delimited(",", ["user_id", "item_id", "rating", "timestamp"], rating=True), {}),
-    "capital_names.csv": (delimited(",", ["User", "Item", "Time"]), dict(zip(
-        ["user_column", "item_column", "time_column"], ["User", "Item", "Time"], strict=True))),
+    "capital_names.csv": (
+        delimited(",", ["User", "Item", "Time"]),
+        dict(zip(["user_column", "item_column", "time_column"], ["User", "Item", "Time"], strict=True)),
+    ),
     "ml25m_ratings.csv": (delimited(",", ["userId", "movieId", "rating", "timestamp"], rating=True), MOVIELENS),
     "u.data": (delimited("\t", None, rating=True), {}),
     "ratings.dat": (delimited("::", None, rating=True), {}),
@@ -79,8 +81,13 @@ TEXT_FILES = {
     "array.json": (json.dumps([dict(zip(NAMES, event, strict=True)) for event in EVENTS]), {}),
     "array_indented.json": (json.dumps([dict(zip(NAMES, event, strict=True)) for event in EVENTS], indent=2), {}),
     "python_literals.json": (json_lines(dump=repr), {}),
-    "yelp.json": ("".join(json.dumps({"user_id": u, "business_id": i, "date": f"{utc(t):%Y-%m-%d %H:%M:%S}"}) + "\n"
-                          for u, i, t in EVENTS), YELP),
+    "yelp.json": (
+        "".join(
+            json.dumps({"user_id": u, "business_id": i, "date": f"{utc(t):%Y-%m-%d %H:%M:%S}"}) + "\n"
+            for u, i, t in EVENTS
+        ),
+        YELP,
+    ),
     "milliseconds.csv": (with_times(lambda t: t * 1000), {}),
     "microseconds.csv": (with_times(lambda t: t * 10**6), {}),
     "nanoseconds.csv": (with_times(lambda t: t * 10**9), {}),
@@ -97,16 +104,25 @@ TEXT_FILES = {
     "ctime.csv": (with_times(lambda t: f"{utc(t):%a %b %d %H:%M:%S %Y}"), {}),
     "mail_date.csv": (with_times(lambda t: f"{utc(t):%a, %d %b %Y %H:%M:%S +0000}"), {}),
     "twelve_hours.csv": (with_times(lambda t: f"{utc(t):%m/%d/%Y %I:%M:%S %p}"), {}),
-    "log_date.csv": (with_times(lambda t: f"{utc(t):%d/%b/%Y:%H:%M:%S +0000}"),
-                     {"time_format": "%d/%b/%Y:%H:%M:%S %z"}),
+    "log_date.csv": (
+        with_times(lambda t: f"{utc(t):%d/%b/%Y:%H:%M:%S +0000}"),
+        {"time_format": "%d/%b/%Y:%H:%M:%S %z"},
+    ),
     "day_first.csv": (with_times(lambda t: f"{utc(t):%d%m%Y}"), {"time_format": "%d%m%Y"}),
-    "blank_before_quote.csv": ('user_id, "item_id", "a, note", timestamp\n' + "".join(
-        f'{u}, "{i}", "b, ""c"", d", {t}\n' for u, i, t in EVENTS), {}),
+    "blank_before_quote.csv": (
+        'user_id, "item_id", "a, note", timestamp\n'
+        + "".join(f'{u}, "{i}", "b, ""c"", d", {t}\n' for u, i, t in EVENTS),
+        {},
+    ),
     "first_columns.data": (delimited("\t", None, rating=True), {"columns": ["user_id", "item_id", "_", "timestamp"]}),
-    "retailrocket.csv": ("timestamp,visitorid,event,itemid,transactionid\n" + "".join(
-        f"{t}000,{u},view,{i},\n" for u, i, t in EVENTS), {"user_column": "visitorid", "item_column": "itemid"}),
-    "lastfm.tsv": ("".join(f"{u}\t{utc(t):%Y-%m-%dT%H:%M:%SZ}\t{i}\tArtist\t\tTrack\n" for u, i, t in EVENTS),
-                   {"columns": ["user_id", "timestamp", "item_id"]}),
+    "retailrocket.csv": (
+        "timestamp,visitorid,event,itemid,transactionid\n" + "".join(f"{t}000,{u},view,{i},\n" for u, i, t in EVENTS),
+        {"user_column": "visitorid", "item_column": "itemid"},
+    ),
+    "lastfm.tsv": (
+        "".join(f"{u}\t{utc(t):%Y-%m-%dT%H:%M:%SZ}\t{i}\tArtist\t\tTrack\n" for u, i, t in EVENTS),
+        {"columns": ["user_id", "timestamp", "item_id"]},
+    ),
 }
 
 

@@ -38,9 +38,15 @@ def test_generate_returns_what_recommend_returns(data):
     closed = bool((depths == 0).any()) or data.draw(st.booleans())  # without slots the region must be closed
     recommended = model.recommend(**inputs, catalog=catalog, top_k=width, num_beams=width, latent_steps=depths)
     generated = model.generate(
-        **with_slots(model, prompts, depths.tolist(), closed), max_new_tokens=catalog.num_levels + (not closed),
-        logits_processor=[SidLogitsProcessor(catalog, model.config)], num_beams=width, num_return_sequences=width,
-        length_penalty=0.0, use_cache=data.draw(st.booleans()), return_dict_in_generate=True, output_scores=True,
+        **with_slots(model, prompts, depths.tolist(), closed),
+        max_new_tokens=catalog.num_levels + (not closed),
+        logits_processor=[SidLogitsProcessor(catalog, model.config)],
+        num_beams=width,
+        num_return_sequences=width,
+        length_penalty=0.0,
+        use_cache=data.draw(st.booleans()),
+        return_dict_in_generate=True,
+        output_scores=True,
     )
     items = torch.tensor(items_of(model, catalog, generated.sequences)).view(size, width)
     scores = generated.sequences_scores.view(size, width)
@@ -57,8 +63,10 @@ def test_greedy_is_one_beam(use_cache):
     one = model.recommend(**batch(prompts), catalog=catalog, top_k=1, num_beams=1, latent_steps=torch.tensor(depths))
     # Two tokens more than a Semantic ID has: only the end of the text can follow.
     generated = model.generate(
-        **with_slots(model, prompts, depths), logits_processor=[SidLogitsProcessor(catalog, model.config)],
-        max_new_tokens=5, use_cache=use_cache,
+        **with_slots(model, prompts, depths),
+        logits_processor=[SidLogitsProcessor(catalog, model.config)],
+        max_new_tokens=5,
+        use_cache=use_cache,
     )
     assert generated.shape[1] == len(prompts[0]) + 2 + 1 + 3 + 1
     assert (generated[:, -1] == model.config.backbone_config.eos_token_id).all()
@@ -72,8 +80,12 @@ def test_sampling_draws_from_the_policy():
     catalog = SidCatalog([[i, 0, 0] for i in range(60)], [str(i) for i in range(60)])
     prompt = row(model, 5, 0)
     generated = model.generate(
-        **with_slots(model, [prompt], [1]), logits_processor=[SidLogitsProcessor(catalog, model.config)],
-        max_new_tokens=3, do_sample=True, top_k=0, num_return_sequences=2000,
+        **with_slots(model, [prompt], [1]),
+        logits_processor=[SidLogitsProcessor(catalog, model.config)],
+        max_new_tokens=3,
+        do_sample=True,
+        top_k=0,
+        num_return_sequences=2000,
     )
     counts = torch.bincount(torch.tensor(items_of(model, catalog, generated)), minlength=60).double() / 2000
     expected = score_every_item(model, prompt, 1, catalog).exp()
@@ -171,8 +183,16 @@ def test_the_processor_never_lets_an_invalid_prefix_pass():
 
 def test_no_leftover_of_the_backbone_survives(tmp_path):
     leftovers = dict(
-        do_sample=True, temperature=0.6, top_k=2, top_p=0.5, min_p=0.3, typical_p=0.5, repetition_penalty=1.5,
-        no_repeat_ngram_size=2, length_penalty=2.0, num_beams=3,
+        do_sample=True,
+        temperature=0.6,
+        top_k=2,
+        top_p=0.5,
+        min_p=0.3,
+        typical_p=0.5,
+        repetition_penalty=1.5,
+        no_repeat_ngram_size=2,
+        length_penalty=2.0,
+        num_beams=3,
     )
     backbone = tiny_backbone()
     backbone.save_pretrained(tmp_path / "backbone")
@@ -184,8 +204,15 @@ def test_no_leftover_of_the_backbone_survives(tmp_path):
     model.save_pretrained(tmp_path / "model")
     loaded = LasarForGenerativeRec.from_pretrained(tmp_path / "model").eval()
     neutral = dict(
-        do_sample=False, temperature=1.0, top_k=50, top_p=1.0, typical_p=1.0, repetition_penalty=1.0,
-        no_repeat_ngram_size=0, length_penalty=1.0, num_beams=1,
+        do_sample=False,
+        temperature=1.0,
+        top_k=50,
+        top_p=1.0,
+        typical_p=1.0,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        length_penalty=1.0,
+        num_beams=1,
     )  # top_k and length_penalty: transformers' own
     for config in (model.generation_config, loaded.generation_config):
         used, _ = loaded._prepare_generation_config(config)

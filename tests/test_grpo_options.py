@@ -58,8 +58,13 @@ def expected_gradients(folder, sampling):
     """Gradients of many drawn groups and of the expected reward, which is the probability of an item of about .9."""
     size, groups = 4, 300
     trainer = grpo_trainer(
-        folder, **{**POLICY, "reward_funcs": [is_target]}, sampling=sampling, temperature=0.25, scale_rewards="none",
-        per_device_train_batch_size=size * groups, gradient_checkpointing=False,
+        folder,
+        **{**POLICY, "reward_funcs": [is_target]},
+        sampling=sampling,
+        temperature=0.25,
+        scale_rewards="none",
+        per_device_train_batch_size=size * groups,
+        gradient_checkpointing=False,
     )
     model, config = trainer.model, trainer.model.config
     with torch.no_grad():
@@ -100,9 +105,14 @@ def test_stochastic_beams_are_biased_and_say_so(tmp_path):
 @pytest.mark.parametrize(
     ("options", "factor"),
     [
-        (dict(loss_type="dapo"), 1), (dict(loss_type="bnpo"), 1), (dict(loss_type="dr_grpo"), 1),
-        (dict(loss_type="cispo", epsilon_high=5.0), 1), (dict(loss_type="sapo"), 1), (dict(loss_type="vespo"), 1),
-        (dict(importance_sampling_level="sequence"), 1), (dict(pad_to_multiple_of=8), 1),
+        (dict(loss_type="dapo"), 1),
+        (dict(loss_type="bnpo"), 1),
+        (dict(loss_type="dr_grpo"), 1),
+        (dict(loss_type="cispo", epsilon_high=5.0), 1),
+        (dict(loss_type="sapo"), 1),
+        (dict(loss_type="vespo"), 1),
+        (dict(importance_sampling_level="sequence"), 1),
+        (dict(pad_to_multiple_of=8), 1),
         (dict(loss_type="luspo", importance_sampling_level="sequence"), 3),  # times the length
         (dict(num_iterations=2), 1),
     ],
@@ -127,14 +137,16 @@ OFF_POLICY = {
     "epsilon_high": (dict(epsilon_high=0.5), lambda r, a, h: clipped(r, a, 0.8, 1.5)),
     "delta": (dict(delta=1.3), lambda r, a, h: -torch.min(r.clamp(max=1.3) * a, r.clamp(0.8, 1.2) * a)),
     "importance_sampling_level": (
-        dict(importance_sampling_level="sequence"), lambda r, a, h: clipped(r.log().mean(1, True).exp(), a),
+        dict(importance_sampling_level="sequence"),
+        lambda r, a, h: clipped(r.log().mean(1, True).exp(), a),
     ),
     "off_policy_mask_threshold": (
         dict(off_policy_mask_threshold=0.1),
         lambda r, a, h: clipped(r, a) * ((a >= 0) | (-r.log().mean(1, True) <= 0.1)),
     ),
     "top_entropy_quantile": (
-        dict(top_entropy_quantile=0.5), lambda r, a, h: clipped(r, a) * (h >= h.flatten().quantile(0.5)),
+        dict(top_entropy_quantile=0.5),
+        lambda r, a, h: clipped(r, a) * (h >= h.flatten().quantile(0.5)),
     ),
     "entropy_coef": (dict(entropy_coef=0.7), lambda r, a, h: clipped(r, a) - 0.7 * h.mean()),
 }
@@ -168,8 +180,10 @@ ADVANTAGES = {
     ),
     "multi_objective_aggregation": (
         dict(multi_objective_aggregation="normalize_then_sum"),
-        lambda r: ((r - r.mean(1, True)) / r.std(1, keepdim=True)).sum(-1)
-        / ((r - r.mean(1, True)) / r.std(1, keepdim=True)).sum(-1).std(),
+        lambda r: (
+            ((r - r.mean(1, True)) / r.std(1, keepdim=True)).sum(-1)
+            / ((r - r.mean(1, True)) / r.std(1, keepdim=True)).sum(-1).std()
+        ),
     ),
 }
 
@@ -207,8 +221,12 @@ def test_other_ways_to_draw_candidates_are_refused(tmp_path, name):
     trainer = grpo_trainer(tmp_path)
     with pytest.raises(ValueError, match=name):
         type(trainer)(
-            trainer.model, trainer.args, trainer.catalog, train_dataset=trainer.train_dataset,
-            processing_class=trainer.processing_class, **{name: [first_code]},
+            trainer.model,
+            trainer.args,
+            trainer.catalog,
+            train_dataset=trainer.train_dataset,
+            processing_class=trainer.processing_class,
+            **{name: [first_code]},
         )
 
 
@@ -272,7 +290,11 @@ def test_sft_accumulates_to_the_step_of_the_whole_batch(tmp_path):
 
 def test_grpo_accumulates_to_the_step_of_the_whole_batch(tmp_path):
     options = dict(
-        **SGD, reward_funcs=[first_code], depth_weight=0.5, terminal_weight=0.5, shuffle_dataset=False,
+        **SGD,
+        reward_funcs=[first_code],
+        depth_weight=0.5,
+        terminal_weight=0.5,
+        shuffle_dataset=False,
         fixed_draws=True,
     )
     one = grpo_trainer(tmp_path, **options, per_device_train_batch_size=16)

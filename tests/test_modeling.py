@@ -119,12 +119,18 @@ def test_equal_prompts_are_run_once_and_change_nothing(lengths, repeats, sequenc
         (lambda model: model(torch.zeros(0, 3, dtype=torch.long)), "input_ids"),
         (lambda model: model(torch.tensor([5, 6])), "input_ids"),
         (lambda model: model(torch.tensor([[5, 6]]), torch.ones(1, 3)), "attention_mask"),
-        (lambda model: model.generate(**batch([row(model, 6, 2)]), cache_implementation="static", max_new_tokens=2),
-         "attention_mask"),
-        (lambda model: LasarForGenerativeRec.from_backbone(tiny_backbone(), tiny_tokenizer(), max_latent_steps=0),
-         "max_latent_steps"),
-        (lambda model: LasarForGenerativeRec.from_backbone(tiny_backbone(), tiny_tokenizer(), num_sid_levels=27),
-         "num_sid_levels"),
+        (
+            lambda model: model.generate(**batch([row(model, 6, 2)]), cache_implementation="static", max_new_tokens=2),
+            "attention_mask",
+        ),
+        (
+            lambda model: LasarForGenerativeRec.from_backbone(tiny_backbone(), tiny_tokenizer(), max_latent_steps=0),
+            "max_latent_steps",
+        ),
+        (
+            lambda model: LasarForGenerativeRec.from_backbone(tiny_backbone(), tiny_tokenizer(), num_sid_levels=27),
+            "num_sid_levels",
+        ),
         (lambda model: LasarConfig(codebook_size=0), "codebook_size"),
     ],
 )
@@ -188,8 +194,13 @@ def test_sliding_window_backbone_is_refused():
     from transformers import AutoModelForCausalLM
 
     config = MistralConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, sliding_window=8,
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        sliding_window=8,
     )
     with pytest.raises(ValueError, match="MistralModel"):
         LasarForGenerativeRec.from_backbone(AutoModelForCausalLM.from_config(config), tiny_tokenizer())
@@ -251,8 +262,12 @@ def test_remote_code_in_a_process_without_the_package(tmp_path, monkeypatch):
     inputs = batch(mixed_rows(model), SIDES)
     items = model.recommend(**prompts, catalog=catalog, top_k=5, num_beams=20).items
     torch.save(
-        {"batch": inputs, "logits": model(**inputs).logits.detach(), "items": items,
-         "first": catalog.item_ids[items[0, 0]]},
+        {
+            "batch": inputs,
+            "logits": model(**inputs).logits.detach(),
+            "items": items,
+            "first": catalog.item_ids[items[0, 0]],
+        },
         tmp_path / "inputs.pt",
     )
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
@@ -315,8 +330,13 @@ def test_sid_embeddings_keep_the_geometry_of_the_codebooks(tied):
 
 def test_a_backbone_that_scales_its_logits_is_refused():
     config = GraniteConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, logits_scaling=4.0,
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        logits_scaling=4.0,
     )
     with pytest.raises(ValueError, match="GraniteForCausalLM"):
         LasarForGenerativeRec.from_backbone(AutoModelForCausalLM.from_config(config), tiny_tokenizer())

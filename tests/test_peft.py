@@ -32,7 +32,11 @@ def sft_trainer(folder, tied=False, depths=DEPTHS, peft_config=None, **kwargs):
     model, tokenizer, catalog, rows, anchors = sft_setup(depths, tie_word_embeddings=tied)
     args = LasarSFTConfig(str(folder), **{**OPTIONS, **kwargs})
     return LasarSFTTrainer(
-        model, args, anchors=anchors, train_dataset=rows, processing_class=LasarProcessor(tokenizer, catalog),
+        model,
+        args,
+        anchors=anchors,
+        train_dataset=rows,
+        processing_class=LasarProcessor(tokenizer, catalog),
         peft_config=peft_config or lasar_lora_config(model, r=4),
     )
 
@@ -101,9 +105,15 @@ def test_without_use_peft_there_is_no_lora():
 @pytest.mark.parametrize(
     "field",
     [
-        {"load_in_8bit": True}, {"load_in_4bit": True}, {"bnb_4bit_quant_type": "fp4"},
-        {"use_bnb_nested_quant": True}, {"bnb_4bit_quant_storage": "uint8"}, {"lora_modules_to_save": ["lm_head"]},
-        {"lora_target_parameters": ["weight"]}, {"lora_task_type": "SEQ_CLS"}, {"dtype": "float64"},
+        {"load_in_8bit": True},
+        {"load_in_4bit": True},
+        {"bnb_4bit_quant_type": "fp4"},
+        {"use_bnb_nested_quant": True},
+        {"bnb_4bit_quant_storage": "uint8"},
+        {"lora_modules_to_save": ["lm_head"]},
+        {"lora_target_parameters": ["weight"]},
+        {"lora_task_type": "SEQ_CLS"},
+        {"dtype": "float64"},
         {"attn_implementation": "flash_attention_2"},
     ],
 )
@@ -155,9 +165,7 @@ def test_grpo_reference_copies_a_given_adapter(tmp_path):
     args = LasarGRPOConfig(
         str(tmp_path), **{**COMMON, "per_device_train_batch_size": 8, "num_generations": 4, "beta": 0.1}
     )
-    trainer = LasarGRPOTrainer(
-        adapted, args, catalog, [first_code], train_dataset=rows, processing_class=tokenizer
-    )
+    trainer = LasarGRPOTrainer(adapted, args, catalog, [first_code], train_dataset=rows, processing_class=tokenizer)
     trainer.train()
     assert trainer.state.log_history[0]["kl"] == pytest.approx(0, abs=1e-6)
 
@@ -246,8 +254,11 @@ def test_checkpointing_changes_no_gradient_of_the_adapter():
 def trained_tables(model, **kwargs):
     """An adapter that trains the token rows of the backbone and head only."""
     return LoraConfig(
-        task_type="CAUSAL_LM", r=4, target_modules=["q_proj"],
-        trainable_token_indices=lasar_lora_config(model).trainable_token_indices, **kwargs,
+        task_type="CAUSAL_LM",
+        r=4,
+        target_modules=["q_proj"],
+        trainable_token_indices=lasar_lora_config(model).trainable_token_indices,
+        **kwargs,
     )
 
 
@@ -272,11 +283,13 @@ def test_stage_1_accepts_an_adapter_with_whole_tables(tmp_path):
 FROZEN = {
     "plain": LoraConfig(target_modules=["q_proj"], modules_to_save=["policy_head"]),
     "no head": LoraConfig(
-        target_modules=["q_proj"], modules_to_save=["policy_head"],
+        target_modules=["q_proj"],
+        modules_to_save=["policy_head"],
         trainable_token_indices={"embed_tokens": list(range(12, 27))},
     ),
     "some rows": LoraConfig(
-        target_modules=["q_proj"], modules_to_save=["policy_head"],
+        target_modules=["q_proj"],
+        modules_to_save=["policy_head"],
         trainable_token_indices={name: list(range(12, 20)) for name in ("embed_tokens", "lm_head")},
     ),
 }

@@ -79,7 +79,11 @@ def test_the_trainer_under_autocast_follows_float32(tmp_path, checkpointing):
     losses = []
     for bf16 in (False, True):
         trainer = sft_trainer(
-            tmp_path, bf16=bf16, gradient_checkpointing=checkpointing, policy_weight=0.1, max_steps=4,
+            tmp_path,
+            bf16=bf16,
+            gradient_checkpointing=checkpointing,
+            policy_weight=0.1,
+            max_steps=4,
             learning_rate=1e-3,
         )
         trainer.train()

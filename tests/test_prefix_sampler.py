@@ -56,8 +56,12 @@ def test_every_example_weighs_the_same(tmp_path):
     num_batches = len(users.get_train_dataloader())
     assert num_batches > 2
     users = trainer(
-        tmp_path / "users", max_tokens_per_batch=70, max_steps=1, gradient_accumulation_steps=num_batches,
-        max_grad_norm=0.0, optim="sgd",
+        tmp_path / "users",
+        max_tokens_per_batch=70,
+        max_steps=1,
+        gradient_accumulation_steps=num_batches,
+        max_grad_norm=0.0,
+        optim="sgd",
     )
     whole = trainer(tmp_path / "whole", per_device_train_batch_size=32, max_steps=1, max_grad_norm=0.0, optim="sgd")
     before = parameters(whole.model)

@@ -66,9 +66,7 @@ def test_random_trees_equal_the_plain_loop(forest, kind):
     samples, sides = forest
     model, _ = tiny_model(kind)
     model = model.double()
-    rows = [
-        user_rows(model, history, [cut], [depth], [answer])[0] for history, cut, depth, answer in samples
-    ]
+    rows = [user_rows(model, history, [cut], [depth], [answer])[0] for history, cut, depth, answer in samples]
     inputs = batch(rows, sides)
     outputs = model(**inputs)
     for i, ids in enumerate(rows):

@@ -258,9 +258,7 @@ def test_dates(tmp_path, monkeypatch):
     time.tzset()
 
 
-@given(
-    pairs=st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=60), k=st.integers(1, 4)
-)
+@given(pairs=st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=60), k=st.integers(1, 4))
 @settings(max_examples=60, deadline=None)
 def test_core_equals_a_plain_loop(pairs, k):
     left = list(dict.fromkeys(pairs))

@@ -54,9 +54,7 @@ def test_python_blocks_run(folder, number):
 def test_own_data_in_three_commands(folder):
     (block,) = [text for text in SHELL if "lasar prepare" in text]
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "COLUMNS": "200"}
-    run = subprocess.run(
-        ["bash", "-e", "-c", block], cwd=folder, env=environment, capture_output=True, text=True
-    )
+    run = subprocess.run(["bash", "-e", "-c", block], cwd=folder, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     assert run.stdout.count("Volume") == 10
 

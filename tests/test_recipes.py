@@ -49,8 +49,12 @@ SCRIPT_OF = {
 SHARED = {"sft": (LasarSFTConfig, LasarModelConfig), "grpo": (LasarGRPOConfig, LasarModelConfig)}
 FILES = sorted(path for path in RECIPES.glob("*/*.yaml") if path.parent.name != "accelerate_configs")
 BACKBONE = {
-    "model_type": "gpt_neox", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
-    "num_attention_heads": 2, "max_position_embeddings": 256,
+    "model_type": "gpt_neox",
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 256,
 }
 
 
@@ -222,8 +226,16 @@ def test_tasks_that_cannot_be_read_are_refused(data, processor, tasks):
 def settings(output_dir: Path, **options: object) -> dict:
     """Two small steps on a CPU."""
     return dict(
-        output_dir=str(output_dir), max_steps=2, per_device_train_batch_size=8, bf16=False, use_cpu=True,
-        gradient_checkpointing=False, report_to="none", save_strategy="no", disable_tqdm=True, **options,
+        output_dir=str(output_dir),
+        max_steps=2,
+        per_device_train_batch_size=8,
+        bf16=False,
+        use_cpu=True,
+        gradient_checkpointing=False,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        **options,
     )
 
 
@@ -232,8 +244,13 @@ def stage1(folder, tmp_path_factory):
     """Checkpoint of recipes/sft.py, stage 1, with a prompt format that is not the default one."""
     recipe, output_dir = load_recipe("sft"), tmp_path_factory.mktemp("stage1")
     script = recipe.SFTScriptArguments(
-        data_dir=str(folder), backbone_config=BACKBONE, max_latent_steps=4, tasks=["next_item"],
-        instruction="the item", max_history=3, eval_users=4,
+        data_dir=str(folder),
+        backbone_config=BACKBONE,
+        max_latent_steps=4,
+        tasks=["next_item"],
+        instruction="the item",
+        max_history=3,
+        eval_users=4,
     )
     training_args = LasarSFTConfig(**settings(output_dir, eval_strategy="steps", eval_steps=2))
     recipe.main(script, training_args, LasarModelConfig())
@@ -366,8 +383,13 @@ def test_controls_of_stage_2(folder, stage1, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("stage", "source", "policy_weight", "expected"),
-    [(1, "segments", 0.0, 0), (1, "segments", 0.1, None), (2, "uniform", 0.0, None), (2, "0", 0.0, 0),
-     (2, "3", 0.1, None)],
+    [
+        (1, "segments", 0.0, 0),
+        (1, "segments", 0.1, None),
+        (2, "uniform", 0.0, None),
+        (2, "0", 0.0, 0),
+        (2, "3", 0.1, None),
+    ],
 )
 def test_ranking_without_a_policy_uses_the_depth_of_training(tmp_path, stage, source, policy_weight, expected):
     recipe = load_recipe("sft")
@@ -405,8 +427,12 @@ def test_grpo_ranks_validation_users_at_the_depth_of_training(folder, stage2, tm
     script = recipe.GRPOScriptArguments(data_dir=str(folder), eval_users=4)
     options = dict(eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1, logging_steps=1)
     args = LasarGRPOConfig(
-        **settings(tmp_path) | options, num_generations=4, fixed_depth=0, depth_weight=0.0,
-        load_best_model_at_end=True, metric_for_best_model="eval_NDCG@10",
+        **settings(tmp_path) | options,
+        num_generations=4,
+        fixed_depth=0,
+        depth_weight=0.0,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_NDCG@10",
     )
     recipe.main(script, args, LasarModelConfig(model_name_or_path=str(stage2)))
     history = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
@@ -434,7 +460,9 @@ def test_grpo_saves_its_start_if_training_made_it_worse(folder, stage2, tmp_path
 def test_grpo_continues_stage2(folder, stage1, stage2, tmp_path, use_peft):
     recipe = load_recipe("grpo")
     script = recipe.GRPOScriptArguments(
-        data_dir=str(folder), anchors_dir=str(stage2 / "anchors"), stage1_model=str(stage1),
+        data_dir=str(folder),
+        anchors_dir=str(stage2 / "anchors"),
+        stage1_model=str(stage1),
         reward_funcs=["exact_match", "tests.recipes.first_code_reward"],
     )
     model_args = LasarModelConfig(model_name_or_path=str(stage2), use_peft=use_peft)
@@ -462,7 +490,9 @@ def weights(path: Path) -> list:
 def test_grpo_continues_an_adapter(folder, stage1, stage2_adapter, tmp_path):
     recipe = load_recipe("grpo")
     script = recipe.GRPOScriptArguments(
-        data_dir=str(folder), anchors_dir=str(stage2_adapter / "anchors"), stage1_model=str(stage1),
+        data_dir=str(folder),
+        anchors_dir=str(stage2_adapter / "anchors"),
+        stage1_model=str(stage1),
     )
     model_args = LasarModelConfig(model_name_or_path=str(stage2_adapter / "adapter"))
     args = LasarGRPOConfig(**settings(tmp_path, num_generations=4), learning_rate=0.0)

@@ -50,8 +50,13 @@ def write_histories(path: Path, histories=HISTORIES) -> Path:
 def arguments(checkpoint, tmp_path, histories=None, **options):
     histories = histories or write_histories(tmp_path / "histories.jsonl")
     return dict(
-        model=str(checkpoint), histories=str(histories), output_dir=str(tmp_path / "out"), top_k=4, batch_size=2,
-        shard_size=3, **options,
+        model=str(checkpoint),
+        histories=str(histories),
+        output_dir=str(tmp_path / "out"),
+        top_k=4,
+        batch_size=2,
+        shard_size=3,
+        **options,
     )
 
 
@@ -106,9 +111,7 @@ def test_a_second_run_computes_only_missing_shards(recipe, checkpoint, tmp_path,
     (tmp_path / "out" / "part-00002.parquet").unlink()
     (tmp_path / "out" / ".part-00003.1.tmp.parquet").write_text("left over by a run that was killed")
     recommend_samples = recipe.recommend_samples
-    monkeypatch.setattr(
-        recipe, "recommend_samples", lambda *a, **k: (calls.append(a), recommend_samples(*a, **k))[1]
-    )
+    monkeypatch.setattr(recipe, "recommend_samples", lambda *a, **k: (calls.append(a), recommend_samples(*a, **k))[1])
     run(recipe, args)
     assert len(calls) == 1
     assert shards(tmp_path / "out") == first
@@ -326,7 +329,10 @@ def test_processes_share_the_shards(recipe, checkpoint, tmp_path, monkeypatch):
     args["output_dir"], written = str(tmp_path / "two"), []
     for index in (0, 1):
         state = SimpleNamespace(
-            process_index=index, num_processes=2, is_main_process=index == 0, device="cpu",
+            process_index=index,
+            num_processes=2,
+            is_main_process=index == 0,
+            device="cpu",
             wait_for_everyone=lambda: None,
         )
         monkeypatch.setattr(recipe, "PartialState", lambda state=state, **_: state)
@@ -362,8 +368,14 @@ def test_ray_workers_answer_every_user(checkpoint, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", SimpleNamespace())
     example = runpy.run_path(str(ROOT / "examples" / "ray_recommend.py"))
     args = SimpleNamespace(
-        model=str(checkpoint), gpus_per_worker=0, popular=["item-9"], strict=False, top_k=3, num_beams=8,
-        latent_steps=None, exclude_history=False,
+        model=str(checkpoint),
+        gpus_per_worker=0,
+        popular=["item-9"],
+        strict=False,
+        top_k=3,
+        num_beams=8,
+        latent_steps=None,
+        exclude_history=False,
     )
     answer = example["Recommender"](args)
     rows = answer(pa.table({"user_id": ["a", "b", "c"], "history": [["gone", "item-1"], [], None]})).to_pylist()
@@ -381,9 +393,25 @@ def test_ray_recommends_the_same(recipe, checkpoint, tmp_path, prepared):
     live = write_histories(tmp_path / "live.jsonl", [*HISTORIES, *LIVE])
     args = arguments(checkpoint, tmp_path, live, exclude_history=True, data_dir=str(prepared[0]))
     run(recipe, args)
-    start([sys.executable, "examples/ray_recommend.py", args["model"], args["histories"], str(tmp_path / "ray"),
-           "--workers", "2", "--top_k", "4", "--batch_size", "3", "--exclude_history", "--data_dir", args["data_dir"]],
-          RAY_ENABLE_UV_RUN_RUNTIME_ENV="0")
+    start(
+        [
+            sys.executable,
+            "examples/ray_recommend.py",
+            args["model"],
+            args["histories"],
+            str(tmp_path / "ray"),
+            "--workers",
+            "2",
+            "--top_k",
+            "4",
+            "--batch_size",
+            "3",
+            "--exclude_history",
+            "--data_dir",
+            args["data_dir"],
+        ],
+        RAY_ENABLE_UV_RUN_RUNTIME_ENV="0",
+    )
     rows = [row for path in (tmp_path / "ray").glob("*.parquet") for row in pq.read_table(path).to_pylist()]
     by_user = {row["user_id"]: row for row in rows}
     expected = shard_rows(tmp_path / "out")

@@ -31,7 +31,10 @@ def ring_memory(catalog: SidCatalog) -> ItemMemory:
     """A memory in which each item is followed by the next one."""
     size = len(catalog)
     return ItemMemory(
-        torch.arange(size + 1), (torch.arange(size) + 1) % size, torch.ones(size), catalog_hash(catalog),
+        torch.arange(size + 1),
+        (torch.arange(size) + 1) % size,
+        torch.ones(size),
+        catalog_hash(catalog),
         gate=(5.0, 0.0),
     )
 

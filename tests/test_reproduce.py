@@ -74,7 +74,10 @@ def study(recipe, folder, rows=None, **changed):
     table = {"title": "All", "rows": ["item-kNN", *rows], "against": ["item-kNN"]}
     tables = [table | {"slices": True, "figure": "a.png"}]
     settings = dict(
-        data_dir=str(folder / "data"), output_dir=str(folder / "out"), report_dir=str(folder / "report"), rows=rows,
+        data_dir=str(folder / "data"),
+        output_dir=str(folder / "out"),
+        report_dir=str(folder / "report"),
+        rows=rows,
         tables=tables,
     )
     return recipe.StudyArguments(**settings | changed)
@@ -169,9 +172,10 @@ def test_rows_are_compared_on_the_seeds_that_both_have(recipe, tmp_path):
     part.tables[0]["against"] = ["latent"]
     recipe.main(part)
     numbers = json.loads((tmp_path / "report" / "study.json").read_text())["tables"]["All"]
-    with np.load(tmp_path / "out/0/direct/test/lists.npz") as direct, np.load(
-        tmp_path / "out/0/latent/test/lists.npz"
-    ) as latent:
+    with (
+        np.load(tmp_path / "out/0/direct/test/lists.npz") as direct,
+        np.load(tmp_path / "out/0/latent/test/lists.npz") as latent,
+    ):
         targets = [5 * user % 20 for user in range(23)]
         first, other = (
             ndcg_per_user(ranks(part[name], targets), 10)

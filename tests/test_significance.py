@@ -104,9 +104,7 @@ def test_other_seeds_give_other_results():
     assert paired_bootstrap(*values, num_resamples=100) != paired_bootstrap(*values, num_resamples=100, seed=1)
 
 
-@pytest.mark.parametrize(
-    ("values_a", "values_b"), [([1.0, 2.0], [1.0]), ([1.0], [1.0]), ([1.0, 2.0], [1.0, np.nan])]
-)
+@pytest.mark.parametrize(("values_a", "values_b"), [([1.0, 2.0], [1.0]), ([1.0], [1.0]), ([1.0, 2.0], [1.0, np.nan])])
 def test_wrong_input_is_refused(values_a, values_b):
     with pytest.raises(ValueError, match="values_a"):
         paired_bootstrap(values_a, values_b)

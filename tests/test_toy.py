@@ -74,7 +74,7 @@ def test_steps_visit_the_whole_brand(num_items):
 
 
 @pytest.mark.parametrize(
-        "arguments",
+    "arguments",
     [{"num_items": 47}, {"num_items": 40_000}, {"num_users": 0}, {"num_users": "30"}, {"seed": 1.5}],
     ids=["few", "many", "no users", "text", "no whole number"],
 )

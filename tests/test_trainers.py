@@ -55,8 +55,17 @@ def test_stage_2_moves_every_parameter_and_logs_every_term(tmp_path, sid_loss, c
     trainer.train()
     assert moved(before, trainer.model) == set(before)
     logs = trainer.state.log_history[0]
-    assert {"loss", "align_loss", "policy_loss", "depth_accuracy", "mean_depth", "depth_entropy", "latent_norm_ratio",
-            "mean_token_accuracy", "entropy"} <= set(logs)
+    assert {
+        "loss",
+        "align_loss",
+        "policy_loss",
+        "depth_accuracy",
+        "mean_depth",
+        "depth_entropy",
+        "latent_norm_ratio",
+        "mean_token_accuracy",
+        "entropy",
+    } <= set(logs)
 
 
 def test_a_metric_without_terms_is_not_logged(tmp_path):
@@ -78,8 +87,11 @@ def test_stage_1_freezes_the_policy_head(tmp_path):
 def test_stage_2_unfreezes_the_policy_head(tmp_path):
     stage1 = sft_trainer(tmp_path, depths=[0] * 6)
     LasarSFTTrainer(
-        stage1.model, LasarSFTConfig(str(tmp_path), **COMMON, policy_weight=1.0), tiny_catalog(),
-        train_dataset=sft_setup()[3], processing_class=stage1.processing_class,
+        stage1.model,
+        LasarSFTConfig(str(tmp_path), **COMMON, policy_weight=1.0),
+        tiny_catalog(),
+        train_dataset=sft_setup()[3],
+        processing_class=stage1.processing_class,
     )
     assert all(p.requires_grad for p in stage1.model.parameters())
 
@@ -87,7 +99,10 @@ def test_stage_2_unfreezes_the_policy_head(tmp_path):
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_stage_2_loss_is_the_sum_of_its_terms(tmp_path, smoothing):
     trainer = sft_trainer(
-        tmp_path, policy_weight=0.7, policy_label_smoothing=smoothing, alignment_weight=0.3,
+        tmp_path,
+        policy_weight=0.7,
+        policy_label_smoothing=smoothing,
+        alignment_weight=0.3,
         gradient_checkpointing=False,
     )
     model, catalog = trainer.model.eval(), tiny_catalog()
@@ -197,8 +212,17 @@ def test_grpo_moves_every_parameter_and_logs_every_term(tmp_path, sampling, beta
     trainer.train()
     assert moved(before, trainer.model) == set(before)
     logs = trainer.state.log_history[0]
-    expected = {"loss", "reward", "mean_depth", "depth_entropy", "depth_loss", "terminal_loss", "reward_baseline",
-                "rewards/first_code/mean", "latent_norm_ratio"}
+    expected = {
+        "loss",
+        "reward",
+        "mean_depth",
+        "depth_entropy",
+        "depth_loss",
+        "terminal_loss",
+        "reward_baseline",
+        "rewards/first_code/mean",
+        "latent_norm_ratio",
+    }
     assert expected <= set(logs)
     assert ("kl" in logs) == (beta > 0)
     assert logs.get("kl", 0) == pytest.approx(0, abs=1e-5)  # the reference is the model that training started from
@@ -236,7 +260,9 @@ def test_grpo_candidates_of_a_group_descend_in_probability(drawn):
     scores = [
         trainer.model(
             **batch([[*prompt, *ids]]), labels=torch.tensor([[-100] * len(prompt) + ids]), fused_lm_head=True
-        ).log_probs.sum().item()
+        )
+        .log_probs.sum()
+        .item()
         for prompt, ids in pairs
     ]
     for start in range(0, 16, 4):
@@ -442,8 +468,12 @@ def test_a_longer_run_resumes_the_newest_complete_checkpoint(tmp_path, run_argum
 
 @pytest.mark.parametrize(
     ("options", "warns"),
-    [(dict(max_steps=50), True), (dict(max_steps=10), False), (dict(num_train_epochs=3), True),
-     (dict(max_steps=50, lr_scheduler_type="constant"), False)],
+    [
+        (dict(max_steps=50), True),
+        (dict(max_steps=10), False),
+        (dict(num_train_epochs=3), True),
+        (dict(max_steps=50, lr_scheduler_type="constant"), False),
+    ],
 )
 def test_continuing_a_finished_run_warns_of_its_schedule(tmp_path, run_arguments, options, warns):
     state = {"global_step": 10, "max_steps": 10, "num_train_epochs": 1}
@@ -465,8 +495,15 @@ def test_a_run_with_other_settings_does_not_resume(run_arguments):
 
 @pytest.mark.parametrize(
     "change",
-    [dict(use_bias_correction_kl=False), dict(importance_sampling_level="sequence"), dict(top_entropy_quantile=0.5),
-     dict(entropy_coef=0.1), dict(delta=2.0), dict(off_policy_mask_threshold=0.1), dict(reward_weights=[1.0, 2.0])],
+    [
+        dict(use_bias_correction_kl=False),
+        dict(importance_sampling_level="sequence"),
+        dict(top_entropy_quantile=0.5),
+        dict(entropy_coef=0.1),
+        dict(delta=2.0),
+        dict(off_policy_mask_threshold=0.1),
+        dict(reward_weights=[1.0, 2.0]),
+    ],
     ids=lambda change: next(iter(change)),
 )
 def test_inherited_options_of_the_objective_decide_the_run(tmp_path, change):
@@ -576,7 +613,8 @@ def test_a_processor_hands_its_tokenizer_to_trl(tmp_path, kind):
 @pytest.mark.parametrize(
     "other",
     [
-        tiny_catalog(seed=1), SidCatalog(tiny_catalog().codes, [f"other-{i}" for i in range(20)]),
+        tiny_catalog(seed=1),
+        SidCatalog(tiny_catalog().codes, [f"other-{i}" for i in range(20)]),
         tiny_catalog().remove(["item-3"]),
     ],
     ids=["codes", "items", "removed"],
@@ -595,8 +633,10 @@ def test_stock_sft_trainer_runs_the_latent_loop(tmp_path):
     """The latent loop is part of the base model, which TRL's own trainer calls."""
     model, tokenizer, _, rows, _ = sft_setup()
     trainer = SFTTrainer(
-        model, SFTConfig(str(tmp_path), **COMMON, per_device_train_batch_size=3, max_length=None),
-        train_dataset=rows.remove_columns("sample_index"), processing_class=tokenizer,
+        model,
+        SFTConfig(str(tmp_path), **COMMON, per_device_train_batch_size=3, max_length=None),
+        train_dataset=rows.remove_columns("sample_index"),
+        processing_class=tokenizer,
     )
     inputs = next(iter(trainer.get_train_dataloader()))
     loss = trainer.compute_loss(trainer.model.eval(), dict(inputs))
@@ -610,8 +650,17 @@ OVERRIDES = {
     ),
     LasarGRPOTrainer: (
         GRPOTrainer,
-        ["compute_loss", "_get_train_sampler", "_calculate_rewards", "_generate_and_score_completions",
-         "evaluate", "_save_checkpoint", "_load_optimizer_and_scheduler", "_save", "create_model_card"],
+        [
+            "compute_loss",
+            "_get_train_sampler",
+            "_calculate_rewards",
+            "_generate_and_score_completions",
+            "evaluate",
+            "_save_checkpoint",
+            "_load_optimizer_and_scheduler",
+            "_save",
+            "create_model_card",
+        ],
     ),
 }
 
@@ -663,13 +712,22 @@ def test_model_card_names_the_tags_and_the_usage(tmp_path, kind):
 def test_ranking_metrics_join_the_evaluation(tmp_path):
     model, tokenizer, catalog, rows, anchors = sft_setup()
     options = dict(
-        save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1, load_best_model_at_end=True,
+        save_strategy="steps",
+        save_steps=1,
+        eval_strategy="steps",
+        eval_steps=1,
+        load_best_model_at_end=True,
         metric_for_best_model="eval_NDCG@10",
     )
     args = LasarSFTConfig(str(tmp_path), **{**COMMON, **options})
     scores = iter([0.5, 0.25])  # the first checkpoint is the better one
     trainer = LasarSFTTrainer(
-        model, args, catalog, anchors, ranking_evaluator=lambda model: {"NDCG@10": next(scores)}, train_dataset=rows,
+        model,
+        args,
+        catalog,
+        anchors,
+        ranking_evaluator=lambda model: {"NDCG@10": next(scores)},
+        train_dataset=rows,
         eval_dataset=rows.remove_columns("sample_index"),  # held-out examples have no anchors
         processing_class=tokenizer,
     )
@@ -685,8 +743,13 @@ def evaluated_trainer(folder, ranking_evaluator, sets=None, **options):
     options = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "policy_weight": 0.1, **options}
     held_out = rows.remove_columns("sample_index").select(range(4))
     return LasarSFTTrainer(
-        model, LasarSFTConfig(str(folder), **{**COMMON, **options}), catalog, anchors, train_dataset=rows,
-        ranking_evaluator=ranking_evaluator, processing_class=LasarProcessor(tokenizer, catalog),
+        model,
+        LasarSFTConfig(str(folder), **{**COMMON, **options}),
+        catalog,
+        anchors,
+        train_dataset=rows,
+        ranking_evaluator=ranking_evaluator,
+        processing_class=LasarProcessor(tokenizer, catalog),
         eval_dataset=held_out if sets is None else dict.fromkeys(sets, held_out) or None,
     )
 
@@ -736,8 +799,14 @@ RANKED = RankingEvaluator(
 
 @pytest.mark.parametrize(
     ("metric", "evaluator", "sets"),
-    [("eval_HR@10", RANKED, None), ("ndcg@5", RANKED, None), ("loss", RANKED, []), ("loss", RANKED, ["a"]),
-     ("HR@5", {"a": RANKED}, ["a"]), ("HR@5", None, None)],
+    [
+        ("eval_HR@10", RANKED, None),
+        ("ndcg@5", RANKED, None),
+        ("loss", RANKED, []),
+        ("loss", RANKED, ["a"]),
+        ("HR@5", {"a": RANKED}, ["a"]),
+        ("HR@5", None, None),
+    ],
 )
 def test_an_unknown_best_metric_fails_before_training(tmp_path, metric, evaluator, sets):
     with pytest.raises(ValueError, match="metric_for_best_model"):
@@ -746,8 +815,15 @@ def test_an_unknown_best_metric_fails_before_training(tmp_path, metric, evaluato
 
 @pytest.mark.parametrize(
     ("metric", "evaluator", "sets"),
-    [("eval_HR@5", RANKED, None), ("NDCG@5", RANKED, []), ("eval_mean_depth", RANKED, []), ("loss", RANKED, None),
-     ("a_loss", RANKED, ["a"]), ("a_HR@5", {"a": RANKED}, ["a"]), ("mean_token_accuracy", None, None)],
+    [
+        ("eval_HR@5", RANKED, None),
+        ("NDCG@5", RANKED, []),
+        ("eval_mean_depth", RANKED, []),
+        ("loss", RANKED, None),
+        ("a_loss", RANKED, ["a"]),
+        ("a_HR@5", {"a": RANKED}, ["a"]),
+        ("mean_token_accuracy", None, None),
+    ],
 )
 def test_a_best_metric_that_is_evaluated_is_accepted(tmp_path, metric, evaluator, sets):
     trainer = evaluated_trainer(tmp_path, evaluator, sets, metric_for_best_model=metric)
@@ -861,7 +937,11 @@ def test_long_evaluation_prompts_fail_before_training(grpo_with, part):
 def test_grpo_refuses_an_unknown_best_metric(tmp_path, metric, named):
     model, tokenizer, catalog, rows = grpo_setup()
     args = LasarGRPOConfig(
-        str(tmp_path), **COMMON, per_device_train_batch_size=4, num_generations=4, beta=0.0,
+        str(tmp_path),
+        **COMMON,
+        per_device_train_batch_size=4,
+        num_generations=4,
+        beta=0.0,
         metric_for_best_model=metric,
     )
     if metric == "loss" and not named:
@@ -874,8 +954,19 @@ def test_grpo_refuses_an_unknown_best_metric(tmp_path, metric, named):
 
 
 METRICS = [
-    "reward", "eval_reward", "reward_std", "frac_reward_zero_std", "entropy", "mean_depth", "depth_entropy", "kl",
-    "latent_norm_ratio", "terminal_loss", "depth_loss", "reward_baseline", "rewards/ranking/mean",
+    "reward",
+    "eval_reward",
+    "reward_std",
+    "frac_reward_zero_std",
+    "entropy",
+    "mean_depth",
+    "depth_entropy",
+    "kl",
+    "latent_norm_ratio",
+    "terminal_loss",
+    "depth_loss",
+    "reward_baseline",
+    "rewards/ranking/mean",
     "rewards/exact_match/std",
 ]
 
@@ -886,7 +977,11 @@ def test_grpo_evaluates_each_best_metric_it_accepts(tmp_path, named):
     args = LasarGRPOConfig(str(tmp_path), **COMMON, per_device_train_batch_size=4, num_generations=4)
     args.per_device_eval_batch_size = 4
     trainer = LasarGRPOTrainer(
-        model, args, catalog, train_dataset=rows, eval_dataset={"a": rows} if named else rows,
+        model,
+        args,
+        catalog,
+        train_dataset=rows,
+        eval_dataset={"a": rows} if named else rows,
         processing_class=tokenizer,
     )
     evaluated = trainer.evaluate()
@@ -960,7 +1055,12 @@ def test_held_out_examples_have_no_metric_of_anchors_to_choose_by(tmp_path, metr
     )
     with pytest.raises(ValueError, match=f"metric_for_best_model is '{metric}'"):
         LasarSFTTrainer(
-            model, args, catalog, anchors, train_dataset=rows, eval_dataset=rows.remove_columns("sample_index"),
+            model,
+            args,
+            catalog,
+            anchors,
+            train_dataset=rows,
+            eval_dataset=rows.remove_columns("sample_index"),
             processing_class=tokenizer,
         )
 

@@ -15,16 +15,27 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<|pad|>", eos_token="<|endoftext|>", bos_token="<|endoftext|>",
-        unk_token="<unk>", padding_side="left",
+        tokenizer_object=core,
+        pad_token="<|pad|>",
+        eos_token="<|endoftext|>",
+        bos_token="<|endoftext|>",
+        unk_token="<unk>",
+        padding_side="left",
     )
 
 
 def tiny_backbone(kind: str = "qwen3", layers: int = 2, hidden_size: int = 16, **kwargs):
     """A randomly initialised causal language model, by default of two layers."""
     shape = dict(
-        vocab_size=len(WORDS), hidden_size=hidden_size, intermediate_size=2 * hidden_size, num_hidden_layers=layers,
-        num_attention_heads=2, max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=1,
+        vocab_size=len(WORDS),
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        max_position_embeddings=256,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=1,
         initializer_range=0.2,
     )
     config = {
@@ -40,7 +51,10 @@ def tiny_model(kind: str = "qwen3", seed: int = 0, num_sid_levels: int = 3, code
     torch.manual_seed(seed)
     tokenizer = tiny_tokenizer()
     model = LasarForGenerativeRec.from_backbone(
-        tiny_backbone(kind, **kwargs), tokenizer, num_sid_levels=num_sid_levels, codebook_size=codebook_size,
+        tiny_backbone(kind, **kwargs),
+        tokenizer,
+        num_sid_levels=num_sid_levels,
+        codebook_size=codebook_size,
         max_latent_steps=4,
     )
     return model.eval(), tokenizer

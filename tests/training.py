@@ -11,8 +11,13 @@ from tests.tiny import row, sid_ids, tiny_catalog, tiny_model
 
 
 COMMON = dict(
-    use_cpu=True, bf16=False, report_to="none", disable_tqdm=True,
-    max_steps=2, logging_steps=1, save_strategy="no",
+    use_cpu=True,
+    bf16=False,
+    report_to="none",
+    disable_tqdm=True,
+    max_steps=2,
+    logging_steps=1,
+    save_strategy="no",
     learning_rate=1e-2,  # increased, so that two steps move every parameter measurably
 )
 DEPTHS = [1, 3, 2, 4, 1, 2]
@@ -87,9 +92,7 @@ def sft_trainer(folder, depths=DEPTHS, model_kwargs=None, **kwargs):
 def grpo_trainer(folder, model_kwargs=None, reward_funcs=None, fixed_draws=False, **kwargs):
     """A trainer of `grpo_setup`; other keywords are arguments of the configuration."""
     model, tokenizer, catalog, examples = grpo_setup(**(model_kwargs or {}))
-    args = LasarGRPOConfig(
-        str(folder), **{**COMMON, "per_device_train_batch_size": 8, "num_generations": 4, **kwargs}
-    )
+    args = LasarGRPOConfig(str(folder), **{**COMMON, "per_device_train_batch_size": 8, "num_generations": 4, **kwargs})
     return (FixedDraws if fixed_draws else LasarGRPOTrainer)(
         model, args, catalog, reward_funcs, train_dataset=examples, processing_class=tokenizer
     )

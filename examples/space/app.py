@@ -89,13 +89,14 @@ def build(recommender, name: str) -> gr.Blocks:
             with gr.Column(scale=3):
                 said = gr.Markdown("Pick at least one item.", elem_id="said")
                 ranked = gr.Dataframe(
-                    headers=["rank", "item", "probability"], datatype=["number", "str", "str"], interactive=False,
-                    column_widths=["15%", "60%", "25%"], elem_id="ranked",
+                    headers=["rank", "item", "probability"],
+                    datatype=["number", "str", "str"],
+                    interactive=False,
+                    column_widths=["15%", "60%", "25%"],
+                    elem_id="ranked",
                 )
         figure = gr.Plot(show_label=False, elem_id="figure")
-        search.change(
-            lambda text, chosen: gr.update(choices=demo.choices(text, chosen)), [search, history], history
-        )
+        search.change(lambda text, chosen: gr.update(choices=demo.choices(text, chosen)), [search, history], history)
         inputs, outputs = [history, by_policy, steps], [said, ranked]
         history.change(demo.recommend, inputs, outputs).then(demo.explain, history, figure)
         by_policy.input(demo.recommend, inputs, outputs)
@@ -109,7 +110,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="A page that recommends.")
     parser.add_argument("--model", default=os.environ.get("MODEL_ID"), help="folder of a checkpoint or a model id")
     parser.add_argument(
-        "--trust_remote_code", action="store_true", default=os.environ.get("TRUST_REMOTE_CODE") == "1",
+        "--trust_remote_code",
+        action="store_true",
+        default=os.environ.get("TRUST_REMOTE_CODE") == "1",
         help="run the code in the model's repository instead of this package",
     )
     parser.add_argument(

@@ -132,10 +132,18 @@ def add_section(card: ModelCard, heading: str, text: str) -> None:
 
 
 def model_card(
-    name: str, config: LasarConfig, catalog: SidCatalog | None, processor: LasarProcessor | None = None,
-    data_card: Mapping[str, Any] | None = None, dataset: str | None = None, license: str | None = None,
-    base_model: str | None = None, datasets: Sequence[str] = (), tags: Sequence[str] = ("lasar",),
-    training: Mapping[str, str] | None = None, start: ModelCard | None = None,
+    name: str,
+    config: LasarConfig,
+    catalog: SidCatalog | None,
+    processor: LasarProcessor | None = None,
+    data_card: Mapping[str, Any] | None = None,
+    dataset: str | None = None,
+    license: str | None = None,
+    base_model: str | None = None,
+    datasets: Sequence[str] = (),
+    tags: Sequence[str] = ("lasar",),
+    training: Mapping[str, str] | None = None,
+    start: ModelCard | None = None,
 ) -> ModelCard:
     """
     Make the card of a checkpoint. What is not known is said to be unknown; nothing is guessed.
@@ -187,14 +195,22 @@ def model_card(
     }  # fmt: skip
     # No pipeline of transformers recommends items, and without a tag the Hub may guess "text-generation".
     header = ModelCardData(
-        library_name="transformers", tags=sorted(set(tags)), pipeline_tag="other", license=license,
-        base_model=base_model, datasets=list(datasets) or None,
+        library_name="transformers",
+        tags=sorted(set(tags)),
+        pipeline_tag="other",
+        license=license,
+        base_model=base_model,
+        datasets=list(datasets) or None,
     )
     return ModelCard(f"---\n{header.to_yaml()}\n---\n\n{join_headings({k: v.strip() for k, v in parts.items()})}")
 
 
 def essentials(
-    config: LasarConfig, catalog: SidCatalog | None, license: str | None, base_model: str | None, stages: list[str],
+    config: LasarConfig,
+    catalog: SidCatalog | None,
+    license: str | None,
+    base_model: str | None,
+    stages: list[str],
     has_policy: bool,
 ) -> str:
     """One sentence and a table of what matters most."""

@@ -16,7 +16,9 @@ HEADING = "Results"
 
 
 def add_results(
-    folder: str | os.PathLike, report: Mapping[str, Any], dataset: str = "own data",
+    folder: str | os.PathLike,
+    report: Mapping[str, Any],
+    dataset: str = "own data",
     rows: Mapping[str, str] | None = None,
 ) -> None:
     """
@@ -124,9 +126,14 @@ def eval_results(report: Mapping[str, Any], rows: Mapping[str, str], dataset: st
             ranges = details.get("intervals", {}).get(name, {}).get(metric)
             results.append(
                 EvalResult(
-                    task_type="generative-recommendation", task_name="Generative recommendation",
-                    dataset_type=dataset, dataset_name=dataset, dataset_split=split, metric_type=kind,
-                    metric_name=f"{metric} ({label})", metric_value=report["results"][name][metric],
+                    task_type="generative-recommendation",
+                    task_name="Generative recommendation",
+                    dataset_type=dataset,
+                    dataset_name=dataset,
+                    dataset_split=split,
+                    metric_type=kind,
+                    metric_name=f"{metric} ({label})",
+                    metric_value=report["results"][name][metric],
                     metric_args={"k": 10} | ({} if ranges is None else {"interval_95": list(ranges)}),
                 )
             )

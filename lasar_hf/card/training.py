@@ -72,8 +72,14 @@ def losses_text(losses: Mapping[str, float]) -> str:
 
 
 def training_text(
-    description: str, args: TrainingArguments, state: TrainerState, losses: Mapping[str, float],
-    names: Collection[str], facts: CardFacts, num_processes: int = 1, has_adapter: bool = False,
+    description: str,
+    args: TrainingArguments,
+    state: TrainerState,
+    losses: Mapping[str, float],
+    names: Collection[str],
+    facts: CardFacts,
+    num_processes: int = 1,
+    has_adapter: bool = False,
 ) -> str:
     """
     Markdown of one stage: its loss, its length, its settings and the versions of the packages.

@@ -141,14 +141,10 @@ def evaluate_model(args: EvaluateArguments, data: PreparedData, samples, path: s
 
     # 2. Recommend. The first batch runs once without the clock, to warm up.
     options = (processor, TOP_K, args.num_beams, int(reasoning) if reasoning.isdecimal() else None, args.batch_size)
-    lists = {
-        "exclude_history": history_is_excluded(args, data), "memory": memory, "write_text": reasoning == "text"
-    }
+    lists = {"exclude_history": history_is_excluded(args, data), "memory": memory, "write_text": reasoning == "text"}
     with onednn_linear(model):
         recommend_samples(model, samples.select(own_users[: args.batch_size]), *options, **lists)
-        output = recommend_samples(
-            model, samples.select(own_users), *options, progress=state.is_main_process, **lists
-        )
+        output = recommend_samples(model, samples.select(own_users), *options, progress=state.is_main_process, **lists)
 
     # 3. Every process gets the recommendations of all.
     items, latent_steps, seconds = np.full((len(samples), TOP_K), -1), np.zeros(len(samples), dtype=np.int64), 0.0
@@ -158,7 +154,12 @@ def evaluate_model(args: EvaluateArguments, data: PreparedData, samples, path: s
         if text_tokens is not None:
             text_tokens[users] = part.text_tokens
     row = evaluate_recommendations(
-        items, samples["target"], len(processor.catalog), latent_steps, seconds, histories=samples["history"],
+        items,
+        samples["target"],
+        len(processor.catalog),
+        latent_steps,
+        seconds,
+        histories=samples["history"],
         text_tokens=text_tokens,
     )
     return items, latent_steps, row
@@ -227,7 +228,10 @@ def report(args: EvaluateArguments, data: PreparedData, samples, predictions, ro
     notes = [exclusion_note(exclude), *tuning_notes(tuning)]
     print(comparison_table(rows), *notes, "", slice_table(by_slice), sep="\n")
     details = {
-        "arguments": asdict(args), "exclude_history": exclude, "repeat_rate": data.repeat_rate, "baselines": tuning,
+        "arguments": asdict(args),
+        "exclude_history": exclude,
+        "repeat_rate": data.repeat_rate,
+        "baselines": tuning,
         "intervals": intervals(predictions, samples),
         "depths": {name: np.bincount(steps).tolist() for name, steps in depths.items()},  # users by latent steps
         **significance(predictions, samples),

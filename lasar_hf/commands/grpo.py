@@ -37,9 +37,7 @@ from .parser import ScriptParser
 
 logger = logging.getLogger(__name__)
 
-NOT_BETTER = (
-    "It made the model worse on validation users: the weights are those of the checkpoint that it began with."
-)
+NOT_BETTER = "It made the model worse on validation users: the weights are those of the checkpoint that it began with."
 
 
 @dataclass
@@ -106,7 +104,10 @@ def main(script: GRPOScriptArguments, training_args: LasarGRPOConfig, model_args
     set_seed(training_args.seed)
     data = PreparedData.load(script.data_dir)
     checkpoint = checkpoint_to_resume(
-        training_args, **asdict(script), **asdict(model_args), data=PreparedData.file_hashes(script.data_dir),
+        training_args,
+        **asdict(script),
+        **asdict(model_args),
+        data=PreparedData.file_hashes(script.data_dir),
         start=starting_files(model_args.model_name_or_path),
     )
     model = model_args.model_name_or_path
@@ -127,7 +128,11 @@ def main(script: GRPOScriptArguments, training_args: LasarGRPOConfig, model_args
         evaluator = RankingEvaluator(validation, processor, latent_steps=training_args.fixed_depth)
     rewards = load_rewards(script.reward_funcs, processor.catalog, config, training_args.num_generations)
     trainer = LasarGRPOTrainer(
-        model, training_args, reward_funcs=rewards, processing_class=processor, ranking_evaluator=evaluator,
+        model,
+        training_args,
+        reward_funcs=rewards,
+        processing_class=processor,
+        ranking_evaluator=evaluator,
         train_dataset=grpo_examples(data.samples["train"], processor, terminal_anchors(script, model_args.dtype)),
         peft_config=lora_from_arguments(model, model_args),
     )

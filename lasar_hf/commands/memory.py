@@ -70,14 +70,27 @@ def fit(args: MemoryArguments, data: PreparedData, memory: ItemMemory, path: str
     depth = int(reasoning) if reasoning.isdecimal() else None
     with onednn_linear(model):
         candidates = recommend_samples(
-            model, samples, processor, args.num_beams, args.num_beams, depth, args.batch_size, progress=True,
-            exclude_history=data.exclude_history, memory=memory, write_text=reasoning == "text",
+            model,
+            samples,
+            processor,
+            args.num_beams,
+            args.num_beams,
+            depth,
+            args.batch_size,
+            progress=True,
+            exclude_history=data.exclude_history,
+            memory=memory,
+            write_text=reasoning == "text",
         )
     fitted, lists = fit_gate(memory, candidates, list(samples["target"]))
     results = ranking_metrics(ranks(lists, samples["target"]), ks=(10,))
     logger.info(
         "%s: weight sigmoid(%.3f + %.3f log s), with s the largest score of the memory; validation HR@10 %.4f, "
-        "NDCG@10 %.4f.", path, *fitted.gate, results["HR@10"], results["NDCG@10"],
+        "NDCG@10 %.4f.",
+        path,
+        *fitted.gate,
+        results["HR@10"],
+        results["NDCG@10"],
     )
     return fitted
 

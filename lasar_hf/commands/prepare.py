@@ -272,7 +272,10 @@ def measure_repeats(split: Split, validation: Dataset, num_items: int) -> dict[s
     logger.info(
         "%.2f %% of the training interactions repeat an item of the user. HR@10 of item-kNN on validation: %.4f with "
         "and %.4f without the history, so exclude_history is %s.",
-        100 * rate, kept, excluded, excluded >= kept,
+        100 * rate,
+        kept,
+        excluded,
+        excluded >= kept,
     )
     return {"repeat_rate": rate, "exclude_history": excluded >= kept}
 
@@ -322,8 +325,14 @@ def card_settings(args: PrepareArguments) -> dict[str, object]:
 def map_to_file(table: Dataset, function, path: Path, features: Features, batch_size: int) -> None:
     """Write the result of a function of batches to an Arrow file, so that memory holds one batch."""
     table.map(
-        function, batched=True, batch_size=batch_size, remove_columns=table.column_names, features=features,
-        cache_file_name=str(path), load_from_cache_file=False, new_fingerprint=path.stem,
+        function,
+        batched=True,
+        batch_size=batch_size,
+        remove_columns=table.column_names,
+        features=features,
+        cache_file_name=str(path),
+        load_from_cache_file=False,
+        new_fingerprint=path.stem,
     )
 
 

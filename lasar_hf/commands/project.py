@@ -64,8 +64,12 @@ STAGES = {
 
 
 def table_arguments(
-    path: str, items: str | None = None, user_column: str | None = None, item_column: str | None = None,
-    time_column: str | None = None, title_column: str | None = None,
+    path: str,
+    items: str | None = None,
+    user_column: str | None = None,
+    item_column: str | None = None,
+    time_column: str | None = None,
+    title_column: str | None = None,
 ) -> dict[str, Any]:
     """
     Arguments of [`~lasar_hf.data.read_table`] for a file, with columns found by their names. Titles come from `items`,

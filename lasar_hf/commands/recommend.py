@@ -147,8 +147,12 @@ def is_done(path: Path, request: str) -> bool:
 
 
 def shard_table(
-    users: list[str], histories: list[list[int]], num_unknown: list[int], recommended: list[list[dict]],
-    latent_steps: list[int], popular: list[str],
+    users: list[str],
+    histories: list[list[int]],
+    num_unknown: list[int],
+    recommended: list[list[dict]],
+    latent_steps: list[int],
+    popular: list[str],
 ) -> pa.Table:
     """One row per user. `recommended` and `latent_steps` are those of the users whose history is not empty."""
     answers = iter(zip(recommended, latent_steps, strict=True))
@@ -176,7 +180,10 @@ def main(args: RecommendArguments) -> None:
     if state.is_main_process:
         logger.info(
             "%d users: left out %d unknown items of their histories; %d users without a known item get %s.",
-            len(users), sum(num_unknown), histories.count([]), "popular items" if popular else "none (no data_dir)",
+            len(users),
+            sum(num_unknown),
+            histories.count([]),
+            "popular items" if popular else "none (no data_dir)",
         )
         write_request(args, popular, folder)
     state.wait_for_everyone()
@@ -195,8 +202,14 @@ def main(args: RecommendArguments) -> None:
         known = [history for history in histories[shard] if history]
         with onednn_linear(model):
             output = recommend_samples(
-                model, Dataset.from_dict({"history": known}), processor, args.top_k, args.num_beams,
-                args.latent_steps, args.batch_size, exclude_history=args.exclude_history,
+                model,
+                Dataset.from_dict({"history": known}),
+                processor,
+                args.top_k,
+                args.num_beams,
+                args.latent_steps,
+                args.batch_size,
+                exclude_history=args.exclude_history,
                 memory=memory,
             )
         recommended = processor.decode_recommendations(output)

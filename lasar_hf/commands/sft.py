@@ -139,8 +139,11 @@ def new_backbone(script: SFTScriptArguments, model_args: LasarModelConfig, token
     if unknown:
         raise ValueError(f"backbone_config has {unknown}, which {config_class.__name__} does not have.")
     config = AutoConfig.for_model(
-        **script.backbone_config, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        **script.backbone_config,
+        vocab_size=len(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
     )
     heads, key_value_heads = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
     if key_value_heads and heads % key_value_heads:
@@ -167,7 +170,11 @@ def stage1_model(script: SFTScriptArguments, model_args: LasarModelConfig, data:
     else:
         raise ValueError("Stage 1 starts from a backbone: set model_name_or_path or backbone_config.")
     model = LasarForGenerativeRec.from_backbone(
-        backbone, tokenizer, data.catalog.num_levels, data.codebook_size, script.max_latent_steps,
+        backbone,
+        tokenizer,
+        data.catalog.num_levels,
+        data.codebook_size,
+        script.max_latent_steps,
         script.min_latent_steps,
     )
     model.config.exclude_history = data.exclude_history if script.exclude_history is None else script.exclude_history
@@ -266,7 +273,11 @@ def draw_neighbours(data: PreparedData, training_args: LasarSFTConfig) -> np.nda
     similar = similar_items(data.text_vectors)
     tuning = tune_memory(data, similar)
     return neighbour_draws(
-        data.split.train, len(data.items), similar, exclude_history=data.exclude_history, seed=training_args.seed,
+        data.split.train,
+        len(data.items),
+        similar,
+        exclude_history=data.exclude_history,
+        seed=training_args.seed,
         **tuning.settings,
     )
 
@@ -287,7 +298,10 @@ def main(script: SFTScriptArguments, training_args: LasarSFTConfig, model_args: 
     if training_args.neighbour_targets > 0:  # similar texts are neighbours
         hashes |= folder_hashes(script.data_dir, "embeddings.npy")
     checkpoint = checkpoint_to_resume(
-        training_args, **asdict(script), **asdict(model_args), data=hashes,
+        training_args,
+        **asdict(script),
+        **asdict(model_args),
+        data=hashes,
         start=starting_files(model_args.model_name_or_path),
     )
     with unsharded_weights():
@@ -321,12 +335,20 @@ def main(script: SFTScriptArguments, training_args: LasarSFTConfig, model_args: 
             eval_examples = reasoning_examples(validation, processor, common).remove_columns("sample_index")
         evaluator = RankingEvaluator(validation, processor, latent_steps=ranking_depth(script, training_args))
     trainer = LasarSFTTrainer(
-        model, training_args, anchors=anchors, ranking_evaluator=evaluator, train_dataset=examples,
-        eval_dataset=eval_examples, processing_class=processor, peft_config=lora_from_arguments(model, model_args),
+        model,
+        training_args,
+        anchors=anchors,
+        ranking_evaluator=evaluator,
+        train_dataset=examples,
+        eval_dataset=eval_examples,
+        processing_class=processor,
+        peft_config=lora_from_arguments(model, model_args),
     )
     shown = ("tasks", "max_latent_steps") if script.stage == 1 else ("depth_source", "anchor_context")
     trainer.card_facts = CardFacts(
-        model_args.model_name_or_path, data.data_card(script.data_dir), changed_settings(script, shown),
+        model_args.model_name_or_path,
+        data.data_card(script.data_dir),
+        changed_settings(script, shown),
         title=f"Stage {script.stage}",
     )
     trainer.train(resume_from_checkpoint=checkpoint)

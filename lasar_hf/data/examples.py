@@ -106,9 +106,7 @@ def chain_end_examples(samples: Dataset, processor: LasarProcessor) -> Dataset:
     return _map(samples, build, FEATURES)
 
 
-def explicit_examples(
-    samples: Dataset, processor: LasarProcessor, max_text_tokens: int = MAX_CHAIN_TOKENS
-) -> Dataset:
+def explicit_examples(samples: Dataset, processor: LasarProcessor, max_text_tokens: int = MAX_CHAIN_TOKENS) -> Dataset:
     """
     Examples of explicit reasoning, the baseline of latent reasoning: the history, the text of the segments, then the
     Semantic ID after an empty latent region. The loss is on the text, the `<|latent_start|>` that ends it, and the
@@ -224,9 +222,7 @@ def reasoning_examples(samples: Dataset, processor: LasarProcessor, depths: Sequ
     return _map(samples, build, features, with_indices=True)
 
 
-def grpo_examples(
-    samples: Dataset, processor: LasarProcessor, terminal_anchors: np.ndarray | None = None
-) -> Dataset:
+def grpo_examples(samples: Dataset, processor: LasarProcessor, terminal_anchors: np.ndarray | None = None) -> Dataset:
     """
     Examples of the GRPO stage.
 
@@ -288,7 +284,10 @@ def mix_examples(tables: Mapping[str, Dataset], weights: Mapping[str, float] | N
 
 
 def stage1_examples(
-    data: PreparedData, processor: LasarProcessor, tasks: Sequence[str], neighbours: np.ndarray | None = None,
+    data: PreparedData,
+    processor: LasarProcessor,
+    tasks: Sequence[str],
+    neighbours: np.ndarray | None = None,
     depths: Sequence[int] = (),
 ) -> Dataset:
     """

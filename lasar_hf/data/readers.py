@@ -205,7 +205,10 @@ def read_table(
 
 
 def read_amazon2014(
-    interactions: Tables, items: Tables | None = None, k_core: int = 5, ties: str = "file",
+    interactions: Tables,
+    items: Tables | None = None,
+    k_core: int = 5,
+    ties: str = "file",
     text_columns: Mapping[str, str | Sequence[str]] | None = None,
 ) -> Interactions:
     """
@@ -218,7 +221,10 @@ def read_amazon2014(
 
 
 def read_amazon2018(
-    interactions: Tables, items: Tables | None = None, k_core: int = 5, ties: str = "file",
+    interactions: Tables,
+    items: Tables | None = None,
+    k_core: int = 5,
+    ties: str = "file",
     text_columns: Mapping[str, str | Sequence[str]] | None = None,
 ) -> Interactions:
     """
@@ -269,8 +275,12 @@ def read_amazon2023(
 
 
 def _read_log(
-    tables: Tables, user_column: str, item_column: str, time_column: str | None = None,
-    time_format: str | None = None, **options: object,
+    tables: Tables,
+    user_column: str,
+    item_column: str,
+    time_column: str | None = None,
+    time_format: str | None = None,
+    **options: object,
 ) -> tuple[pd.DataFrame, list[str], list[str]]:
     """All rows as numbers (user, item, time), and the name of each user and item."""
     users, items, times = array("i"), array("i"), TimeColumn(time_column, time_format)
@@ -354,9 +364,7 @@ def source_settings(source: str, source_args: Mapping[str, object] | None = None
     each file or folder. The code of your own function and the content of data sets on the Hub are not included.
     """
     function, arguments = _bind_source(source, source_args)
-    settings = {
-        name: value if name.endswith("_column") else _hashed(value) for name, value in arguments.items()
-    }
+    settings = {name: value if name.endswith("_column") else _hashed(value) for name, value in arguments.items()}
     return {"source": f"{function.__module__}.{function.__qualname__}", "source_args": settings}
 
 

@@ -27,8 +27,13 @@ TOKENIZER_SIZE = 600  # at most; each word becomes one token
 
 
 def write_routines(
-    folder: str | Path, num_users: int = 12_000, validation_users: int = 500, test_users: int = 1200,
-    max_links: int = MAX_LINKS, min_segments: int = 1, seed: int = 0,
+    folder: str | Path,
+    num_users: int = 12_000,
+    validation_users: int = 500,
+    test_users: int = 1200,
+    max_links: int = MAX_LINKS,
+    min_segments: int = 1,
+    seed: int = 0,
 ) -> None:
     """
     Write prepared data ([`PreparedData`]) of a shop in which the next item lies several links away.
@@ -60,7 +65,11 @@ def write_routines(
             Seed of the random numbers.
     """
     check_whole_numbers(
-        1, num_users=num_users, validation_users=validation_users, test_users=test_users, max_links=max_links,
+        1,
+        num_users=num_users,
+        validation_users=validation_users,
+        test_users=test_users,
+        max_links=max_links,
         min_segments=min_segments,
     )
     check_whole_numbers(0, seed=seed)
@@ -89,7 +98,8 @@ def write_routines(
     for part in PARTS:
         own = np.flatnonzero(part_of == part)
         tables[part] = {
-            "user_id": [user_ids[user] for user in own], "history": [users[user][0] for user in own],
+            "user_id": [user_ids[user] for user in own],
+            "history": [users[user][0] for user in own],
             "target": [users[user][1][-1] for user in own],
         }
         if part == "train":
@@ -101,10 +111,15 @@ def write_routines(
     texts = [*INSTRUCTIONS.values(), *titles, *(text for pair in _pairs() for text in _segments(pair))]
     build_tokenizer(texts, TOKENIZER_SIZE).save_pretrained(folder / "tokenizer")
     rate = repeat_rate([row for row in split.train if row])
-    write_json(folder / "prepared.json", {
-        "codebook_size": len(items), "max_history": len(PRODUCTS) + 2, "repeat_rate": rate,
-        "exclude_history": rate <= RARE_REPEATS,
-    })
+    write_json(
+        folder / "prepared.json",
+        {
+            "codebook_size": len(items),
+            "max_history": len(PRODUCTS) + 2,
+            "repeat_rate": rate,
+            "exclude_history": rate <= RARE_REPEATS,
+        },
+    )
 
 
 def item_titles() -> list[str]:

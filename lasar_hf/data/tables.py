@@ -193,7 +193,7 @@ def _delimited_batches(
         # pyarrow knows delimiters of one byte, and opening quotes (an odd number, or those of an empty field) only
         # directly after them.
         mark = re.escape(delimiter)
-        blanks = rf'''{mark} +(?="(?:"")*(?!")|""(?:{mark}|[\r\n]|\Z))'''
+        blanks = rf"""{mark} +(?="(?:"")*(?!")|""(?:{mark}|[\r\n]|\Z))"""
         replace = _replace(mark, "\x1f") if is_long else _replace(blanks, delimiter)
         stream = pa.TransformInputStream(stream, replace)
         with csv.open_csv(stream, read_options=read, parse_options=parse, convert_options=convert) as reader:

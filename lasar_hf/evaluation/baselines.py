@@ -23,7 +23,10 @@ BLOCK_SIZE = 2**22  # scores per block of users
 
 
 def popularity_ranking(
-    train_sequences: Sequence[Sequence[int]], histories: Sequence[Sequence[int]], num_items: int, top_k: int,
+    train_sequences: Sequence[Sequence[int]],
+    histories: Sequence[Sequence[int]],
+    num_items: int,
+    top_k: int,
     exclude_history: bool = False,
 ) -> np.ndarray:
     """
@@ -55,7 +58,10 @@ def popular_items(data: PreparedData, catalog: SidCatalog, top_k: int) -> list[s
 
 
 def markov_ranking(
-    train_sequences: Sequence[Sequence[int]], histories: Sequence[Sequence[int]], num_items: int, top_k: int,
+    train_sequences: Sequence[Sequence[int]],
+    histories: Sequence[Sequence[int]],
+    num_items: int,
+    top_k: int,
     exclude_history: bool = False,
 ) -> np.ndarray:
     """
@@ -70,9 +76,16 @@ def markov_ranking(
 
 
 def item_knn_ranking(
-    train_sequences: Sequence[Sequence[int]], histories: Sequence[Sequence[int]], num_items: int, top_k: int,
-    exclude_history: bool = False, window: int = 8, gap_decay: float = 0.8, mirror: float = 0.5,
-    shrinkage: float = 50.0, history_decay: float = 0.7,
+    train_sequences: Sequence[Sequence[int]],
+    histories: Sequence[Sequence[int]],
+    num_items: int,
+    top_k: int,
+    exclude_history: bool = False,
+    window: int = 8,
+    gap_decay: float = 0.8,
+    mirror: float = 0.5,
+    shrinkage: float = 50.0,
+    history_decay: float = 0.7,
 ) -> np.ndarray:
     """
     Neighbours of the items of the history: item `j` scores `Σ_k history_decay^k S[h_k, j]`, `h_0` the newest item.
@@ -90,8 +103,13 @@ def item_knn_ranking(
 
 
 def ease_ranking(
-    train_sequences: Sequence[Sequence[int]], histories: Sequence[Sequence[int]], num_items: int, top_k: int,
-    exclude_history: bool = False, regularization: float = 100.0, history_decay: float = 0.7,
+    train_sequences: Sequence[Sequence[int]],
+    histories: Sequence[Sequence[int]],
+    num_items: int,
+    top_k: int,
+    exclude_history: bool = False,
+    regularization: float = 100.0,
+    history_decay: float = 0.7,
 ) -> np.ndarray:
     """
     EASE (Steck, 2019): item `j` scores `Σ_k history_decay^k B[h_k, j]`, `h_0` the newest item.
@@ -112,8 +130,12 @@ def ease_ranking(
 
 
 def item_knn_matrix(
-    train_sequences: Sequence[Sequence[int]], num_items: int, window: int = 8, gap_decay: float = 0.8,
-    mirror: float = 0.5, shrinkage: float = 50.0,
+    train_sequences: Sequence[Sequence[int]],
+    num_items: int,
+    window: int = 8,
+    gap_decay: float = 0.8,
+    mirror: float = 0.5,
+    shrinkage: float = 50.0,
 ) -> sparse.csr_array:
     """
     Similarity of items that stand near each other in the training sequences.
@@ -163,9 +185,7 @@ def item_knn_counts(
     return (pairs + mirror * pairs.T).tocsr(), np.bincount(items, minlength=num_items)
 
 
-def ease_matrix(
-    train_sequences: Sequence[Sequence[int]], num_items: int, regularization: float = 100.0
-) -> np.ndarray:
+def ease_matrix(train_sequences: Sequence[Sequence[int]], num_items: int, regularization: float = 100.0) -> np.ndarray:
     """
     Item weights of EASE: the ridge regression of the user-item matrix `X` on itself with a diagonal of zeros.
 
@@ -209,8 +229,12 @@ def ease_matrix(
 
 
 def matrix_ranking(
-    scores: sparse.csr_array | np.ndarray, train_sequences: Sequence[Sequence[int]],
-    histories: Sequence[Sequence[int]], top_k: int, history_decay: float, exclude_history: bool = False,
+    scores: sparse.csr_array | np.ndarray,
+    train_sequences: Sequence[Sequence[int]],
+    histories: Sequence[Sequence[int]],
+    top_k: int,
+    history_decay: float,
+    exclude_history: bool = False,
 ) -> np.ndarray:
     """
     Rank by an item-to-item matrix: item `j` scores `Σ_k history_decay^k scores[h_k, j]`, `h_0` the newest item.
@@ -240,8 +264,12 @@ def matrix_ranking(
 
 
 def rank_rows(
-    rows: Iterable[tuple[np.ndarray, np.ndarray]], train_sequences: Sequence[Sequence[int]],
-    histories: Sequence[Sequence[int]], num_items: int, top_k: int, exclude_history: bool = False,
+    rows: Iterable[tuple[np.ndarray, np.ndarray]],
+    train_sequences: Sequence[Sequence[int]],
+    histories: Sequence[Sequence[int]],
+    num_items: int,
+    top_k: int,
+    exclude_history: bool = False,
 ) -> np.ndarray:
     """
     The tie rule, the exclusion and the padding of all baselines.
@@ -263,7 +291,11 @@ def rank_rows(
 
 
 def _best_items(
-    items: np.ndarray, scores: np.ndarray, excluded: np.ndarray, popular: np.ndarray, popularity_rank: np.ndarray,
+    items: np.ndarray,
+    scores: np.ndarray,
+    excluded: np.ndarray,
+    popular: np.ndarray,
+    popularity_rank: np.ndarray,
     top_k: int,
 ) -> np.ndarray:
     """The best items of one user without the excluded ones; after those with a score come popular ones."""

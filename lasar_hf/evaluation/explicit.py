@@ -8,7 +8,9 @@ from ..model.processing_lasar import LasarProcessor
 
 
 def write_chains(
-    model: LasarForGenerativeRec, processor: LasarProcessor, prompts: Sequence[Sequence[int]],
+    model: LasarForGenerativeRec,
+    processor: LasarProcessor,
+    prompts: Sequence[Sequence[int]],
     max_text_tokens: int = MAX_CHAIN_TOKENS,
 ) -> list[list[int]]:
     """
@@ -46,7 +48,11 @@ def write_chains(
     inputs = processor.pad([prompt[:-1] for prompt in prompts]).to(model.device)
     with model.evaluation_mode():
         written = model.generate(
-            **inputs, max_new_tokens=room, do_sample=False, eos_token_id=start_id, suppress_tokens=not_text,
+            **inputs,
+            max_new_tokens=room,
+            do_sample=False,
+            eos_token_id=start_id,
+            suppress_tokens=not_text,
             pad_token_id=processor.tokenizer.pad_token_id or 0,
         )
     # 3. Put the text between the prompt and its last token.

@@ -63,8 +63,14 @@ def text_steps(similar: sparse.csr_array, text_weight: float = 2.0, temperature:
 
 
 def memory_matrix(
-    train_sequences: Sequence[Sequence[int]], num_items: int, similar: sparse.csr_array | None = None, window: int = 8,
-    gap_decay: float = 0.8, mirror: float = 0.25, shrinkage: float = 50.0, text_weight: float = 2.0,
+    train_sequences: Sequence[Sequence[int]],
+    num_items: int,
+    similar: sparse.csr_array | None = None,
+    window: int = 8,
+    gap_decay: float = 0.8,
+    mirror: float = 0.25,
+    shrinkage: float = 50.0,
+    text_weight: float = 2.0,
     temperature: float = 0.1,
 ) -> sparse.csr_array:
     """
@@ -106,6 +112,11 @@ def tune_memory(data: PreparedData, similar: sparse.csr_array | None) -> Tuning:
     names = MEMORY_GRID if similar is not None else ("mirror", "shrinkage")
     validation = data.samples["validation"]
     return tune(
-        partial(memory_matrix, similar=similar), {name: MEMORY_GRID[name] for name in names}, data.split.train,
-        list(validation["history"]), list(validation["target"]), len(data.items), data.exclude_history,
+        partial(memory_matrix, similar=similar),
+        {name: MEMORY_GRID[name] for name in names},
+        data.split.train,
+        list(validation["history"]),
+        list(validation["target"]),
+        len(data.items),
+        data.exclude_history,
     )

@@ -15,9 +15,18 @@ from .memory_matrix import text_steps
 
 
 def neighbour_draws(
-    train_sequences: Sequence[Sequence[int]], num_items: int, similar: sparse.csr_array | None = None,
-    num_draws: int = 32, window: int = 8, gap_decay: float = 0.8, mirror: float = 0.25, shrinkage: float = 50.0,
-    text_weight: float = 2.0, temperature: float = 0.1, history_decay: float = 0.7, exclude_history: bool = True,
+    train_sequences: Sequence[Sequence[int]],
+    num_items: int,
+    similar: sparse.csr_array | None = None,
+    num_draws: int = 32,
+    window: int = 8,
+    gap_decay: float = 0.8,
+    mirror: float = 0.25,
+    shrinkage: float = 50.0,
+    text_weight: float = 2.0,
+    temperature: float = 0.1,
+    history_decay: float = 0.7,
+    exclude_history: bool = True,
     seed: int = 0,
 ) -> np.ndarray:
     """

@@ -32,9 +32,17 @@ class Recommendations:
 
 
 def recommend_samples(
-    model: LasarForGenerativeRec, samples: Dataset, processor: LasarProcessor, top_k: int = 20, num_beams: int = 50,
-    latent_steps: int | None = None, batch_size: int = 64, progress: bool = False, exclude_history: bool | None = None,
-    memory: ItemMemory | None = None, write_text: bool = False,
+    model: LasarForGenerativeRec,
+    samples: Dataset,
+    processor: LasarProcessor,
+    top_k: int = 20,
+    num_beams: int = 50,
+    latent_steps: int | None = None,
+    batch_size: int = 64,
+    progress: bool = False,
+    exclude_history: bool | None = None,
+    memory: ItemMemory | None = None,
+    write_text: bool = False,
 ) -> Recommendations:
     """
     Recommend for every sample. Samples are batched by length, which keeps padding small.
@@ -87,9 +95,13 @@ def recommend_samples(
             texts = write_chains(model, processor, texts)
         inputs = processor.pad(texts).to(model.device)
         output = model.recommend(
-            **inputs, catalog=processor.catalog, top_k=top_k, num_beams=num_beams,
+            **inputs,
+            catalog=processor.catalog,
+            top_k=top_k,
+            num_beams=num_beams,
             latent_steps=0 if write_text else latent_steps,
-            deny=[torch.tensor(histories[sample]) for sample in batch] if exclude_history else None, allow_empty=True,
+            deny=[torch.tensor(histories[sample]) for sample in batch] if exclude_history else None,
+            allow_empty=True,
             memory=memory,
         )
         for name, rows in lists.items():
@@ -97,9 +109,7 @@ def recommend_samples(
         depths[batch] = output.latent_steps.cpu().numpy()
         lengths[batch] = [len(text) - len(prompts[sample]) for text, sample in zip(texts, batch, strict=True)]
     seconds = time.perf_counter() - start_time
-    return Recommendations(
-        latent_steps=depths, seconds=seconds, text_tokens=lengths if write_text else None, **lists
-    )
+    return Recommendations(latent_steps=depths, seconds=seconds, text_tokens=lengths if write_text else None, **lists)
 
 
 class RankingEvaluator:
@@ -114,7 +124,11 @@ class RankingEvaluator:
     """
 
     def __init__(
-        self, samples: Dataset, processor: LasarProcessor, num_beams: int = 20, latent_steps: int | None = None,
+        self,
+        samples: Dataset,
+        processor: LasarProcessor,
+        num_beams: int = 20,
+        latent_steps: int | None = None,
         ks: Sequence[int] = DEFAULT_KS,
     ):
         self.samples, self.processor = samples, processor

@@ -13,8 +13,14 @@ from .metrics import DEFAULT_KS, ranking_metrics, ranks, repeat_share, score_pre
 
 
 def evaluate_recommendations(
-    predictions: Any, targets: Any, num_items: int, latent_steps: Any = None, seconds: float | None = None,
-    ks: Sequence[int] = DEFAULT_KS, histories: Sequence[Sequence[int]] | None = None, text_tokens: Any = None,
+    predictions: Any,
+    targets: Any,
+    num_items: int,
+    latent_steps: Any = None,
+    seconds: float | None = None,
+    ks: Sequence[int] = DEFAULT_KS,
+    histories: Sequence[Sequence[int]] | None = None,
+    text_tokens: Any = None,
 ) -> dict[str, float | int]:
     """
     Row of the results table for any recommender: the numbers of [`score_predictions`], repeats, depth and time.
@@ -109,8 +115,11 @@ def exclusion_note(exclude_history: bool) -> str:
 
 
 def save_report(
-    folder: str | os.PathLike, rows: Mapping[str, Mapping[str, float | int]], details: Mapping[str, Any] | None = None,
-    slices: Mapping[str, Mapping[str, Any]] | None = None, notes: Sequence[str] = (),
+    folder: str | os.PathLike,
+    rows: Mapping[str, Mapping[str, float | int]],
+    details: Mapping[str, Any] | None = None,
+    slices: Mapping[str, Mapping[str, Any]] | None = None,
+    notes: Sequence[str] = (),
 ) -> None:
     """
     Write `report.json` (`{"results": rows, "details": details}`) and `report.md` ([`comparison_table`]).

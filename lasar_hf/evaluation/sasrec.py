@@ -15,8 +15,14 @@ def has_sasrec() -> bool:
 
 
 def sasrec_ranking(
-    train_sequences: Sequence[Sequence[int]], histories: Sequence[Sequence[int]], num_items: int, top_k: int,
-    exclude_history: bool = False, num_epochs: int = 20, max_history: int = 20, seed: int = 0,
+    train_sequences: Sequence[Sequence[int]],
+    histories: Sequence[Sequence[int]],
+    num_items: int,
+    top_k: int,
+    exclude_history: bool = False,
+    num_epochs: int = 20,
+    max_history: int = 20,
+    seed: int = 0,
 ) -> np.ndarray:
     """
     SASRec (Kang and McAuley, 2018), a small transformer over item embeddings, with cross-entropy.
@@ -45,8 +51,17 @@ def sasrec_ranking(
     rows = [(user, user, item, time) for user, items in enumerate(train_sequences) for time, item in enumerate(items)]
     data = SequentialDataset.build(rows, fmt="USIT")  # user, session, item, time
     model = SASRec(
-        embedding_dim=64, loss="ce", batch_size=256, learning_rate=1e-3, n_sample=2048, sample_alpha=0.0, dropout=0.5,
-        n_epochs=num_epochs, max_len=max_history, seed=seed, device="cuda" if torch.cuda.is_available() else "cpu",
+        embedding_dim=64,
+        loss="ce",
+        batch_size=256,
+        learning_rate=1e-3,
+        n_sample=2048,
+        sample_alpha=0.0,
+        dropout=0.5,
+        n_epochs=num_epochs,
+        max_len=max_history,
+        seed=seed,
+        device="cuda" if torch.cuda.is_available() else "cpu",
     )
     model.fit(data)
     known = np.fromiter(data.iid_map.keys(), dtype=np.int64)  # items in the order of the network's outputs

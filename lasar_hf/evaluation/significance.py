@@ -19,8 +19,11 @@ class BootstrapResult:
 
 
 def paired_bootstrap(
-    values_a: Sequence[float] | np.ndarray, values_b: Sequence[float] | np.ndarray,
-    user_ids: Sequence[Hashable] | None = None, num_resamples: int = 10_000, seed: int = 0,
+    values_a: Sequence[float] | np.ndarray,
+    values_b: Sequence[float] | np.ndarray,
+    user_ids: Sequence[Hashable] | None = None,
+    num_resamples: int = 10_000,
+    seed: int = 0,
 ) -> BootstrapResult:
     """
     Percentile bootstrap of the mean difference between two recommenders on the same samples.
@@ -59,8 +62,13 @@ def paired_bootstrap(
         return sums.sum(axis) / counts.sum(axis)
 
     result = stats.bootstrap(  # 95 % is its default
-        (sums, counts), mean, paired=True, n_resamples=num_resamples, method="percentile",
-        rng=np.random.default_rng(seed), batch=max(1, 2**21 // len(sums)),  # at most 48 MB at a time
+        (sums, counts),
+        mean,
+        paired=True,
+        n_resamples=num_resamples,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+        batch=max(1, 2**21 // len(sums)),  # at most 48 MB at a time
     )
     means = result.bootstrap_distribution
     tail = min((means <= 0).sum(), (means >= 0).sum())
@@ -70,7 +78,9 @@ def paired_bootstrap(
 
 
 def mean_interval(
-    values: Sequence[float] | np.ndarray, user_ids: Sequence[Hashable] | None = None, num_resamples: int = 2_000,
+    values: Sequence[float] | np.ndarray,
+    user_ids: Sequence[Hashable] | None = None,
+    num_resamples: int = 2_000,
     seed: int = 0,
 ) -> list[float]:
     """

@@ -24,7 +24,9 @@ from .sasrec import has_sasrec, sasrec_ranking
 
 BASELINES = ("popularity", "Markov", "item-kNN", "EASE", "SASRec", "memory alone")
 ITEM_KNN_GRID = {
-    "window": (1, 4, 8, 16), "gap_decay": (0.6, 0.8, 1.0), "mirror": (0.0, 0.25, 0.5, 1.0),
+    "window": (1, 4, 8, 16),
+    "gap_decay": (0.6, 0.8, 1.0),
+    "mirror": (0.0, 0.25, 0.5, 1.0),
     "shrinkage": (1.0, 10.0, 50.0, 200.0),
 }
 EASE_GRID = {"regularization": (10.0, 50.0, 100.0, 300.0)}
@@ -57,8 +59,11 @@ def tuning_notes(tunings: Mapping[str, Any]) -> list[str]:
 
 
 def compare_exclusion(
-    train_sequences: Sequence[Sequence[int]], histories: Sequence[Sequence[int]], targets: Sequence[int],
-    num_items: int, max_users: int = 10_000,
+    train_sequences: Sequence[Sequence[int]],
+    histories: Sequence[Sequence[int]],
+    targets: Sequence[int],
+    num_items: int,
+    max_users: int = 10_000,
 ) -> tuple[float, float]:
     """
     HR@10 of item-kNN on validation samples with and without the items of the history in its lists, which says whether
@@ -71,9 +76,16 @@ def compare_exclusion(
 
 
 def tune(
-    matrix: Callable[..., Any], grid: Mapping[str, Sequence[Any]], train_sequences: Sequence[Sequence[int]],
-    histories: Sequence[Sequence[int]], targets: Sequence[int], num_items: int, exclude_history: bool,
-    num_matrices: int = 8, max_users: int = 10_000, seed: int = 0,
+    matrix: Callable[..., Any],
+    grid: Mapping[str, Sequence[Any]],
+    train_sequences: Sequence[Sequence[int]],
+    histories: Sequence[Sequence[int]],
+    targets: Sequence[int],
+    num_items: int,
+    exclude_history: bool,
+    num_matrices: int = 8,
+    max_users: int = 10_000,
+    seed: int = 0,
 ) -> Tuning:
     """
     Random search for the settings of a baseline with the best NDCG@10, each with every decay of `HISTORY_DECAYS`.
@@ -114,7 +126,9 @@ def tune(
 
 
 def tune_item_knn(
-    train_sequences: Sequence[Sequence[int]], validation: Mapping[str, Sequence[Any]], num_items: int,
+    train_sequences: Sequence[Sequence[int]],
+    validation: Mapping[str, Sequence[Any]],
+    num_items: int,
     exclude_history: bool,
 ) -> Tuning:
     """[`tune`] for [`item_knn_ranking`] on the columns `history` and `target` of the validation part."""
@@ -123,8 +137,12 @@ def tune_item_knn(
 
 
 def baseline_rankings(
-    train_sequences: Sequence[Sequence[int]], histories: Sequence[Sequence[int]], num_items: int, top_k: int,
-    exclude_history: bool, validation: Mapping[str, Sequence[Any]],
+    train_sequences: Sequence[Sequence[int]],
+    histories: Sequence[Sequence[int]],
+    num_items: int,
+    top_k: int,
+    exclude_history: bool,
+    validation: Mapping[str, Sequence[Any]],
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """
     Rankings of popularity, Markov, item-kNN, EASE and, if cornac is installed, SASRec, for the same users.

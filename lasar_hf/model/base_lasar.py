@@ -217,9 +217,13 @@ class LasarModel(LasarPreTrainedModel):
         self.backbone.set_input_embeddings(value)
 
     def forward(
-        self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None, past_key_values: Cache | None = None,
-        use_cache: bool | None = None, **kwargs,
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
     ) -> LasarModelOutput:
         r"""
         Read prompts, reason at the `<|latent|>` slots, read answers.
@@ -291,8 +295,12 @@ class LasarModel(LasarPreTrainedModel):
             # Padding is not counted, as in the first pass. A backbone would count it.
             position_ids = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
         outputs = self.backbone(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
-            past_key_values=past_key_values, use_cache=True, **kwargs,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=True,
+            **kwargs,
         )
         return LasarModelOutput(outputs.last_hidden_state, past_key_values)
 
@@ -314,16 +322,22 @@ class LasarModel(LasarPreTrainedModel):
     def _read_plain(self, layout: BatchLayout, attention_mask, past_key_values, use_cache, **kwargs):
         """Read a batch without latent slots or equal prompts in one ordinary pass. Returns [`LasarModelOutput`]."""
         outputs = self.backbone(
-            input_ids=layout.input_ids, attention_mask=attention_mask, position_ids=layout.position.clamp(min=0),
-            past_key_values=past_key_values, use_cache=bool(use_cache), **kwargs,
+            input_ids=layout.input_ids,
+            attention_mask=attention_mask,
+            position_ids=layout.position.clamp(min=0),
+            past_key_values=past_key_values,
+            use_cache=bool(use_cache),
+            **kwargs,
         )
         hidden_states = outputs.last_hidden_state
         start = layout.last_prompt_column()[..., None].expand(-1, -1, hidden_states.shape[-1])
         start_states = hidden_states.gather(1, start)  # (B, 1, H)
         return LasarModelOutput(
             last_hidden_state=self._connect_latent_input(hidden_states, max_depth=0),
-            past_key_values=past_key_values if use_cache else None, latent_states=start_states,
-            latent_steps=layout.depth, depth_logits=self._depth_logits(start_states[:, 0]),
+            past_key_values=past_key_values if use_cache else None,
+            latent_states=start_states,
+            latent_steps=layout.depth,
+            depth_logits=self._depth_logits(start_states[:, 0]),
         )
 
     def _depth_logits(self, start_states: torch.Tensor) -> torch.Tensor:
@@ -337,9 +351,13 @@ class LasarModel(LasarPreTrainedModel):
         return hidden_states + 0 * sum(weight.sum() for weight in self.latent_input.parameters())
 
     def run_latent_steps(
-        self, token_ids: torch.LongTensor, visible: torch.Tensor,
-        depths: torch.Tensor | Callable[[torch.Tensor], torch.Tensor], max_depth: int | None = None,
-        static_cache: StaticCache | None = None, **kwargs,
+        self,
+        token_ids: torch.LongTensor,
+        visible: torch.Tensor,
+        depths: torch.Tensor | Callable[[torch.Tensor], torch.Tensor],
+        max_depth: int | None = None,
+        static_cache: StaticCache | None = None,
+        **kwargs,
     ) -> ReasoningState:
         """
         Read prompts and take all their latent steps but the last, which [`~LasarModel.read_tokens`] reads together
@@ -375,8 +393,12 @@ class LasarModel(LasarPreTrainedModel):
             hidden_states = cache.read(self.get_input_embeddings()(token_ids), mask, position_ids)
         else:
             hidden_states = self.backbone(
-                input_ids=token_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=cache,
-                use_cache=False, **kwargs,
+                input_ids=token_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=cache,
+                use_cache=False,
+                **kwargs,
             ).last_hidden_state
         # 2. Choose the depths from h_0.
         start_states = hidden_states[:, -num_paths:].flatten(0, 1)  # (U, H), h_0
@@ -386,8 +408,15 @@ class LasarModel(LasarPreTrainedModel):
         if max_depth is None:
             max_depth = self._agree(int(depths.max()), is_shared=False)[0]
         state = ReasoningState(
-            hidden_states=hidden_states, depth_logits=depth_logits, depths=depths, cache=cache, visible=visible,
-            position=visible.sum(dim=1), slot=None, slot_states=[], num_paths=num_paths,
+            hidden_states=hidden_states,
+            depth_logits=depth_logits,
+            depths=depths,
+            cache=cache,
+            visible=visible,
+            position=visible.sum(dim=1),
+            slot=None,
+            slot_states=[],
+            num_paths=num_paths,
         )
         # 3. Steps are aligned at their end: a path of depth N begins in iteration max_depth - N.
         own_slot = torch.eye(num_paths, dtype=torch.bool, device=visible.device).repeat(len(token_ids), 1)  # (U, R)
@@ -423,8 +452,12 @@ class LasarModel(LasarPreTrainedModel):
         return state.slot_states[-1]
 
     def read_tokens(
-        self, state: ReasoningState, token_ids: torch.LongTensor, visible: torch.Tensor,
-        depths: torch.Tensor | None = None, **kwargs,
+        self,
+        state: ReasoningState,
+        token_ids: torch.LongTensor,
+        visible: torch.Tensor,
+        depths: torch.Tensor | None = None,
+        **kwargs,
     ) -> torch.Tensor:
         """
         Read tokens `(U, Q)` after the latent region, several branches side by side, and append them to the state.
@@ -473,8 +506,12 @@ class LasarModel(LasarPreTrainedModel):
         block = LinkedCache(len(cache.layers), parent=cache)
         with block.keeping_blocks():
             outputs = self.backbone(
-                inputs_embeds=inputs_embeds, attention_mask=mask, position_ids=position_ids, past_key_values=block,
-                use_cache=False, **kwargs,
+                inputs_embeds=inputs_embeds,
+                attention_mask=mask,
+                position_ids=position_ids,
+                past_key_values=block,
+                use_cache=False,
+                **kwargs,
             )
         return outputs.last_hidden_state, block
 

@@ -68,7 +68,11 @@ class SidCatalog:
     """
 
     def __init__(
-        self, codes, item_ids: Sequence[str], allow_collisions: bool = False, removed: torch.Tensor | None = None,
+        self,
+        codes,
+        item_ids: Sequence[str],
+        allow_collisions: bool = False,
+        removed: torch.Tensor | None = None,
         titles: Sequence[str | None] | None = None,
     ):
         self.item_ids = [str(item_id) for item_id in item_ids]
@@ -167,8 +171,12 @@ class SidCatalog:
             for index, title in zip(indices.tolist(), titles or [], strict=titles is not None):
                 all_titles[index] = title
         return self._changed(
-            self._trie.including(codes, indices, len(all_codes)), removed, codes=all_codes,
-            item_ids=self.item_ids + new_ids, index_of=index_of, titles=all_titles,
+            self._trie.including(codes, indices, len(all_codes)),
+            removed,
+            codes=all_codes,
+            item_ids=self.item_ids + new_ids,
+            index_of=index_of,
+            titles=all_titles,
         )
 
     def remove(self, item_ids: Sequence[str]) -> "SidCatalog":

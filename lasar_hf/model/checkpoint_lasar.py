@@ -79,7 +79,9 @@ class CheckpointMixin:
         try:
             # Other shapes are collected, and refused below by their names.
             model, info = super().from_pretrained(
-                pretrained_model_name_or_path, *model_args, output_loading_info=True,
+                pretrained_model_name_or_path,
+                *model_args,
+                output_loading_info=True,
                 **kwargs | {"ignore_mismatched_sizes": True},
             )
         except SafetensorError as error:

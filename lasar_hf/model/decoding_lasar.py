@@ -59,8 +59,13 @@ class RecommendOutput(ModelOutput):
 
 
 def child_log_probs(
-    hidden_states: torch.Tensor, head: torch.Tensor, trie: SidTrie, level: int, nodes: torch.Tensor,
-    temperature: float = 1.0, history: ItemFilter | None = None,
+    hidden_states: torch.Tensor,
+    head: torch.Tensor,
+    trie: SidTrie,
+    level: int,
+    nodes: torch.Tensor,
+    temperature: float = 1.0,
+    history: ItemFilter | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
     Float32 log-probabilities, codes and node numbers, all `(..., F)`, of the codes that can follow the prefixes
@@ -148,8 +153,14 @@ def _select_perturbed(beams: _Beams, log_probs, child, width: int) -> tuple[torc
 
 
 def _search(
-    model, state: ReasoningState, trie: SidTrie, select, temperature: float, width_limit: bool,
-    item_filter: ItemFilter | None = None, history: ItemFilter | None = None,
+    model,
+    state: ReasoningState,
+    trie: SidTrie,
+    select,
+    temperature: float,
+    width_limit: bool,
+    item_filter: ItemFilter | None = None,
+    history: ItemFilter | None = None,
 ) -> _Beams:
     """Walk down the trie; `select` chooses the prefixes to keep at each level."""
     batch_size, device = len(state.depths), state.depths.device
@@ -173,9 +184,11 @@ def _search(
         if width_limit:
             index = index[:, : trie.num_nodes[level + 1]]
         beams = _Beams(
-            nodes=child.flatten(1).gather(1, index).clamp(min=0), codes=codes.flatten(1).gather(1, index),
+            nodes=child.flatten(1).gather(1, index).clamp(min=0),
+            codes=codes.flatten(1).gather(1, index),
             scores=(beams.scores[..., None] + log_probs).flatten(1).gather(1, index),
-            parent=index // log_probs.shape[-1], key=keys.gather(1, index),
+            parent=index // log_probs.shape[-1],
+            key=keys.gather(1, index),
         )
     if beams.scores.isnan().any():
         raise ValueError(NAN_MESSAGE)
@@ -214,7 +227,11 @@ def _read_open(model, state: ReasoningState, trie: SidTrie, level: int, beams: _
 
 @torch.no_grad()
 def beam_search(
-    model, state: ReasoningState, trie: SidTrie, num_beams: int, item_filter: ItemFilter | None = None,
+    model,
+    state: ReasoningState,
+    trie: SidTrie,
+    num_beams: int,
+    item_filter: ItemFilter | None = None,
     history: ItemFilter | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
@@ -233,7 +250,12 @@ def beam_search(
 
 @torch.no_grad()
 def sample_items(
-    model, state: ReasoningState, trie: SidTrie, num_samples: int, temperature: float = 1.0, replacement: bool = True,
+    model,
+    state: ReasoningState,
+    trie: SidTrie,
+    num_samples: int,
+    temperature: float = 1.0,
+    replacement: bool = True,
     history: ItemFilter | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
@@ -361,8 +383,15 @@ def _sort_and_pad(items: torch.Tensor, scores: torch.Tensor, top_k: int, *others
 
 @torch.no_grad()
 def mix_memory(
-    model, state: ReasoningState, trie: SidTrie, leaves: torch.Tensor, scores: torch.Tensor, recall: Recall,
-    top_k: int, item_filter: ItemFilter | None = None, history: ItemFilter | None = None,
+    model,
+    state: ReasoningState,
+    trie: SidTrie,
+    leaves: torch.Tensor,
+    scores: torch.Tensor,
+    recall: Recall,
+    top_k: int,
+    item_filter: ItemFilter | None = None,
+    history: ItemFilter | None = None,
 ) -> RecommendOutput:
     """
     Rank the items of the beams (`leaves` and `scores` `(B, W)` of [`beam_search`]) and the `W` most likely ones of a
@@ -382,8 +411,12 @@ def mix_memory(
     # 3. The best ones.
     items, (mixed, log_probs) = _sort_and_pad(items, mixed, top_k, log_probs)
     return RecommendOutput(
-        items=items, scores=mixed, latent_steps=state.depths, model_scores=log_probs,
-        memory_scores=recall.probabilities(items).log(), memory_strength=recall.strength,
+        items=items,
+        scores=mixed,
+        latent_steps=state.depths,
+        model_scores=log_probs,
+        memory_scores=recall.probabilities(items).log(),
+        memory_strength=recall.strength,
     )
 
 

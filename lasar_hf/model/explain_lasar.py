@@ -84,8 +84,10 @@ class Explanation:
         colours = [_CHOSEN if depth == chosen else _OTHER for depth in depths]
         policy.bar(depths, list(self.depth_probabilities.values()), color=colours)
         policy.set(
-            title=f"The policy takes {chosen} latent step{'' if chosen == 1 else 's'}", xlabel="latent steps",
-            ylabel="probability of this number", xticks=depths,
+            title=f"The policy takes {chosen} latent step{'' if chosen == 1 else 's'}",
+            xlabel="latent steps",
+            ylabel="probability of this number",
+            xticks=depths,
         )
         # 2. The best items of the chosen depth, after every number of steps. Small probabilities stay visible.
         probability = [{item["item_id"]: math.exp(item["score"]) for item in items} for items in self.by_depth]
@@ -141,14 +143,23 @@ def explain(
     inputs = processor.pad([prompt] * (1 + max_steps)).to(model.device)
     own = [torch.tensor(history)] * (1 + max_steps) if config.exclude_history else None
     output = model.recommend(
-        **inputs, catalog=catalog, top_k=top_k, num_beams=num_beams, latent_steps=torch.arange(1 + max_steps),
-        deny=own, allow_empty=True, memory=memory,
+        **inputs,
+        catalog=catalog,
+        top_k=top_k,
+        num_beams=num_beams,
+        latent_steps=torch.arange(1 + max_steps),
+        deny=own,
+        allow_empty=True,
+        memory=memory,
     )
     by_depth = processor.decode_recommendations(output)
     return Explanation(
-        history=[_item(catalog, item) for item in history], latent_steps=chosen,
-        depth_probabilities=probabilities, by_depth=by_depth,
-        nearest_items=nearest_items(model, catalog, states, top_k), path=_principal_plane(states),
+        history=[_item(catalog, item) for item in history],
+        latent_steps=chosen,
+        depth_probabilities=probabilities,
+        by_depth=by_depth,
+        nearest_items=nearest_items(model, catalog, states, top_k),
+        path=_principal_plane(states),
         beam_tree=_beam_tree(catalog, by_depth[chosen]),
     )
 

@@ -69,8 +69,13 @@ class ItemMemory:
     """
 
     def __init__(
-        self, pointers: torch.Tensor, neighbours: torch.Tensor, weights: torch.Tensor, catalog_sha256: str,
-        decay: float = 0.7, gate: tuple[float, float] = (0.0, 0.0),
+        self,
+        pointers: torch.Tensor,
+        neighbours: torch.Tensor,
+        weights: torch.Tensor,
+        catalog_sha256: str,
+        decay: float = 0.7,
+        gate: tuple[float, float] = (0.0, 0.0),
     ):
         num_items = len(pointers) - 1
         fits = num_items >= 0 and len(neighbours) == len(weights) == int(pointers[-1])

@@ -102,8 +102,14 @@ class LasarForGenerativeRec(CheckpointMixin, LasarPreTrainedModel, GenerationMix
 
     @classmethod
     def from_backbone(
-        cls, backbone: str | PreTrainedModel, tokenizer: PreTrainedTokenizerBase, num_sid_levels: int = 4,
-        codebook_size: int = 256, max_latent_steps: int = 8, min_latent_steps: int = 1, **kwargs,
+        cls,
+        backbone: str | PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        num_sid_levels: int = 4,
+        codebook_size: int = 256,
+        max_latent_steps: int = 8,
+        min_latent_steps: int = 1,
+        **kwargs,
     ) -> "LasarForGenerativeRec":
         """
         Make a recommender from a causal language model: add the tokens, resize the embeddings, keep the weights.
@@ -164,9 +170,15 @@ class LasarForGenerativeRec(CheckpointMixin, LasarPreTrainedModel, GenerationMix
             backbone.config._name_or_path = ""  # it is saved with the configuration, and a local path is private
         start_id, latent_id, end_id = tokenizer.convert_tokens_to_ids(list(CONTROL_TOKENS))
         config = LasarConfig(
-            backbone_config=backbone.config, num_sid_levels=num_sid_levels, codebook_size=codebook_size,
-            sid_token_offset=ids[0], max_latent_steps=max_latent_steps, min_latent_steps=min_latent_steps,
-            latent_start_token_id=start_id, latent_token_id=latent_id, latent_end_token_id=end_id,
+            backbone_config=backbone.config,
+            num_sid_levels=num_sid_levels,
+            codebook_size=codebook_size,
+            sid_token_offset=ids[0],
+            max_latent_steps=max_latent_steps,
+            min_latent_steps=min_latent_steps,
+            latent_start_token_id=start_id,
+            latent_token_id=latent_id,
+            latent_end_token_id=end_id,
             dtype=backbone.dtype,
         )
         return cls._around(backbone, config)
@@ -186,8 +198,14 @@ class LasarForGenerativeRec(CheckpointMixin, LasarPreTrainedModel, GenerationMix
         # A new generation config, since sampling defaults of the backbone would corrupt the beam search. The prompt
         # opens the latent region, so the model must not write its tokens.
         model.generation_config = GenerationConfig(
-            do_sample=False, num_beams=1, temperature=1.0, top_p=1.0, typical_p=1.0, repetition_penalty=1.0,
-            no_repeat_ngram_size=0, pad_token_id=config.backbone_config.pad_token_id,
+            do_sample=False,
+            num_beams=1,
+            temperature=1.0,
+            top_p=1.0,
+            typical_p=1.0,
+            repetition_penalty=1.0,
+            no_repeat_ngram_size=0,
+            pad_token_id=config.backbone_config.pad_token_id,
             eos_token_id=config.backbone_config.eos_token_id,
             suppress_tokens=[config.latent_start_token_id, config.latent_token_id],
         )
@@ -255,10 +273,15 @@ class LasarForGenerativeRec(CheckpointMixin, LasarPreTrainedModel, GenerationMix
             self.model.latent_input = module.to(weight.device, weight.dtype)
 
     def forward(
-        self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None, past_key_values: Cache | None = None,
-        labels: torch.LongTensor | None = None, use_cache: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0, **kwargs,
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
     ) -> LasarOutput:
         r"""
         Other arguments as for [`LasarModel.forward`].
@@ -274,8 +297,12 @@ class LasarForGenerativeRec(CheckpointMixin, LasarPreTrainedModel, GenerationMix
         """
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)  # Trainer's number of labels of a whole step
         outputs = self.model(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
-            past_key_values=past_key_values, use_cache=use_cache, **kwargs,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **kwargs,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, keep])
@@ -283,8 +310,12 @@ class LasarForGenerativeRec(CheckpointMixin, LasarPreTrainedModel, GenerationMix
         if labels is not None:
             loss = ForCausalLMLoss(logits, labels, self.config.vocab_size, num_items_in_batch)
         return LasarOutput(
-            loss=loss, logits=logits, past_key_values=outputs.past_key_values, latent_states=outputs.latent_states,
-            latent_steps=outputs.latent_steps, depth_logits=outputs.depth_logits,
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            latent_states=outputs.latent_states,
+            latent_steps=outputs.latent_steps,
+            depth_logits=outputs.depth_logits,
         )
 
     def generate(self, inputs: torch.Tensor | None = None, *args, **kwargs):
@@ -331,7 +362,9 @@ class LasarForGenerativeRec(CheckpointMixin, LasarPreTrainedModel, GenerationMix
                 part.training = True
 
     def encode_prompts(
-        self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None,
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
         latent_steps: int | torch.Tensor | Callable[[torch.Tensor], torch.Tensor] | None = None,
         static_num_beams: int | None = None,
     ) -> ReasoningState:
@@ -349,7 +382,9 @@ class LasarForGenerativeRec(CheckpointMixin, LasarPreTrainedModel, GenerationMix
         return self.model.run_latent_steps(*layout.prompts(), latent_steps, static_cache=static_cache)
 
     def encode_prompt_trees(
-        self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None,
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
         latent_steps: int | torch.Tensor | Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> tuple[ReasoningState, PrefixTrees]:
         """
@@ -365,8 +400,12 @@ class LasarForGenerativeRec(CheckpointMixin, LasarPreTrainedModel, GenerationMix
         return self.model.run_latent_steps(token_ids, visible, latent_steps), trees
 
     def compile_for_serving(
-        self, prompt_buckets: Sequence[int] = (128, 256, 512), batch_buckets: Sequence[int] = (1, 8, 64),
-        num_beams: int = 50, mode: str | None = "reduce-overhead", **kwargs,
+        self,
+        prompt_buckets: Sequence[int] = (128, 256, 512),
+        batch_buckets: Sequence[int] = (1, 8, 64),
+        num_beams: int = 50,
+        mode: str | None = "reduce-overhead",
+        **kwargs,
     ) -> None:
         """
         Let [`~LasarForGenerativeRec.recommend`] run the backbone in compiled passes of fixed shape. A request uses the
@@ -404,11 +443,18 @@ class LasarForGenerativeRec(CheckpointMixin, LasarPreTrainedModel, GenerationMix
         self.static_passes = StaticPasses(prompt_buckets, batch_buckets, num_beams, mode=mode, **kwargs)
 
     def recommend(
-        self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None,
-        catalog: SidCatalog | None = None, top_k: int = 10, num_beams: int = 50,
-        latent_steps: int | torch.Tensor | None = None, allow: Sequence[torch.Tensor | None] | None = None,
-        deny: Sequence[torch.Tensor | None] | None = None, allow_empty: bool = False,
-        memory: ItemMemory | None = None, exclude_history: bool | None = None,
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        catalog: SidCatalog | None = None,
+        top_k: int = 10,
+        num_beams: int = 50,
+        latent_steps: int | torch.Tensor | None = None,
+        allow: Sequence[torch.Tensor | None] | None = None,
+        deny: Sequence[torch.Tensor | None] | None = None,
+        allow_empty: bool = False,
+        memory: ItemMemory | None = None,
+        exclude_history: bool | None = None,
     ) -> RecommendOutput:
         """
         Recommend items of a catalogue: latent steps, then beam search over the catalogue's Semantic IDs (LASAR, arXiv

@@ -67,8 +67,13 @@ class LasarProcessor(ProcessorMixin):
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, catalog: SidCatalog, instruction: str = "Recommend the next item.",
-        max_history: int = 50, add_bos: bool | None = None, layout: str = PROMPT_LAYOUT,
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        catalog: SidCatalog,
+        instruction: str = "Recommend the next item.",
+        max_history: int = 50,
+        add_bos: bool | None = None,
+        layout: str = PROMPT_LAYOUT,
     ):
         super().__init__(tokenizer)
         if layout != PROMPT_LAYOUT:

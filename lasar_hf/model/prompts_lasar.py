@@ -11,7 +11,9 @@ from .configuration_lasar import LATENT_START_TOKEN, LasarConfig
 
 
 def checked_prompts(
-    config: LasarConfig, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None,
+    config: LasarConfig,
+    input_ids: torch.LongTensor,
+    attention_mask: torch.Tensor | None,
     latent_steps: int | torch.Tensor | Callable[[torch.Tensor], torch.Tensor] | None,
 ) -> tuple[BatchLayout, torch.Tensor | Callable[[torch.Tensor], torch.Tensor]]:
     """
@@ -70,7 +72,6 @@ def _checked_depths(
     if outside.any():
         index = int(outside.nonzero()[0])
         raise ValueError(
-            f"latent_steps is {int(latent_steps[index])} for prompt {index}; expected 0 … "
-            f"{config.max_latent_steps}."
+            f"latent_steps is {int(latent_steps[index])} for prompt {index}; expected 0 … {config.max_latent_steps}."
         )
     return latent_steps

@@ -71,7 +71,10 @@ class Recommender:
     """
 
     def __init__(
-        self, model: LasarForGenerativeRec, processor: LasarProcessor, memory: ItemMemory | None = None,
+        self,
+        model: LasarForGenerativeRec,
+        processor: LasarProcessor,
+        memory: ItemMemory | None = None,
         card: str | None = None,
     ):
         processor.check_matches(model.config)
@@ -146,8 +149,13 @@ class Recommender:
             self.push_to_hub(**hub)
 
     def push_to_hub(
-        self, repo_id: str, private: bool | None = None, token: bool | str | None = None, revision: str | None = None,
-        max_shard_size: int | str = "50GB", **kwargs,
+        self,
+        repo_id: str,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        max_shard_size: int | str = "50GB",
+        **kwargs,
     ) -> str:
         """
         Upload all parts in one commit, with a card whose usage has this name. Other weights and another memory that
@@ -235,10 +243,16 @@ class Recommender:
         return indices
 
     def recommend(
-        self, histories: Sequence[Sequence[str | int]], top_k: int = 10, num_beams: int = 50,
-        latent_steps: int | None = None, exclude_history: bool | None = None,
-        allow: Sequence[Sequence[str] | None] | None = None, deny: Sequence[Sequence[str] | None] | None = None,
-        unknown_items: str = "error", batch_size: int = 64,
+        self,
+        histories: Sequence[Sequence[str | int]],
+        top_k: int = 10,
+        num_beams: int = 50,
+        latent_steps: int | None = None,
+        exclude_history: bool | None = None,
+        allow: Sequence[Sequence[str] | None] | None = None,
+        deny: Sequence[Sequence[str] | None] | None = None,
+        unknown_items: str = "error",
+        batch_size: int = 64,
     ) -> list[dict]:
         """
         Recommend items to users.
@@ -295,8 +309,15 @@ class Recommender:
             allowed = [None if allow[user] is None else torch.tensor(allow[user], dtype=torch.long) for user in users]
             inputs = self.processor.pad([self.processor.prompt_ids(indices[user]) for user in users])
             output = self.model.recommend(
-                **inputs.to(self.model.device), catalog=self.catalog, top_k=top_k, num_beams=num_beams,
-                latent_steps=latent_steps, allow=allowed, deny=denied, allow_empty=True, memory=self.memory,
+                **inputs.to(self.model.device),
+                catalog=self.catalog,
+                top_k=top_k,
+                num_beams=num_beams,
+                latent_steps=latent_steps,
+                allow=allowed,
+                deny=denied,
+                allow_empty=True,
+                memory=self.memory,
             )
             lists = self.processor.decode_recommendations(output)
             for user, items, steps in zip(users, lists, output.latent_steps.tolist(), strict=True):

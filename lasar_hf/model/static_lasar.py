@@ -36,8 +36,11 @@ def _read(backbone, inputs_embeds, attention_mask, position_ids, first_column, k
     """One pass of the backbone, which becomes one graph per shape."""
     columns = first_column + torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)
     return backbone(
-        inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids,
-        past_key_values=_WrittenKeys(keys, values, columns), use_cache=False,
+        inputs_embeds=inputs_embeds,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        past_key_values=_WrittenKeys(keys, values, columns),
+        use_cache=False,
     ).last_hidden_state
 
 

@@ -281,8 +281,12 @@ class ItemFilter:
 
     @classmethod
     def from_lists(
-        cls, trie: SidTrie, batch_size: int, allow: Sequence[torch.Tensor | None] | None = None,
-        deny: Sequence[torch.Tensor | None] | None = None, allow_empty: bool = False,
+        cls,
+        trie: SidTrie,
+        batch_size: int,
+        allow: Sequence[torch.Tensor | None] | None = None,
+        deny: Sequence[torch.Tensor | None] | None = None,
+        allow_empty: bool = False,
     ) -> "ItemFilter":
         """
         The allow list of each prompt, if it has one, minus its deny list. Arguments as for

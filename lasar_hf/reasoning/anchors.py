@@ -128,8 +128,13 @@ def checkpoint_hash(model: nn.Module) -> str:
 
 
 def encode_anchors(
-    model: nn.Module, processor: LasarProcessor, segments: Sequence[Sequence[str]], folder: str | Path | None = None,
-    prompts: Sequence[Sequence[int]] | None = None, batch_size: int = 64, max_tokens: int = 256,
+    model: nn.Module,
+    processor: LasarProcessor,
+    segments: Sequence[Sequence[str]],
+    folder: str | Path | None = None,
+    prompts: Sequence[Sequence[int]] | None = None,
+    batch_size: int = 64,
+    max_tokens: int = 256,
     device: str | torch.device | None = None,
 ) -> AnchorStore:
     """
@@ -202,7 +207,10 @@ class _EncodingPlan:
     """The distinct token sequences to encode, sorted by length, and where each segment's anchor is stored."""
 
     def __init__(
-        self, processor: LasarProcessor, segments: Sequence[Sequence[str]], prompts: Sequence[Sequence[int]] | None,
+        self,
+        processor: LasarProcessor,
+        segments: Sequence[Sequence[str]],
+        prompts: Sequence[Sequence[int]] | None,
         max_tokens: int,
     ):
         if prompts is not None and len(prompts) != len(segments):

@@ -110,9 +110,18 @@ class OpenAITeacher:
     """
 
     def __init__(
-        self, interactions: Interactions, model: str, base_url: str, log_path: str | Path, fallback: TemplateTeacher,
-        concurrency: int = 16, max_answers: int = 3, max_retries: int = 10, timeout: float = 120.0,
-        max_tokens: int = 1024, temperature: float = 0.7,
+        self,
+        interactions: Interactions,
+        model: str,
+        base_url: str,
+        log_path: str | Path,
+        fallback: TemplateTeacher,
+        concurrency: int = 16,
+        max_answers: int = 3,
+        max_retries: int = 10,
+        timeout: float = 120.0,
+        max_tokens: int = 1024,
+        temperature: float = 0.7,
     ):
         limits = (("concurrency", concurrency, 1), ("max_answers", max_answers, 1), ("max_retries", max_retries, 0))
         for name, value, least in limits:

@@ -194,7 +194,8 @@ def _read_item(item: dict[str, str]) -> _Item:
     has_group = "brand" in item or "categories" in item
     words = [] if has_group or not text else re.findall(r"[^\W\d_]{4,}", _short_name(text).lower())
     return _Item(
-        name=f'"{_short_name(text)}"' if text else NAMELESS, series=_short_name(part["series"]) if part else "",
+        name=f'"{_short_name(text)}"' if text else NAMELESS,
+        series=_short_name(part["series"]) if part else "",
         brand=_short_name(item.get("brand", "")),
         path=tuple(_short_name(name) for name in item.get("categories", "").split(CATEGORY_SEPARATOR) if name),
         words=tuple(dict.fromkeys(words)),

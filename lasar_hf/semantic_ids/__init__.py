@@ -13,7 +13,10 @@ from .text_embedder import TfidfEmbedder
 
 
 def build_semantic_ids(
-    vectors: np.ndarray, num_sid_levels: int = 4, codebook_size: int = 256, seed: int = 0,
+    vectors: np.ndarray,
+    num_sid_levels: int = 4,
+    codebook_size: int = 256,
+    seed: int = 0,
     quantizer: Quantizer | None = None,
 ) -> tuple[np.ndarray, Quantizer]:
     """

@@ -49,7 +49,10 @@ def _flatten(value: object) -> str:
 
 
 def text_embeddings(
-    texts: Sequence[str], dim: int = 256, seed: int = 0, model: str | None = None,
+    texts: Sequence[str],
+    dim: int = 256,
+    seed: int = 0,
+    model: str | None = None,
     cache_dir: str | os.PathLike | None = None,
 ) -> np.ndarray:
     """

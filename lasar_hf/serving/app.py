@@ -105,7 +105,8 @@ async def check_admin(request: Request, authorization: Annotated[str, Header()] 
         raise HTTPException(403, "Changes of the catalogue are off. Start the server with an admin token.")
     if not secrets.compare_digest(authorization.encode(), f"Bearer {token}".encode()):
         raise HTTPException(
-            401, "The admin token is missing or wrong. Send it as Authorization: Bearer TOKEN.",
+            401,
+            "The admin token is missing or wrong. Send it as Authorization: Bearer TOKEN.",
             {"WWW-Authenticate": "Bearer"},
         )
 
@@ -139,9 +140,11 @@ async def health(service: Service, response: Response) -> Health:
     is_running, config = service.batcher.is_running, service.recommender.model.config
     response.status_code = 200 if is_running else 503
     return Health(
-        status="ready" if is_running else "stopped", queue_length=len(service.batcher),
+        status="ready" if is_running else "stopped",
+        queue_length=len(service.batcher),
         model="/".join(Path(config._name_or_path).parts[-2:]),  # of a Hub id, all; of a path on this machine, the end
-        max_latent_steps=config.max_latent_steps, **service.counts().model_dump(),
+        max_latent_steps=config.max_latent_steps,
+        **service.counts().model_dump(),
     )
 
 

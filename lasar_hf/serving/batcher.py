@@ -53,8 +53,12 @@ class Batcher:
     """
 
     def __init__(
-        self, compute: Callable[[list, Hashable], list], max_batch: int = 64, max_wait_ms: float = 5.0,
-        max_queue: int = 1024, timeout: float = 30.0,
+        self,
+        compute: Callable[[list, Hashable], list],
+        max_batch: int = 64,
+        max_wait_ms: float = 5.0,
+        max_queue: int = 1024,
+        timeout: float = 30.0,
     ):
         if max_batch < 1 or max_queue < 1 or max_wait_ms < 0 or timeout <= 0:
             raise ValueError(

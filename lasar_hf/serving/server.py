@@ -18,8 +18,12 @@ logger = logging.getLogger("uvicorn.error")  # the server's own log, which shows
 
 
 def serve(
-    model: str | os.PathLike, host: str = "127.0.0.1", port: int = 8000, device: str | None = None,
-    admin_token: str | None = None, **options,
+    model: str | os.PathLike,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    device: str | None = None,
+    admin_token: str | None = None,
+    **options,
 ) -> None:
     """
     Serve a checkpoint until the process is interrupted or terminated; requests that wait are answered first.

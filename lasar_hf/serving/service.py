@@ -56,8 +56,13 @@ class RecommendService:
     def _recommend(self, users: list[User], settings: Settings) -> list[dict]:
         self.metrics.batch_size.observe(len(users))
         return self.recommender.recommend(
-            [user.history for user in users], num_beams=self.num_beams, allow=[user.allow for user in users],
-            deny=[user.deny for user in users], unknown_items="skip", batch_size=len(users), **settings._asdict(),
+            [user.history for user in users],
+            num_beams=self.num_beams,
+            allow=[user.allow for user in users],
+            deny=[user.deny for user in users],
+            unknown_items="skip",
+            batch_size=len(users),
+            **settings._asdict(),
         )
 
     async def warm_up(self) -> None:

@@ -79,8 +79,12 @@ def item_embeddings(model: LasarForGenerativeRec, catalog: SidCatalog) -> torch.
 
 
 def score_labels(
-    model: LasarForGenerativeRec, hidden_states: torch.Tensor, input_ids: torch.Tensor, labels: torch.Tensor,
-    trie: SidTrie, temperature: float = 1.0,
+    model: LasarForGenerativeRec,
+    hidden_states: torch.Tensor,
+    input_ids: torch.Tensor,
+    labels: torch.Tensor,
+    trie: SidTrie,
+    temperature: float = 1.0,
 ) -> FusedCausalLMOutput:
     """
     Score next-token labels: a SID code among the codes that continue an item, other tokens over the vocabulary.
@@ -138,7 +142,10 @@ def score_labels(
     log_probs = log_probs + 0 * hidden_states[:, :1, 0]
     return FusedCausalLMOutput(
         loss=-log_probs.sum() / label_mask.sum().clamp(min=1),
-        log_probs=log_probs, entropy=entropy, is_top1=is_top1, label_mask=label_mask,
+        log_probs=log_probs,
+        entropy=entropy,
+        is_top1=is_top1,
+        label_mask=label_mask,
     )
 
 

@@ -25,8 +25,13 @@ class DepthScores:
 
 
 def score_depths(
-    model: LasarForGenerativeRec, catalog: SidCatalog, prompts: Sequence[Sequence[int]], targets: Sequence[int],
-    depths: Sequence[int], temperature: float = 1.0, batch_size: int = 32,
+    model: LasarForGenerativeRec,
+    catalog: SidCatalog,
+    prompts: Sequence[Sequence[int]],
+    targets: Sequence[int],
+    depths: Sequence[int],
+    temperature: float = 1.0,
+    batch_size: int = 32,
 ) -> DepthScores:
     """
     `log p(target | depth)` of every prompt at several depths, from one chain of latent steps per prompt.
@@ -82,8 +87,14 @@ def score_depths(
 
 
 def fit_depth_policy(
-    head: DepthPolicyHead, start_states: torch.Tensor, rewards: np.ndarray, step_cost: float,
-    min_latent_steps: int = 1, max_steps: int = 300, learning_rate: float = 3e-3, seed: int = 0,
+    head: DepthPolicyHead,
+    start_states: torch.Tensor,
+    rewards: np.ndarray,
+    step_cost: float,
+    min_latent_steps: int = 1,
+    max_steps: int = 300,
+    learning_rate: float = 3e-3,
+    seed: int = 0,
 ) -> DepthPolicyHead:
     """
     A copy of the policy head, fitted by the exact gradient on the rewards of all depths.

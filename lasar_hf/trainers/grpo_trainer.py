@@ -101,9 +101,16 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
     _title, _description = "Reinforcement learning", "GRPO of items and depth with `LasarGRPOTrainer`."
 
     def __init__(
-        self, model, args: LasarGRPOConfig, catalog: SidCatalog | None = None, reward_funcs=None,
-        train_dataset=None, eval_dataset=None, processing_class=None,
-        ranking_evaluator: Callable[[nn.Module], dict[str, float]] | dict[str, Callable] | None = None, **kwargs,
+        self,
+        model,
+        args: LasarGRPOConfig,
+        catalog: SidCatalog | None = None,
+        reward_funcs=None,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
+        ranking_evaluator: Callable[[nn.Module], dict[str, float]] | dict[str, Callable] | None = None,
+        **kwargs,
     ):
         self.processor, tokenizer, self.catalog = split_processor(model, processing_class, catalog)
         if self.catalog is None:
@@ -128,8 +135,14 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
             # TRL warns that `rollout_func` is experimental. Its version is pinned and a test covers the contract.
             warnings.filterwarnings("ignore", message="You are using 'rollout_func'")
             super().__init__(
-                model, reward_funcs, args, train_dataset=train_dataset, eval_dataset=eval_dataset,
-                processing_class=tokenizer, rollout_func=self.draw_candidates, **kwargs,
+                model,
+                reward_funcs,
+                args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=tokenizer,
+                rollout_func=self.draw_candidates,
+                **kwargs,
             )
         if isinstance(self.model, PeftModel):
             complete_reference(self.model)
@@ -332,8 +345,12 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
         config = unwrap_lasar(self.model).config
         depths = range(config.min_latent_steps, config.max_latent_steps + 1)
         score = partial(
-            score_depths, catalog=self.catalog, prompts=ids, targets=[row["target"] for row in prompts],
-            depths=depths, temperature=self.args.temperature,
+            score_depths,
+            catalog=self.catalog,
+            prompts=ids,
+            targets=[row["target"] for row in prompts],
+            depths=depths,
+            temperature=self.args.temperature,
             batch_size=max(self.args.per_device_train_batch_size // len(depths), 1),
         )
         rewards = self.on_gathered_weights(score).log_probs  # (B, C)
@@ -384,8 +401,14 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
                 )
             else:
                 depth = reinforce_loss(
-                    output.depth_logits, output.latent_steps, inputs["group_reward"], inputs["reward_baseline"],
-                    step_cost, self.args.depth_entropy_weight, inputs["depth_log_prob"], first,
+                    output.depth_logits,
+                    output.latent_steps,
+                    inputs["group_reward"],
+                    inputs["reward_baseline"],
+                    step_cost,
+                    self.args.depth_entropy_weight,
+                    inputs["depth_log_prob"],
+                    first,
                 )
             metrics["depth_loss"] = depth * len(output.depth_logits), len(output.depth_logits)
             metrics["step_cost"] = step_cost, 1

@@ -12,8 +12,12 @@ from .model_config import LasarModelConfig
 
 
 def lasar_lora_config(
-    model: LasarForGenerativeRec, r: int = 16, lora_alpha: int = 32, lora_dropout: float = 0.05,
-    target_modules: str | list[str] = "all-linear", **kwargs,
+    model: LasarForGenerativeRec,
+    r: int = 16,
+    lora_alpha: int = 32,
+    lora_dropout: float = 0.05,
+    target_modules: str | list[str] = "all-linear",
+    **kwargs,
 ) -> LoraConfig:
     """
     LoRA configuration for `peft_config` of the trainers or for `peft.get_peft_model`.
@@ -50,10 +54,14 @@ def lasar_lora_config(
         token_modules.append("lm_head")
     modules = ["policy_head"] + ["latent_input"] * (model.config.latent_input == "normalized")
     return LoraConfig(
-        task_type="CAUSAL_LM", r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout,
+        task_type="CAUSAL_LM",
+        r=r,
+        lora_alpha=lora_alpha,
+        lora_dropout=lora_dropout,
         # The path excludes the policy head, whose linear layers have the same names as those of some backbones.
         target_modules=rf"model\.backbone\..*\.({'|'.join(sorted(names))})",
-        trainable_token_indices={name: list(token_ids) for name in token_modules}, modules_to_save=modules,
+        trainable_token_indices={name: list(token_ids) for name in token_modules},
+        modules_to_save=modules,
         **kwargs,
     )
 
@@ -103,8 +111,13 @@ def lora_from_arguments(model: LasarForGenerativeRec | PeftModel, arguments: Las
     if isinstance(model, PeftModel):
         raise ValueError("use_peft is True, but the model is an adapter, whose training goes on. Leave it out.")
     return lasar_lora_config(
-        model, arguments.lora_r, arguments.lora_alpha, arguments.lora_dropout,
-        arguments.lora_target_modules or "all-linear", use_rslora=arguments.use_rslora, use_dora=arguments.use_dora,
+        model,
+        arguments.lora_r,
+        arguments.lora_alpha,
+        arguments.lora_dropout,
+        arguments.lora_target_modules or "all-linear",
+        use_rslora=arguments.use_rslora,
+        use_dora=arguments.use_dora,
     )
 
 

@@ -85,8 +85,14 @@ def depth_entropy(depth_logits: torch.Tensor) -> torch.Tensor:
 
 
 def reinforce_loss(
-    depth_logits: torch.Tensor, depths: torch.Tensor, rewards: torch.Tensor, baseline: float | torch.Tensor,
-    step_cost: float, entropy_weight: float, drawn_log_probs: torch.Tensor | None = None, min_latent_steps: int = 1,
+    depth_logits: torch.Tensor,
+    depths: torch.Tensor,
+    rewards: torch.Tensor,
+    baseline: float | torch.Tensor,
+    step_cost: float,
+    entropy_weight: float,
+    drawn_log_probs: torch.Tensor | None = None,
+    min_latent_steps: int = 1,
 ) -> torch.Tensor:
     """
     REINFORCE on the depth policy:
@@ -120,7 +126,10 @@ def reinforce_loss(
 
 
 def exact_depth_loss(
-    depth_logits: torch.Tensor, rewards: torch.Tensor, step_cost: float, entropy_weight: float,
+    depth_logits: torch.Tensor,
+    rewards: torch.Tensor,
+    step_cost: float,
+    entropy_weight: float,
     min_latent_steps: int = 1,
 ) -> torch.Tensor:
     """

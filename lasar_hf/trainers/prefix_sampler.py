@@ -81,8 +81,14 @@ class PrefixBatchSampler(BatchRebalanceSampler):
     """
 
     def __init__(
-        self, sequences: Iterable[list[int]], start_token_id: int, max_tokens: int, num_processes: int = 1,
-        process_index: int = 0, seed: int = 0, path_lengths: Sequence[int] | None = None,
+        self,
+        sequences: Iterable[list[int]],
+        start_token_id: int,
+        max_tokens: int,
+        num_processes: int = 1,
+        process_index: int = 0,
+        seed: int = 0,
+        path_lengths: Sequence[int] | None = None,
     ):
         self.num_processes, self.process_index = num_processes, process_index
         self.max_tokens, self.seed, self.epoch = max_tokens, seed, 0

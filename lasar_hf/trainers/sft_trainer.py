@@ -141,9 +141,16 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
     _title, _description = "Supervised training", "Supervised training with `LasarSFTTrainer`."
 
     def __init__(
-        self, model, args: LasarSFTConfig, catalog: SidCatalog | None = None, anchors: AnchorStore | None = None,
+        self,
+        model,
+        args: LasarSFTConfig,
+        catalog: SidCatalog | None = None,
+        anchors: AnchorStore | None = None,
         ranking_evaluator: Callable[[nn.Module], dict[str, float]] | dict[str, Callable] | None = None,
-        train_dataset=None, eval_dataset=None, processing_class=None, **kwargs,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
+        **kwargs,
     ):
         self.processor, tokenizer, self.catalog = split_processor(model, processing_class, catalog)
         if args.sid_loss == "catalog" and self.catalog is None:
@@ -169,9 +176,12 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
             check_lengths(dataset, lasar.config, args.max_length, depth_rows=self.depth_rows)
         if isinstance(self.data_collator, DataCollatorForLanguageModeling):
             self.data_collator = LasarDataCollator(
-                self.data_collator.pad_token_id, pad_to_multiple_of=self.data_collator.pad_to_multiple_of,
-                anchors=anchors if args.alignment != "none" else None, latent_token_id=lasar.config.latent_token_id,
-                any_depth=args.anchors_at_any_depth, depth_rows=self.depth_rows,
+                self.data_collator.pad_token_id,
+                pad_to_multiple_of=self.data_collator.pad_to_multiple_of,
+                anchors=anchors if args.alignment != "none" else None,
+                latent_token_id=lasar.config.latent_token_id,
+                any_depth=args.anchors_at_any_depth,
+                depth_rows=self.depth_rows,
             )
         if args.sid_loss == "catalog":
             add_catalog_head(lasar, self.catalog)
@@ -206,8 +216,12 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
             path_lengths = [self.depth_rows.path_length(ids, start_token_id) for ids in dataset["input_ids"]]
             num_rows = [self.depth_rows.num_scored(ids) for ids in dataset["input_ids"]]
         self.batch_sampler = PrefixBatchSampler(
-            dataset["input_ids"], start_token_id, self.args.max_tokens_per_batch, self.args.world_size,
-            self.args.process_index, self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            dataset["input_ids"],
+            start_token_id,
+            self.args.max_tokens_per_batch,
+            self.args.world_size,
+            self.args.process_index,
+            self.args.seed if self.args.data_seed is None else self.args.data_seed,
             path_lengths,
         )
         # Batches differ in their number of examples. Means over a step would weigh the examples of small batches more,
@@ -317,9 +331,7 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """TRL's losses, plus the metrics of `ranking_evaluator`, of examples that are checked as at the start."""
         for dataset in as_sets(eval_dataset):
-            check_lengths(
-                dataset, unwrap_lasar(self.model).config, self.args.max_length, depth_rows=self.depth_rows
-            )
+            check_lengths(dataset, unwrap_lasar(self.model).config, self.args.max_length, depth_rows=self.depth_rows)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
 

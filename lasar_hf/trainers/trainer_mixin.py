@@ -30,6 +30,7 @@ from .resume import SCHEDULE, TRAINING
 # A sum over the local batch and the number of its terms.
 SumAndCount = tuple[torch.Tensor, torch.Tensor | int]
 
+
 def unwrap_lasar(model: nn.Module) -> nn.Module:
     """The [`LasarForGenerativeRec`] inside a PEFT wrapper, or the model itself without one."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
@@ -256,8 +257,13 @@ class LasarTrainerMixin:
             self.create_model_card()
 
     def push_to_hub(
-        self, commit_message: str | None = "End of training", blocking: bool = True, token: str | None = None,
-        revision: str | None = None, private: bool | None = None, **kwargs,
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs,
     ):
         """
         Save the model to `output_dir` and upload it with its code, prompt format, catalogue and card; with LoRA, the
@@ -269,7 +275,11 @@ class LasarTrainerMixin:
         return self.upload(commit_message, blocking, token, revision, private)
 
     def upload(
-        self, commit_message: str, blocking: bool = True, token: str | None = None, revision: str | None = None,
+        self,
+        commit_message: str,
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
         private: bool | None = None,
     ):
         """Upload the files of `output_dir` that are shared, in one commit, from the main process."""
@@ -280,8 +290,11 @@ class LasarTrainerMixin:
             self.init_hf_repo(token=token, private=private)
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         return HfApi(token=token).create_commit(
-            self.hub_model_id, commit_operations(self.args.output_dir), commit_message=commit_message,
-            revision=revision or self.args.hub_revision, run_as_future=not blocking,
+            self.hub_model_id,
+            commit_operations(self.args.output_dir),
+            commit_message=commit_message,
+            revision=revision or self.args.hub_revision,
+            run_as_future=not blocking,
         )
 
     @cached_property
@@ -311,13 +324,28 @@ class LasarTrainerMixin:
             base_model = hub_name(config.backbone_config._name_or_path)
         datasets, tags = ([part] if isinstance(part, str) else part or [] for part in (dataset_name, tags))
         stage = training_text(
-            self._description, self.args, self.state, self.loss_terms(), (*TRAINING, *SCHEDULE), facts,
-            self.accelerator.num_processes, isinstance(self.model, PeftModel),
+            self._description,
+            self.args,
+            self.state,
+            self.loss_terms(),
+            (*TRAINING, *SCHEDULE),
+            facts,
+            self.accelerator.num_processes,
+            isinstance(self.model, PeftModel),
         )
         name = self.hub_model_id or model_name or os.path.basename(os.path.abspath(self.args.output_dir))
         card = model_card(
-            name, config, self.catalog, self.processor, facts.data_card, ", ".join(datasets) or self.args.dataset,
-            self.args.license, base_model, [name for name in datasets if hub_name(name)], [*self._tag_names, *tags],
-            {facts.title or self._title: stage}, self.start_card,
+            name,
+            config,
+            self.catalog,
+            self.processor,
+            facts.data_card,
+            ", ".join(datasets) or self.args.dataset,
+            self.args.license,
+            base_model,
+            [name for name in datasets if hub_name(name)],
+            [*self._tag_names, *tags],
+            {facts.title or self._title: stage},
+            self.start_card,
         )
         save_card(card, self.args.output_dir)

@@ -58,12 +58,22 @@ STEPS = 4  # latent steps that are timed together, since one is short
 STEP_ROUNDS = 7
 SIZES = {
     "small": dict(
-        hidden_size=512, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4,
-        head_dim=64, vocab_size=151_669,
+        hidden_size=512,
+        intermediate_size=1536,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=64,
+        vocab_size=151_669,
     ),
     "qwen3-0.6b": dict(
-        hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8,
-        head_dim=128, vocab_size=151_669,
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+        vocab_size=151_669,
     ),
 }
 
@@ -104,12 +114,22 @@ def make_model(size: str, device: torch.device, dtype: torch.dtype) -> LasarForG
     shape = dict(SIZES[size])
     num_words = shape.pop("vocab_size")
     backbone = Qwen3Config(
-        **shape, vocab_size=num_words + 3 + LEVELS * CODES, tie_word_embeddings=True, max_position_embeddings=4096,
-        pad_token_id=0, bos_token_id=None, eos_token_id=None,
+        **shape,
+        vocab_size=num_words + 3 + LEVELS * CODES,
+        tie_word_embeddings=True,
+        max_position_embeddings=4096,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=None,
     )
     config = LasarConfig(
-        backbone_config=backbone, num_sid_levels=LEVELS, codebook_size=CODES, sid_token_offset=num_words + 3,
-        latent_start_token_id=num_words, latent_token_id=num_words + 1, latent_end_token_id=num_words + 2,
+        backbone_config=backbone,
+        num_sid_levels=LEVELS,
+        codebook_size=CODES,
+        sid_token_offset=num_words + 3,
+        latent_start_token_id=num_words,
+        latent_token_id=num_words + 1,
+        latent_end_token_id=num_words + 2,
     )
     return LasarForGenerativeRec(config).to(device, dtype).eval()
 
@@ -170,9 +190,16 @@ def generate_call(model, processor, prompt: torch.Tensor, num_beams: int, steps:
     def generate():
         model.model.share_prefixes = share
         output = model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), logits_processor=[processor], max_new_tokens=LEVELS,
-            num_beams=num_beams, num_return_sequences=num_beams, do_sample=False, length_penalty=0.0,
-            return_dict_in_generate=True, output_scores=True,
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            logits_processor=[processor],
+            max_new_tokens=LEVELS,
+            num_beams=num_beams,
+            num_return_sequences=num_beams,
+            do_sample=False,
+            length_penalty=0.0,
+            return_dict_in_generate=True,
+            output_scores=True,
         )
         model.model.share_prefixes = True
         return output
@@ -208,8 +235,13 @@ def recommend_with_text(model, prompt: torch.Tensor, catalog: SidCatalog, num_be
     with model.evaluation_mode():
         # 1. Write the text. All but its last token are in the cache.
         written = model.generate(
-            input_ids=prompt[:, :-1], attention_mask=torch.ones_like(prompt[:, :-1]), max_new_tokens=max_new_tokens,
-            do_sample=False, eos_token_id=stops, pad_token_id=stops[0], return_dict_in_generate=True,
+            input_ids=prompt[:, :-1],
+            attention_mask=torch.ones_like(prompt[:, :-1]),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=stops,
+            pad_token_id=stops[0],
+            return_dict_in_generate=True,
             suppress_tokens=[config.latent_token_id, config.latent_end_token_id],
         )
         text_ids = written.sequences[:, prompt.shape[1] - 1 :]
@@ -221,9 +253,14 @@ def recommend_with_text(model, prompt: torch.Tensor, catalog: SidCatalog, num_be
             cache.update(layer.keys, layer.values, index)
         length = cache.get_seq_length()
         state = ReasoningState(
-            hidden_states=None, depth_logits=None, depths=torch.zeros_like(prompt[:, 0]), cache=cache,
+            hidden_states=None,
+            depth_logits=None,
+            depths=torch.zeros_like(prompt[:, 0]),
+            cache=cache,
             visible=torch.ones(1, length, dtype=torch.bool, device=prompt.device),
-            position=torch.full_like(prompt[:, 0], length), slot=None, slot_states=[],
+            position=torch.full_like(prompt[:, 0], length),
+            slot=None,
+            slot_states=[],
         )
         # 3. Read what the cache does not have, and <|latent_start|>.
         rest = torch.cat([prompt[:, :-1], text_ids, prompt[:, -1:]], dim=1)[:, length:]
@@ -415,8 +452,8 @@ def measure_latency(model, catalog: SidCatalog, args, device) -> dict:
         "same_items": same,
         "max_score_difference": difference,
         "latency_ratio_latent_n2.5_over_direct": latent / seconds["direct"],
-        f"latency_ratio_latent_n2.5_over_direct_at_batch_{BATCH}":
-            seconds["latent 2.5, batch"] / seconds["direct, batch"],
+        f"latency_ratio_latent_n2.5_over_direct_at_batch_{BATCH}": seconds["latent 2.5, batch"]
+        / seconds["direct, batch"],
         "explicit_cot_over_latent": seconds["text"] / latent,
         "seconds": seconds,
     }
@@ -450,8 +487,12 @@ def measure_data_types(args) -> dict:
         for key, part in {"direct": "latent 0", "6_latent_steps": "latent 6", "latent_step": f"{STEPS} steps"}.items()
     }
     return {
-        "size": args.size, "threads": torch.get_num_threads(), "prompt_length": args.prompt_length,
-        "num_beams": args.num_beams, **speedups, "seconds": seconds,
+        "size": args.size,
+        "threads": torch.get_num_threads(),
+        "prompt_length": args.prompt_length,
+        "num_beams": args.num_beams,
+        **speedups,
+        "seconds": seconds,
     }
 
 
@@ -491,8 +532,11 @@ def measure_catalog(num_items: int, users: int, width: int, device) -> dict:
         ]
         steps.append(statistics.median(times))
     return {
-        "items": num_items, "catalog_seconds": build, "index_seconds": index,
-        "bytes_per_item": trie.num_bytes / num_items, "constraint_step_ms": 1000 * max(steps),
+        "items": num_items,
+        "catalog_seconds": build,
+        "index_seconds": index,
+        "bytes_per_item": trie.num_bytes / num_items,
+        "constraint_step_ms": 1000 * max(steps),
     }
 
 
@@ -512,9 +556,16 @@ def benchmark(args) -> dict:
     model = make_model(args.size, device, getattr(torch, args.dtype))
     catalog = SidCatalog(random_codes(args.items), list(map(str, range(args.items))))
     report = {
-        "size": args.size, "dtype": args.dtype, "device": args.device, "threads": torch.get_num_threads(),
-        "torch": torch.__version__, "machine": platform.machine(), "prompt_length": args.prompt_length,
-        "num_beams": args.num_beams, "items": args.items, **measure_latency(model, catalog, args, device),
+        "size": args.size,
+        "dtype": args.dtype,
+        "device": args.device,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "prompt_length": args.prompt_length,
+        "num_beams": args.num_beams,
+        "items": args.items,
+        **measure_latency(model, catalog, args, device),
     }
     sizes = [10**4, 10**5, 10**6] + [10**7] * args.ten_million
     report["catalog"] = [measure_catalog(size, args.users, args.num_beams, device) for size in sizes]
@@ -543,8 +594,11 @@ def show(report: dict) -> None:
     print("\n| " + " | ".join(report["catalog"][0]) + " |")
     print("|" + "---|" * len(report["catalog"][0]))
     for row in report["catalog"]:
-        print("| " + " | ".join(f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values())
-              + " |")
+        print(
+            "| "
+            + " | ".join(f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values())
+            + " |"
+        )
 
 
 def main(argv: list[str]) -> None:

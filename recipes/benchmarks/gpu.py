@@ -84,7 +84,10 @@ def measure_serving(args, size: str, catalog: SidCatalog, bandwidth: float, devi
 
         def recommend(prompts=prompts):
             return model.recommend(
-                prompts, catalog=catalog, top_k=args.num_beams, num_beams=args.num_beams,
+                prompts,
+                catalog=catalog,
+                top_k=args.num_beams,
+                num_beams=args.num_beams,
                 latent_steps=args.latent_steps,
             )
 
@@ -126,6 +129,7 @@ def measure_training(args, size: str, catalog: SidCatalog, device: torch.device)
     # 2. Steps, in mixed precision. Advantages and the small losses of stage 2 would not change the time.
     report = {}
     for name, inputs in batches.items():
+
         def step(inputs=inputs):
             with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
                 loss = -model(**inputs, fused_lm_head=True).log_probs.sum()

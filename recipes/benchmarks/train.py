@@ -70,9 +70,17 @@ def build(args: argparse.Namespace):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="w1", eos_token="w2", padding_side="left")
     heads = max(args.hidden_size // 64, 1)
     config = Qwen3Config(
-        vocab_size=args.vocab_size, hidden_size=args.hidden_size, intermediate_size=3 * args.hidden_size,
-        num_hidden_layers=args.layers, num_attention_heads=heads, num_key_value_heads=max(heads // 2, 1), head_dim=64,
-        max_position_embeddings=2048, pad_token_id=1, eos_token_id=2, tie_word_embeddings=True,
+        vocab_size=args.vocab_size,
+        hidden_size=args.hidden_size,
+        intermediate_size=3 * args.hidden_size,
+        num_hidden_layers=args.layers,
+        num_attention_heads=heads,
+        num_key_value_heads=max(heads // 2, 1),
+        head_dim=64,
+        max_position_embeddings=2048,
+        pad_token_id=1,
+        eos_token_id=2,
+        tie_word_embeddings=True,
     )
     model = LasarForGenerativeRec.from_backbone(AutoModelForCausalLM.from_config(config), tokenizer)
     codes = np.unique(np.random.default_rng(0).integers(0, 256, (5000, 4)), axis=0)
@@ -188,18 +196,30 @@ def grpo_step(args, model, tokenizer, catalog) -> float:
     examples = [data[i // args.candidates] for i in range(size)]
     trainers = {}
     for name, config_class, trainer_class in (
-        ("ours", LasarGRPOConfig, LasarGRPOTrainer), ("stock", GRPOConfig, GRPOTrainer)
+        ("ours", LasarGRPOConfig, LasarGRPOTrainer),
+        ("stock", GRPOConfig, GRPOTrainer),
     ):
         options = {
-            "use_cpu": args.device == "cpu", "bf16": False, "report_to": "none", "beta": 0.0, "loss_type": "grpo",
-            "per_device_train_batch_size": size, "num_generations": args.candidates, "gradient_checkpointing": False,
-            "max_completion_length": levels, "save_strategy": "no",
+            "use_cpu": args.device == "cpu",
+            "bf16": False,
+            "report_to": "none",
+            "beta": 0.0,
+            "loss_type": "grpo",
+            "per_device_train_batch_size": size,
+            "num_generations": args.candidates,
+            "gradient_checkpointing": False,
+            "max_completion_length": levels,
+            "save_strategy": "no",
         }
         extra = {"catalog": catalog} if name == "ours" else {"rollout_func": lambda prompts, trainer: rollout}
         folder = tempfile.mkdtemp()
         trainer = trainer_class(
-            model=model, reward_funcs=[reward], args=config_class(folder, **options), train_dataset=data,
-            processing_class=tokenizer, **extra,
+            model=model,
+            reward_funcs=[reward],
+            args=config_class(folder, **options),
+            train_dataset=data,
+            processing_class=tokenizer,
+            **extra,
         )
         trainer.rollout_func = lambda prompts, trainer: rollout
         trainer.current_gradient_accumulation_steps = 1
@@ -320,11 +340,18 @@ def grpo_prefix_step(args, model, tokenizer, catalog, users: list[list[list[int]
     start = model.config.latent_start_token_id
     prompts = [tokenizer.decode(ids[: ids.index(start) + 1]) for user in users[:2] for ids in user[-4:]]
     examples = {
-        "together": [f"w3 {prompt}" for prompt in prompts], "apart": [f"w{3 + i} {p}" for i, p in enumerate(prompts)]
+        "together": [f"w3 {prompt}" for prompt in prompts],
+        "apart": [f"w{3 + i} {p}" for i, p in enumerate(prompts)],
     }
     options = {
-        "use_cpu": args.device == "cpu", "bf16": False, "report_to": "none", "beta": 0.0, "save_strategy": "no",
-        "per_device_train_batch_size": size, "num_generations": args.candidates, "gradient_checkpointing": False,
+        "use_cpu": args.device == "cpu",
+        "bf16": False,
+        "report_to": "none",
+        "beta": 0.0,
+        "save_strategy": "no",
+        "per_device_train_batch_size": size,
+        "num_generations": args.candidates,
+        "gradient_checkpointing": False,
     }
     data = Dataset.from_list([{"prompt": prompt, "target": 0} for prompt in examples["together"]])
     trainer = LasarGRPOTrainer(
