@@ -74,8 +74,8 @@ class StudyResults:
         common = None if {row, other} & {*BASELINES} else seeds[0] & seeds[1]
         if common == set():
             return None
-        values = (self.per_user(part, split, metric, common) for part in (row, other))
-        return paired_bootstrap(*values, self.data.samples[split]["user_id"])
+        first, second = (self.per_user(part, split, metric, common) for part in (row, other))
+        return paired_bootstrap(first, second, self.data.samples[split]["user_id"])
 
     def exact(self, row: str, split: str) -> np.ndarray:
         """Whether the first item of the list is the target, `(U,)`, as a mean over the seeds."""
