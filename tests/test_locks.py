@@ -19,7 +19,7 @@ from tests.recipes import ROOT, save_checkpoint, save_prepared
 
 # In the folder of the module, which needs no other: importing the package takes seconds.
 HOLD = "import sys, time; from locks import locked\nwith locked(sys.argv[1]): print('held', flush=True); {}"
-SLEEP = "time.sleep(60)"
+SLEEP = "time.sleep(600)"
 
 
 @contextmanager
@@ -181,6 +181,6 @@ def test_a_refusal_ends_all_processes(commands, name):
     if name == "sft":
         command += ["--ddp_backend", "gloo"]
     with holder(folder) as process:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
     assert done.returncode != 0
     assert done.stderr.count(f"RuntimeError: {folder} is in use by process {process.pid} on ") >= 1, done.stderr
