@@ -223,6 +223,7 @@ class LasarProcessor(ProcessorMixin):
         Refuse, with a `ValueError`, a tokenizer whose Semantic-ID or control tokens have other ids than in the
         [`LasarConfig`] of a model, or a catalogue with other levels or codes.
         """
+        config.check_token_ids()
         self.catalog.check_matches(config.num_sid_levels, config.codebook_size)
         for name in ("latent_start_token_id", "latent_token_id", "latent_end_token_id"):
             if getattr(self, name) != getattr(config, name):
