@@ -25,7 +25,7 @@ TENSOR_FILES = [
 
 
 def recommender() -> Recommender:
-    model, tokenizer = tiny_model()
+    model, tokenizer = tiny_model("llama")
     catalog = tiny_catalog()
     catalog = SidCatalog(catalog.codes, catalog.item_ids, titles=[f"Book {number}" for number in range(20)])
     memory = ItemMemory(
@@ -171,9 +171,8 @@ DISAGREEMENTS = {
         "config.json",
         lambda c: c["backbone_config"].update(num_hidden_layers=3, layer_types=3 * ["full_attention"]), "config.json",
     ),
-    "other heads": ("config.json", lambda c: c["backbone_config"].update(num_attention_heads=1), "config.json"),
-    "heads that fit": (
-        "config.json", lambda c: c["backbone_config"].update(num_attention_heads=4, head_dim=4, num_key_value_heads=2),
+    "other heads": (
+        "config.json", lambda c: c["backbone_config"].update(num_attention_heads=4, num_key_value_heads=4, head_dim=4),
         "config.json",
     ),
     "offset 0": ("config.json", lambda c: c.update(sid_token_offset=0), "sid_token_offset"),

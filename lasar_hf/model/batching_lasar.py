@@ -64,10 +64,8 @@ def check_token_tensor(input_ids: torch.Tensor) -> None:
     if not isinstance(input_ids, torch.Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
         kind = input_ids.dtype if isinstance(input_ids, torch.Tensor) else type(input_ids).__name__
         raise ValueError(f"input_ids is {kind}; expected a tensor of token ids (int64), (B, L).")
-    if input_ids.ndim != 2 or len(input_ids) == 0:
-        raise ValueError(
-            f"input_ids has shape {tuple(input_ids.shape)}; expected a batch (B, L) of at least one sequence."
-        )
+    if input_ids.ndim != 2 or input_ids.numel() == 0:
+        raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; expected (B, L), at least one token.")
 
 
 class BatchLayout:
