@@ -62,16 +62,15 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
 
 def _read_checksums(path: str | Path) -> dict[str, str]:
     try:
-        checksums = json.loads(Path(path).read_text(encoding="utf-8"))
-        return {name: checksums[name] for name in checksums.keys()}
-    except (ValueError, AttributeError, RecursionError) as error:
+        return dict(json.loads(Path(path).read_text(encoding="utf-8")).items())
+    except (ValueError, AttributeError, RecursionError) as error:  # AttributeError: no JSON object
         raise ValueError(f"{path} is damaged ({error!r}). Save or download the checkpoint again.") from error
 
 
 def write_checksums(folder: str | os.PathLike, *patterns: str) -> None:
     """
     Write the SHA-256 of the files of a folder that match glob patterns to its `checksums.json`, for [`check_files`].
-    Those of other files stay.
+    The entries of other files stay.
     """
     path = Path(folder, CHECKSUMS_NAME)
     try:
@@ -88,7 +87,7 @@ def write_checksums(folder: str | os.PathLike, *patterns: str) -> None:
 def check_files(pretrained_directory: str | os.PathLike, *patterns: str, **kwargs) -> None:
     """
     Refuse, with a `ValueError`, files of a folder or of a model id on the Hub that match glob patterns and are not
-    those that [`write_checksums`] saw. Checkpoints of older versions have no checksums: those only cause a warning.
+    those that [`write_checksums`] saw. Checkpoints of older versions have no checksums, which causes a warning.
     `kwargs` such as `revision` and `token` are passed to [`~transformers.utils.cached_file`].
     """
     kwargs["_raise_exceptions_for_missing_entries"] = False
@@ -118,8 +117,8 @@ def check_files(pretrained_directory: str | os.PathLike, *patterns: str, **kwarg
 @contextmanager
 def checked_files(pretrained_directory: str | os.PathLike, *patterns: str, **kwargs) -> Iterator[None]:
     """
-    Call [`check_files`] after the block, which loads the files, or if it ends in an error that does not name what is
-    wrong, such as that of a parser. Values that are no errors of a parser are explained best by the block.
+    Call [`check_files`] after the block, which loads the files, and if it ends in the error of a parser. A
+    `ValueError` or `OSError` of the block says more than that a file has changed.
     """
     try:
         yield
