@@ -4,6 +4,7 @@ import os
 from contextlib import nullcontext
 
 from safetensors import SafetensorError
+from transformers import PreTrainedModel
 
 from .catalog_lasar import SidCatalog
 from .files_lasar import checked_files, write_checksums
@@ -53,7 +54,7 @@ def check_complete(name: str | os.PathLike | None, info: dict) -> None:
             )
 
 
-class CheckpointMixin:
+class CheckpointMixin(PreTrainedModel):
     """
     Loads a model together with its catalogue and item memory, and saves it with its catalogue.
 
