@@ -2,6 +2,7 @@
 
 import string
 from difflib import get_close_matches
+from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
@@ -29,12 +30,12 @@ def sid_tokens(num_sid_levels: int, codebook_size: int) -> list[str]:
     return [sid_token(level, code) for level in range(num_sid_levels) for code in range(codebook_size)]
 
 
-def is_integer(value: object) -> bool:
+def is_integer(value: Any) -> bool:
     """Whether a field read from JSON is a whole number."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def check_integer(name: str, value: object, low: int, high: int | None = None) -> None:
+def check_integer(name: str, value: Any, low: int, high: int | None = None) -> None:
     """Refuse, with a `ValueError`, what is no whole number from `low` to `high`."""
     if not is_integer(value) or value < low or (high is not None and value > high):
         limits = f"of at least {low}" if high is None else f"from {low} to {high}"
@@ -157,7 +158,7 @@ class LasarConfig(PreTrainedConfig):
             raise ValueError(f"latent_input is {self.latent_input!r}; expected one of {', '.join(LATENT_INPUTS)}.")
         if not isinstance(self.exclude_history, bool):
             raise ValueError(f"exclude_history is {self.exclude_history!r}; expected True or False.")
-        used = {}
+        used: dict[str, range] = {}
         for name, size in TOKEN_IDS.items():
             first = getattr(self, name)
             if first is None:  # not known yet

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from fnmatch import fnmatch
@@ -51,7 +51,7 @@ def file_hash(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _file_hashes(paths: list[str | Path]) -> list[str]:
+def _file_hashes(paths: Sequence[str | Path]) -> list[str]:
     with ThreadPoolExecutor() as pool:  # the shards of a large model are read at the same time
         return list(pool.map(file_hash, paths))
 
