@@ -118,6 +118,8 @@ def test_equal_prompts_are_run_once_and_change_nothing(lengths, repeats, sequenc
     [
         (lambda model: model(torch.zeros(0, 3, dtype=torch.long)), "input_ids"),
         (lambda model: model(torch.tensor([5, 6])), "input_ids"),
+        (lambda model: model(torch.tensor([[5.0, 6.0]])), "input_ids is torch.float32"),
+        (lambda model: model([[5, 6]]), "input_ids is list"),
         (lambda model: model(torch.tensor([[5, 6]]), torch.ones(1, 3)), "attention_mask"),
         (
             lambda model: model.generate(**batch([row(model, 6, 2)]), cache_implementation="static", max_new_tokens=2),
@@ -180,6 +182,9 @@ def test_reentrant_checkpointing_is_refused():
         (lambda c: [3, c.latent_token_id, 4], "Sequence 1: the <|latent|> slots"),
         (lambda c: [3, c.latent_start_token_id, 4, c.latent_token_id], "Sequence 1: the <|latent|> slots"),
         (lambda c: [3, c.latent_start_token_id] + [c.latent_token_id] * 5, "Sequence 1 has 5 latent slots"),
+        (lambda c: [3, 4, c.vocab_size], "Sequence 1 has token ids outside 0 … 26"),
+        (lambda c: [3, -100], "Sequence 1 has token ids outside 0 … 26"),
+        (lambda c: [3] * 257, "Sequence 1 has 257 tokens, but the backbone has max_position_embeddings=256"),
     ],
 )
 def test_bad_slots_are_refused(make, message):
@@ -188,6 +193,13 @@ def test_bad_slots_are_refused(make, message):
     with pytest.raises(ValueError) as error:
         model(**batch(sequences))
     assert message in str(error.value)
+
+
+def test_padding_does_not_count_as_positions():
+    model, _ = tiny_model()
+    inputs = {name: torch.nn.functional.pad(part, (260, 0)) for name, part in batch([row(model, 6, 2)]).items()}
+    expected = model(**batch([row(model, 6, 2)])).logits
+    torch.testing.assert_close(model(**inputs).logits[:, 260:], expected, atol=1e-5, rtol=1e-5)
 
 
 def test_sliding_window_backbone_is_refused():

@@ -188,13 +188,14 @@ class LasarModel(LasarPreTrainedModel):
 
     Raises:
         `ValueError`: if the backbone has sliding-window, sparse, recurrent or encoder-decoder layers, returns router
-        logits, or has token embeddings that are not of its hidden size.
+        logits, or has token embeddings that are not of its hidden size, or the configuration lacks a token id.
     """
 
     def __init__(self, config: LasarConfig):
         super().__init__(config)
         self.backbone = AutoModel.from_config(config.backbone_config)
         self.prepare_backbone()
+        config.check_token_ids()
         self.policy_head = DepthPolicyHead(config.hidden_size, config.num_depths)
         if config.latent_input == "normalized":
             self.latent_input = LatentInput(config.hidden_size, config.max_latent_steps)

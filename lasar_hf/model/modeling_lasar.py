@@ -27,7 +27,7 @@ from .base_lasar import (
     LatentInput,
     check_backbone,
 )
-from .batching_lasar import PrefixTrees, ReasoningState
+from .batching_lasar import PrefixTrees, ReasoningState, check_token_tensor
 from .catalog_lasar import SidCatalog
 from .checkpoint_lasar import CheckpointMixin
 from .configuration_lasar import (
@@ -504,6 +504,7 @@ class LasarForGenerativeRec(CheckpointMixin, LasarPreTrainedModel, GenerationMix
             raise ValueError("The model has no catalog. Pass catalog=SidCatalog(codes, item_ids).")
         if not isinstance(top_k, Integral) or not isinstance(num_beams, Integral) or top_k < 1 or num_beams < 1:
             raise ValueError(f"top_k is {top_k} and num_beams is {num_beams}; expected whole numbers of at least 1.")
+        check_token_tensor(input_ids)
         catalog.check_matches(self.config.num_sid_levels, self.config.codebook_size)
         if memory is not None:
             memory.check_matches(catalog)

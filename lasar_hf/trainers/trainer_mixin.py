@@ -20,9 +20,11 @@ from trl.models import unwrap_model_for_generation
 from ..card import CardFacts, find_card, hub_name, model_card, save_card, training_text
 from ..model.base_lasar import LasarModelOutput
 from ..model.configuration_lasar import LasarConfig
+from ..model.files_lasar import write_checksums
 from ..model.modeling_lasar import LasarForGenerativeRec
 from ..model.processing_lasar import LasarProcessor
 from .hub import ADAPTER, commit_operations
+from .lora import ADAPTER_FILES
 from .losses import depth_entropy
 from .resume import FREE, LENGTH, seal_checkpoint
 
@@ -227,7 +229,10 @@ class LasarTrainerMixin(Trainer):
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
         if self.args.should_save:
-            self.save_processor(output_dir or self.args.output_dir)
+            folder = output_dir or self.args.output_dir
+            if isinstance(self.model, PeftModel):  # a whole model writes its own
+                write_checksums(folder, ADAPTER_FILES)
+            self.save_processor(folder)
 
     def _save_rng_state(self, output_dir):
         """Save the last part that every process writes; then the files are complete, and the main one hashes them."""
