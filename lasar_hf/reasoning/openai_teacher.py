@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from ..data.interactions import TEXT_FIELDS, Interactions
 from ..terminal import printable
-from .leakage import REJECTIONS, SPECIAL_TOKENS, normalize_words, rejection_reason
+from .leakage import REJECTIONS, normalize_words, rejection_reason, remove_tokens
 from .template_teacher import TemplateTeacher
 
 
@@ -391,7 +391,7 @@ def contains_key(text: str, key: str) -> bool:
 def prompt_fields(item: dict[str, str]) -> dict[str, str]:
     """An item's text in a prompt: short fields without Semantic-ID and control tokens."""
     fields = {name: item[name][:MAX_FIELD_LENGTH] for name in TEXT_FIELDS if name in item}
-    return {name: " ".join(SPECIAL_TOKENS.sub(" ", text).split()) for name, text in fields.items()}
+    return {name: " ".join(remove_tokens(text).split()) for name, text in fields.items()}
 
 
 def identifying_names(item: dict[str, str]) -> tuple[str, ...]:

@@ -37,17 +37,17 @@ def unwrap_lasar(model: nn.Module) -> nn.Module:
 
 
 def split_processor(
-    model, processing_class: PreTrainedTokenizerBase | LasarProcessor | None, catalog, init_kwargs: dict | None
+    model, processing_class: PreTrainedTokenizerBase | LasarProcessor | None, catalog, revision: str | None = None
 ):
     """
     The processor (or `None`), the tokenizer for TRL and the catalogue (or `None`) from a trainer's arguments. By
-    default they are those in the model's folder, or of the revision in the model's `init_kwargs`. TRL would treat any
+    default they are those in the model's folder, at that revision on the Hub. TRL would treat any
     processor as that of a vision model. Refuses a catalogue that differs from the processor's.
     """
     if processing_class is None:
         folder = model if isinstance(model, str) else unwrap_lasar(model).config._name_or_path
         try:
-            processing_class = AutoProcessor.from_pretrained(folder, revision=(init_kwargs or {}).get("revision"))
+            processing_class = AutoProcessor.from_pretrained(folder, revision=revision)
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"processing_class is missing, and the model's folder {folder!r} has none. Pass a LasarProcessor or "
