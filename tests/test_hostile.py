@@ -1,4 +1,4 @@
-"""Texts, ids and files of others: no forged token, no path outside, no crash without a file, nothing a terminal obeys."""
+"""Texts, ids and files of others: no forged token, no path outside, no crash without a file, no terminal command."""
 
 import gzip
 import io
@@ -41,15 +41,15 @@ from tests.tiny import tiny_backbone, tiny_catalog, tiny_model
 SPECIAL = ["<a_1>", "<b_0><c_3>", "<|latent_start|>", "<|latent|>", "<|latent_end|>", "<|endoftext|>", "<|pad|>"]
 PIECES = [
     *SPECIAL, "</s>", "<unk>", "<s>", "<|im_start|>user", "[INST]", "<a_<a_1>1>", "<|lat<|latent|>ent|>", "＜a_1＞",
-    "&lt;a_1&gt;", "<a_1\u200b>", "<A_1>", "<a_01>", "< a_1 >",  # tokens, nested and in disguise
-    "\0", "\x1b[2J", "\x1b]0;title\x07", "\x9b31m", "\b\b\b", "\r\n", "\n\n", "\t", "\x0b\x0c\x1c\x85\u2028",
-    "\u202e", "\u2066abc\u2069", "\u200f", "\u200b\u200c\u200d", "\ufeff", "\ud800", "\udfff\ud800", "\ufffe", "\ue000",
-    "e\u0301" * 200, "🦆👩‍👩‍👧", "ﷺ", "日本語の本", "ไทย", "𝔸𝕓", "İıß", "a" * 100_000, " " * 5000, "",
-    "<b>bold</b>", "<script>alert(1)</script>", "<!-- ", "&amp;&#0;&#x202e;", "[bold]x[/]", "[/]", "[link=x]", "$\\frac$",
-    "../../etc/passwd", "/etc/passwd", "..\\..\\x", "~root", "file:///etc/passwd", "C:\\x", "con", ".", "..", "-",
-    "--help", "-rf *", "$(touch x)", "`id`", "; ls", "| cat", "%s%n%99999d", "{0.__class__}", "{{x}}", "' OR 1=1 --",
-    '"', '""', "'", ",", ";", "::", "\\", "\\u0000", "=1+1", "@SUM(1)", "#", "NaN", "inf", "null", "true", "1e400",
-    "9" * 5000, "-0", "007", "7.0", "0x10", "user_id", "item_id",
+    "&lt;a_1&gt;", "<a_1\u200b>", "<A_1>", "<a_01>", "< a_1 >", "\0", "\x1b[2J", "\x1b]0;title\x07", "\x9b31m",
+    "\b\b\b", "\r\n", "\n\n", "\t", "\x0b\x0c\x1c\x85\u2028", "\u202e", "\u2066abc\u2069", "\u200f",
+    "\u200b\u200c\u200d", "\ufeff", "\ud800", "\udfff\ud800", "\ufffe", "\ue000", "e\u0301" * 200, "🦆👩‍👩‍👧", "ﷺ",
+    "日本語の本", "ไทย", "𝔸𝕓", "İıß", "a" * 100_000, " " * 5000, "", "<b>bold</b>", "<script>alert(1)</script>", "<!-- ",
+    "&amp;&#0;&#x202e;", "[bold]x[/]", "[/]", "[link=x]", "$\\frac$", "../../etc/passwd", "/etc/passwd", "..\\..\\x",
+    "~root", "file:///etc/passwd", "C:\\x", "con", ".", "..", "-", "--help", "-rf *", "$(touch x)", "`id`", "; ls",
+    "| cat", "%s%n%99999d", "{0.__class__}", "{{x}}", "' OR 1=1 --", '"', '""', "'", ",", ";", "::", "\\", "\\u0000",
+    "=1+1", "@SUM(1)", "#", "NaN", "inf", "null", "true", "1e400", "9" * 5000, "-0", "007", "7.0", "0x10", "user_id",
+    "item_id",
 ]  # fmt: skip
 WORDS = ["red", "blue", "Cup", "Volume One", "of", "the"]
 
@@ -276,10 +276,10 @@ GOOD = {
     ".inter": CSV.replace(b",", b"\t").replace(b"_id", b"_id:token"),
 }  # fmt: skip
 INSERTED = [
-    b"\0", b"\xff\xfe", b"\xef\xbb\xbf", b"\xe9", b'"', b"'", b"\\", b"\r", b"\n", b"\x1b[2J", b"[" * 5000, b"{" * 5000,
-    b'{"a":' * 3000, b"NaN", b"1e400", b"-1e400", b"Infinity", b"9" * 6000, b"9" * 30, b"\xed\xa0\x80", b"\\ud800",
-    b'"user_id":"x",', b",,,,", b"\t\t", b"::", b"--help", b"../../etc/passwd", b"x" * 70_000, b"null", b"[]", b"{}",
-    "‮日本".encode(), b"\x1f", b"=cmd()", b"<a_1>", b"1970-01-01", b"\x80\x81", b"\x1a", b"#", b";",
+    b"\0", b"\xff\xfe", b"\xef\xbb\xbf", b"\xe9", b'"', b"'", b"\\", b"\r", b"\n", b"\x1b[2J", b"[" * 5000,
+    b"{" * 5000, b'{"a":' * 3000, b"NaN", b"1e400", b"-1e400", b"Infinity", b"9" * 6000, b"9" * 30, b"\xed\xa0\x80",
+    b"\\ud800", b'"user_id":"x",', b",,,,", b"\t\t", b"::", b"--help", b"../../etc/passwd", b"x" * 70_000, b"null",
+    b"[]", b"{}", "‮日本".encode(), b"\x1f", b"=cmd()", b"<a_1>", b"1970-01-01", b"\x80\x81", b"\x1a", b"#", b";",
 ]  # fmt: skip
 
 
@@ -361,16 +361,20 @@ def test_files_of_other_forms_are_read_or_named(tmp_path):
 # The server
 
 BODIES = [
-    b"", b"[]", b"null", b"{", b"\0", b"\xff", b"[" * 100_000, b'{"history":' * 3000, b'{"history": NaN}', b'{"history": "a"}',
-    b'{"history": [1e400], "top_k": 2}', b'{"history": [' + b"9" * 5000 + b"]}", b'{"history": ["\\ud800"]}', b'{"\\ud800": 1}',
-    b'{"history": ["one"], "top_k": 1e9}', b'{"history": ["one"], "top_k": ' + b"9" * 400 + b"}", b'{"history": ["one"], "top_k": NaN}',
-    b'{"history": ["one"], "latent_steps": -1}', b'{"history": ["one"], "latent_steps": 99}', b'{"history": [[["one"]]]}',
-    b'{"history": ["one"], "history": ["gone"]}', b'{"history": [true]}', b'{"history": [null]}', b'{"history": {"a": 1}}',
-    b'{"histories": []}', b'{"histories": [[]]}', b'{"histories": [["one"], "two"]}', b'{"history": ["one"], "allow": ["../../etc/passwd"]}',
-    b'{"history": ["one"], "deny": ["\\u0000"]}', b'{"history": ["<a_1><b_2>"]}', b'{"history": ["one"], "unknown_items": "--help"}',
-    b'{"history": ["one"], "../../etc/passwd": 1}', b'{"history": ["one"], "\\u202e\\u001b[2J": 1}', b'{"history": ["' + b"a" * 100_000 + b'"]}',
+    b"", b"[]", b"null", b"{", b"\0", b"\xff", b"[" * 100_000, b'{"history":' * 3000, b'{"history": NaN}',
+    b'{"history": "a"}', b'{"history": [1e400], "top_k": 2}', b'{"history": [' + b"9" * 5000 + b"]}",
+    b'{"history": ["\\ud800"]}', b'{"\\ud800": 1}', b'{"history": ["one"], "top_k": 1e9}',
+    b'{"history": ["one"], "top_k": ' + b"9" * 400 + b"}", b'{"history": ["one"], "top_k": NaN}',
+    b'{"history": ["one"], "latent_steps": -1}', b'{"history": ["one"], "latent_steps": 99}',
+    b'{"history": [[["one"]]]}', b'{"history": ["one"], "history": ["gone"]}', b'{"history": [true]}',
+    b'{"history": [null]}', b'{"history": {"a": 1}}', b'{"histories": []}', b'{"histories": [[]]}',
+    b'{"histories": [["one"], "two"]}', b'{"history": ["one"], "allow": ["../../etc/passwd"]}',
+    b'{"history": ["one"], "deny": ["\\u0000"]}', b'{"history": ["<a_1><b_2>"]}',
+    b'{"history": ["one"], "unknown_items": "--help"}', b'{"history": ["one"], "../../etc/passwd": 1}',
+    b'{"history": ["one"], "\\u202e\\u001b[2J": 1}', b'{"history": ["' + b"a" * 100_000 + b'"]}',
     json.dumps({"history": ["one"] * 10_001}).encode(), json.dumps({"histories": [["one"]] * 5000}).encode(),
-    '{"history": ["one"]}'.encode("utf-16"), b'\xef\xbb\xbf{"history": ["one"]}', b'{"history": ["one"]}{"history": ["one"]}',
+    '{"history": ["one"]}'.encode("utf-16"), b'\xef\xbb\xbf{"history": ["one"]}',
+    b'{"history": ["one"]}{"history": ["one"]}',
 ]  # fmt: skip
 
 
@@ -390,14 +394,8 @@ def test_a_server_answers_every_body(tmp_path):
                 assert answer.status_code in (200, 400, 422), (path, body[:80], answer.text[:200])
                 assert "secret-place" not in answer.text and token not in answer.text
                 assert len(answer.content) < 20_000, (path, body[:80])
-        for header in (
-            "",
-            "Bearer",
-            f"bearer {token}",
-            f"Bearer {token} ",
-            f"Basic {token}",
-            "Bearer \xff".encode("latin-1"),
-        ):
+        wrong = ["", "Bearer", f"bearer {token}", f"Bearer {token} x", f"Basic {token}", b"Bearer \xff"]
+        for header in wrong:
             answer = client.post("/catalog/remove", json={"item_ids": ["two"]}, headers={"Authorization": header})
             assert answer.status_code == 401 and token not in answer.text
         assert client.post("/recommend", json={"history": ["one"]}).status_code == 200

@@ -41,8 +41,8 @@ def split_processor(
 ):
     """
     The processor (or `None`), the tokenizer for TRL and the catalogue (or `None`) from a trainer's arguments. By
-    default they are those in the model's folder, at that revision on the Hub. TRL would treat any
-    processor as that of a vision model. Refuses a catalogue that differs from the processor's.
+    default they are those in the model's folder, or of a `revision` of its repository. TRL would treat any processor
+    as that of a vision model. Refuses a catalogue that differs from the processor's.
     """
     if processing_class is None:
         folder = model if isinstance(model, str) else unwrap_lasar(model).config._name_or_path
