@@ -135,7 +135,8 @@ class LasarForGenerativeRec(CheckpointMixin, LasarPreTrainedModel, GenerationMix
         """
         # 1. Refuse backbones that the recommender cannot use, or that a checkpoint could not reproduce.
         if isinstance(backbone, str):
-            backbone = AutoModelForCausalLM.from_pretrained(backbone, **kwargs)
+            # `kwargs` may name the revision.
+            backbone = AutoModelForCausalLM.from_pretrained(backbone, **kwargs)  # nosec B615
         check_sizes(num_sid_levels, codebook_size, max_latent_steps)
         is_model = isinstance(backbone, PreTrainedModel) and not isinstance(backbone, LasarPreTrainedModel)
         if not is_model or backbone.get_output_embeddings() is None:

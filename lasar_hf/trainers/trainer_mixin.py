@@ -38,16 +38,18 @@ def unwrap_lasar(model: nn.Module) -> nn.Module:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def split_processor(model, processing_class: PreTrainedTokenizerBase | LasarProcessor | None, catalog):
+def split_processor(
+    model, processing_class: PreTrainedTokenizerBase | LasarProcessor | None, catalog, revision: str | None = None
+):
     """
     The processor (or `None`), the tokenizer for TRL and the catalogue (or `None`) from a trainer's arguments. By
-    default they are those in the model's folder. TRL would treat any processor as that of a vision model. Refuses a
-    catalogue that differs from the processor's.
+    default they are those in the model's folder, or of a `revision` of its repository. TRL would treat any processor
+    as that of a vision model. Refuses a catalogue that differs from the processor's.
     """
     if processing_class is None:
         folder = model if isinstance(model, str) else unwrap_lasar(model).config._name_or_path
         try:
-            processing_class = AutoProcessor.from_pretrained(folder)
+            processing_class = AutoProcessor.from_pretrained(folder, revision=revision)
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"processing_class is missing, and the model's folder {folder!r} has none. Pass a LasarProcessor or "
@@ -314,7 +316,8 @@ class LasarTrainerMixin(Trainer):
     @cached_property
     def start_card(self) -> ModelCard | None:
         """The card of the checkpoint that the run began with, if that is a recommender with a card."""
-        card = find_card(self.card_facts.start or unwrap_lasar(self.model).config._name_or_path)
+        name = self.card_facts.start or unwrap_lasar(self.model).config._name_or_path
+        card = find_card(name, self.card_facts.revision)
         return card if card is not None and "lasar" in (card.data.tags or ()) else None
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):
