@@ -207,6 +207,13 @@ def test_weights_repeat_and_draw_examples(data, processor):
     assert set(drawn) <= set(pairs(alignment))
 
 
+def test_only_reasoning_says_how_many_steps_are_needed(data, processor):
+    depths = np.arange(len(data.samples["train"])) % 3
+    mixed = stage1_examples(data, processor, ["reasoning", "next_item", "sid_to_title"], depths=depths)
+    assert mixed["depth"][: len(depths)] == depths.tolist()
+    assert set(mixed["depth"][len(depths) :]) == {-1}
+
+
 def test_alignment_is_all_of_its_tasks(data, processor):
     alignment = alignment_examples(data.interactions, data.split, processor)
     examples = stage1_examples(data, processor, [task for task in ALIGNMENT_TASKS if task != "description_to_sid"])
