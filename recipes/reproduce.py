@@ -14,6 +14,7 @@ import fcntl
 import hashlib
 import json
 import logging
+import math
 import os
 import platform
 import subprocess
@@ -190,6 +191,31 @@ def references(row: RowArguments) -> list[str]:
     return values + ([row.of] if row.of else [])
 
 
+def largest_depth(rows: dict[str, RowArguments], name: str) -> float:
+    """`max_latent_steps` of a row's model, as far as the study knows: infinite if it does not make the model."""
+    settings = changed_settings(rows[name].config, rows[name].set)
+    start = rows[name].of or str(settings.get("model_name_or_path", "")).removeprefix("@").partition("/")[0]
+    if start in rows:
+        return largest_depth(rows, start)
+    if "backbone_config" not in settings:
+        return math.inf
+    return settings.get("max_latent_steps", SFTScriptArguments.max_latent_steps)
+
+
+def check_depths(study: StudyArguments, rows: dict[str, RowArguments]) -> None:
+    """Refuse numbers of latent steps that the model of a row does not take."""
+    for name, row in rows.items():
+        settings, largest = changed_settings(row.config, row.set), largest_depth(rows, name)
+        depths = {
+            "depth": row.depth, "max_depth": study.max_depth if row.sweep else None,
+            "fixed_depth": settings.get("fixed_depth"), "depth_source": settings.get("depth_source"),
+            "the last depth of depth_weights": len(settings.get("depth_weights", [0])) - 1,
+        }  # fmt: skip
+        for what, depth in depths.items():
+            if str(depth).isdecimal() and int(depth) > largest:
+                raise ValueError(f"Row {name!r}: {what} is {depth}; expected at most {largest}, its max_latent_steps.")
+
+
 def order(rows: dict[str, RowArguments]) -> list[str]:
     """Names of the rows, each after those that it needs."""
     done: list[str] = []
@@ -364,6 +390,7 @@ def main(study: StudyArguments) -> None:
     rows = read_rows(study)
     check_prepare(study)
     check_tables(study, rows)
+    check_depths(study, rows)
     jobs = Jobs(study, rows)
     missing = [name for name, job in jobs.items() if not job.has_ended()]
     if not study.report_only:

@@ -164,7 +164,7 @@ def test_the_deepest_row_must_fit_too(tmp_path):
         ({"depth_weights": [0.0, 0.0]}, "not all of them 0"),
         ({"depth_weights": [1.0, -1.0]}, "at least 0"),
         ({"depth_weights": [1.0], "sid_loss": "vocab"}, 'sid_loss="catalog"'),
-        ({"depth_weights": [1.0] * 6}, "at most 5"),
+        ({"depth_weights": [1.0] * 6}, "depth_weights is 5; expected 0 to 4"),
     ],
 )
 def test_wrong_weights_are_refused(tmp_path, changed, message):

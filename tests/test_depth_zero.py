@@ -61,7 +61,7 @@ def test_answers_without_a_depth_are_no_labels_of_the_policy(tmp_path):
     text = {"input_ids": [3, 4, 5], "labels": [-100, 4, 5], "depth": -1}
     args = LasarSFTConfig(str(tmp_path), **COMMON, policy_weight=1.0, per_device_train_batch_size=7)
     model, losses = model_from_zero(), []
-    for part in ([*examples, text], [row for row in examples if row["depth"] >= 0]):
+    for part in ([*examples, text], [part for part in examples if part["depth"] >= 0]):
         trainer = LasarSFTTrainer(
             model, args, catalog, train_dataset=Dataset.from_list(part), processing_class=tokenizer
         )

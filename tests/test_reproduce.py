@@ -288,3 +288,21 @@ def test_users_beyond_the_largest_fixed_depth_are_counted(recipe, tmp_path):
     recipe.main(part)
     text = (tmp_path / "report" / "study.md").read_text()
     assert "| depth | 0 | 1 | 2 |\n|---|---:|---:|---:|\n| latent | 0 | 12 | 11 |" in text
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"depth": 5}, "depth is 5; expected at most 4"),
+        ({"sweep": True}, "max_depth is 8; expected at most 4"),
+        ({"set": {"depth_source": 5}}, "depth_source is 5"),
+        ({"set": {"depth_weights": [1.0] * 6}}, "depth_weights is 5"),
+    ],
+)
+def test_more_steps_than_the_model_takes_are_refused_before_anything_runs(recipe, tmp_path, changed, message):
+    part = study(recipe, tmp_path)
+    part.rows["direct"]["set"] = {"backbone_config": {"model_type": "gpt2"}, "max_latent_steps": 4}
+    part.rows["latent"] |= changed | {"set": part.rows["latent"]["set"] | changed.get("set", {})}
+    with pytest.raises(ValueError, match=f"'latent': .*{message}"):
+        recipe.main(part)
+    assert not (tmp_path / "out").exists()

@@ -270,8 +270,10 @@ def main(args: EvaluateArguments) -> None:
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=args.output_dir).close()
     data = PreparedData.load(args.data_dir)
-    for path, _ in models.values():  # before the baselines are tuned
-        LasarConfig.from_pretrained(path).check_exclusion(history_is_excluded(args, data))
+    for name, (path, reasoning) in models.items():  # before the baselines are tuned
+        config = LasarConfig.from_pretrained(path)
+        config.check_exclusion(history_is_excluded(args, data))
+        config.check_depth(f"The depth of {name!r} in models", int(reasoning) if reasoning.isdecimal() else None)
     samples = select_users(data.samples[args.split], args.users)
     predictions, rows, tuning, depths = {}, {}, {}, {}
     if args.baselines and state.is_main_process:

@@ -25,6 +25,7 @@ from ..evaluation import (
     similar_items,
     tune_memory,
 )
+from ..model.configuration_lasar import LasarConfig
 from ..model.memory_lasar import ItemMemory
 from ..model.modeling_lasar import LasarForGenerativeRec
 from ..model.processing_lasar import LasarProcessor
@@ -109,6 +110,10 @@ def memory_text(memory: ItemMemory, tuning: Tuning, reasoning: str) -> str:
 
 def main(args: MemoryArguments) -> None:
     """Tune the matrix once. Fit its weight for each checkpoint, and save it there."""
+    for entry in args.models:
+        path, _, reasoning = entry.partition("@")
+        depth = int(reasoning) if reasoning.isdecimal() else None
+        LasarConfig.from_pretrained(path).check_depth(f"The depth of {entry!r} in models", depth)
     data = PreparedData.load(args.data_dir)
     similar = similar_items(data.text_vectors)
     tuning = tune_memory(data, similar)

@@ -123,8 +123,7 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
         refuse_zero3(model, args, kwargs.get("peft_config"))
         config = AutoConfig.from_pretrained(model) if isinstance(model, str) else unwrap_lasar(model).config
         self.catalog.check_matches(config.num_sid_levels, config.codebook_size)
-        if args.fixed_depth not in (None, *range(config.max_latent_steps + 1)):
-            raise ValueError(f"fixed_depth is {args.fixed_depth}; expected 0 to {config.max_latent_steps}.")
+        config.check_depth("fixed_depth", args.fixed_depth)
         args.max_completion_length = config.num_sid_levels
         if reward_funcs is None:
             reward_funcs = load_rewards(["exact_match", "ranking"], self.catalog, config, args.num_generations)

@@ -372,12 +372,7 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
 def _depth_rows(args: LasarSFTConfig, config: LasarConfig) -> DepthRows | None:
     if args.depth_weights is None:
         return None
-    if len(args.depth_weights) > config.max_latent_steps + 1:
-        raise ValueError(
-            f"depth_weights has {len(args.depth_weights)} entries; expected at most "
-            f"{config.max_latent_steps + 1} (0 to "
-            "max_latent_steps)."
-        )
+    config.check_depth("The last depth of depth_weights", len(args.depth_weights) - 1)
     return DepthRows(args.depth_weights, config.latent_token_id, config.latent_end_token_id)
 
 
