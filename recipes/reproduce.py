@@ -14,7 +14,6 @@ import fcntl
 import hashlib
 import json
 import logging
-import math
 import os
 import platform
 import subprocess
@@ -193,31 +192,6 @@ def references(row: RowArguments) -> list[str]:
     return values + ([row.of] if row.of else [])
 
 
-def largest_depth(rows: dict[str, RowArguments], name: str) -> float:
-    """`max_latent_steps` of a row's model, as far as the study knows: infinite if it does not make the model."""
-    settings = changed_settings(rows[name].config, rows[name].set)
-    start = rows[name].of or str(settings.get("model_name_or_path", "")).removeprefix("@").partition("/")[0]
-    if start in rows:
-        return largest_depth(rows, start)
-    if "backbone_config" not in settings:
-        return math.inf
-    return settings.get("max_latent_steps", SFTScriptArguments.max_latent_steps)
-
-
-def check_depths(study: StudyArguments, rows: dict[str, RowArguments]) -> None:
-    """Refuse numbers of latent steps that the model of a row does not take."""
-    for name, row in rows.items():
-        settings, largest = changed_settings(row.config, row.set), largest_depth(rows, name)
-        depths = {
-            "depth": row.depth, "max_depth": study.max_depth if row.sweep else None,
-            "fixed_depth": settings.get("fixed_depth"), "depth_source": settings.get("depth_source"),
-            "the last depth of depth_weights": len(settings.get("depth_weights", [0])) - 1,
-        }  # fmt: skip
-        for what, depth in depths.items():
-            if str(depth).isdecimal() and int(depth) > largest:
-                raise ValueError(f"Row {name!r}: {what} is {depth}; expected at most {largest}, its max_latent_steps.")
-
-
 def order(rows: dict[str, RowArguments]) -> list[str]:
     """Names of the rows, each after those that it needs."""
     done: list[str] = []
@@ -237,17 +211,20 @@ def check_prepare(study: StudyArguments) -> None:
 
 
 def check_depths(study: StudyArguments, rows: dict[str, RowArguments]) -> None:
-    """Refuse a study without seeds, and fixed depths that the models of its rows do not have."""
+    """Refuse a study without seeds, and numbers of latent steps that the models of its rows do not take."""
     if not study.seeds:
         raise ValueError("seeds is empty; expected at least one, such as [0].")
     for name, row in rows.items():
-        wanted = max(study.max_depth if row.sweep else 0, int(row.depth) if str(row.depth).isdecimal() else 0)
+        settings = changed_settings(row.config, row.set)
+        numbers = [row.depth, settings.get("depth_source"), settings.get("fixed_depth")]
+        numbers += [len(settings.get("depth_weights", [0])) - 1, study.max_depth if row.sweep else 0]
+        wanted = max(int(number) for number in numbers if str(number).isdecimal())
         while row.of is not None or str(row.set.get("model_name_or_path", "")).startswith("@"):
             row = rows[row.of or row.set["model_name_or_path"][1:].partition("/")[0]]
         settings = changed_settings(row.config, row.set)
         most = settings.get("max_latent_steps", SFTScriptArguments.max_latent_steps)
         if wanted > most:
-            raise ValueError(f"Row {name!r} is evaluated with {wanted} latent steps; its model has at most {most}.")
+            raise ValueError(f"Row {name!r} has {wanted} latent steps; its model takes at most {most}.")
 
 
 def check_tables(study: StudyArguments, rows: dict[str, RowArguments]) -> None:
@@ -410,7 +387,6 @@ def main(study: StudyArguments) -> None:
     check_prepare(study)
     check_depths(study, rows)
     check_tables(study, rows)
-    check_depths(study, rows)
     jobs = Jobs(study, rows)
     missing = [name for name, job in jobs.items() if not job.has_ended()]
     if not study.report_only:

@@ -271,14 +271,16 @@ def test_a_report_can_be_written_alone(recipe, tmp_path):
         ({"a": {"recipe": "sft", "config": "stage.yaml"}, "b": {"of": "a"}, "c": {"of": "b"}}, "no checkpoint"),
         ({"a": None}, "expected settings"),
         ({"a": {"recipe": "sft", "config": "stage.yaml", "test": False}}, "at least one evaluation"),
-        ({"a": {"recipe": "sft", "config": "stage.yaml", "depth": 9}}, "'a' is evaluated with 9 .* at most 8"),
+        ({"a": {"recipe": "sft", "config": "stage.yaml", "depth": 9}}, "'a' has 9 .* at most 8"),
         (
             {
                 "a": {"recipe": "sft", "config": "stage.yaml", "set": {"max_latent_steps": 3}},
                 "b": {"recipe": "sft", "config": "stage.yaml", "set": {"model_name_or_path": "@a"}, "sweep": True},
             },
-            "'b' is evaluated with 8 .* at most 3",
+            "'b' has 8 .* at most 3",
         ),
+        ({"a": {"recipe": "sft", "config": "stage.yaml", "set": {"depth_weights": [1.0] * 10}}}, "'a' has 9 "),
+        ({"a": {"recipe": "grpo", "config": "stage.yaml", "set": {"fixed_depth": 9}}}, "'a' has 9 "),
     ],
 )
 def test_wrong_rows_are_refused_before_anything_runs(recipe, tmp_path, monkeypatch, rows, message):
@@ -320,21 +322,3 @@ def test_users_beyond_the_largest_fixed_depth_are_counted(recipe, tmp_path):
     recipe.main(part)
     text = (tmp_path / "report" / "study.md").read_text()
     assert "| depth | 0 | 1 | 2 |\n|---|---:|---:|---:|\n| latent | 0 | 12 | 11 |" in text
-
-
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"depth": 5}, "depth is 5; expected at most 4"),
-        ({"sweep": True}, "max_depth is 8; expected at most 4"),
-        ({"set": {"depth_source": 5}}, "depth_source is 5"),
-        ({"set": {"depth_weights": [1.0] * 6}}, "depth_weights is 5"),
-    ],
-)
-def test_more_steps_than_the_model_takes_are_refused_before_anything_runs(recipe, tmp_path, changed, message):
-    part = study(recipe, tmp_path)
-    part.rows["direct"]["set"] = {"backbone_config": {"model_type": "gpt2"}, "max_latent_steps": 4}
-    part.rows["latent"] |= changed | {"set": part.rows["latent"]["set"] | changed.get("set", {})}
-    with pytest.raises(ValueError, match=f"'latent': .*{message}"):
-        recipe.main(part)
-    assert not (tmp_path / "out").exists()
