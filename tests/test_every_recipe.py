@@ -47,7 +47,7 @@ class Runs:
     def __init__(self, folder: Path):
         self.folder = folder
         preparing.run(folder / "data")
-        tiny_backbone("qwen3", max_position_embeddings=512).save_pretrained(folder / "qwen3")
+        tiny_backbone("qwen3").save_pretrained(folder / "qwen3")
         tiny_tokenizer().save_pretrained(folder / "qwen3")
 
     @functools.cache  # noqa: B019
