@@ -261,8 +261,8 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
 
     def _num_terms(self, batches: list[dict], device) -> torch.Tensor:
         """Sequences of all processes with an alignment and with a policy loss, `(2,)`."""
-        total = sum((self._has_terms(batch).sum(dim=1) for batch in batches), torch.zeros(2, dtype=torch.long))
-        return self.accelerator.reduce(total.to(device), "sum")
+        counts = [self._has_terms(batch).sum(dim=1).to(device) for batch in batches]  # of (2,)
+        return self.accelerator.reduce(sum(counts, torch.zeros(2, device=device)), "sum")
 
     def _has_terms(self, batch: dict) -> torch.Tensor:
         """Which sequences have an alignment and which a policy loss, `(2, B)`."""
@@ -294,7 +294,8 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
         if not self.model.training:  # held-out examples have neither anchors nor labels
             has_terms = has_terms & (anchors is not None)
         totals = self._terms_of_step if is_step else self.accelerator.reduce(has_terms.sum(dim=1), "sum")  # (2,)
-        weights = self.accelerator.num_processes / totals.clamp(min=1)  # (2,); DDP takes the mean of the processes
+        # DDP takes the mean of the processes.
+        weights = torch.where(totals > 0, self.accelerator.num_processes / totals, 0)  # (2,)
         extra = output.depth_logits.new_zeros((), dtype=torch.float32)
         if self.args.alignment != "none":
             total, metrics["align_loss"] = self._alignment_term(output, anchors, has_terms[0])
