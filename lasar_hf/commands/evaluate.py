@@ -279,9 +279,10 @@ def evaluate(args: EvaluateArguments, models: dict[str, tuple[str, str]], state:
     if state.is_main_process:  # a folder that cannot be written to must fail before hours of work
         tempfile.TemporaryFile(dir=args.output_dir).close()
     data = PreparedData.load(args.data_dir)
-    for path, _ in models.values():  # before the baselines are tuned
+    for name, (path, reasoning) in models.items():  # before the baselines are tuned
         config = LasarConfig.from_pretrained(path, revision=args.revision)
         config.check_exclusion(history_is_excluded(args, data))
+        config.check_depth(f"The depth of {name!r} in models", int(reasoning) if reasoning.isdecimal() else None)
     samples = select_users(data.samples[args.split], args.users)
     predictions, rows, tuning, depths = {}, {}, {}, {}
     if args.baselines and state.is_main_process:

@@ -199,14 +199,6 @@ class LasarTrainerMixin(Trainer):
             metrics |= ranking
         return metrics
 
-    def weight_of_mean(self, count: torch.Tensor) -> torch.Tensor:
-        """
-        Weight of a mean over `count` local terms that makes DDP's mean of the processes the mean over all terms. Every
-        process must call it.
-        """
-        total = self.accelerator.reduce(count, "sum")
-        return count * self.accelerator.num_processes / total.clamp(min=1)
-
     def log_means(self, metrics: dict[str, SumAndCount]) -> None:
         """
         Add means over the batches of all processes to TRL's log; a mean of no terms is left out.
