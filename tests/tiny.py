@@ -4,7 +4,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, PreTrainedTokenizerFast, Qwen3Config
 
-from lasar_hf import LasarForGenerativeRec, SidCatalog
+from lasar_hf import ItemMemory, LasarForGenerativeRec, SidCatalog
+from lasar_hf.model.memory_lasar import catalog_hash
 
 
 WORDS = ["<|pad|>", "<|endoftext|>", "<unk>", "Recommend", "the", "next", "item", ".", "red", "blue", "book", "chair"]
@@ -66,6 +67,18 @@ def tiny_catalog(num_items: int = 20, num_sid_levels: int = 3, codebook_size: in
     numbers = torch.randperm(codebook_size**num_sid_levels, generator=generator)[:num_items]
     codes = torch.stack([numbers // codebook_size**level % codebook_size for level in range(num_sid_levels)], dim=1)
     return SidCatalog(codes, [f"item-{i}" for i in range(num_items)])
+
+
+def ring_memory(catalog: SidCatalog) -> ItemMemory:
+    """A memory in which each item is followed by the next one."""
+    size = len(catalog)
+    return ItemMemory(
+        torch.arange(size + 1),
+        (torch.arange(size) + 1) % size,
+        torch.ones(size),
+        catalog_hash(catalog),
+        gate=(5.0, 0.0),
+    )
 
 
 def sid_ids(model, codes) -> list[int]:
