@@ -267,7 +267,10 @@ class LasarForGenerativeRec(CheckpointMixin, ModeMixin, LasarPreTrainedModel, Ge
         self.config.latent_input = latent_input
         if latent_input == "normalized":
             weight = self.get_input_embeddings().weight  # (V, H)
-            scale = float(weight.float().square().mean().sqrt())
+            embeddings = self.get_input_embeddings()(
+                torch.arange(len(weight), device=weight.device)
+            )  # scaled in Gemma
+            scale = float(embeddings.float().square().mean().sqrt())
             module = LatentInput(self.config.hidden_size, self.config.max_latent_steps)
             nn.init.constant_(module.norm.weight, scale)
             nn.init.normal_(module.step.weight, std=0.1 * scale)
