@@ -94,8 +94,9 @@ def wrong_answers(model, num_calls: int, own_contexts: bool) -> int:
 
 
 @pytest.mark.skipif(not onednn.HAS_ONEDNN, reason="PyTorch without oneDNN, or not on x86")
-@pytest.mark.parametrize("own_contexts", [True, False])
-@pytest.mark.parametrize("num_calls", [64, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("num_calls", "own_contexts"), [(64, True), (64, False), pytest.param(10_000, True, marks=pytest.mark.slow)]
+)
 def test_threads_get_the_fast_products_of_one_thread(num_calls, own_contexts, monkeypatch):
     model, _ = tiny_model(hidden_size=128)
     rows = count_products(monkeypatch)

@@ -266,11 +266,11 @@ class LasarForGenerativeRec(CheckpointMixin, ModeMixin, LasarPreTrainedModel, Ge
             del self.model.latent_input
         self.config.latent_input = latent_input
         if latent_input == "normalized":
-            weight = self.get_input_embeddings().weight  # (V, H)
-            embeddings = self.get_input_embeddings()(
-                torch.arange(len(weight), device=weight.device)
-            )  # scaled in Gemma
-            scale = float(embeddings.float().square().mean().sqrt())
+            embeddings = self.get_input_embeddings()
+            weight = embeddings.weight
+            # Gemma multiplies its weights by a constant.
+            inputs = embeddings(torch.arange(len(weight), device=weight.device))  # (V, H)
+            scale = float(inputs.float().square().mean().sqrt())
             module = LatentInput(self.config.hidden_size, self.config.max_latent_steps)
             nn.init.constant_(module.norm.weight, scale)
             nn.init.normal_(module.step.weight, std=0.1 * scale)
