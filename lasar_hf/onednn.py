@@ -23,7 +23,7 @@ from torch import nn
 
 MIN_PRODUCT = 2**18  # multiplications; for smaller products the call costs more than it saves
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")
-_CONTEXTS = WeakKeyDictionary()  # how many open contexts each replaced layer has
+_CONTEXTS: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # open contexts of each replaced layer
 _LOCK = Lock()  # of the line above
 _PLAIN = (torch.Tensor, nn.Parameter)  # quantised and sharded weights have other types
 

@@ -5,13 +5,14 @@ from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
 import torch
+from torch import nn
 
 
 # The thread that may use a model in training mode; models in evaluation mode have none. Copies do not inherit it.
-_TRAINING_THREADS = WeakKeyDictionary()
+_TRAINING_THREADS: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
 
-class ModeMixin:
+class ModeMixin(nn.Module):
     """
     Lets threads share a model in evaluation mode, and refuses it to all threads but one in training mode.
 
