@@ -340,3 +340,11 @@ def test_a_backbone_that_scales_its_logits_is_refused():
     )
     with pytest.raises(ValueError, match="GraniteForCausalLM"):
         LasarForGenerativeRec.from_backbone(AutoModelForCausalLM.from_config(config), tiny_tokenizer())
+
+
+def test_the_loss_is_divided_by_the_labels_of_the_step():
+    """The Trainer sums the losses of accumulated batches, and says how many labels all of them have."""
+    model, _ = tiny_model()
+    ids = torch.tensor([row(model, 5, 2, sid_ids(model, [0, 1, 2]))])
+    mean, part = (model(ids, labels=ids, **kwargs).loss for kwargs in ({}, {"num_items_in_batch": torch.tensor(50)}))
+    torch.testing.assert_close(part * 50, mean * (ids.shape[1] - 1))
