@@ -55,7 +55,7 @@ class Mutant:
         """The changed source."""
         source = (ROOT / self.file).read_text(encoding="utf-8")
         if source.count(self.old) != 1:
-            raise ValueError(f"{self.name}: {self.file} has {self.old!r} {source.count(self.old)} times; expected one.")
+            raise ValueError(f"{self.name}: {self.file} has {self.old!r} {source.count(self.old)} times, not once.")
         return source.replace(self.old, self.new)
 
 
@@ -82,7 +82,7 @@ class ChangedSource(SourceFileLoader, MetaPathFinder):
         return self.source_to_code(self.mutant.source(), self.path)
 
 
-def run_tests(tests: tuple[str, ...], folder: str, mutant: Mutant | None = None, limit: int = LIMIT) -> tuple[int, str]:
+def run_tests(tests: tuple[str, ...], folder: str, mutant: Mutant | None = None, limit=LIMIT) -> tuple[int, str]:
     """
     Run tests up to the first failure in a process of its own, with temporary files in `folder`.
 

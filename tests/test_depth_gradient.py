@@ -40,9 +40,7 @@ def test_exact_gradient_scores_the_target_at_every_depth(tmp_path, temperature):
     model.eval()
     for i, example in enumerate(trainer.train_dataset):
         prompt = trainer.processing_class(example["prompt"], add_special_tokens=False).input_ids
-        expected = [
-            target_log_prob(model, prompt, depth, example["target"], temperature) for depth in range(1, 5)
-        ]
+        expected = [target_log_prob(model, prompt, depth, example["target"], temperature) for depth in range(1, 5)]
         for j in range(size):
             assert batch["depth_rewards"][i * size + j].tolist() == pytest.approx(expected, abs=1e-4)
 
