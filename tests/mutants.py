@@ -115,7 +115,7 @@ def seen_by(status: int, output: str) -> str:
         return f"(no end within {LIMIT} s)"
     if status not in (0, 1):
         raise RuntimeError(f"The tests did not run (status {status}):\n{output}")
-    return re.search(r"^(?:FAILED|ERROR) tests/(\S+)", output, re.MULTILINE)[1] if status else ""
+    return re.search(r"^(?:FAILED|ERROR) tests/(.+?)(?: - |$)", output, re.MULTILINE)[1] if status else ""
 
 
 def prepare() -> None:

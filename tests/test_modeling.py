@@ -43,6 +43,14 @@ def test_mixed_batch_equals_plain_loop(kind, attention):
     assert outputs.latent_steps.tolist() == DEPTHS
 
 
+@pytest.mark.parametrize("depth", [0, 2])
+def test_states_at_padding_are_zero(depth):
+    model, _ = tiny_model()
+    inputs = batch([row(model, length, depth, [3, 4]) for length in (4, 7)])
+    states = model.model(**inputs).last_hidden_state
+    assert (states == 0).all(dim=-1).tolist() == (inputs["attention_mask"] == 0).tolist()
+
+
 @pytest.mark.parametrize("kind", BACKBONES)
 def test_gradients_equal_plain_loop(kind):
     model, _ = tiny_model(kind)
