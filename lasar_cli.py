@@ -50,7 +50,7 @@ def main(
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     # Warnings for users, one sentence each and once; those for programmers are of other kinds.
-    warnings.showwarning = lambda message, kind, *_, **__: kind is UserWarning and show_warning(str(message))
+    warnings.showwarning = lambda message, kind, *_, **__: kind is UserWarning and show_warning(str(message))  # type: ignore[assignment]
     # tqdm shows the bars of steps that take longer than a second, and removes them in the end (empty for no).
     for name, value in {"TQDM_DELAY": "1", "TQDM_LEAVE": ""}.items():
         os.environ.setdefault(name, value)

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from .files import read_json, remove_temporary_files, write_json
 
@@ -40,7 +41,7 @@ class Step:
 
     name: str
     run: Callable[[Path], None]
-    settings: dict[str, object] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
     after: tuple[str, ...] = ()
 
 

@@ -107,7 +107,7 @@ def main(args: AddItemsArguments) -> None:
     """Add the items that the catalogue does not have."""
     data_dir, checkpoint = Path(args.data_dir), Path(args.checkpoint)
     encoder, quantizer = load_encoder(data_dir)
-    items = read_items(args.items, args.item_column, args.text_columns, args.strip_markup)
+    items = read_items(args.items, args.item_column, args.text_columns, args.strip_markup)  # type: ignore[arg-type]
     catalog, base = load_catalog(checkpoint), SidCatalog.from_pretrained(data_dir / "catalog")
     if catalog.item_ids[: len(base)] != base.item_ids or not catalog.codes[: len(base)].equal(base.codes):
         raise ValueError(

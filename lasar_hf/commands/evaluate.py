@@ -96,7 +96,7 @@ class EvaluateArguments:
 
 def parse_models(entries: list[str]) -> dict[str, tuple[str, str]]:
     """Path and reasoning (a fixed depth, `text`, or nothing for the policy) of each model by its name."""
-    models = {}
+    models: dict[str, tuple[str, str]] = {}
     for entry in entries:
         name, _, location = entry.partition("=")
         path, _, depth = location.partition("@")
@@ -119,7 +119,7 @@ def select_users(samples, users: int):
 
 def history_is_excluded(args: EvaluateArguments, data: PreparedData) -> bool:
     """Whether lists have no items of the history; `auto` follows the data."""
-    return data.exclude_history if args.exclude_history is None else args.exclude_history
+    return data.exclude_history if args.exclude_history is None else args.exclude_history  # type: ignore[return-value]
 
 
 def evaluate_model(args: EvaluateArguments, data: PreparedData, samples, path: str, reasoning: str, memory=None):
@@ -190,7 +190,7 @@ def evaluate_baselines(args: EvaluateArguments, data: PreparedData, samples):
 
 def intervals(predictions: dict[str, np.ndarray], samples) -> dict[str, dict[str, list[float]]]:
     """95 % intervals of HR@10 and NDCG@10 of each row, by a bootstrap over users; none for a single user."""
-    output = {}
+    output: dict[str, dict[str, list[float]]] = {}
     if len(set(samples["user_id"])) < 2:
         return output
     for name, items in predictions.items():
@@ -258,7 +258,7 @@ def save_lists(folder: str, predictions: dict[str, np.ndarray], depths: dict[str
     arrays = {f"items/{name}": items.astype(np.int32) for name, items in predictions.items()}
     arrays |= {f"depths/{name}": steps.astype(np.int16) for name, steps in depths.items()}
     with atomic_file(Path(folder, "lists.npz")) as temporary:
-        np.savez_compressed(temporary, **arrays)
+        np.savez_compressed(temporary, **arrays)  # type: ignore[arg-type]
 
 
 def main(args: EvaluateArguments) -> None:

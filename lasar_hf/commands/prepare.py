@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from datasets import Dataset, DatasetDict, Features, List, Value, concatenate_datasets
@@ -140,7 +141,7 @@ class PrepareArguments:
 
 def write_interactions(args: PrepareArguments, out: Path) -> None:
     """`items/`, `users/` and `interactions.json`: the source, split."""
-    interactions = read_source(args.source, args.source_args)
+    interactions = read_source(args.source, args.source_args)  # type: ignore[arg-type]
     show({
         "users": len(interactions.user_ids), "items": len(interactions.items),
         "interactions": interactions.num_interactions, **interactions.counts,
@@ -160,7 +161,7 @@ def write_embeddings(args: PrepareArguments, out: Path) -> None:
     data, _ = load_interactions(args.output_dir)
     texts = [item_text(item | {"item_id": item_id}) for item, item_id in zip(data.items, data.item_ids, strict=True)]
     if args.embedding_model is None:
-        embedder = TfidfEmbedder(args.text_dim, args.seed)
+        embedder: TfidfEmbedder | str = TfidfEmbedder(args.text_dim, args.seed)
         vectors = embedder.fit_transform(texts)
     else:
         embedder = args.embedding_model
@@ -207,7 +208,7 @@ def write_chains(args: PrepareArguments, out: Path) -> None:
 
         # The log is not in `out`, so that answers outlive a killed run.
         log_path = Path(args.output_dir, "teacher_log.jsonl")
-        teacher = OpenAITeacher(
+        teacher = OpenAITeacher(  # type: ignore[assignment]
             data, args.teacher_model, args.teacher_base_url, log_path, teacher, args.teacher_concurrency
         )
         batch_size = len(train)  # one call, so that its counts are those of all samples
@@ -217,7 +218,7 @@ def write_chains(args: PrepareArguments, out: Path) -> None:
 
     map_to_file(train, write, out / "chains.arrow", Features(chain_of_thought=Value("string")), batch_size)
     if args.teacher == "openai":
-        counts = {"teacher": "openai", "model": args.teacher_model} | teacher.counts
+        counts = {"teacher": "openai", "model": args.teacher_model} | teacher.counts  # type: ignore[attr-defined]
     write_json(out / "chains.json", counts)
 
 
@@ -263,7 +264,7 @@ def write_samples(args: PrepareArguments, out: Path) -> None:
     )
 
 
-def measure_repeats(split: Split, validation: Dataset, num_items: int) -> dict[str, object]:
+def measure_repeats(split: Split, validation: Dataset, num_items: int) -> dict[str, Any]:
     """The repeat rate, and whether lists leave the history out: by rate if it is tiny, else as validation says."""
     rate = repeat_rate(split.train)
     if rate <= RARE_REPEATS or not len(validation):
@@ -288,7 +289,7 @@ def write_card(args: PrepareArguments, out: Path) -> None:
     write_json(out / "data_card.json", card)
 
 
-def card_numbers(folder: Path) -> dict[str, object]:
+def card_numbers(folder: Path) -> dict[str, Any]:
     """Counts and description of prepared data, with its repeat rate."""
     data = PreparedData.load(folder)
     batches = data.samples["train"].select_columns("segments").iter(BATCH_SIZE)
@@ -309,13 +310,13 @@ def card_numbers(folder: Path) -> dict[str, object]:
 def write_generated(args: PrepareArguments) -> None:
     """The routines, and their `data_card.json`."""
     folder, arguments = Path(args.output_dir), args.source_args or {}
-    check_source_args("routines", partial(write_routines, folder), arguments)
-    write_routines(folder, **arguments)
+    check_source_args("routines", partial(write_routines, folder), arguments)  # type: ignore[arg-type]
+    write_routines(folder, **arguments)  # type: ignore[arg-type]
     settings = {"arguments": {"source": "routines", "source_args": arguments}, "lasar_hf": __version__}
     write_json(folder / "data_card.json", settings | card_numbers(folder))
 
 
-def card_settings(args: PrepareArguments) -> dict[str, object]:
+def card_settings(args: PrepareArguments) -> dict[str, Any]:
     """What the card says about the run: all arguments that decide what is written."""
     ignored = ("output_dir", "steps", "teacher_base_url", "teacher_concurrency")
     arguments = {name: value for name, value in asdict(args).items() if name not in ignored}
@@ -357,10 +358,10 @@ def prepare_steps(args: PrepareArguments) -> list[Step]:
     no effect, such as `text_dim` with an `embedding_model`, is left out: changing it does not repeat a step.
     """
 
-    def values(*names: str) -> dict[str, object]:
+    def values(*names: str) -> dict[str, Any]:
         return {name: getattr(args, name) for name in names}
 
-    source, split = source_settings(args.source, args.source_args), values("split")
+    source, split = source_settings(args.source, args.source_args), values("split")  # type: ignore[arg-type]
     if args.split == "global_time":
         split = values("split", "validation_share", "test_share")
     embeddings = values("embedding_model", "seed") | ({} if args.embedding_model else values("text_dim"))

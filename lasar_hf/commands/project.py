@@ -119,7 +119,8 @@ def prepare_project(
     Raises:
         `ValueError`: if a change is no setting of the preparation, or has a wrong value.
     """
-    changes, fixed = dict(changes or {}), {"output_dir": str(Path(folder, "data")), "source": source}
+    changes = dict(changes or {})
+    fixed: dict[str, Any] = {"output_dir": str(Path(folder, "data")), "source": source}
     own = [part.name for part in fields(PrepareArguments)]
     of_source = [name for name in inspect.signature(SOURCES.get(source, read_lcrec)).parameters if name not in own]
     source_args = {**(source_args or {}), **{name: changes.pop(name) for name in of_source if name in changes}}
@@ -234,7 +235,7 @@ def stage_settings(folder: str, settings: Mapping[str, Mapping[str, Any]]) -> di
     """All settings of each stage: those of `train.yaml`, and the folders that the stages hand on."""
     path = {name: str(Path(folder, name)) for name in ("data", "stage1", "stage2", "grpo", "report")}
     anchors = str(Path(path["stage2"], "anchors"))
-    handed = {
+    handed: dict[str, dict[str, Any]] = {
         "stage1": {"output_dir": path["stage1"]},
         "stage2": {"model_name_or_path": path["stage1"], "output_dir": path["stage2"]},
         "grpo": {

@@ -13,6 +13,7 @@ known item gets the most popular training items of `data_dir`, or none without `
 import logging
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -191,8 +192,8 @@ def main(args: RecommendArguments) -> None:
     model = LasarForGenerativeRec.from_pretrained(args.model).to(state.device).eval()
     if args.int8:
         int8_linear(model)
-    find = {None: ItemMemory.find, True: ItemMemory.from_pretrained, False: lambda path: None}[args.memory]
-    memory = find(args.model)
+    finders: dict[Any, Any] = {None: ItemMemory.find, True: ItemMemory.from_pretrained, False: lambda path: None}
+    memory = finders[args.memory](args.model)
     shards = list(enumerate(range(0, len(users), args.shard_size)))[state.process_index :: state.num_processes]
     for number, start in tqdm(shards, desc="Shards", disable=not state.is_main_process):
         path = folder / f"part-{number:05d}.parquet"
@@ -209,7 +210,7 @@ def main(args: RecommendArguments) -> None:
                 args.num_beams,
                 args.latent_steps,
                 args.batch_size,
-                exclude_history=args.exclude_history,
+                exclude_history=args.exclude_history,  # type: ignore[arg-type]
                 memory=memory,
             )
         recommended = processor.decode_recommendations(output)

@@ -133,12 +133,12 @@ class SFTScriptArguments:
 
 def new_backbone(script: SFTScriptArguments, model_args: LasarModelConfig, tokenizer):
     """A backbone with random weights for the tokenizer that prepare.py fitted."""
-    config_class = CONFIG_MAPPING[script.backbone_config["model_type"]]
+    config_class = CONFIG_MAPPING[script.backbone_config["model_type"]]  # type: ignore[index]
     names = {"model_type", *config_class.attribute_map, *(part.name for part in fields(config_class))}
     unknown = sorted(set(script.backbone_config) - names)
     if unknown:
         raise ValueError(f"backbone_config has {unknown}, which {config_class.__name__} does not have.")
-    config = AutoConfig.for_model(
+    config = AutoConfig.for_model(  # type: ignore[arg-type]
         **script.backbone_config,
         vocab_size=len(tokenizer),
         pad_token_id=tokenizer.pad_token_id,

@@ -10,6 +10,7 @@ GRPO:     prompt <|latent_start|>                                      [`grpo_ex
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 from datasets import Dataset, Features, List, Value, concatenate_datasets
@@ -191,7 +192,7 @@ def alignment_examples(
     return Dataset.from_dict(_labelled(prompts, answers), features=FEATURES).shuffle(seed)
 
 
-def reasoning_examples(samples: Dataset, processor: LasarProcessor, depths: Sequence[int]) -> Dataset:
+def reasoning_examples(samples: Dataset, processor: LasarProcessor, depths: Sequence[int] | np.ndarray) -> Dataset:
     """
     Examples of stage 2: prompt, `N` latent tokens, Semantic ID of the target. The loss is on the Semantic ID.
 
@@ -204,20 +205,20 @@ def reasoning_examples(samples: Dataset, processor: LasarProcessor, depths: Sequ
     Returns:
         `Dataset`: `input_ids`, `labels`, `depth` (`int`) and `sample_index` (`int`, position in `samples`).
     """
-    depths = np.asarray(depths, dtype=np.int64)
-    if len(depths) != len(samples):
-        raise ValueError(f"depths has {len(depths)} entries; expected {len(samples)}, one per sample.")
-    if len(depths) and depths.min() < 0:
-        raise ValueError(f"depths[{depths.argmin()}] is {depths.min()}; expected at least 0.")
+    steps = np.asarray(depths, dtype=np.int64)
+    if len(steps) != len(samples):
+        raise ValueError(f"depths has {len(steps)} entries; expected {len(samples)}, one per sample.")
+    if len(steps) and steps.min() < 0:
+        raise ValueError(f"depths[{steps.argmin()}] is {steps.min()}; expected at least 0.")
     features = Features(FEATURES | {"depth": Value("int64"), "sample_index": Value("int64")})
 
-    def build(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
+    def build(batch: dict[str, list], indices: list[int]) -> dict[str, Any]:
         prompts = [
             [*processor.prompt_ids(history), *[processor.latent_token_id] * depth, processor.latent_end_token_id]
-            for history, depth in zip(batch["history"], depths[indices].tolist(), strict=True)
+            for history, depth in zip(batch["history"], steps[indices].tolist(), strict=True)
         ]
         examples = _labelled(prompts, processor.answer_ids(batch["target"]))
-        return examples | {"depth": depths[indices], "sample_index": indices}
+        return examples | {"depth": steps[indices], "sample_index": indices}
 
     return _map(samples, build, features, with_indices=True)
 
@@ -242,7 +243,7 @@ def grpo_examples(samples: Dataset, processor: LasarProcessor, terminal_anchors:
             raise ValueError(f"terminal_anchors has {len(terminal_anchors)} rows for {len(samples)} samples.")
         features["terminal_anchor"] = List(Value("float32"))
 
-    def build(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
+    def build(batch: dict[str, list], indices: list[int]) -> dict[str, Any]:
         examples = {"prompt": list(map(processor.prompt_text, batch["history"])), "target": batch["target"]}
         if terminal_anchors is not None:
             examples["terminal_anchor"] = list(terminal_anchors[indices])
@@ -288,7 +289,7 @@ def stage1_examples(
     processor: LasarProcessor,
     tasks: Sequence[str],
     neighbours: np.ndarray | None = None,
-    depths: Sequence[int] = (),
+    depths: Sequence[int] | np.ndarray = (),
 ) -> Dataset:
     """
     Examples of stage 1, mixed from several tasks.
@@ -316,7 +317,7 @@ def stage1_examples(
     ```
     """
     align = partial(alignment_examples, data.interactions, data.split, processor)
-    makers = {
+    makers: dict[str, Callable[[], Dataset]] = {
         "next_item": lambda: sft_examples(data.samples["train"], processor),
         "history": lambda: history_examples(data.split, processor),
         "chain_end": lambda: chain_end_examples(data.samples["train"], processor),

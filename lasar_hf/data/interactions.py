@@ -11,6 +11,7 @@ from decimal import Decimal
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -114,7 +115,7 @@ def build_interactions(
     # 1. Sort by user and time. The sort is stable, so rows with equal times keep the order of the file.
     has_times = "time" in log
     log = log if has_times else log.assign(time=range(len(log)))
-    tied = np.zeros(len(log))
+    tied = np.zeros(len(log), dtype=np.int64)
     if ties == "item":
         items = sorted(range(len(item_names)), key=lambda item: natural_order(item_names[item]))
         tied = np.argsort(items)[log["item"]]
@@ -344,7 +345,7 @@ def strip_html(value: object) -> object:
     return "" if ".getTime()" in text else " ".join(text.split())
 
 
-def id_text(value: object) -> str | None:
+def id_text(value: Any) -> str | None:
     """
     A user or item id as stripped text, in which `7`, `7.0` and `"7"` are equal. `None` if the value cannot be an id:
     blank, a fraction, a float too large to be exact, a boolean, a list, an object, or text with an unpaired surrogate.
@@ -359,7 +360,7 @@ def id_text(value: object) -> str | None:
     return text if is_text and text else None
 
 
-def item_fields(raw: Mapping[str, object], strip_markup: bool = False, several: bool = False) -> dict[str, str]:
+def item_fields(raw: Mapping[str, Any], strip_markup: bool = False, several: bool = False) -> dict[str, str]:
     """
     The text and id fields of a raw item that are not empty, cleaned. Category levels are a list, or text with `" > "`,
     `|` or commas between them; a comma before a space belongs to a name ("Tapes, Adhesives & Sealants"). Of several

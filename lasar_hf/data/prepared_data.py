@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from datasets import (
@@ -80,7 +81,7 @@ class PreparedData:
     max_history: int | None = None
     repeat_rate: float = 0.0
     exclude_history: bool = True
-    split_fields: dict[str, object] = field(default_factory=dict)
+    split_fields: dict[str, Any] = field(default_factory=dict)
     embeddings_file: Path | None = None
 
     @classmethod
@@ -187,7 +188,7 @@ def load_interactions(folder: str | Path) -> tuple[Interactions, Split]:
     return _to_interactions(Dataset.load_from_disk(folder / "items"), split), split
 
 
-def _to_split(users: Dataset, fields: dict[str, object]) -> Split:
+def _to_split(users: Dataset, fields: dict[str, Any]) -> Split:
     columns = users.data.to_pydict()
     return Split(columns.pop("user_id"), **columns, **fields)
 
@@ -198,7 +199,7 @@ def _to_interactions(items: Dataset, split: Split) -> Interactions:
     return Interactions(list(items["item_id"]), fields, split.user_ids, histories)
 
 
-def describe(interactions: Interactions, split: Split) -> dict[str, object]:
+def describe(interactions: Interactions, split: Split) -> dict[str, Any]:
     """
     The numbers of a data card, ready for JSON: sizes, the lengths and the order of histories, items without
     interactions or text, the parts of the split, `reader` (counts of the reader) and, with timestamps, the times of
@@ -207,7 +208,7 @@ def describe(interactions: Interactions, split: Split) -> dict[str, object]:
     lengths = np.array([len(history) for history in interactions.histories])
     num_users, num_items = len(lengths), len(interactions.items)
     num_values = Counter(chain.from_iterable(interactions.items))
-    card: dict[str, object] = {
+    card: dict[str, Any] = {
         "users": num_users,
         "items": num_items,
         "interactions": interactions.num_interactions,

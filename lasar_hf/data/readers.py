@@ -10,6 +10,7 @@ from array import array
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -22,9 +23,13 @@ from .times import UNITS, TimeColumn
 from .toy import toy_shop
 
 
-Tables = Table | Sequence[Table]
+Tables: TypeAlias = Table | Sequence[Table]
 
-AMAZON = {"user_column": "reviewerID", "item_column": "asin", "time_column": "unixReviewTime"}  # 2014 and 2018
+AMAZON: dict[str, Any] = {
+    "user_column": "reviewerID",
+    "item_column": "asin",
+    "time_column": "unixReviewTime",
+}  # 2014 and 2018
 AMAZON_2023 = "McAuley-Lab/Amazon-Reviews-2023"
 # Columns of each text field; the first that is not empty counts.
 TEXT_COLUMNS = {
@@ -77,7 +82,7 @@ def read_items(
     names = list(chain.from_iterable(fields.values()))
     needed, optional = ([item_column], names) if text_columns is None else ([item_column, *names], [])
     layout = [item_column, *(fields[name][0] for name in ("title", "categories") if name in fields)]
-    options |= {"layouts": [columns] if columns else [layout[:2], layout]}
+    options |= {"layouts": [columns] if columns else [layout[:2], layout]}  # type: ignore[dict-item]
     items: dict[str, dict[str, str]] = {}
     num_other, item_id = 0, None
     for table in _as_list(tables):
@@ -98,7 +103,7 @@ def read_items(
     return items
 
 
-def _text_fields(text_columns: Mapping[str, str | Sequence[str]] | None) -> Mapping[str, Sequence[str]]:
+def _text_fields(text_columns: Mapping[str, str | Sequence[str]] | None) -> Mapping[str, Sequence]:
     text_columns = TEXT_COLUMNS if text_columns is None else text_columns
     if not text_columns or not set(text_columns) <= set(TEXT_COLUMNS):
         raise ValueError(f"text_columns has the fields {list(text_columns)}; expected some of {list(TEXT_COLUMNS)}.")
@@ -189,10 +194,10 @@ def read_table(
     _text_fields(text_columns)  # fails before the long reading
     if ties not in TIES:
         raise ValueError(f"ties is {ties!r}; expected one of {', '.join(TIES)}.")
-    options = {"delimiter": delimiter, "encoding": encoding}
+    options: dict[str, Any] = {"delimiter": delimiter, "encoding": encoding}
     names = [user_column, item_column, *([time_column] if time_column else [])]
     layouts = [columns] if columns else [names, [*names[:2], "rating", *names[2:]]]
-    log, user_names, item_names = _read_log(interactions, *names, time_format=time_format, layouts=layouts, **options)
+    log, user_names, item_names = _read_log(interactions, *names, time_format=time_format, layouts=layouts, **options)  # type: ignore[misc]
     data = build_interactions(log, user_names, item_names, k_core, keep_repeats, ties)
     if items is not None:
         options |= {"columns": items_columns, "item_ids": set(data.item_ids), "strip_markup": strip_markup}
@@ -216,7 +221,7 @@ def read_amazon2014(
     `ratings_<Category>.csv`, and `meta_<Category>.json.gz`. Otherwise as [`read_amazon2018`].
     """
     columns = ["reviewerID", "asin", "overall", "unixReviewTime"]
-    options = {"k_core": k_core, "ties": ties, "text_columns": text_columns, "strip_markup": True}
+    options: dict[str, Any] = {"k_core": k_core, "ties": ties, "text_columns": text_columns, "strip_markup": True}
     return read_table(interactions, items, columns=columns, **options, **AMAZON)
 
 
@@ -235,7 +240,7 @@ def read_amazon2018(
     and errors as for [`read_table`].
     """
     columns = ["asin", "reviewerID", "overall", "unixReviewTime"]
-    options = {"k_core": k_core, "ties": ties, "text_columns": text_columns, "strip_markup": True}
+    options: dict[str, Any] = {"k_core": k_core, "ties": ties, "text_columns": text_columns, "strip_markup": True}
     return read_table(interactions, items, columns=columns, **options, **AMAZON)
 
 
@@ -270,7 +275,7 @@ def read_amazon2023(
         interactions, items = (
             hf_hub_download(AMAZON_2023, name, repo_type="dataset", revision=revision) for name in files
         )
-    options = {"k_core": k_core, "ties": ties, "text_columns": text_columns, "strip_markup": True}
+    options: dict[str, Any] = {"k_core": k_core, "ties": ties, "text_columns": text_columns, "strip_markup": True}
     return read_table(interactions, items, item_column="parent_asin", **options)
 
 
@@ -280,7 +285,7 @@ def _read_log(
     item_column: str,
     time_column: str | None = None,
     time_format: str | None = None,
-    **options: object,
+    **options: Any,
 ) -> tuple[pd.DataFrame, list[str], list[str]]:
     """All rows as numbers (user, item, time), and the name of each user and item."""
     users, items, times = array("i"), array("i"), TimeColumn(time_column, time_format)
@@ -329,7 +334,7 @@ SOURCES: dict[str, Callable[..., Interactions]] = {
 }
 
 
-def read_source(source: str, source_args: Mapping[str, object] | None = None) -> Interactions:
+def read_source(source: str, source_args: Mapping[str, Any] | None = None) -> Interactions:
     """
     Read a data set by the name of its source.
 
@@ -337,7 +342,7 @@ def read_source(source: str, source_args: Mapping[str, object] | None = None) ->
         source (`str`):
             A key of `SOURCES`, an existing folder (for [`read_lcrec`]), or the dotted path of your own function that
             returns `Interactions`, such as `"my_package.shop.read"`.
-        source_args (`Mapping[str, object]`, *optional*):
+        source_args (`Mapping[str, Any]`, *optional*):
             Arguments of that function.
 
     Raises:
@@ -358,7 +363,7 @@ def read_source(source: str, source_args: Mapping[str, object] | None = None) ->
     return interactions
 
 
-def source_settings(source: str, source_args: Mapping[str, object] | None = None) -> dict[str, object]:
+def source_settings(source: str, source_args: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """
     Name and arguments of the function of [`read_source`], ready for JSON, with the SHA-256 of its content in place of
     each file or folder. The code of your own function and the content of data sets on the Hub are not included.
@@ -368,7 +373,7 @@ def source_settings(source: str, source_args: Mapping[str, object] | None = None
     return {"source": f"{function.__module__}.{function.__qualname__}", "source_args": settings}
 
 
-def _bind_source(source: str, source_args: Mapping[str, object] | None) -> tuple[Callable, dict[str, object]]:
+def _bind_source(source: str, source_args: Mapping[str, Any] | None) -> tuple[Callable, dict[str, Any]]:
     """The function of a source, and its arguments after a check against its signature."""
     arguments = dict(source_args or {})
     if source in SOURCES:
@@ -381,7 +386,7 @@ def _bind_source(source: str, source_args: Mapping[str, object] | None) -> tuple
     return function, arguments
 
 
-def check_source_args(source: str, function: Callable, arguments: Mapping[str, object]) -> None:
+def check_source_args(source: str, function: Callable, arguments: Mapping[str, Any]) -> None:
     """Refuse arguments that the function of a source does not have, with a `ValueError`."""
     signature = inspect.signature(function)
     try:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from datasets import Dataset, DatasetDict
@@ -88,7 +89,9 @@ def write_routines(
 
     # 2. A user is whole in one part.
     sequences = [[*history, chain[-1]] for history, chain in users]
-    parts = {part: [row if own == part else [] for row, own in zip(sequences, part_of, strict=True)] for part in PARTS}
+    parts: dict[str, Any] = {
+        part: [row if own == part else [] for row, own in zip(sequences, part_of, strict=True)] for part in PARTS
+    }
     split = Split(user_ids, **parts)
     folder = Path(folder)
     save_interactions(Interactions(item_ids, items, user_ids, sequences), split, folder)

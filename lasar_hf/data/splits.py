@@ -3,6 +3,7 @@
 import warnings
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -106,7 +107,7 @@ def global_time(interactions: Interactions, validation_share: float = 0.1, test_
     validation_from, test_from = (float(times[int(len(times) * share)]) for share in shares)
     if not times[0] < validation_from < test_from:
         raise ValueError("Too few distinct timestamps for validation_share and test_share: a part would be empty.")
-    parts: dict[str, list[list[int]]] = {part: [] for part in PARTS}
+    parts: dict[str, Any] = {part: [] for part in PARTS}
     for history, user_times in zip(interactions.histories, interactions.timestamps, strict=True):
         first, second = np.searchsorted(user_times, [validation_from, test_from]).tolist()
         for part, items in zip(PARTS, (slice(first), slice(first, second), slice(second, None)), strict=True):

@@ -16,7 +16,7 @@ from csv import reader as csv_reader
 from io import TextIOWrapper
 from itertools import chain
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, TypeAlias
 
 import fsspec
 import pyarrow as pa
@@ -28,7 +28,7 @@ from .interactions import parse_json
 
 logger = logging.getLogger(__name__)
 
-Table = str | Path | Dataset | IterableDataset
+Table: TypeAlias = str | Path | Dataset | IterableDataset
 
 BATCH_SIZE = 65_536  # rows per batch
 DELIMITED, JSON = (".csv", ".tsv", ".txt", ".dat", ".data", ".inter", ".item"), (".json", ".jsonl", ".ndjson")
@@ -37,7 +37,7 @@ UNREADABLE = (pa.ArrowInvalid, UnicodeError, LookupError, EOFError, OSError, zli
 
 
 def read_batches(
-    table: Table, columns: Sequence[str], optional: Sequence[str] = (), **options: object
+    table: Table, columns: Sequence[str], optional: Sequence[str] = (), **options: Any
 ) -> Iterator[tuple[int, dict[str, list]]]:
     """
     Yield batches of rows: the number of the first row, counted from 1, and the values of each column. Delimited
@@ -62,7 +62,7 @@ def table_name(table: Table) -> str:
 
 
 def _raw_batches(
-    table: Table, columns: Sequence[str], names: Sequence[str], encoding: str | None = None, **options: object
+    table: Table, columns: Sequence[str], names: Sequence[str], encoding: str | None = None, **options: Any
 ) -> Iterator[dict[str, list]]:
     """Batches with those of the columns `names` that the table has; it must have `columns`."""
     if isinstance(table, Dataset | IterableDataset):
@@ -243,14 +243,14 @@ def _json_batches(
     yield batch
 
 
-def _json_rows(path: Path, encoding: str) -> Iterator[tuple[str, object]]:
+def _json_rows(path: Path, encoding: str) -> Iterator[tuple[str, Any]]:
     """Rows of one array, or of lines that are not blank: JSON, or Python's `{'a': 1}` as in Amazon 2014."""
     with TextIOWrapper(_open(path), encoding) as file:
         is_first = True
         for number, line in enumerate(file, start=1):
             if is_first and line.lstrip().startswith("["):
                 rows = parse_json(line + file.read(), path)
-                yield from ((f"row {position}", row) for position, row in enumerate(rows, start=1))
+                yield from ((f"row {position}", row) for position, row in enumerate(rows, start=1))  # type: ignore[arg-type, var-annotated]
             elif line.strip():
                 is_first = False
                 try:

@@ -320,7 +320,7 @@ def _rows(scores: sparse.csr_array | np.ndarray) -> Iterator[tuple[np.ndarray, n
         return
     scores.eliminate_zeros()
     for first, last in zip(scores.indptr[:-1], scores.indptr[1:], strict=True):
-        yield scores.indices[first:last], scores.data[first:last]
+        yield scores.indices[first:last], scores.data[first:last]  # type: ignore[misc]
 
 
 def _blocks(room: np.ndarray) -> Iterator[slice]:

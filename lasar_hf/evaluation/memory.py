@@ -40,8 +40,8 @@ def build_memory(
     """
     num_items = len(data.items)
     matrix = _largest(memory_matrix(data.split.train, num_items, **kwargs), max_neighbours)
-    parts = (matrix.indptr, matrix.indices, matrix.data)
-    return ItemMemory(*map(torch.from_numpy, parts), catalog_hash(data.catalog), history_decay)
+    indptr, indices, weights = map(torch.from_numpy, (matrix.indptr, matrix.indices, matrix.data))
+    return ItemMemory(indptr, indices, weights, catalog_hash(data.catalog), history_decay)
 
 
 def _largest(matrix: sparse.csr_array, count: int) -> sparse.csr_array:

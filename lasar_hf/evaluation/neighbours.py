@@ -71,7 +71,7 @@ def neighbour_draws(
         columns = np.union1d(rows.indices, items)  # (C,)
         own_columns = np.searchsorted(columns, items)  # (n,)
         counts = rows[:, columns].toarray()  # (n, C)
-        own_pairs, own_popularity = item_knn_counts([own], len(items), window, gap_decay, mirror)
+        own_pairs, own_popularity = item_knn_counts([own], len(items), window, gap_decay, mirror)  # type: ignore[list-item]
         counts[:, own_columns] -= own_pairs.toarray()
         similarity = np.maximum(counts, 0) / (popularity[items] - own_popularity + shrinkage)[:, None]  # (n, C)
         similarity[similarity < 1e-9] = 0  # rounding of counts that cancel

@@ -82,7 +82,7 @@ def recommend_samples(
     prompts = [processor.prompt_ids(history) for history in histories]
     order = sorted(range(len(prompts)), key=lambda sample: len(prompts[sample]), reverse=True)
     names = ["items", "scores"] if memory is None else ["items", "scores", "model_scores", "memory_scores"]
-    lists = {name: np.empty((len(prompts), top_k), dtype=np.float32) for name in names}
+    lists: dict[str, np.ndarray] = {name: np.empty((len(prompts), top_k), dtype=np.float32) for name in names}
     lists["items"] = np.empty((len(prompts), top_k), dtype=np.int64)
     depths, lengths = np.empty(len(prompts), dtype=np.int64), np.empty(len(prompts), dtype=np.int64)
     if memory is not None:

@@ -109,16 +109,17 @@ def tune(
     """
     rng = np.random.default_rng(seed)
     users = np.sort(rng.permutation(len(targets))[:max_users])
-    histories, targets = [histories[user] for user in users], np.asarray(targets)[users]
+    histories, wanted = [histories[user] for user in users], np.asarray(targets)[users]
     points = [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
     drawn = [points[index] for index in rng.permutation(len(points))[:num_matrices]]
     defaults = {name: inspect.signature(matrix).parameters[name].default for name in grid}
-    best_ndcg, best, tried = -1.0, {}, 0
+    best: dict[str, Any] = {}
+    best_ndcg, tried = -1.0, 0
     for settings in [defaults, *(point for point in drawn if point != defaults)]:
         scores = matrix(train_sequences, num_items, **settings)
         for decay in HISTORY_DECAYS:
             rankings = matrix_ranking(scores, train_sequences, histories, 10, decay, exclude_history)
-            ndcg = ndcg_per_user(ranks(rankings, targets), 10).mean()
+            ndcg = ndcg_per_user(ranks(rankings, wanted), 10).mean()
             tried += 1
             if ndcg > best_ndcg:
                 best_ndcg, best = ndcg, settings | {"history_decay": decay}

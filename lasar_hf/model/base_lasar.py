@@ -377,7 +377,7 @@ class LasarModel(LasarPreTrainedModel):
             )
         # 1. Read the prompts: hidden_states (T, P + R, H).
         num_paths = len(visible) // len(token_ids)  # R
-        cache = LinkedCache(self.config.backbone_config.num_hidden_layers)
+        cache: LinkedCache | StaticCache = LinkedCache(self.config.backbone_config.num_hidden_layers)
         attention_mask, position_ids = visible.long(), (visible.cumsum(dim=1) - 1).clamp(min=0)  # (T, P + 1)
         if num_paths > 1:
             # A trunk token sees the tokens before it, and the last token of a prompt those of its path.
@@ -498,8 +498,10 @@ class LasarModel(LasarPreTrainedModel):
             state.slot, outputs = None, outputs[:, num_paths:]
         return outputs.unflatten(1, (num_paths, -1)).flatten(0, 1)
 
-    def _extend(self, cache, inputs_embeds, position_ids, visible, **kwargs) -> tuple[torch.Tensor, LinkedCache]:
-        """One call of the backbone on top of a cache, with an explicit mask `(T, Q, keys)`."""
+    def _extend(self, cache, inputs_embeds, position_ids, visible, **kwargs):
+        """
+        One call of the backbone on top of a cache, with an explicit mask `(T, Q, keys)`. Returns outputs and cache.
+        """
         mask = _additive_mask(visible, inputs_embeds.dtype)
         if isinstance(cache, StaticCache):
             return cache.read(inputs_embeds, mask, position_ids), cache

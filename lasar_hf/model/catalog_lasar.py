@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
 from weakref import WeakValueDictionary
@@ -19,7 +20,7 @@ from .trie_lasar import SidTrie
 CATALOG_WEIGHTS_NAME = "sid_catalog.safetensors"
 CATALOG_CONFIG_NAME = "sid_catalog.json"
 # Loaded catalogues that are in use, by the state of their files: model and processor of a checkpoint share one.
-_IN_USE = WeakValueDictionary()
+_IN_USE: WeakValueDictionary[tuple, "SidCatalog"] = WeakValueDictionary()
 
 
 class SidCatalog:
@@ -314,8 +315,7 @@ def _checked_codes(codes, item_ids: list[str]) -> torch.Tensor:
     """Codes `(I, M)` as int32 on the CPU, one Semantic ID per item id; the ids are unique."""
     codes = torch.as_tensor(codes).cpu()
     if len(set(item_ids)) != len(item_ids):
-        seen = set()
-        repeated = next(item_id for item_id in item_ids if item_id in seen or seen.add(item_id))
+        repeated = Counter(item_ids).most_common(1)[0][0]
         raise ValueError(f"item_ids has {repeated!r} twice; expected unique ids.")
     if codes.ndim != 2 or len(codes) != len(item_ids) or codes.numel() == 0:
         raise ValueError(

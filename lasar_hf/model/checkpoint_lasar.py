@@ -3,6 +3,7 @@
 import os
 
 from safetensors import SafetensorError
+from transformers import PreTrainedModel
 
 from .catalog_lasar import SidCatalog
 from .memory_lasar import ItemMemory
@@ -48,7 +49,7 @@ def check_complete(name: str | os.PathLike | None, info: dict) -> None:
             )
 
 
-class CheckpointMixin:
+class CheckpointMixin(PreTrainedModel):
     """
     Loads a model together with its catalogue and item memory, and saves it with its catalogue.
 

@@ -8,6 +8,7 @@ The processor is saved with the weights, so training, evaluation and serving use
 import os
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -186,7 +187,7 @@ class LasarProcessor(ProcessorMixin):
             return []
         return self.tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True).input_ids
 
-    def decode_recommendations(self, output) -> list[list[dict[str, object]]]:
+    def decode_recommendations(self, output) -> list[list[dict[str, Any]]]:
         """
         Item ids, titles and scores of recommendations for this catalogue.
 
@@ -242,8 +243,8 @@ class LasarProcessor(ProcessorMixin):
             raise ValueError("history is empty; expected at least one item.")
         return self._checked(history[-self.max_history :])
 
-    def _checked(self, items: Sequence[int]) -> torch.Tensor:
-        items = torch.as_tensor(items)
+    def _checked(self, indices: Sequence[int]) -> torch.Tensor:
+        items = torch.as_tensor(indices)
         # A negative index would silently count from the end.
         if items.min() < 0 or items.max() >= len(self.sid_token_ids):
             raise ValueError(
@@ -252,7 +253,7 @@ class LasarProcessor(ProcessorMixin):
             )
         return items
 
-    def to_dict(self) -> dict[str, object]:
+    def to_dict(self) -> dict[str, Any]:
         """The prompt format. Tokenizer and catalogue have their own files."""
         output = {name: getattr(self, name) for name in ("instruction", "max_history", "add_bos")}
         auto_map = {"AutoProcessor": "processing_lasar.LasarProcessor"}

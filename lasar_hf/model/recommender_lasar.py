@@ -8,6 +8,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from numbers import Integral
+from typing import Any
 
 import torch
 from huggingface_hub import HfApi
@@ -195,7 +196,8 @@ class Recommender:
     @cached_property
     def _items_of_titles(self) -> tuple[dict[str, int], dict[str, list[int]]]:
         """The first item of each title, and all items of the titles that several have, by [`title_key`]."""
-        first, shared = {}, {}
+        first: dict[str, int] = {}
+        shared: dict[str, list[int]] = {}
         for index, title in enumerate(self.catalog.titles or []):
             if title is not None:
                 key = title_key(title)
@@ -294,19 +296,22 @@ class Recommender:
             exclude_history = self.model.config.exclude_history
         self.model.config.check_exclusion(exclude_history)
         indices = [self.item_indices(history, unknown_items) for history in histories]
-        allow = self._listed("allow", allow, len(indices))
-        deny = self._listed("deny", deny, len(indices))
-        results = [{"items": [], "latent_steps": None} for _ in indices]
+        allow_indices = self._listed("allow", allow, len(indices))
+        deny_indices = self._listed("deny", deny, len(indices))
+        results: list[dict[str, Any]] = [{"items": [], "latent_steps": None} for _ in indices]
         known = [user for user, items in enumerate(indices) if items]
         order = sorted(known, key=lambda user: len(indices[user]))
         for start in range(0, len(order), batch_size):
             users = order[start : start + batch_size]
             # The whole history is left out, also the part that is too old for the prompt.
             denied = [
-                torch.tensor((indices[user] if exclude_history else []) + (deny[user] or []), dtype=torch.long)
+                torch.tensor((indices[user] if exclude_history else []) + (deny_indices[user] or []), dtype=torch.long)
                 for user in users
             ]
-            allowed = [None if allow[user] is None else torch.tensor(allow[user], dtype=torch.long) for user in users]
+            allowed = [
+                None if items is None else torch.tensor(items, dtype=torch.long)
+                for items in (allow_indices[user] for user in users)
+            ]
             inputs = self.processor.pad([self.processor.prompt_ids(indices[user]) for user in users])
             output = self.model.recommend(
                 **inputs.to(self.model.device),

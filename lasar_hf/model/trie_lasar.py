@@ -80,7 +80,8 @@ class SidTrie:
         sorted_codes, num_items = codes[order], len(order)
         positions = torch.arange(num_items, dtype=torch.int32, device=codes.device)
 
-        labels, pointers = [], []
+        labels: list[torch.Tensor] = []
+        pointers: list[torch.Tensor] = []
         code_type = _code_type(codes)
         first = positions[:1]  # first position of each node of the depth, here of the root
         is_first = positions == 0
@@ -113,7 +114,8 @@ class SidTrie:
 
     def without(self, item_indices: torch.Tensor) -> "SidTrie":
         """A new trie without the items `item_indices` `(A,)`, by deletion. At least one other item must remain."""
-        labels, pointers = [], []
+        labels: list[torch.Tensor] = []
+        pointers: list[torch.Tensor] = []
         # From the bottom up: the items, then the leaves that lose their last item, then their parents.
         removed = self.item_positions[item_indices].sort().values
         for label, pointer in zip(
@@ -143,7 +145,8 @@ class SidTrie:
         is_first = new_node == torch.arange(len(order), device=order.device)  # first new item with this prefix?
         inserted = old_node[:0]  # where nodes of this depth were inserted
 
-        labels, pointers = [], []
+        labels: list[torch.Tensor] = []
+        pointers: list[torch.Tensor] = []
         for label, pointer, target in zip(
             [*self.child_code, self.item_indices], [*self.child_ptr, self.leaf_ptr], paths, strict=True
         ):
@@ -218,7 +221,7 @@ class SidTrie:
     def path_to(self, positions: torch.Tensor) -> torch.Tensor:
         """The nodes above `positions` `(...)`, from the root to the leaf, `(1 + M, ...)`."""
         nodes = positions
-        path = []
+        path: list[torch.Tensor] = []
         for pointer in [self.leaf_ptr, *self.child_ptr[::-1]]:
             nodes = torch.searchsorted(pointer, nodes.to(pointer.dtype), right=True) - 1
             path.insert(0, nodes)
@@ -251,7 +254,8 @@ def _listed_positions(trie: SidTrie, name: str, lists, batch_size: int) -> list[
         raise ValueError(
             f"{name} has {len(lists)} lists; expected a list or None for each of the {batch_size} prompts."
         )
-    catalog_size, positions = len(trie.item_positions), []
+    catalog_size = len(trie.item_positions)
+    positions: list[torch.Tensor] = []
     for index, items in enumerate(lists):
         if items is None:
             positions.append(None)

@@ -224,7 +224,7 @@ class _EncodingPlan:
         # 1. A sequence is (prompt, texts): BOS and one segment, or a prompt and all segments of a sample.
         bos = (processor.tokenizer.bos_token_id,) if processor.add_bos else ()
         if prompts is None:
-            keys = [(bos, (text,)) for sample in segments for text in sample]
+            keys: list[tuple[tuple, tuple[str, ...]]] = [(bos, (text,)) for sample in segments for text in sample]
         else:
             keys = [(tuple(ids), tuple(sample)) for ids, sample in zip(prompts, segments, strict=True)]
 

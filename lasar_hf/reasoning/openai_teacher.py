@@ -240,14 +240,15 @@ class _Run:
         teacher = self.teacher
         try:
             async with asyncio.timeout(teacher.timeout * (teacher.max_retries + 1)):  # also ends a trickle of bytes
-                reply = await self.client.chat.completions.with_raw_response.create(
+                reply = await self.client.chat.completions.with_raw_response.create(  # type: ignore[call-overload]
                     model=teacher.model,
                     messages=[{"role": "user", "content": prompt}],
                     extra_headers=None if self.api_key else {"Authorization": openai.Omit()},
                     **teacher.sampling,
                 )
         except TimeoutError:
-            failure, reason = _NoAnswer, "time-out"
+            failure: type[Exception] = _NoAnswer
+            reason = "time-out"
         except openai.APIConnectionError as error:
             reason = type(error.__cause__).__name__  # by name: the class depends on the client's version
             failure = ConnectionError if reason == "ConnectError" else _NoAnswer
@@ -298,7 +299,8 @@ def parse_reply(content: bytes) -> _Answer:
     usage = reply.get("usage")
     counts = [usage.get(name) if isinstance(usage, dict) else 0 for name in ("prompt_tokens", "completion_tokens")]
     counts = [count if type(count) is int and 0 <= count <= 10**9 else 0 for count in counts]
-    return _Answer(_THINKING.sub("", text).strip() if isinstance(text, str) else "", *counts)
+    answer = _THINKING.sub("", text).strip() if isinstance(text, str) else ""
+    return _Answer(answer, prompt_tokens=counts[0], completion_tokens=counts[1])
 
 
 class AnswerLog:
@@ -311,7 +313,8 @@ class AnswerLog:
         self.path = Path(path)
         self.chains: dict[str, str] = {}  # accepted answer by key, the hash of the request
         self.rejections: dict[str, list[str]] = defaultdict(list)  # reasons by key, in order
-        self.prompt_tokens, self.completion_tokens = Counter(), Counter()  # of all answers by key
+        self.prompt_tokens: Counter[str] = Counter()  # of all answers by key
+        self.completion_tokens: Counter[str] = Counter()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.file = self.path.open("a+b")
         self.file.seek(0)

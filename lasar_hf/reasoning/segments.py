@@ -83,8 +83,8 @@ class Segmenter:
         # 2. Embed each distinct sentence once.
         sentences = list(self._index)
         embed = self.embed or TfidfEmbedder(dim=64).fit(sentences).transform
-        batches = (sentences[start : start + BATCH_SIZE] for start in range(0, len(sentences), BATCH_SIZE))
-        self._vectors = np.concatenate([normalize(embed(batch)) for batch in batches])
+        parts = (sentences[start : start + BATCH_SIZE] for start in range(0, len(sentences), BATCH_SIZE))
+        self._vectors = np.concatenate([normalize(embed(part)) for part in parts])
 
         # 3. The limit, from the similarities at all gaps.
         similarity = self._similarity(np.asarray(left), np.asarray(right))

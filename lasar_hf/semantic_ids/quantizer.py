@@ -168,7 +168,7 @@ class ResidualKMeans:
         """Load a quantizer that [`~ResidualKMeans.save_pretrained`] wrote; it gives exactly the same codes."""
         with safe_open(Path(save_directory) / QUANTIZER_NAME, "np") as file:
             centres, codes_used = file.get_tensor("codebooks"), file.get_tensor("codes_used")
-            quantizer = cls(*centres.shape[:2], seed=int(file.metadata()["seed"]))
+            quantizer = cls(centres.shape[0], centres.shape[1], seed=int(file.metadata()["seed"]))
         quantizer.centres, quantizer.codes_used = centres, codes_used
         return quantizer
 

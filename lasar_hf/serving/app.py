@@ -82,7 +82,7 @@ def create_app(recommender: Recommender, *, admin_token: str | None = None, **op
     app.state.service, app.state.admin_token = service, admin_token
     app.include_router(router)
     app.middleware("http")(service.metrics.measure)
-    app.add_exception_handler(RequestValidationError, invalid_body)
+    app.add_exception_handler(RequestValidationError, invalid_body)  # type: ignore[arg-type]
     return app
 
 
@@ -131,7 +131,7 @@ async def recommend(body: RecommendRequest, service: Service) -> Recommendation 
     except Exception as error:
         logger.exception("A request failed.")
         raise HTTPException(500, "The model failed at this request. The server's log says why.") from error
-    return results[0] if body.histories is None else {"results": results}
+    return results[0] if body.histories is None else {"results": results}  # type: ignore[return-value]
 
 
 @router.get("/health")

@@ -1,7 +1,7 @@
 """A recommender behind a queue, with a catalogue that can change meanwhile."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from ..model.catalog_lasar import SidCatalog
@@ -15,9 +15,9 @@ from .schemas import CatalogCounts, NewItem, RecommendRequest
 class User(NamedTuple):
     """A user of a batch: item ids."""
 
-    history: list[str]
-    allow: list[str] | None
-    deny: list[str] | None
+    history: Sequence[str | int]
+    allow: Sequence[str | int] | None
+    deny: Sequence[str | int] | None
 
 
 class Settings(NamedTuple):
@@ -49,7 +49,7 @@ class RecommendService:
         if num_beams < 1:
             raise ValueError(f"num_beams is {num_beams}; expected at least 1.")
         self.recommender, self.num_beams = recommender, num_beams
-        self.batcher = Batcher(self._recommend, **batching)
+        self.batcher = Batcher(self._recommend, **batching)  # type: ignore[arg-type]
         self.metrics = Metrics(self.batcher.__len__)
         self._change = asyncio.Lock()
 
@@ -58,8 +58,8 @@ class RecommendService:
         return self.recommender.recommend(
             [user.history for user in users],
             num_beams=self.num_beams,
-            allow=[user.allow for user in users],
-            deny=[user.deny for user in users],
+            allow=[user.allow for user in users],  # type: ignore[misc]
+            deny=[user.deny for user in users],  # type: ignore[misc]
             unknown_items="skip",
             batch_size=len(users),
             **settings._asdict(),
@@ -91,7 +91,7 @@ class RecommendService:
         if request.exclude_history is not None:
             config.check_exclusion(request.exclude_history)
 
-        def ids(items: list, unknown_items: str = "error") -> list[str]:
+        def ids(items: Sequence[str | int], unknown_items: str = "error") -> list[str]:
             return [recommender.catalog.item_ids[index] for index in recommender.item_indices(items, unknown_items)]
 
         allow, deny = (items and ids(items) for items in (request.allow, request.deny))

@@ -46,7 +46,7 @@ def add_catalog_head(model: LasarForGenerativeRec, catalog: SidCatalog, temperat
             output.log_probs = output.log_probs * loss_weights[:, None]
         return output
 
-    model.forward = types.MethodType(forward, model)
+    model.forward = types.MethodType(forward, model)  # type: ignore[method-assign]
 
 
 def without_last_token(config, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:

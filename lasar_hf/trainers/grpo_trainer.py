@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -163,7 +164,7 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
         self._has_signal: torch.Tensor | None = None
         self.reward_baseline: float | None = None  # b_EMA; starts as the mean reward of the first batch
         # λ; the first batch sets an automatic one.
-        self.step_cost: float | None = None if args.step_cost == "auto" else args.step_cost
+        self.step_cost: Any = None if args.step_cost == "auto" else args.step_cost
 
     def loss_terms(self) -> dict[str, float]:
         """Weight of each term of the loss by its name, for the model card."""

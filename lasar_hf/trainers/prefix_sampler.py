@@ -8,7 +8,7 @@ from transformers.trainer_pt_utils import BatchRebalanceSampler
 from trl.trainer.utils import RepeatSampler
 
 
-def prefix_groups(bodies: Sequence[str | bytes]) -> list[list[int]]:
+def prefix_groups(bodies: Sequence[str] | Sequence[bytes]) -> list[list[int]]:
     """
     Group prompts, given without their `<|latent_start|>`, that are prefixes of one another: the samples of a user, as
     long as all of the history fits into the prompt. Returns lists of indices, each from the shortest prompt to the
@@ -17,7 +17,7 @@ def prefix_groups(bodies: Sequence[str | bytes]) -> list[list[int]]:
     order = sorted(range(len(bodies)), key=bodies.__getitem__)  # those that begin with a prompt follow it
     groups = [order[:1]]
     for before, index in zip(order, order[1:], strict=False):
-        if bodies[index].startswith(bodies[before]):
+        if bodies[index].startswith(bodies[before]):  # type: ignore[arg-type]
             groups[-1].append(index)
         else:
             groups.append([index])
@@ -123,7 +123,8 @@ class PrefixBatchSampler(BatchRebalanceSampler):
         trees.sort(key=lambda tree: tree[:3])
 
         # 2. Fill batches.
-        batches, largest = [], np.zeros(3, dtype=np.int64)
+        batches: list[list[int]] = []
+        largest = np.zeros(3, dtype=np.int64)
         num_trees = 0
         for *size, examples in trees:
             largest, num_trees = np.maximum(largest, size), num_trees + 1
@@ -135,13 +136,13 @@ class PrefixBatchSampler(BatchRebalanceSampler):
         # 3. The same number for every process: split the largest batches.
         while len(batches) % self.num_processes:
             batches.sort(key=len)
-            largest = batches.pop()
-            if len(largest) < 2:
-                num_examples = sum(map(len, batches), len(largest))
+            longest = batches.pop()
+            if len(longest) < 2:
+                num_examples = sum(map(len, batches), len(longest))
                 raise ValueError(
                     f"There are {num_examples} examples for {self.num_processes} processes. Start fewer processes."
                 )
-            batches += [largest[: len(largest) // 2], largest[len(largest) // 2 :]]
+            batches += [longest[: len(longest) // 2], longest[len(longest) // 2 :]]
         return batches
 
     def __len__(self) -> int:

@@ -117,11 +117,11 @@ def load_rewards(
         catalog, config, num_generations:
             As for [`RankingReward`].
     """
-    built_in = {
+    built_in: dict[str, Callable[..., list[float]]] = {
         "exact_match": ExactMatchReward(catalog, config), "prefix": PrefixReward(catalog, config),
         "ranking": RankingReward(catalog, config, num_generations),
     }  # fmt: skip
-    rewards = []
+    rewards: list[Callable[..., list[float]]] = []
     for name in names:
         if name in built_in:
             rewards.append(built_in[name])

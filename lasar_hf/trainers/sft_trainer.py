@@ -174,10 +174,10 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
         self.depth_rows, self.has_anchors = _depth_rows(args, lasar.config), anchors is not None
         for dataset in [*as_sets(train_dataset), *as_sets(eval_dataset)]:
             check_lengths(dataset, lasar.config, args.max_length, depth_rows=self.depth_rows)
-        if isinstance(self.data_collator, DataCollatorForLanguageModeling):
+        if isinstance(self.data_collator, DataCollatorForLanguageModeling):  # type: ignore[has-type]
             self.data_collator = LasarDataCollator(
-                self.data_collator.pad_token_id,
-                pad_to_multiple_of=self.data_collator.pad_to_multiple_of,
+                self.data_collator.pad_token_id,  # type: ignore[has-type]
+                pad_to_multiple_of=self.data_collator.pad_to_multiple_of,  # type: ignore[has-type]
                 anchors=anchors if args.alignment != "none" else None,
                 latent_token_id=lasar.config.latent_token_id,
                 any_depth=args.anchors_at_any_depth,

@@ -14,7 +14,7 @@ from peft import PeftModel
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
-from transformers import AutoProcessor, PreTrainedTokenizerBase
+from transformers import AutoProcessor, PreTrainedTokenizerBase, Trainer
 from trl.models import unwrap_model_for_generation
 
 from ..card import CardFacts, find_card, hub_name, model_card, save_card, training_text
@@ -129,7 +129,7 @@ def latent_metrics(
     }
 
 
-class LasarTrainerMixin:
+class LasarTrainerMixin(Trainer):
     """
     Methods of both trainers, which set `processor`, `catalog`, `_tag_names`, `_title` and `_description` and have
     `loss_terms`.
@@ -143,7 +143,9 @@ class LasarTrainerMixin:
         model gets the catalogue of the training, with which it is saved.
         """
         lasar.catalog = self.catalog
-        self._outputs = deque(maxlen=1)  # `pop` releases the output, so that its autograd graph can be freed
+        self._outputs: deque[LasarModelOutput] = deque(
+            maxlen=1
+        )  # `pop` releases the output, so that its autograd graph can be freed
         lasar.model.register_forward_hook(lambda module, args, output: self._outputs.append(output))
 
     def on_gathered_weights(self, function: Callable[[LasarForGenerativeRec], Any]) -> Any:
