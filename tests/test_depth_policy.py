@@ -50,6 +50,9 @@ def test_scores_are_those_of_recommending(folder):
         is_target = output.items == torch.tensor(samples["target"])[:, None]
         expected = output.scores[is_target]
         torch.testing.assert_close(scores.log_probs[:, depth], expected, atol=1e-4, rtol=1e-4)
+    with torch.no_grad():
+        output = model.model(**prompts)
+    torch.testing.assert_close(scores.start_states, output.latent_states[:, 0], atol=1e-4, rtol=1e-4)
 
 
 def test_the_policy_learns_which_depth_is_best():

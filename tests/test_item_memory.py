@@ -11,7 +11,7 @@ from lasar_hf import ItemMemory, SidCatalog
 from lasar_hf.model.decoding_lasar import beam_search, score_items
 from lasar_hf.model.memory_lasar import catalog_hash
 from tests.references import score_every_item
-from tests.tiny import batch, row, sid_ids, tiny_catalog, tiny_model
+from tests.tiny import batch, sid_ids, tiny_catalog, tiny_model
 
 
 HISTORIES = [[4, 2, 9], [7], [1, 4]]
@@ -93,7 +93,8 @@ def test_items_are_scored_as_one_by_one(levels, steps, after_search):
 
 def test_of_two_prefixes_of_the_same_items_the_shorter_does_not_see_the_longer():
     model, _ = tiny_model()
-    catalog, prompt = SidCatalog([[0, 1, 0], [0, 1, 2], [2, 0, 0]], ["a", "b", "c"]), row(model, 5, 0)
+    catalog = SidCatalog([[0, 1, 0], [0, 1, 2], [2, 0, 0]], ["a", "b", "c"])
+    prompt = [3, 4, 5, model.config.latent_start_token_id]
     with model.evaluation_mode():
         state = model.encode_prompts(**batch([prompt]), latent_steps=1)
         scores = score_items(model, state, catalog.trie("cpu"), torch.arange(3)[None])[0]

@@ -82,6 +82,8 @@ def test_stage_1_freezes_the_policy_head(tmp_path):
     policy_head = {name for name in before if "policy_head" in name}
     assert len(policy_head) == 4
     assert moved(before, trainer.model) == set(before) - policy_head
+    trainable = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
+    assert trainable == set(before) - policy_head  # DDP waits for the gradient of every trainable one
 
 
 def test_stage_2_unfreezes_the_policy_head(tmp_path):
