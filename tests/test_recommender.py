@@ -144,6 +144,14 @@ def test_allow_and_deny(recommender):
     assert ids(nothing) == [] and len(ids(everything)) == 20
 
 
+def test_the_width_of_the_search_is_that_asked_for(recommender):
+    histories = [[f"item-{number}"] for number in range(20)]
+    narrow = [ids(result) for result in recommender.recommend(histories, top_k=1, num_beams=1)]
+    output = recommender.model.recommend(**recommender.processor(histories), top_k=1, num_beams=1)
+    assert narrow == [[recommender.catalog.item_ids[item]] for item in output.items[:, 0].tolist()]
+    assert narrow != [ids(result) for result in recommender.recommend(histories, top_k=1)]
+
+
 def test_the_memory_is_mixed_in_and_saved(recommender, tmp_path):
     alone = recommender.recommend([["item-1"]])[0]
     recommender.memory = ring_memory(recommender.catalog)

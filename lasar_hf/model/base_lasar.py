@@ -351,7 +351,7 @@ class LasarModel(LasarPreTrainedModel):
             use_cache=bool(use_cache),
             **kwargs,
         )
-        hidden_states = outputs.last_hidden_state
+        hidden_states = outputs.last_hidden_state.masked_fill(~layout.valid[..., None], 0)
         start = layout.last_prompt_column()[..., None].expand(-1, -1, hidden_states.shape[-1])
         start_states = hidden_states.gather(1, start)  # (B, 1, H)
         return LasarModelOutput(
