@@ -14,36 +14,6 @@ from tests.tiny import batch, row, sid_ids, tiny_backbone, tiny_catalog, tiny_mo
 BACKBONES = ["qwen3", "llama", "gpt_neox"]
 
 
-<<<<<<< HEAD
-=======
-def test_config_round_trip(tmp_path):
-    config = tiny_model()[0].config
-    config.save_pretrained(tmp_path)
-    loaded = LasarConfig.from_pretrained(tmp_path)
-    assert loaded.to_dict() == config.to_dict()
-    assert loaded.sid_token_id(2, 3) == config.sid_token_offset + 11
-    with pytest.raises(ValueError, match="Level 3"):
-        config.sid_token_id(3, 0)
-
-
-@pytest.mark.parametrize("kind", BACKBONES)
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_mixed_batch_equals_plain_loop(kind, attention):
-    model, _ = tiny_model(kind)
-    model.set_attn_implementation(attention)
-    sequences = mixed_rows(model)
-    inputs = batch(sequences, SIDES)
-    outputs = model(**inputs)
-    for i, ids in enumerate(sequences):
-        logits, states = plain_loop(model, ids)
-        torch.testing.assert_close(outputs.logits[i][inputs["attention_mask"][i].bool()], logits, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(outputs.latent_states[i, : DEPTHS[i] + 1], states, atol=1e-5, rtol=1e-5)
-        assert not outputs.latent_states[i, DEPTHS[i] + 1 :].any()
-        policy = model.model.policy_head(states[:1])
-        torch.testing.assert_close(outputs.depth_logits[i : i + 1], policy, atol=1e-5, rtol=1e-5)
-    assert outputs.latent_steps.tolist() == DEPTHS
-
-
 @pytest.mark.parametrize("depth", [0, 2])
 def test_states_at_padding_are_zero(depth):
     model, _ = tiny_model()
@@ -52,22 +22,6 @@ def test_states_at_padding_are_zero(depth):
     assert (states == 0).all(dim=-1).tolist() == (inputs["attention_mask"] == 0).tolist()
 
 
-@pytest.mark.parametrize("kind", BACKBONES)
-def test_gradients_equal_plain_loop(kind):
-    model, _ = tiny_model(kind)
-    sequences = mixed_rows(model)
-    inputs = batch(sequences, SIDES)
-    outputs = model(**inputs)
-    got = gradients(model, functional(outputs.logits[inputs["attention_mask"].bool()], outputs.latent_states))
-    parts = [plain_loop(model, ids) for ids in sequences]
-    expected = gradients(model, sum(functional(*part) for part in parts))
-    assert got.keys() == expected.keys()
-    for name in expected:
-        scale = expected[name].abs().max().clamp(min=1)
-        torch.testing.assert_close(got[name] / scale, expected[name] / scale, atol=1e-5, rtol=1e-5)
-
-
->>>>>>> mutants
 @pytest.mark.parametrize("kind", BACKBONES)
 def test_no_latent_step_equals_backbone(kind):
     model, _ = tiny_model(kind)
@@ -279,22 +233,6 @@ def test_sid_embeddings_keep_the_geometry_of_the_codebooks(tied):
     assert torch.equal(model.get_input_embeddings().weight[:start], old[:start])
     with pytest.raises(ValueError, match="codebooks"):
         model.set_sid_embeddings(codebooks[:2])
-<<<<<<< HEAD
-=======
-
-
-def test_a_backbone_that_scales_its_logits_is_refused():
-    config = GraniteConfig(
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        logits_scaling=4.0,
-    )
-    with pytest.raises(ValueError, match="GraniteForCausalLM"):
-        LasarForGenerativeRec.from_backbone(AutoModelForCausalLM.from_config(config), tiny_tokenizer())
 
 
 def test_the_loss_is_divided_by_the_labels_of_the_step():
@@ -303,4 +241,3 @@ def test_the_loss_is_divided_by_the_labels_of_the_step():
     ids = torch.tensor([row(model, 5, 2, sid_ids(model, [0, 1, 2]))])
     mean, part = (model(ids, labels=ids, **kwargs).loss for kwargs in ({}, {"num_items_in_batch": torch.tensor(50)}))
     torch.testing.assert_close(part * 50, mean * (ids.shape[1] - 1))
->>>>>>> mutants
