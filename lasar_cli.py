@@ -224,8 +224,7 @@ def recommend(
         from lasar_hf.commands.recommend import main as run
 
         path = checkpoint_of(model, revision)
-        options = {"top_k": top_k, "latent_steps": latent_steps, "revision": revision}
-        run(RecommendArguments(path, histories, output, **options))
+        run(RecommendArguments(path, histories, output, top_k=top_k, latent_steps=latent_steps, revision=revision))
         return
     recommender = load(model, revision)
     items = split_history(history, recommender)

@@ -97,7 +97,7 @@ def _load_encoder(model: str) -> Callable[[Sequence[str]], np.ndarray]:
             "model unset for TF-IDF vectors."
         ) from error
     name, _, revision = (model, "", "") if os.path.exists(model) else model.partition("@")
-    encode = SentenceTransformer(name, **({"revision": revision} if revision else {})).encode
+    encode = SentenceTransformer(name, revision=revision or None).encode
     return lambda texts: np.asarray(encode(list(texts), batch_size=BATCH_SIZE), dtype=np.float32)
 
 

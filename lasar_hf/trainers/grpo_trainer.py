@@ -126,8 +126,7 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
         is_name = isinstance(model, str)
         config = AutoConfig.from_pretrained(model, revision=revision) if is_name else unwrap_lasar(model).config
         self.catalog.check_matches(config.num_sid_levels, config.codebook_size)
-        if args.fixed_depth not in (None, *range(config.max_latent_steps + 1)):
-            raise ValueError(f"fixed_depth is {args.fixed_depth}; expected 0 to {config.max_latent_steps}.")
+        config.check_depth("fixed_depth", args.fixed_depth)
         args.max_completion_length = config.num_sid_levels
         if reward_funcs is None:
             reward_funcs = load_rewards(["exact_match", "ranking"], self.catalog, config, args.num_generations)
@@ -321,7 +320,12 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
         if self.args.alignment != "none":  # prompts without an anchor get zeros, and no terminal loss
             anchors = [example.get("terminal_anchor") for example in inputs]
             zeros = [0.0] * unwrap_lasar(self.model).config.hidden_size
-            output["has_anchor"] = rewards.new_tensor([anchor is not None for anchor in anchors])  # (B · G,)
+            has_term = rewards.new_tensor([anchor is not None for anchor in anchors])  # (B · G,)
+            slots = output["prompt_ids"] == unwrap_lasar(self.model).config.latent_token_id  # (B · G, L)
+            has_term = has_term * slots.any(dim=1)  # h_0 is no latent step
+            share = self.accelerator.gather(has_term).mean()
+            # For a mean over the sequences with this loss, in whatever micro-batches they are.
+            output["terminal_scale"] = has_term / share.clamp(min=1 / len(rewards))  # (B · G,)
             anchors = torch.tensor([zeros if anchor is None else anchor for anchor in anchors])
             output["terminal_anchor"] = anchors.to(rewards.device)  # (B · G, H)
         if self.model.training:
@@ -390,10 +394,9 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
             steps = output.latent_steps
             last = output.latent_states[torch.arange(len(steps), device=steps.device), steps]  # (B, H)
             distances = DISTANCES[self.args.alignment](last, inputs["terminal_anchor"])  # (B,)
-            has_anchor = inputs["has_anchor"] * (steps > 0)  # (B,); h_0 is no latent step
-            total, count = (distances * has_anchor).sum(), has_anchor.sum()
-            metrics["terminal_loss"] = total, count
-            extra = extra + self.args.terminal_weight * self.weight_of_mean(count) * total / count.clamp(min=1)
+            scale = inputs["terminal_scale"]  # (B,)
+            metrics["terminal_loss"] = (distances * (scale > 0)).sum(), (scale > 0).sum()
+            extra = extra + self.args.terminal_weight * (distances * scale).mean()
 
         # 3. The depth policy.
         if self.args.depth_weight > 0:

@@ -7,8 +7,12 @@ from peft import LoraConfig, PeftConfig, PeftModel
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import nn
 
+from ..model.files_lasar import check_files
 from ..model.modeling_lasar import LasarForGenerativeRec
 from .model_config import LasarModelConfig
+
+
+ADAPTER_FILES = "adapter_model*.safetensors"
 
 
 def lasar_lora_config(
@@ -97,6 +101,7 @@ def load_model(path: str, **kwargs) -> LasarForGenerativeRec | PeftModel:
     kwargs = {"dtype": "float32"} | kwargs  # as in TRL
     if not is_adapter(path):
         return LasarForGenerativeRec.from_pretrained(path, **kwargs)
+    check_files(path, ADAPTER_FILES)
     config = PeftConfig.from_pretrained(path)
     base = config.base_model_name_or_path
     if not base:  # as after stage 1
