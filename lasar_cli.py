@@ -264,7 +264,7 @@ def serve(
         port,
         device,
         admin_token,
-        revision,
+        revision=revision,
         num_beams=num_beams,
         max_batch=max_batch,
         max_wait_ms=max_wait_ms,
