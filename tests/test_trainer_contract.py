@@ -127,7 +127,7 @@ def test_batches_of_users_are_one_batch(tmp_path):
 
 GRPO = {
     "reinforce and terminal": dict(depth_weight=1.0, terminal_weight=0.5, beta=0.1),
-    "some without anchors": dict(terminal_weight=1.0, anchors=[True, False, False, False]),
+    "some without anchors": dict(terminal_weight=1.0, anchors=[True, False, True, True]),
     "exact, without signal": dict(depth_gradient="exact", depth_weight=1.0, drop_groups_without_signal=True, beta=0.1),
     "ranks, users together": dict(depth_reward="rank", depth_weight=1.0, prompts_per_user=2, loss_type="dapo"),
     "temperature": dict(temperature=0.7, depth_weight=1.0, beta=0.1),
