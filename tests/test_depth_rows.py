@@ -41,6 +41,13 @@ def test_plain_text_is_one_row():
     ]  # fmt: skip
 
 
+def test_a_path_has_the_tokens_of_all_its_rows():
+    """`<|latent_start|>` and the slots of the deepest row once, the end and the answer for each depth."""
+    rows = DepthRows([1.0, 0.0, 1.0], SLOT, END)
+    assert rows.path_length([5, 6, START, SLOT, END, 7, 8], START) == 1 + 2 + 3 * 3  # depths 0, 1 and 2
+    assert rows.path_length([5, 6], START) == 1
+
+
 def answers_loss(model, rows: list[dict]) -> torch.Tensor:
     """Mean negative log-probability of the answer's tokens, one sequence after the other."""
     total, count = 0.0, 0

@@ -25,6 +25,7 @@ from ..model.base_lasar import most_likely_depth
 from ..model.configuration_lasar import LATENT_INPUTS, LasarConfig
 from ..model.modeling_lasar import LasarForGenerativeRec
 from ..model.processing_lasar import LasarProcessor
+from ..processes import locked_for_all
 from ..reasoning import AnchorStore, checkpoint_hash, encode_anchors
 from ..semantic_ids import load_quantizer
 from ..trainers import (
@@ -159,14 +160,14 @@ def new_backbone(script: SFTScriptArguments, model_args: LasarModelConfig, token
 def stage1_model(script: SFTScriptArguments, model_args: LasarModelConfig, data: PreparedData):
     """A pre-trained or new backbone with Semantic-ID tokens, or the checkpoint of a recommender; and its processor."""
     path = model_args.model_name_or_path
-    if script.backbone_config is None and path is not None and is_recommender(path):
+    if script.backbone_config is None and path is not None and is_recommender(path, model_args.model_revision):
         return stage2_model(script, model_args, data)
     if script.backbone_config is not None:
-        tokenizer = AutoTokenizer.from_pretrained(Path(script.data_dir, "tokenizer"))
+        tokenizer = AutoTokenizer.from_pretrained(Path(script.data_dir, "tokenizer"))  # nosec B615: a local folder
         backbone = new_backbone(script, model_args, tokenizer)
     elif path is not None:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        backbone = AutoModelForCausalLM.from_pretrained(path, **model_args.init_kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=model_args.model_revision)
+        backbone = AutoModelForCausalLM.from_pretrained(path, **model_args.init_kwargs)  # nosec B615: has the revision
     else:
         raise ValueError("Stage 1 starts from a backbone: set model_name_or_path or backbone_config.")
     model = LasarForGenerativeRec.from_backbone(
@@ -187,16 +188,18 @@ def stage1_model(script: SFTScriptArguments, model_args: LasarModelConfig, data:
     return model, data.processor(tokenizer, instruction, 50 if script.max_history is None else script.max_history)
 
 
-def is_recommender(path: str) -> bool:
+def is_recommender(path: str, revision: str) -> bool:
     """Whether a folder or name is that of a recommender rather than of a language model or an adapter."""
-    return not is_adapter(path) and AutoConfig.from_pretrained(path).model_type == LasarConfig.model_type
+    if is_adapter(path):
+        return False
+    return AutoConfig.from_pretrained(path, revision=revision).model_type == LasarConfig.model_type
 
 
 def stage2_model(script: SFTScriptArguments, model_args: LasarModelConfig, data: PreparedData):
     """The stage-1 checkpoint and its processor."""
     if model_args.model_name_or_path is None:
         raise ValueError("Stage 2 continues stage 1: set model_name_or_path to its checkpoint.")
-    processor = LasarProcessor.from_pretrained(model_args.model_name_or_path)
+    processor = LasarProcessor.from_pretrained(model_args.model_name_or_path, revision=model_args.model_revision)
     processor.check_format(instruction=script.instruction, max_history=script.max_history)
     data.check_catalog(processor.catalog, model_args.model_name_or_path)
     data.processor(processor.tokenizer, processor.instruction, processor.max_history)  # warns if samples keep less
@@ -298,11 +301,19 @@ def ranking_depth(script: SFTScriptArguments, training_args: LasarSFTConfig) -> 
 
 def main(script: SFTScriptArguments, training_args: LasarSFTConfig, model_args: LasarModelConfig) -> None:
     """Train one stage and save a checkpoint that the next stage, evaluation and serving load."""
+    with locked_for_all(training_args.output_dir):
+        train(script, training_args, model_args)
+
+
+def train(script: SFTScriptArguments, training_args: LasarSFTConfig, model_args: LasarModelConfig) -> None:
+    """Train one stage in a folder that no other command writes to."""
     set_seed(training_args.seed)
     data = PreparedData.load(script.data_dir)
     hashes = PreparedData.file_hashes(script.data_dir)
     if training_args.neighbour_targets > 0:  # similar texts are neighbours
         hashes |= folder_hashes(script.data_dir, "embeddings.npy")
+    if script.codebook_init:
+        hashes |= folder_hashes(script.data_dir, "quantizer/*")
     checkpoint = checkpoint_to_resume(
         training_args,
         **asdict(script),
@@ -356,6 +367,7 @@ def main(script: SFTScriptArguments, training_args: LasarSFTConfig, model_args: 
         data.data_card(script.data_dir),
         changed_settings(script, shown),
         title=f"Stage {script.stage}",
+        revision=model_args.model_revision,
     )
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()

@@ -113,7 +113,8 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
         ranking_evaluator: Callable[[nn.Module], dict[str, float]] | dict[str, Callable] | None = None,
         **kwargs,
     ):
-        self.processor, tokenizer, self.catalog = split_processor(model, processing_class, catalog)
+        revision = (args.model_init_kwargs or {}).get("revision")
+        self.processor, tokenizer, self.catalog = split_processor(model, processing_class, catalog, revision)
         if self.catalog is None:
             raise ValueError("catalog is missing. Pass it, or a LasarProcessor as processing_class.")
         _check_arguments(args, kwargs, has_eval=eval_dataset is not None, num_items=self.catalog.num_items)
@@ -122,7 +123,8 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
         eval_dataset = self.set_ranking_evaluator(ranking_evaluator, eval_dataset)
         model = load_model(model, **(args.model_init_kwargs or {})) if is_adapter(model) else model
         refuse_zero3(model, args, kwargs.get("peft_config"))
-        config = AutoConfig.from_pretrained(model) if isinstance(model, str) else unwrap_lasar(model).config
+        is_name = isinstance(model, str)
+        config = AutoConfig.from_pretrained(model, revision=revision) if is_name else unwrap_lasar(model).config
         self.catalog.check_matches(config.num_sid_levels, config.codebook_size)
         config.check_depth("fixed_depth", args.fixed_depth)
         args.max_completion_length = config.num_sid_levels

@@ -156,7 +156,8 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
         processing_class=None,
         **kwargs,
     ):
-        self.processor, tokenizer, self.catalog = split_processor(model, processing_class, catalog)
+        revision = (args.model_init_kwargs or {}).get("revision")
+        self.processor, tokenizer, self.catalog = split_processor(model, processing_class, catalog, revision)
         if args.sid_loss == "catalog" and self.catalog is None:
             raise ValueError('sid_loss="catalog" needs the items. Pass catalog, or a LasarProcessor.')
         if args.alignment == "item_kl" and self.catalog is None:
