@@ -165,9 +165,10 @@ def test_a_killed_training_ends_with_the_weights_of_one_that_was_not(tmp_path):
     assert read_json(tmp_path / "ended.json") == [-signal.SIGKILL] * 2
     for kind in ("sft", "grpo"):
         assert {path.name for path in (tmp_path / kind).glob("checkpoint-*")} == {"checkpoint-2"}
-        resumed, whole = killed_trainer(kind, tmp_path / kind), killed_trainer(kind, tmp_path / f"{kind}-whole")
-        resumed.train(resume_from_checkpoint=True)
+        whole = killed_trainer(kind, tmp_path / f"{kind}-whole")  # seeds the draws
         whole.train()
+        resumed = killed_trainer(kind, tmp_path / kind)
+        resumed.train(resume_from_checkpoint=True)
         for name, value in parameters(whole.model).items():
             assert resumed.model.get_parameter(name).equal(value), (kind, name)
 
