@@ -140,14 +140,15 @@ def test_vocabulary_loss_is_the_models_own(tmp_path):
     torch.testing.assert_close(loss, model(**inputs).loss, atol=1e-5, rtol=1e-5)
 
 
-def test_text_labels_are_scored_over_the_vocabulary():
+@pytest.mark.parametrize("temperature", [1.0, 0.4])
+def test_text_labels_are_scored_over_the_vocabulary(temperature):
     model, _ = tiny_model()
-    add_catalog_head(model, tiny_catalog())
+    add_catalog_head(model, tiny_catalog(), temperature)
     ids = torch.tensor([[3, 4, 5, 6, 7, 8]])
     labels = ids.clone()
     labels[:, :2] = -100
     scored = model(ids, labels=labels, fused_lm_head=True)
-    expected = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+    expected = (model(ids).logits[0, :-1] / temperature).log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
     torch.testing.assert_close(scored.log_probs[0, 1:], expected[1:])
     assert scored.log_probs[0, 0] == 0
     assert scored.label_mask.tolist() == [[False, True, True, True, True]]
