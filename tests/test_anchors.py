@@ -164,6 +164,24 @@ def test_damaged_array_is_named(store, tmp_path, name, damage):
         AnchorStore.load(tmp_path, store.checkpoint_hash)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_vectors_that_are_not_finite_are_refused(value):
+    vectors = np.zeros((2, 4), dtype=np.float32)
+    vectors[1, 2] = value
+    with pytest.raises(ValueError, match="vectors has NaN or infinity"):
+        AnchorStore(vectors, np.array([0, 1]), np.array([0, 1, 2]), "hash")
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", "null", '{"checkpoint_hash": 1, "inputs_hash": "", "sha256": {}}'])
+def test_other_json_is_named(model, processor, store, tmp_path, text):
+    store.save(tmp_path)
+    (tmp_path / "anchors.json").write_text(text)
+    with pytest.raises(ValueError, match=r"anchors\.json is damaged"):
+        AnchorStore.load(tmp_path, store.checkpoint_hash)
+    with pytest.raises(ValueError, match=r"anchors\.json is damaged"):
+        encode_anchors(model, processor, SEGMENTS, tmp_path)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_truncated_file_is_named(store, tmp_path, name):
     store.save(tmp_path)
@@ -273,6 +291,18 @@ def test_killed_encoding_continues(model, processor, tmp_path, small_shards, pas
     assert again.sequences == 24 - 4 * (passes // 2)  # whole shards of 4 are kept
     encode(model, processor, tmp_path / "undisturbed")
     assert files(tmp_path / "killed") == files(tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize("name", ["vectors.npy", "progress.json"])
+def test_an_interrupted_encoding_with_a_cut_file_starts_again(model, processor, tmp_path, small_shards, name):
+    """A cut file of vectors must not be filled up with zeros."""
+    with CountedModel(model, 5), pytest.raises(Killed):
+        encode(model, processor, tmp_path / "cut")
+    content = (tmp_path / "cut" / name).read_bytes()
+    (tmp_path / "cut" / name).write_bytes(content[: len(content) // 2])
+    encode(model, processor, tmp_path / "cut")
+    encode(model, processor, tmp_path / "undisturbed")
+    assert files(tmp_path / "cut") == files(tmp_path / "undisturbed")
 
 
 def test_interrupted_encoding_is_refused(model, processor, tmp_path, small_shards):

@@ -161,6 +161,14 @@ def test_nan_logits_are_an_error():
             sample_items(model, model.encode_prompts(**inputs), catalog.trie("cpu"), 4, replacement=replacement)
 
 
+def test_the_weights_that_are_not_finite_are_named():
+    model, _ = tiny_model()
+    inputs, catalog = batch([row(model, 5, 0)]), tiny_catalog()
+    model.lm_head.weight.data[model.config.sid_token_id(2, 1), 3] = torch.inf
+    with pytest.raises(ValueError, match="NaN. lm_head.weight has values that are not finite"):
+        model.recommend(**inputs, catalog=catalog)
+
+
 def test_a_depth_is_never_chosen_by_nan():
     model, _ = tiny_model()
     with torch.no_grad():
@@ -313,10 +321,27 @@ def changed(tensor, *place, value):
         ("input_ids", lambda c, ids, mask: dict(input_ids=ids.float())),
         ("input_ids", lambda c, ids, mask: dict(input_ids=ids.numpy())),
         ("input_ids", lambda c, ids, mask: dict(input_ids=ids.tolist())),
+        ("input_ids", lambda c, ids, mask: dict(input_ids=ids.numpy(), deny=[[1], [2]])),
+        ("input_ids", lambda c, ids, mask: dict(input_ids=ids.numpy(), exclude_history=True)),
+        ("input_ids", lambda c, ids, mask: dict(input_ids=ids[:1, :0], attention_mask=None)),
         ("top_k", lambda c, ids, mask: dict(top_k=2.5)),
         ("num_beams", lambda c, ids, mask: dict(num_beams=20.0)),
     ],
-    ids=["hole", "two starts", "stray end", "beyond", "negative", "floats", "numpy", "lists", "top_k", "num_beams"],
+    ids=[
+        "hole",
+        "two starts",
+        "stray end",
+        "beyond",
+        "negative",
+        "floats",
+        "numpy",
+        "lists",
+        "numpy and a list",
+        "numpy and a history",
+        "no tokens",
+        "top_k",
+        "num_beams",
+    ],
 )
 def test_prompts_that_would_be_misread_are_refused(prompts, message, change):
     model, inputs = prompts

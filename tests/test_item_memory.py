@@ -232,7 +232,8 @@ def test_a_folder_without_a_memory_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", [dict(neighbours=torch.tensor([3])), dict(weights=torch.tensor([-1.0])), dict(decay=0.0),
+    "change", [dict(neighbours=torch.tensor([3])), dict(weights=torch.tensor([-1.0])),
+               dict(weights=torch.tensor([math.inf])), dict(decay=0.0),
                dict(pointers=torch.tensor([0, 2, 2])), dict(pointers=torch.tensor([1, 0, 1])),
                dict(gate=(math.nan, 0.0))]
 )  # fmt: skip
