@@ -317,6 +317,22 @@ def test_grpo_loss_is_the_sum_of_its_terms(tmp_path, alignment):
     torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
 
 
+def test_the_terminal_loss_is_a_mean_over_the_prompts_with_an_anchor(tmp_path):
+    trainer = grpo_trainer(tmp_path, depth_weight=0.0, terminal_weight=1.0, beta=0.0)
+    examples = trainer.train_dataset
+    kept = [examples["terminal_anchor"][0], None, None, None]
+    trainer.train_dataset = examples.remove_columns("terminal_anchor").add_column("terminal_anchor", kept)
+    inputs = scored_batch(trainer)
+    loss = trainer.compute_loss(trainer.model, inputs)
+    trainer.args.terminal_weight = 0.0
+    rest = trainer.compute_loss(trainer.model, inputs)
+    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+    outputs = trainer.model(ids, torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1))
+    final = outputs.latent_states[torch.arange(4), outputs.latent_steps[:4]]  # of the first prompt's candidates
+    expected = DISTANCES["kl"](final, torch.tensor(kept[:1])).mean()
+    torch.testing.assert_close(loss - rest, expected, atol=1e-5, rtol=1e-5)
+
+
 def test_grpo_without_alignment_has_no_terminal_loss(tmp_path):
     trainer = grpo_trainer(tmp_path, alignment="none", max_steps=1)
     trainer.train()
