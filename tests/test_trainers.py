@@ -135,14 +135,15 @@ def test_vocabulary_loss_is_the_models_own(tmp_path):
     torch.testing.assert_close(loss, model(**inputs).loss, atol=1e-5, rtol=1e-5)
 
 
-def test_text_labels_are_scored_over_the_vocabulary():
+@pytest.mark.parametrize("temperature", [1.0, 0.4])
+def test_text_labels_are_scored_over_the_vocabulary(temperature):
     model, _ = tiny_model()
-    add_catalog_head(model, tiny_catalog())
+    add_catalog_head(model, tiny_catalog(), temperature)
     ids = torch.tensor([[3, 4, 5, 6, 7, 8]])
     labels = ids.clone()
     labels[:, :2] = -100
     scored = model(ids, labels=labels, fused_lm_head=True)
-    expected = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+    expected = (model(ids).logits[0, :-1] / temperature).log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
     torch.testing.assert_close(scored.log_probs[0, 1:], expected[1:])
     assert scored.log_probs[0, 0] == 0
     assert scored.label_mask.tolist() == [[False, True, True, True, True]]
@@ -314,6 +315,22 @@ def test_grpo_loss_is_the_sum_of_its_terms(tmp_path, alignment):
         outputs.depth_logits, depth, inputs["group_reward"], inputs["reward_baseline"], 0.005, 0.01
     )
     torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_terminal_loss_is_a_mean_over_the_prompts_with_an_anchor(tmp_path):
+    trainer = grpo_trainer(tmp_path, depth_weight=0.0, terminal_weight=1.0, beta=0.0)
+    examples = trainer.train_dataset
+    kept = [examples["terminal_anchor"][0], None, None, None]
+    trainer.train_dataset = examples.remove_columns("terminal_anchor").add_column("terminal_anchor", kept)
+    inputs = scored_batch(trainer)
+    loss = trainer.compute_loss(trainer.model, inputs)
+    trainer.args.terminal_weight = 0.0
+    rest = trainer.compute_loss(trainer.model, inputs)
+    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+    outputs = trainer.model(ids, torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1))
+    final = outputs.latent_states[torch.arange(4), outputs.latent_steps[:4]]  # of the first prompt's candidates
+    expected = DISTANCES["kl"](final, torch.tensor(kept[:1])).mean()
+    torch.testing.assert_close(loss - rest, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_grpo_without_alignment_has_no_terminal_loss(tmp_path):
