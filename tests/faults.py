@@ -454,6 +454,8 @@ def survive(bench: Bench, name: str, kills: int, seed: int, kind: int = signal.S
             outcome.failures.append(f"{history}: exit code {code}\n{log.read_text()[-2000:]}")
         elif changed:
             outcome.failures.append(f"{history}: other files {changed}")
+            if keep:
+                shutil.copytree(folder, Path(keep, f"{name}-{outcome.reruns}"))
         else:
             outcome.same += 1
         if verbose and (code or changed):

@@ -195,6 +195,11 @@ class LasarTrainerMixin(Trainer):
             metrics |= ranking
         return metrics
 
+    def _run_epoch(self, *args, **kwargs):
+        """An epoch of training; nothing if the run is complete, where the Trainer would take another step."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+
     def weight_of_mean(self, count: torch.Tensor) -> torch.Tensor:
         """
         Weight of a mean over `count` local terms that makes DDP's mean of the processes the mean over all terms. Every
