@@ -10,7 +10,6 @@ from their last checkpoint. `report_only: true` writes the report of what has en
 (`pip install "lasar_hf[study]"`).
 """
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -36,6 +35,7 @@ from lasar_hf.data import PreparedData
 from lasar_hf.evaluation import BASELINES
 from lasar_hf.evaluation.study import StudyResults, write_study
 from lasar_hf.files import atomic_file, read_json, write_json
+from lasar_hf.locks import try_lock
 from lasar_hf.trainers import LasarModelConfig
 
 
@@ -345,11 +345,9 @@ def run_job(job: Job, study: StudyArguments) -> bool:
 
 def lock(file, name: str) -> None:
     """Lock the log of a job. The job inherits the lock and so keeps it if the study is killed: it has no double."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    if not try_lock(file):
         logger.info("%s still runs, started by a study that was killed. Waiting for its end.", name)
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try_lock(file, wait=True)
 
 
 def commit() -> str:

@@ -1,8 +1,6 @@
 """Both trainers on TRL: what they add is called, exact, logged, and moves every trainable parameter."""
 
-import dataclasses
 import inspect
-import warnings
 from contextlib import nullcontext
 
 import numpy as np
@@ -22,17 +20,14 @@ from lasar_hf import (
     SidCatalog,
 )
 from lasar_hf.evaluation import RankingEvaluator
-from lasar_hf.files import write_json
 from lasar_hf.trainers import (
     DISTANCES,
     add_catalog_head,
     alignment_loss,
-    checkpoint_to_resume,
     depth_entropy,
     reinforce_loss,
 )
 from lasar_hf.trainers.catalog_head import score_labels
-from lasar_hf.trainers.resume import TRAINING
 from lasar_hf.trainers.trainer_mixin import latent_metrics
 from tests.tiny import batch, row, sid_ids, tiny_catalog, tiny_model
 from tests.training import (
@@ -460,91 +455,9 @@ def test_depths_of_an_earlier_policy_are_weighted(tmp_path):
     assert losses[1] + bonus == pytest.approx((losses[0] + bonus) * np.e, rel=1e-4)
 
 
-@pytest.fixture
-def run_arguments(tmp_path):
-    """Arguments of a run that wrote checkpoints 2 and 10, and was killed while it wrote 12."""
-    args = LasarSFTConfig(str(tmp_path), use_cpu=True, bf16=False, learning_rate=1e-3)
-    assert checkpoint_to_resume(args, data={"a": "1"}) is None
-    for step in (2, 10, 12):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / f"checkpoint-{step}" / "model.safetensors").touch()
-        if step < 12:
-            state = {"global_step": step, "max_steps": 20, "num_train_epochs": 1}
-            write_json(tmp_path / f"checkpoint-{step}" / "trainer_state.json", state)
-    return args
-
-
-def test_a_longer_run_resumes_the_newest_complete_checkpoint(tmp_path, run_arguments):
-    run_arguments.max_steps = 50
-    assert checkpoint_to_resume(run_arguments, data={"a": "1"}) == str(tmp_path / "checkpoint-10")
-
-
-@pytest.mark.parametrize(
-    ("options", "warns"),
-    [
-        (dict(max_steps=50), True),
-        (dict(max_steps=10), False),
-        (dict(num_train_epochs=3), True),
-        (dict(max_steps=50, lr_scheduler_type="constant"), False),
-    ],
-)
-def test_continuing_a_finished_run_warns_of_its_schedule(tmp_path, run_arguments, options, warns):
-    state = {"global_step": 10, "max_steps": 10, "num_train_epochs": 1}
-    write_json(tmp_path / "checkpoint-10" / "trainer_state.json", state)
-    args = run_arguments
-    args.max_steps, args.num_train_epochs = options.get("max_steps", -1), options.get("num_train_epochs", 1)
-    args.lr_scheduler_type = options.get("lr_scheduler_type", "linear")
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        checkpoint_to_resume(args, data={"a": "1"})
-    assert any("learning rate" in str(warning.message) for warning in caught) == warns
-
-
-def test_a_run_with_other_settings_does_not_resume(run_arguments):
-    run_arguments.learning_rate = 1e-4
-    with pytest.raises(ValueError, match=r"\(data, learning_rate\).*output_dir"):
-        checkpoint_to_resume(run_arguments, data={"a": "2"})
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        dict(use_bias_correction_kl=False),
-        dict(importance_sampling_level="sequence"),
-        dict(top_entropy_quantile=0.5),
-        dict(entropy_coef=0.1),
-        dict(delta=2.0),
-        dict(off_policy_mask_threshold=0.1),
-        dict(reward_weights=[1.0, 2.0]),
-    ],
-    ids=lambda change: next(iter(change)),
-)
-def test_inherited_options_of_the_objective_decide_the_run(tmp_path, change):
-    options = dict(output_dir=str(tmp_path), use_cpu=True, bf16=False, num_generations=4)
-    assert checkpoint_to_resume(LasarGRPOConfig(**options)) is None
-    (tmp_path / "checkpoint-2").mkdir()
-    write_json(tmp_path / "checkpoint-2" / "trainer_state.json", {})  # complete
-    with pytest.raises(ValueError, match=rf"\({next(iter(change))}\)"):
-        checkpoint_to_resume(LasarGRPOConfig(**options, **change))
-
-
-@pytest.mark.parametrize("config", [LasarSFTConfig, LasarGRPOConfig])
-def test_every_option_of_our_own_decides_the_run(config):
-    inherited = {part.name for part in dataclasses.fields(config.__mro__[1])}
-    own = {part.name for part in dataclasses.fields(config)} - inherited
-    only_on_the_card = {"license", "dataset"}
-    assert own - only_on_the_card <= set(TRAINING)
-
-
 def test_the_kl_penalty_is_pinned_to_its_unbiased_gradient():
     assert "use_bias_correction_kl" in LasarGRPOConfig.__annotations__
     assert LasarGRPOConfig.use_bias_correction_kl is True
-
-
-def test_a_damaged_record_of_the_run_is_named(tmp_path, run_arguments):
-    (tmp_path / "run.json").write_text("{")
-    with pytest.raises(ValueError, match="run.json"):
-        checkpoint_to_resume(run_arguments, data={"a": "1"})
 
 
 def test_examples_and_anchors_of_other_depths_are_refused(tmp_path):
@@ -672,6 +585,7 @@ OVERRIDES = {
             "_save_checkpoint",
             "_load_optimizer_and_scheduler",
             "_save",
+            "_save_rng_state",
             "create_model_card",
         ],
     ),

@@ -53,6 +53,7 @@ from ..model.memory_lasar import ItemMemory
 from ..model.modeling_lasar import LasarForGenerativeRec
 from ..model.processing_lasar import LasarProcessor
 from ..onednn import onednn_linear
+from ..processes import locked_for_all
 from .parser import ScriptParser
 
 
@@ -266,8 +267,13 @@ def main(args: EvaluateArguments) -> None:
     models = parse_models(args.models)
     # On the CPU processes find each other only with `cpu`. While the main one tunes baselines, the others wait.
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(hours=12))
+    with locked_for_all(args.output_dir):
+        evaluate(args, models, state)
+
+
+def evaluate(args: EvaluateArguments, models: dict[str, tuple[str, str]], state: PartialState) -> None:
+    """Evaluate in a folder that no other command writes to."""
     if state.is_main_process:  # a folder that cannot be written to must fail before hours of work
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=args.output_dir).close()
     data = PreparedData.load(args.data_dir)
     for path, _ in models.values():  # before the baselines are tuned

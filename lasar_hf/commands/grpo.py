@@ -16,9 +16,11 @@ from transformers import set_seed
 from ..card import CardFacts, changed_settings
 from ..data import PreparedData, grpo_examples
 from ..evaluation import RankingEvaluator
+from ..files import folder_hashes
 from ..model.configuration_lasar import LasarConfig
 from ..model.modeling_lasar import LasarForGenerativeRec
 from ..model.processing_lasar import LasarProcessor
+from ..processes import locked_for_all
 from ..reasoning import AnchorStore, checkpoint_hash
 from ..trainers import (
     LasarGRPOConfig,
@@ -99,6 +101,12 @@ def save_better(trainer: LasarGRPOTrainer, evaluator: RankingEvaluator, start: L
 
 def main(script: GRPOScriptArguments, training_args: LasarGRPOConfig, model_args: LasarModelConfig) -> None:
     """Train and save a checkpoint that evaluation and serving load."""
+    with locked_for_all(training_args.output_dir):
+        train(script, training_args, model_args)
+
+
+def train(script: GRPOScriptArguments, training_args: LasarGRPOConfig, model_args: LasarModelConfig) -> None:
+    """Train in a folder that no other command writes to."""
     if model_args.model_name_or_path is None:
         raise ValueError("GRPO continues stage 2: set model_name_or_path to its checkpoint.")
     set_seed(training_args.seed)
@@ -108,6 +116,7 @@ def main(script: GRPOScriptArguments, training_args: LasarGRPOConfig, model_args
         **asdict(script),
         **asdict(model_args),
         data=PreparedData.file_hashes(script.data_dir),
+        anchors=folder_hashes(script.anchors_dir, "anchors.json"),  # has the hashes of the arrays
         start=starting_files(model_args.model_name_or_path),
     )
     model = model_args.model_name_or_path

@@ -43,6 +43,7 @@ from ..data.readers import check_source_args, source_settings
 from ..data.splits import PARTS, Split, repeat_rate
 from ..evaluation import compare_exclusion
 from ..files import file_hash, read_json, write_json
+from ..locks import locked
 from ..model.catalog_lasar import SidCatalog
 from ..model.configuration_lasar import check_sizes
 from ..reasoning import Segmenter, TemplateTeacher
@@ -393,10 +394,11 @@ def prepare_steps(args: PrepareArguments) -> list[Step]:
 
 def prepare(args: PrepareArguments) -> list[str]:
     """Run the steps that are not up to date; returns their names."""
-    if args.source == "routines":  # comes with its own split, Semantic IDs and chains of thought
-        write_generated(args)
-        return ["routines"]
-    return run_steps(args.output_dir, prepare_steps(args), args.steps)
+    with locked(args.output_dir):
+        if args.source == "routines":  # comes with its own split, Semantic IDs and chains of thought
+            write_generated(args)
+            return ["routines"]
+        return run_steps(args.output_dir, prepare_steps(args), args.steps)
 
 
 def run() -> None:

@@ -27,12 +27,13 @@ from ..data import PreparedData
 from ..data.interactions import id_text
 from ..data.tables import read_batches
 from ..evaluation import popular_items, recommend_samples
-from ..files import atomic_file, file_hash, folder_hashes, read_json, write_json
+from ..files import atomic_file, checkpoint_hashes, file_hash, read_json, write_json
 from ..model.catalog_lasar import SidCatalog
 from ..model.memory_lasar import ItemMemory
 from ..model.modeling_lasar import LasarForGenerativeRec
 from ..model.processing_lasar import LasarProcessor
 from ..onednn import int8_linear, onednn_linear
+from ..processes import locked_for_all
 from .parser import ScriptParser
 
 
@@ -113,13 +114,7 @@ def read_histories(
 
 def model_hashes(model: str) -> dict[str, str]:
     """Hash of each file that decides the recommendations; for an adapter, those of its base model too."""
-    parts = [folder_hashes(model, pattern) for pattern in MODEL_FILES]
-    hashes = {name: digest for part in parts for name, digest in part.items()}
-    adapter = Path(model, "adapter_config.json")
-    if adapter.exists():
-        base = read_json(adapter)["base_model_name_or_path"]
-        hashes |= {f"{base}/{name}": digest for name, digest in model_hashes(base).items()}
-    return hashes
+    return checkpoint_hashes(model, MODEL_FILES)
 
 
 def write_request(args: RecommendArguments, popular: list[str], folder: Path) -> None:
@@ -171,13 +166,18 @@ def shard_table(
 def main(args: RecommendArguments) -> None:
     """Recommend for the users of every missing shard."""
     state = PartialState(cpu=not torch.accelerator.is_available())  # otherwise CPU processes do not find each other
+    with locked_for_all(args.output_dir):
+        write_shards(args, state)
+
+
+def write_shards(args: RecommendArguments, state: PartialState) -> None:
+    """Write the missing shards to a folder that no other command writes to."""
     folder = Path(args.output_dir)
     processor = LasarProcessor.from_pretrained(args.model)
     users, histories, num_unknown = read_histories(Path(args.histories), processor.catalog, args.strict)
     popular = []
     if args.data_dir:
         popular = popular_items(PreparedData.load(args.data_dir), processor.catalog, args.top_k)
-    folder.mkdir(parents=True, exist_ok=True)
     if state.is_main_process:
         logger.info(
             "%d users: left out %d unknown items of their histories; %d users without a known item get %s.",

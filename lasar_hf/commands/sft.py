@@ -25,6 +25,7 @@ from ..model.base_lasar import most_likely_depth
 from ..model.configuration_lasar import LATENT_INPUTS, LasarConfig
 from ..model.modeling_lasar import LasarForGenerativeRec
 from ..model.processing_lasar import LasarProcessor
+from ..processes import locked_for_all
 from ..reasoning import AnchorStore, checkpoint_hash, encode_anchors
 from ..semantic_ids import load_quantizer
 from ..trainers import (
@@ -292,11 +293,19 @@ def ranking_depth(script: SFTScriptArguments, training_args: LasarSFTConfig) -> 
 
 def main(script: SFTScriptArguments, training_args: LasarSFTConfig, model_args: LasarModelConfig) -> None:
     """Train one stage and save a checkpoint that the next stage, evaluation and serving load."""
+    with locked_for_all(training_args.output_dir):
+        train(script, training_args, model_args)
+
+
+def train(script: SFTScriptArguments, training_args: LasarSFTConfig, model_args: LasarModelConfig) -> None:
+    """Train one stage in a folder that no other command writes to."""
     set_seed(training_args.seed)
     data = PreparedData.load(script.data_dir)
     hashes = PreparedData.file_hashes(script.data_dir)
     if training_args.neighbour_targets > 0:  # similar texts are neighbours
         hashes |= folder_hashes(script.data_dir, "embeddings.npy")
+    if script.codebook_init:
+        hashes |= folder_hashes(script.data_dir, "quantizer/*")
     checkpoint = checkpoint_to_resume(
         training_args,
         **asdict(script),

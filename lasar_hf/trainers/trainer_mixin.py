@@ -24,7 +24,7 @@ from ..model.modeling_lasar import LasarForGenerativeRec
 from ..model.processing_lasar import LasarProcessor
 from .hub import ADAPTER, commit_operations
 from .losses import depth_entropy
-from .resume import SCHEDULE, TRAINING
+from .resume import FREE, LENGTH, seal_checkpoint
 
 
 # A sum over the local batch and the number of its terms.
@@ -234,6 +234,13 @@ class LasarTrainerMixin(Trainer):
         if self.args.should_save:
             self.save_processor(output_dir or self.args.output_dir)
 
+    def _save_rng_state(self, output_dir):
+        """Save the last part that every process writes; then the files are complete, and the main one hashes them."""
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            seal_checkpoint(output_dir)
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """
         Save a checkpoint that the next stage, evaluation and serving load, and push it if `push_to_hub` is set.
@@ -335,7 +342,7 @@ class LasarTrainerMixin(Trainer):
             self.args,
             self.state,
             self.loss_terms(),
-            (*TRAINING, *SCHEDULE),
+            [name for name in self.args.to_dict() if name not in (*FREE, *LENGTH)],
             facts,
             self.accelerator.num_processes,
             isinstance(self.model, PeftModel),
