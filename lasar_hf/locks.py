@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from .files import remove_temporary_files
+
 
 LOCK_NAME = ".lock"
 UNSUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
@@ -57,7 +59,8 @@ def try_lock(file: IO, wait: bool = False) -> bool:
 @contextmanager
 def locked(folder: str | Path) -> Iterator[IO]:
     """
-    Hold a folder, so that no second command writes to it. The folder is created if missing.
+    Hold a folder, so that no second command writes to it. The folder is created if missing, and loses the temporary
+    files that killed commands left.
 
     Processes that inherit the yielded file hold the folder as well, until all of them end.
 
@@ -88,6 +91,7 @@ def locked(folder: str | Path) -> Iterator[IO]:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
+        remove_temporary_files(folder)
         try:
             yield file
         finally:

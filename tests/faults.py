@@ -2,25 +2,33 @@
 Kill every command, start it again, and compare its files with those of a run that nothing disturbed.
 
     python -m tests.faults --stage prepare sft1 sft2 anchors grpo evaluate recommend add_items --kills 100 --seed 0
+    python -m tests.faults --signal INT --kills 20        Ctrl-C instead of a kill
+    python -m tests.faults --processes 2 --kills 4        torchrun's agent with two processes, of which one is killed
 
-One process imports the libraries and forks for each run, so a kill costs a second or two. A run dies in one of three
-ways, drawn from `--seed`: at a random moment (half of the kills); before one of its file operations in the folder that
-it writes (open for writing, rename, delete, make or remove a folder); or in the middle of a file, at the first write
-beyond a random size that follows such an operation, also from Rust and C++ (RLIMIT_FSIZE). The last two are inside a
-save. After a third of the kills the second run is killed too. `--signal INT` interrupts (Ctrl-C) instead.
+One process imports the libraries and forks for each run, so a kill costs about a second. The faults are drawn from
+`--seed`. A run dies at a random moment (every other kill); before one of its file operations in its folder (open for
+writing, rename, delete, make or remove a folder); or, at the first write beyond a random size after such an operation,
+in the middle of a file, also one that Rust or C++ writes (RLIMIT_FSIZE, whose SIGXFSZ ends a process as SIGKILL does).
+The last two are inside a save. After a third of the kills the second run is killed too. Of two processes the second is
+killed at a random moment, or the first inside a save; `--signal INT` goes to the launcher.
 
-After a kill the reader of the command's files must refuse them, or find what an undisturbed run wrote or what was there
-before; otherwise a half-written file was taken for whole. Then the same command runs to its end. It must succeed, and
-leave the same files with the same bytes, no temporary ones among them. Left out of the comparison are times: see
-`without_times`.
+What must hold, or the command ends with 1:
+
+    after a fault   the processes are gone within a minute, with an error. A reader of the files refuses them, or finds
+                    what an undisturbed run wrote or what was there before: no half-written file is taken for whole.
+    after a rerun   the same command succeeds, and leaves the same files with the same bytes and no temporary ones.
+
+All files below the folder of the command are compared. What depends on the clock is left out: see `without_times`.
 """
 
 import argparse
-import collections
 import contextlib
+import gc
 import hashlib
-import io
+import importlib
+import itertools
 import json
+import logging
 import os
 import random
 import re
@@ -32,18 +40,16 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
-import torch
-from transformers.trainer_pt_utils import LabelSmoother  # noqa: F401  (transformers imports its trainer lazily)
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from lasar_hf import LasarForGenerativeRec, LasarProcessor, SidCatalog
 from lasar_hf.commands import add_items, evaluate, grpo, prepare, recommend, sft
 from lasar_hf.data import PreparedData
-from lasar_hf.files import read_json
 from lasar_hf.reasoning import AnchorStore, checkpoint_hash, encode_anchors
 
 
@@ -56,14 +62,17 @@ BACKBONE = {
     "max_position_embeddings": 256,
     "hidden_dropout": 0.1,
 }
+logger = logging.getLogger(__name__)
+
 TRAINING = [
     *"--data_dir ../inputs/data --output_dir out --max_steps 4 --save_steps 2 --logging_steps 1".split(),
     *"--per_device_train_batch_size 4 --gradient_checkpointing false --bf16 false --use_cpu true".split(),
     *"--report_to none --disable_tqdm true".split(),
 ]
+GLOO = ["--ddp_backend", "gloo"]
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 OPERATIONS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.link", "os.symlink"}
-TIMES = re.compile(r"(ms_per_user|runtime|_per_second|step_time|^train_at|seconds)$")
+TIMES = re.compile(r"ms_per_user|.*runtime|.*_per_second|step_time|num_tokens")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -136,6 +145,7 @@ class Stage:
     arguments: list[str] = field(default_factory=list)
     model: str | None = None
     after: tuple[str, ...] = ("prepare", "sft1", "sft2")
+    is_distributed: bool = True
 
 
 STAGES = {
@@ -148,6 +158,7 @@ STAGES = {
             '{"num_users": 24, "num_items": 48}',
         ],
         after=(),
+        is_distributed=False,
     ),
     "sft1": Stage(
         sft.run,
@@ -161,7 +172,7 @@ STAGES = {
         [*TRAINING, *"--stage 2 --policy_weight 0.1 --model_name_or_path ../inputs/stage1".split()],
         after=("prepare", "sft1"),
     ),
-    "anchors": Stage(encode, read_anchors, after=("prepare", "sft1")),
+    "anchors": Stage(encode, read_anchors, after=("prepare", "sft1"), is_distributed=False),
     "grpo": Stage(
         grpo.run,
         read_checkpoint,
@@ -190,6 +201,7 @@ STAGES = {
         read_catalog,
         "--items ../inputs/new.jsonl --data_dir ../inputs/data --checkpoint model".split(),
         model="stage2",
+        is_distributed=False,
     ),
 }
 NAMES = {"prepare": "data", "sft1": "stage1", "sft2": "stage2"}  # of the results that other commands read
@@ -202,19 +214,19 @@ NAMES = {"prepare": "data", "sft1": "stage1", "sft2": "stage2"}  # of the result
 def without_times(path: Path) -> bytes:
     """
     Content of a file without what depends on the clock: milliseconds per user in a report, run times in the log of a
-    trainer's state.
+    trainer's state; nor with `num_tokens` there, TRL's count of the tokens since the start of a process.
     """
     content = path.read_bytes()
     if path.name in ("trainer_state.json", "report.json"):
 
         def clean(value):
             if isinstance(value, dict):
-                return {name: clean(part) for name, part in value.items() if not TIMES.search(name)}
+                return {name: clean(part) for name, part in value.items() if not TIMES.fullmatch(name)}
             return [clean(part) for part in value] if isinstance(value, list) else value
 
         return json.dumps(clean(json.loads(content))).encode()
     if path.name == "report.md":  # the last column of the first table
-        return re.sub(rb"\| [\d.–]+ \|$", b"", content, flags=re.MULTILINE)
+        return re.sub(r"\| [\d.–]+ \|$", "", content.decode(), flags=re.MULTILINE).encode()
     return content
 
 
@@ -237,26 +249,33 @@ def differences(found: dict[str, str], expected: dict[str, str]) -> list[str]:
 class Fault:
     """
     What ends a run: a signal after some seconds, or before a numbered file operation, or (with `size`) the first write
-    beyond `size` bytes that follows the operation.
+    beyond `size` bytes that follows the operation. It goes to the process with this `rank`, or to the launcher.
     """
 
     signal: int = signal.SIGKILL
     seconds: float | None = None
     operation: int | None = None
     size: int | None = None
+    rank: int | None = None
 
-    @property
-    def in_save(self) -> bool:
-        return self.operation is not None
+
+@dataclass(frozen=True)
+class Ended:
+    """How a run ended: its exit code, its file operations, and the seconds until a signal and from then on."""
+
+    code: int
+    operations: int
+    seconds: float
+    after: float = 0.0
 
 
 def watch(folder: Path, fault: Fault, log: int) -> None:
-    """Count the file operations of this process in a folder, write a byte to `log` for each, and die at one of them."""
+    """Count the file operations of the main process in a folder with a byte each in `log`, and die at one of them."""
     count = 0
 
     def hook(event: str, arguments: tuple) -> None:
         nonlocal count
-        if event not in OPERATIONS or isinstance(arguments[0], int):
+        if event not in OPERATIONS or isinstance(arguments[0], int) or os.environ.get("RANK", "0") != "0":
             return
         if event == "open" and not (arguments[2] or 0) & WRITES:
             return
@@ -266,10 +285,11 @@ def watch(folder: Path, fault: Fault, log: int) -> None:
         os.write(log, b".")
         if fault.operation is None or count <= fault.operation:
             return
-        if fault.size is None or count > fault.operation + 1:
-            os.kill(os.getpid(), fault.signal)
-        else:
+        if fault.size is not None and count == fault.operation + 1:
             resource.setrlimit(resource.RLIMIT_FSIZE, (fault.size, resource.RLIM_INFINITY))
+            return
+        os.write(log, f"#{time.monotonic()}#".encode())
+        os.kill(os.getpid(), fault.signal)
 
     if fault.size is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # Python ignores it
@@ -277,66 +297,102 @@ def watch(folder: Path, fault: Fault, log: int) -> None:
     sys.addaudithook(hook)
 
 
-def fork(function: Callable[[], None], folder: Path, output: Path, fault: Fault = Fault()) -> tuple[int, int, float]:
-    """
-    Call a function in a child process that works in a folder. Returns its exit code (negative: the signal that ended
-    it), the number of its file operations and its seconds.
-    """
+def child(function: Callable[[], None], folder: Path, output: Path, fault: Fault, log: int) -> None:
+    """Call a function in this forked process, and end it."""
+    code = 1
+    try:
+        os.setsid()
+        os.chdir(folder)
+        file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        for stream in (1, 2):
+            os.dup2(file, stream)
+        watch(folder, fault, log)
+        function()
+        code = 0
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
+        traceback.print_exc()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def fork(function: Callable[[], None], folder: Path, output: Path, fault: Fault = Fault()) -> Ended:
+    """Call a function in a child process that works in a folder and dies of a fault."""
     reader, writer = os.pipe()
-    begin = time.perf_counter()
+    begin = killed = time.monotonic()
     pid = os.fork()
     if pid == 0:
-        code = 1
-        try:
-            os.setsid()
-            os.chdir(folder)
-            file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            for stream in (1, 2):
-                os.dup2(file, stream)
-            watch(folder, fault, writer)
-            function()
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
+        child(function, folder, output, fault, writer)
     os.close(writer)
     if fault.seconds is not None:
         time.sleep(fault.seconds)
-        os.kill(pid, fault.signal)  # not waited for yet, so the process id is still its own
+        victim = pid if fault.rank is None else worker_pid(folder, fault.rank)
+        killed = time.monotonic()
+        with contextlib.suppress(ProcessLookupError):  # a child that has ended is a zombie until it is waited for
+            os.kill(victim, fault.signal)
     _, status = os.waitpid(pid, 0)
-    seconds = time.perf_counter() - begin
+    wait_for_workers(folder)
+    end = time.monotonic()
     with os.fdopen(reader, "rb") as file:
-        operations = len(file.read())
-    return os.waitstatus_to_exitcode(status), operations, seconds
+        operations, _, moment = file.read().partition(b"#")
+    killed = float(moment.partition(b"#")[0] or killed)
+    return Ended(os.waitstatus_to_exitcode(status), len(operations), end - begin, end - killed)
 
 
-def command(stage: Stage) -> Callable[[], None]:
-    """The command as a function without arguments."""
-
-    def call() -> None:
-        sys.argv = ["command", *stage.arguments]
-        stage.run()
-
-    return call
+# ---------------------------------------------------------------------------------------------------------------------
+# Two processes
 
 
-@dataclass
-class Outcome:
-    """What happened to the runs of a stage."""
+def launched(function: Callable[[], None], processes: int) -> Callable[[], None]:
+    """The function as torchrun calls it in several processes: the same agent, whose workers are forks."""
 
-    kills: int = 0
-    in_save: int = 0
-    missed: int = 0  # runs that ended before their signal
-    reruns: int = 0
-    same: int = 0  # reruns with the same bytes
-    half: list[str] = field(default_factory=list)  # half-written files that a reader took for whole
-    failures: list[str] = field(default_factory=list)
-    operations: int = 0  # of a run
-    seconds: float = 0.0  # of all runs
-    cpu_seconds: float = 0.0
+    def work() -> None:
+        Path(f"rank-{os.environ['RANK']}").write_text(str(os.getpid()))
+        function()
+
+    def launch() -> None:
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=processes,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            run_id=str(os.getpid()),
+            max_restarts=0,
+            start_method="fork",
+        )
+        elastic_launch(config, work)()
+
+    return function if processes == 1 else launch
+
+
+def worker_pid(folder: Path, rank: int) -> int:
+    """Process id of a worker, once it has started."""
+    path = folder / f"rank-{rank}"
+    while not (path.exists() and path.read_text()):
+        time.sleep(0.01)
+    return int(path.read_text())
+
+
+def wait_for_workers(folder: Path, seconds: float = 60.0) -> None:
+    """Wait until the workers of a launcher that has ended are gone too. Raises `TimeoutError` if they are not."""
+    end = time.monotonic() + seconds
+    for path in folder.glob("rank-*"):
+        pid = int(path.read_text())
+        while Path("/proc", str(pid)).exists():
+            if time.monotonic() > end:
+                os.kill(pid, signal.SIGKILL)
+                raise TimeoutError(f"{path.name} runs {seconds:.0f} s after its launcher has ended.")
+            time.sleep(0.01)
+        path.unlink()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Inputs
 
 
 class Bench:
@@ -345,50 +401,113 @@ class Bench:
 
     Args:
         root (`Path`):
-            An empty folder.
-        keep (`bool`):
-            Whether the folders of failed runs are kept.
+            Folder that does not exist yet, without symbolic links in its path.
+        processes (`int`, *optional*, defaults to `1`):
+            Number of processes of a run.
     """
 
-    def __init__(self, root: Path):
-        self.root = root
+    def __init__(self, root: Path, processes: int = 1):
+        self.root, self.processes = root, processes  # inputs are made by one
+        self.log = root / "log"
         self.made: set[str] = set()
         (root / "inputs").mkdir(parents=True)
 
+    def run(self, name: str, folder: Path, fault: Fault = Fault(), processes: int = 1) -> Ended:
+        """Run a command in a folder."""
+        stage = STAGES[name]
+
+        def call() -> None:
+            is_training = stage.arguments[: len(TRAINING)] == TRAINING
+            sys.argv = [name, *stage.arguments, *(GLOO if processes > 1 and is_training else [])]
+            stage.run()
+
+        return fork(launched(call, processes), folder, self.log, fault)
+
+    def run_whole(self, name: str, folder: Path, processes: int = 1) -> Ended:
+        """Run a command that must succeed."""
+        ended = self.run(name, folder, processes=processes)
+        if ended.code:
+            raise RuntimeError(f"{name} failed:\n{self.log.read_text()}")
+        return ended
+
     def make_inputs(self, names: tuple[str, ...]) -> None:
         """Run the commands whose results a stage reads."""
-        inputs = self.root / "inputs"
         for name in names:
             if name in self.made:
                 continue
-            folder = self.folder(STAGES[name], "input")
-            code, _, _ = fork(command(STAGES[name]), folder, self.root / "log")
-            if code:
-                raise RuntimeError(f"{name} failed:\n{(self.root / 'log').read_text()}")
-            os.replace(folder / "out", inputs / NAMES[name])
+            folder = self.folder(name)
+            self.run_whole(name, folder)
+            os.replace(folder / "out", self.root / "inputs" / NAMES[name])
             self.made.add(name)
-            if name == "prepare" and fork(write_tables, inputs, self.root / "log")[0]:
-                raise RuntimeError(f"no tables:\n{(self.root / 'log').read_text()}")
+            if name == "prepare" and fork(write_tables, self.root / "inputs", self.log).code:
+                raise RuntimeError(self.log.read_text())
 
-    def folder(self, stage: Stage, name: str) -> Path:
+    def folder(self, name: str) -> Path:
         """A fresh folder for a run."""
-        folder = self.root / name
+        folder = self.root / "run"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        if stage.model:
-            shutil.copytree(self.root / "inputs" / stage.model, folder / "model")
+        if STAGES[name].model:
+            shutil.copytree(self.root / "inputs" / STAGES[name].model, folder / "model")
         return folder
 
-    def read(self, stage: Stage, folder: Path) -> set[str]:
+    def read(self, name: str, folder: Path) -> set[str]:
         """Hashes of the parts that a reader of the files gets; none if it refuses them."""
         path = self.root / "read"
         path.write_text("")
 
         def call() -> None:
-            path.write_text("\n".join(hashlib.sha256(repr(part).encode()).hexdigest() for part in stage.read()))
+            parts = [hashlib.sha256(repr(part).encode()).hexdigest() for part in STAGES[name].read()]
+            path.write_text("\n".join(parts))
 
         fork(call, folder, self.root / "log.read")
         return set(path.read_text().split())
+
+    def import_parts(self, name: str) -> None:
+        """Import what libraries import when a command needs it, so that its runs do not have to."""
+        names = self.root / "modules"
+
+        def call() -> None:
+            sys.argv = [name, *STAGES[name].arguments]
+            with contextlib.suppress(Exception):  # the runs to come will show it
+                STAGES[name].run()
+            names.write_text("\n".join(sys.modules))
+
+        fork(call, self.folder(name), self.log)
+        for module in sorted(set(names.read_text().split()) - sys.modules.keys()):
+            with contextlib.suppress(ImportError):
+                importlib.import_module(module)
+        gc.collect()
+        gc.freeze()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Faults
+
+
+@dataclass
+class Outcome:
+    """What happened to the runs of a command."""
+
+    kills: int = 0
+    in_save: int = 0
+    missed: int = 0  # runs that ended before their fault
+    reruns: int = 0
+    same: int = 0  # reruns with the same bytes
+    half: int = 0  # half-written files that a reader took for whole
+    failures: list[str] = field(default_factory=list)
+    operations: int = 0  # of a run
+    after: float = 0.0  # seconds until all processes were gone, at most
+    seconds: float = 0.0  # of all runs
+    cpu_seconds: float = 0.0
+
+    def __str__(self) -> str:
+        return (
+            f"{self.kills} kills ({self.in_save} inside a save), {self.same} of {self.reruns} reruns with the same "
+            f"bytes, {self.half} half-written files taken for whole, gone within {self.after:.1f} s; "
+            f"{self.operations} file operations a run; a kill takes {self.seconds / self.kills:.2f} s, "
+            f"{self.cpu_seconds / self.kills:.2f} s of CPU time"
+        )
 
 
 def cpu_seconds() -> float:
@@ -396,96 +515,119 @@ def cpu_seconds() -> float:
     return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
 
 
-def faults(rng: random.Random, operations: int, seconds: float, kind: int) -> Iterator[Fault]:
+def faults(rng: random.Random, whole: Ended, kind: int, processes: int) -> Iterator[Fault]:
     """Endless faults: at a random moment and inside a save by turns, the latter half of them within a file."""
-    while True:
-        yield Fault(kind, seconds=rng.uniform(0, seconds))
-        yield Fault(kind, operation=rng.randrange(operations))
-        yield Fault(kind, seconds=rng.uniform(0, seconds))
+    to_launcher = processes > 1 and kind == signal.SIGINT
+    for number in itertools.count():
+        moment = Fault(kind, seconds=rng.uniform(0, whole.seconds))
+        operation = Fault(kind, operation=rng.randrange(whole.operations))
         # An interrupted process handles the signal itself, and a write that fails is another fault.
-        size = int(2 ** rng.uniform(0, 16)) if kind == signal.SIGKILL else None
-        yield Fault(kind, operation=rng.randrange(operations), size=size)
-
-
-def survive(bench: Bench, name: str, kills: int, seed: int, kind: int = signal.SIGKILL, verbose=False) -> Outcome:
-    """Kill a command so many times, and compare what it leaves after it ran again."""
-    stage, rng, outcome = STAGES[name], random.Random(f"{name} {seed}"), Outcome()
-    bench.make_inputs(stage.after)
-    run, log = command(stage), bench.root / "log"
-    begin, cpu_begin = time.perf_counter(), cpu_seconds()
-
-    # 1. The run that nothing disturbs.
-    folder = bench.folder(stage, "run")
-    whole = bench.read(stage, folder)
-    code, outcome.operations, seconds = fork(run, folder, log)
-    if code:
-        raise RuntimeError(f"{name} failed:\n{log.read_text()}")
-    expected = contents(folder)
-    complete = bench.read(stage, folder)
-    if not complete:
-        raise RuntimeError(f"{name} left files that cannot be read:\n{(bench.root / 'log.read').read_text()}")
-    whole |= complete
-
-    draws = faults(rng, outcome.operations, seconds, kind)
-    while outcome.kills < kills:
-        # 2. Kill it, and perhaps the next run too.
-        folder, history = bench.folder(stage, "run"), []
-        while outcome.kills < kills:
-            fault = next(draws)
-            code, _, _ = fork(run, folder, log, fault)
-            if code == 0:
-                outcome.missed += 1
-                break
-            if fault.signal == signal.SIGKILL and code not in (-signal.SIGKILL, -signal.SIGXFSZ):
-                outcome.failures.append(f"{history} {fault}: exit code {code}\n{log.read_text()[-2000:]}")
-                break
-            history.append(fault)
-            outcome.kills += 1
-            outcome.in_save += fault.in_save
-            if not bench.read(stage, folder) <= whole:
-                outcome.half.append(str(history))
-            if rng.random() < 2 / 3:
-                break
-        # 3. The same command again.
-        code, _, _ = fork(run, folder, log)
-        outcome.reruns += 1
-        changed = differences(contents(folder), expected)
-        if code:
-            outcome.failures.append(f"{history}: exit code {code}\n{log.read_text()[-2000:]}")
-        elif changed:
-            outcome.failures.append(f"{history}: other files {changed}")
-            if keep:
-                shutil.copytree(folder, Path(keep, f"{name}-{outcome.reruns}"))
+        size = int(2 ** rng.uniform(0, 16)) if kind == signal.SIGKILL and number % 4 == 3 else None
+        if number % 2 == 0 or to_launcher:
+            yield moment if processes == 1 or to_launcher else replace(moment, rank=1)
         else:
-            outcome.same += 1
-        if verbose and (code or changed):
-            print(outcome.failures[-1], flush=True)
-    outcome.seconds, outcome.cpu_seconds = time.perf_counter() - begin, cpu_seconds() - cpu_begin
-    return outcome
+            yield replace(operation, size=size)
+
+
+class Trials:
+    """
+    Faults of one command.
+
+    Args:
+        bench ([`Bench`]), name (`str`):
+            Where it runs, and its name in `STAGES`.
+        seed, kind (`int`):
+            Seed of the faults, and their signal.
+        keep (`str`, *optional*):
+            Existing folder to which the files of failed runs are copied.
+    """
+
+    def __init__(self, bench: Bench, name: str, seed: int, kind: int = signal.SIGKILL, keep: str | None = None):
+        self.bench, self.name, self.keep, self.outcome = bench, name, keep, Outcome()
+        self.rng = random.Random(f"{name} {seed}")
+        self.codes = (1,) if bench.processes > 1 else (128 + kind,) if kind == signal.SIGINT else (-kind, -25)
+        bench.make_inputs(STAGES[name].after)
+        bench.import_parts(name)
+        folder = bench.folder(name)
+        before = bench.read(name, folder)
+        whole = bench.run_whole(name, folder, bench.processes)
+        self.outcome.operations = whole.operations
+        self.expected, after = contents(folder), bench.read(name, folder)
+        if not after:
+            raise RuntimeError(f"{name} left files that cannot be read:\n{(bench.root / 'log.read').read_text()}")
+        self.readable = before | after
+        self.faults = faults(self.rng, whole, kind, bench.processes)
+
+    def run(self, kills: int) -> Outcome:
+        """Kill the command so many times."""
+        begin, cpu_begin, outcome = time.perf_counter(), cpu_seconds(), self.outcome
+        while outcome.kills < kills:
+            folder, history = self.bench.folder(self.name), []
+            while outcome.kills < kills and self.kill(folder, history) and self.rng.random() < 1 / 3:
+                pass
+            self.run_again(folder, history)
+        outcome.seconds, outcome.cpu_seconds = time.perf_counter() - begin, cpu_seconds() - cpu_begin
+        return outcome
+
+    def kill(self, folder: Path, history: list[Fault]) -> bool:
+        """Run until the next fault, which is added to those of the folder. Returns whether it came in time."""
+        fault, outcome = next(self.faults), self.outcome
+        ended = self.bench.run(self.name, folder, fault, self.bench.processes)
+        if ended.code == 0:
+            outcome.missed += 1
+            return False
+        history.append(fault)
+        outcome.kills += 1
+        outcome.in_save += fault.operation is not None
+        outcome.after = max(outcome.after, ended.after)
+        if ended.code not in self.codes:
+            self.fail(folder, f"{history}: exit code {ended.code}\n{self.bench.log.read_text()[-3000:]}")
+        if not self.bench.read(self.name, folder) <= self.readable:
+            outcome.half += 1
+            self.fail(folder, f"{history}: a half-written file was read")
+        if fault.signal == signal.SIGINT and (left := list(folder.rglob(".*.tmp*"))):
+            self.fail(folder, f"{history}: left {left}")
+        return True
+
+    def run_again(self, folder: Path, history: list[Fault]) -> None:
+        """Run the command to its end, and compare its files."""
+        ended = self.bench.run(self.name, folder, processes=self.bench.processes)
+        changed = differences(contents(folder), self.expected)
+        self.outcome.reruns += 1
+        self.outcome.same += not ended.code and not changed
+        if ended.code:
+            self.fail(folder, f"{history}: the rerun failed\n{self.bench.log.read_text()[-3000:]}")
+        elif changed:
+            self.fail(folder, f"{history}: other files {changed}")
+
+    def fail(self, folder: Path, message: str) -> None:
+        """Note a failure."""
+        self.outcome.failures.append(message)
+        if self.keep:
+            shutil.copytree(folder, Path(self.keep, f"{self.name}-{len(self.outcome.failures)}"), dirs_exist_ok=True)
 
 
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stage", nargs="+", choices=list(STAGES), default=list(STAGES))
-    parser.add_argument("--kills", type=int, default=100, help="kills of each stage")
+    parser.add_argument("--stage", nargs="+", choices=list(STAGES), help="commands, by default all")
+    parser.add_argument("--kills", type=int, default=100, help="kills of each command")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--signal", choices=["KILL", "INT"], default="KILL")
+    parser.add_argument("--processes", type=int, choices=[1, 2], default=1)
+    parser.add_argument("--keep", help="existing folder for the files of failed runs")
     args = parser.parse_args()
-    torch.set_num_threads(1)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logger.setLevel(logging.INFO)
+    names = args.stage or [name for name in STAGES if args.processes == 1 or STAGES[name].is_distributed]
+    failed = False
     with tempfile.TemporaryDirectory() as root:
-        bench = Bench(Path(root, "bench").resolve())
-        for name in args.stage:
-            result = survive(bench, name, args.kills, args.seed, signal.Signals[f"SIG{args.signal}"], verbose=True)
-            print(
-                f"{name}: {result.kills} kills ({result.in_save} inside a save), {result.same} of {result.reruns} "
-                f"reruns with the same bytes, {len(result.half)} half-written files taken for whole; "
-                f"{result.operations} file operations a run; a kill takes {result.seconds / result.kills:.2f} s, "
-                f"{result.cpu_seconds / result.kills:.2f} s of CPU time",
-                flush=True,
-            )
-            for line in result.half:
-                print("   half-written:", line)
+        bench = Bench(Path(root, "bench").resolve(), args.processes)
+        for name in names:
+            outcome = Trials(bench, name, args.seed, signal.Signals[f"SIG{args.signal}"], args.keep).run(args.kills)
+            logger.info("\n    ".join([f"{name}: {outcome}", *outcome.failures]))
+            failed |= bool(outcome.failures)
+    sys.exit(failed)
 
 
 if __name__ == "__main__":
