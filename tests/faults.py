@@ -6,10 +6,10 @@ Kill every command, start it again, and compare its files with those of a run th
     python -m tests.faults --processes 2 --kills 4        torchrun's agent with two processes, of which one is killed
 
 One process imports the libraries and forks for each run, so a kill costs about a second. The faults are drawn from
-`--seed`. A run dies at a random moment (every other kill); before one of its file operations in its folder (open for
-writing, rename, delete, make or remove a folder); or, at the first write beyond a random size after such an operation,
-in the middle of a file, also one that Rust or C++ writes (RLIMIT_FSIZE, whose SIGXFSZ ends a process as SIGKILL does).
-The last two are inside a save. After a third of the kills the second run is killed too. Of two processes the second is
+`--seed`, by turns. A run dies at a random moment; before one of its file operations in its folder (open for writing,
+rename, delete, make or remove a folder); or, at the first write beyond a random size after such an operation, in the
+middle of a file, also one that Rust or C++ writes (RLIMIT_FSIZE, whose SIGXFSZ ends a process as SIGKILL does). The
+last two are inside a save. After a third of the kills the second run is killed too. Of two processes the second is
 killed at a random moment, or the first inside a save; `--signal INT` goes to the launcher.
 
 What must hold, or the command ends with 1:
@@ -26,7 +26,6 @@ import contextlib
 import gc
 import hashlib
 import importlib
-import itertools
 import json
 import logging
 import os
@@ -248,8 +247,9 @@ def differences(found: dict[str, str], expected: dict[str, str]) -> list[str]:
 @dataclass(frozen=True)
 class Fault:
     """
-    What ends a run: a signal after some seconds, or before a numbered file operation, or (with `size`) the first write
-    beyond `size` bytes that follows the operation. It goes to the process with this `rank`, or to the launcher.
+    What ends a run: a signal after some seconds, or before a numbered file operation; or, with `size`, the first write
+    beyond so many bytes of a file after the operation. The signal goes to the process with this `rank`, or to the
+    launcher.
     """
 
     signal: int = signal.SIGKILL
@@ -285,7 +285,7 @@ def watch(folder: Path, fault: Fault, log: int) -> None:
         os.write(log, b".")
         if fault.operation is None or count <= fault.operation:
             return
-        if fault.size is not None and count == fault.operation + 1:
+        if fault.size is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (fault.size, resource.RLIM_INFINITY))
             return
         os.write(log, f"#{time.monotonic()}#".encode())
@@ -303,7 +303,8 @@ def child(function: Callable[[], None], folder: Path, output: Path, fault: Fault
     try:
         os.setsid()
         os.chdir(folder)
-        file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        # The limit of a file's size holds for the output too.
+        file = os.open(output if fault.size is None else os.devnull, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         for stream in (1, 2):
             os.dup2(file, stream)
         watch(folder, fault, log)
@@ -491,6 +492,7 @@ class Outcome:
 
     kills: int = 0
     in_save: int = 0
+    in_file: int = 0  # of these, in the middle of a file
     missed: int = 0  # runs that ended before their fault
     reruns: int = 0
     same: int = 0  # reruns with the same bytes
@@ -503,7 +505,7 @@ class Outcome:
 
     def __str__(self) -> str:
         return (
-            f"{self.kills} kills ({self.in_save} inside a save), {self.same} of {self.reruns} reruns with the same "
+            f"{self.kills} kills ({self.in_save} inside a save, {self.in_file} in a file), {self.same} of {self.reruns} reruns with the same "
             f"bytes, {self.half} half-written files taken for whole, gone within {self.after:.1f} s; "
             f"{self.operations} file operations a run; a kill takes {self.seconds / self.kills:.2f} s, "
             f"{self.cpu_seconds / self.kills:.2f} s of CPU time"
@@ -516,17 +518,15 @@ def cpu_seconds() -> float:
 
 
 def faults(rng: random.Random, whole: Ended, kind: int, processes: int) -> Iterator[Fault]:
-    """Endless faults: at a random moment and inside a save by turns, the latter half of them within a file."""
-    to_launcher = processes > 1 and kind == signal.SIGINT
-    for number in itertools.count():
+    """Endless faults, by turns at a random moment, at a file operation and in the middle of a file."""
+    while True:
         moment = Fault(kind, seconds=rng.uniform(0, whole.seconds))
         operation = Fault(kind, operation=rng.randrange(whole.operations))
-        # An interrupted process handles the signal itself, and a write that fails is another fault.
-        size = int(2 ** rng.uniform(0, 16)) if kind == signal.SIGKILL and number % 4 == 3 else None
-        if number % 2 == 0 or to_launcher:
-            yield moment if processes == 1 or to_launcher else replace(moment, rank=1)
-        else:
-            yield replace(operation, size=size)
+        in_file = replace(operation, operation=rng.randrange(whole.operations), size=int(2 ** rng.uniform(0, 14)))
+        if processes > 1:
+            yield from [moment] if kind == signal.SIGINT else [replace(moment, rank=1), operation]
+        else:  # an interrupted process handles the signal itself, and a write that fails is another fault
+            yield from [moment, operation] if kind == signal.SIGINT else [moment, operation, in_file]
 
 
 class Trials:
@@ -545,7 +545,9 @@ class Trials:
     def __init__(self, bench: Bench, name: str, seed: int, kind: int = signal.SIGKILL, keep: str | None = None):
         self.bench, self.name, self.keep, self.outcome = bench, name, keep, Outcome()
         self.rng = random.Random(f"{name} {seed}")
-        self.codes = (1,) if bench.processes > 1 else (128 + kind,) if kind == signal.SIGINT else (-kind, -25)
+        self.codes = (
+            (1,) if bench.processes > 1 else (128 + kind,) if kind == signal.SIGINT else (-kind, -signal.SIGXFSZ)
+        )
         bench.make_inputs(STAGES[name].after)
         bench.import_parts(name)
         folder = bench.folder(name)
@@ -579,6 +581,7 @@ class Trials:
         history.append(fault)
         outcome.kills += 1
         outcome.in_save += fault.operation is not None
+        outcome.in_file += ended.code == -signal.SIGXFSZ
         outcome.after = max(outcome.after, ended.after)
         if ended.code not in self.codes:
             self.fail(folder, f"{history}: exit code {ended.code}\n{self.bench.log.read_text()[-3000:]}")
