@@ -283,7 +283,7 @@ def watch(folder: Path, fault: Fault, log: int) -> None:
             return
         count += 1
         os.write(log, b".")
-        if fault.operation is None or count <= fault.operation:
+        if fault.operation is None or count != fault.operation + 1:
             return
         if fault.size is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (fault.size, resource.RLIM_INFINITY))
@@ -505,10 +505,10 @@ class Outcome:
 
     def __str__(self) -> str:
         return (
-            f"{self.kills} kills ({self.in_save} inside a save, {self.in_file} in a file), {self.same} of {self.reruns} reruns with the same "
-            f"bytes, {self.half} half-written files taken for whole, gone within {self.after:.1f} s; "
-            f"{self.operations} file operations a run; a kill takes {self.seconds / self.kills:.2f} s, "
-            f"{self.cpu_seconds / self.kills:.2f} s of CPU time"
+            f"{self.kills} kills ({self.in_save} inside a save, {self.in_file} of these in a file), {self.same} of "
+            f"{self.reruns} reruns with the same bytes, {self.half} half-written files taken for whole, gone within "
+            f"{self.after:.1f} s; {self.operations} file operations a run; a kill takes "
+            f"{self.seconds / self.kills:.2f} s, {self.cpu_seconds / self.kills:.2f} s of CPU time"
         )
 
 
