@@ -261,12 +261,12 @@ class Fault:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a run ended: its exit code, its file operations, and the seconds until a signal and from then on."""
+    """How a run ended: its exit code, its file operations, its seconds, and those that followed a signal."""
 
     code: int
     operations: int
     seconds: float
-    after: float = 0.0
+    after: float
 
 
 def watch(folder: Path, fault: Fault, log: int) -> None:
@@ -324,7 +324,7 @@ def child(function: Callable[[], None], folder: Path, output: Path, fault: Fault
 def fork(function: Callable[[], None], folder: Path, output: Path, fault: Fault = Fault()) -> Ended:
     """Call a function in a child process that works in a folder and dies of a fault."""
     reader, writer = os.pipe()
-    begin = killed = time.monotonic()
+    begin, killed = time.monotonic(), None
     pid = os.fork()
     if pid == 0:
         child(function, folder, output, fault, writer)
@@ -340,8 +340,10 @@ def fork(function: Callable[[], None], folder: Path, output: Path, fault: Fault 
     end = time.monotonic()
     with os.fdopen(reader, "rb") as file:
         operations, _, moment = file.read().partition(b"#")
-    killed = float(moment.partition(b"#")[0] or killed)
-    return Ended(os.waitstatus_to_exitcode(status), len(operations), end - begin, end - killed)
+    if moment:
+        killed = float(moment.partition(b"#")[0])
+    after = 0.0 if killed is None else end - killed
+    return Ended(os.waitstatus_to_exitcode(status), len(operations), end - begin, after)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
