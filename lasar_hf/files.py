@@ -1,12 +1,12 @@
 """JSON, content hashes, and the atomic writes that the model's files share."""
 
-import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from .model.files_lasar import atomic_file as atomic_file
+from .model.files_lasar import file_hash as file_hash
 
 
 def remove_temporary_files(folder: str | Path) -> None:
@@ -28,12 +28,6 @@ def read_json(path: str | Path) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON ({error}).") from error
-
-
-def file_hash(path: str | Path) -> str:
-    """SHA-256 of the content of a file, as 64 hexadecimal digits."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def folder_hashes(folder: str | Path | None, pattern: str) -> dict[str, str]:

@@ -39,9 +39,9 @@ def on_main_process(function: Callable[[], Result]) -> Result:
         except Exception as error:
             outcome = [None, error]
     broadcast_object_list(outcome)
-    result, error = outcome
-    if error is not None:
-        raise error
+    result, failure = outcome
+    if failure is not None:
+        raise failure
     return result
 
 

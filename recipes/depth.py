@@ -40,6 +40,9 @@ class DepthArguments:
     data_dir: str = field(metadata={"help": "Folder that recipes/prepare.py wrote."})
     model: str = field(metadata={"help": "Checkpoint of stage 2 or of GRPO."})
     output_dir: str = field(metadata={"help": "Folder of the report."})
+    revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of a model on the Hub; a folder has none."}
+    )
     users: int = field(default=4000, metadata={"help": "Largest number of validation users."})
     reward: str = field(
         default="logp", metadata={"help": "Reward of a depth: log p(target) or NDCG@10.", "choices": ["logp", "ndcg"]}
@@ -200,9 +203,12 @@ def main(args: DepthArguments) -> None:
 
 def compare_depths(args: DepthArguments) -> None:
     """Compare depths in folders to which no other command writes."""
-    data, processor = PreparedData.load(args.data_dir), LasarProcessor.from_pretrained(args.model)
+    data, processor = (
+        PreparedData.load(args.data_dir),
+        LasarProcessor.from_pretrained(args.model, revision=args.revision),
+    )
     data.check_catalog(processor.catalog, args.model)
-    model = LasarForGenerativeRec.from_pretrained(args.model).eval()
+    model = LasarForGenerativeRec.from_pretrained(args.model, revision=args.revision).eval()
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     samples = data.samples["validation"].shuffle(seed=0)
     samples = samples.select(range(min(args.users, len(samples))))

@@ -152,7 +152,7 @@ def test_saving_decides_which_checkpoint_is_the_best(tmp_path):
     [
         (dict(max_steps=50), "max_steps was -1 and is 50.*will differ"),
         (dict(num_train_epochs=5), "num_train_epochs was 3.0 and is 5.*will differ"),
-        (dict(), None),
+        ({}, None),
     ],
 )
 def test_another_length_warns_of_its_schedule(tmp_path, options, expected):

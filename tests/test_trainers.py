@@ -77,6 +77,8 @@ def test_stage_1_freezes_the_policy_head(tmp_path):
     policy_head = {name for name in before if "policy_head" in name}
     assert len(policy_head) == 4
     assert moved(before, trainer.model) == set(before) - policy_head
+    trainable = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
+    assert trainable == set(before) - policy_head  # DDP waits for the gradient of every trainable one
 
 
 def test_stage_2_unfreezes_the_policy_head(tmp_path):
@@ -167,6 +169,20 @@ def test_the_last_token_of_a_sequence_is_not_read(side):
     torch.testing.assert_close(outputs[0].depth_logits, outputs[1].depth_logits)
     expected = score_labels(model, outputs[1].last_hidden_state, ids, labels, catalog.trie(ids.device))
     torch.testing.assert_close(scored.log_probs, expected.log_probs)
+
+
+def test_the_likeliest_code_is_a_hit():
+    model, _ = tiny_model()
+    codes = tiny_catalog().codes.tolist()
+    add_catalog_head(model, tiny_catalog())
+    inputs = batch([row(model, 5, 1, sid_ids(model, item)) for item in codes])  # one prompt, each item
+    labels = inputs["input_ids"].clone()
+    labels[:, :-3] = -100
+    scored = model(**inputs, labels=labels, fused_lm_head=True)
+    for item, hits, scores in zip(codes, scored.is_top1[:, -3:], scored.log_probs[:, -3:], strict=True):
+        for level in range(3):
+            others = [scored.log_probs[i, level - 3] for i, other in enumerate(codes) if other[:level] == item[:level]]
+            assert bool(hits[level]) == bool(scores[level] > max(others) - 1e-5)
 
 
 def test_a_label_outside_the_catalogue_is_refused():
@@ -284,7 +300,7 @@ def test_grpo_keeps_one_reward_per_group(tmp_path):
 
 @pytest.mark.parametrize("alignment", ["kl", "cosine", "mse"])
 def test_grpo_loss_is_the_sum_of_its_terms(tmp_path, alignment):
-    trainer = grpo_trainer(tmp_path, depth_weight=1.0, terminal_weight=0.5, beta=0.0, alignment=alignment)
+    trainer = grpo_trainer(tmp_path, depth_weight=0.7, terminal_weight=0.5, beta=0.0, alignment=alignment)
     inputs = scored_batch(trainer)
     loss = trainer.compute_loss(trainer.model, inputs)
     ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
@@ -294,7 +310,7 @@ def test_grpo_loss_is_the_sum_of_its_terms(tmp_path, alignment):
     final = outputs.latent_states[torch.arange(8), depth]
     expected = -(inputs["advantages"]).mean()  # on-policy the ratio is 1
     expected = expected + 0.5 * DISTANCES[alignment](final, inputs["terminal_anchor"]).mean()
-    expected = expected + reinforce_loss(
+    expected = expected + 0.7 * reinforce_loss(
         outputs.depth_logits, depth, inputs["group_reward"], inputs["reward_baseline"], 0.005, 0.01
     )
     torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)

@@ -119,8 +119,8 @@ def train(script: GRPOScriptArguments, training_args: LasarGRPOConfig, model_arg
         anchors=folder_hashes(script.anchors_dir, "anchors.json"),  # has the hashes of the arrays
         start=starting_files(model_args.model_name_or_path),
     )
-    model = model_args.model_name_or_path
-    processor = LasarProcessor.from_pretrained(model)
+    model, revision = model_args.model_name_or_path, model_args.model_revision
+    processor = LasarProcessor.from_pretrained(model, revision=revision)
     data.check_catalog(processor.catalog, model)
     data.processor(processor.tokenizer, processor.instruction, processor.max_history)  # warns if samples keep less
     if model_args.use_peft or is_adapter(model):  # adapters are named after the layers of the loaded model
@@ -129,7 +129,7 @@ def train(script: GRPOScriptArguments, training_args: LasarGRPOConfig, model_arg
         config = model.config
     else:  # by name, so that TRL can load the reference model too
         training_args.model_init_kwargs = model_args.init_kwargs | (training_args.model_init_kwargs or {})
-        config = LasarConfig.from_pretrained(model)
+        config = LasarConfig.from_pretrained(model, revision=revision)
     evaluator = None
     if script.eval_users:
         validation = data.samples["validation"].shuffle(seed=0)
@@ -146,7 +146,10 @@ def train(script: GRPOScriptArguments, training_args: LasarGRPOConfig, model_arg
         peft_config=lora_from_arguments(model, model_args),
     )
     trainer.card_facts = CardFacts(
-        model_args.model_name_or_path, data.data_card(script.data_dir), changed_settings(script)
+        model_args.model_name_or_path,
+        data.data_card(script.data_dir),
+        changed_settings(script),
+        revision=revision,
     )
     trainer.train(resume_from_checkpoint=checkpoint)
     if evaluator is not None:

@@ -27,6 +27,7 @@ from ..evaluation import (
     tune_memory,
 )
 from ..locks import locked
+from ..model.configuration_lasar import LasarConfig
 from ..model.memory_lasar import ItemMemory
 from ..model.modeling_lasar import LasarForGenerativeRec
 from ..model.processing_lasar import LasarProcessor
@@ -119,6 +120,10 @@ def main(args: MemoryArguments) -> None:
 
 def add_memories(args: MemoryArguments) -> None:
     """Give memories to checkpoints to which no other command writes."""
+    for entry in args.models:
+        path, _, reasoning = entry.partition("@")
+        depth = int(reasoning) if reasoning.isdecimal() else None
+        LasarConfig.from_pretrained(path).check_depth(f"The depth of {entry!r} in models", depth)
     data = PreparedData.load(args.data_dir)
     similar = similar_items(data.text_vectors)
     tuning = tune_memory(data, similar)

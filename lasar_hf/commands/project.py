@@ -358,9 +358,10 @@ def follow(process: subprocess.Popen, log: Path, name: str) -> None:
             progress.update(task, completed=1, total=1)  # too short for a bar
 
 
-def checkpoint_of(path: str) -> str:
+def checkpoint_of(path: str, revision: str | None = None) -> str:
     """
-    The checkpoint of a project, or `path` itself if it is a checkpoint or a model id.
+    The checkpoint of a project, or `path` itself if it is a checkpoint or a model id, of which `revision` is a branch,
+    tag or commit.
 
     Raises:
         `FileNotFoundError`: if a folder is neither.
@@ -375,7 +376,7 @@ def checkpoint_of(path: str) -> str:
         raise FileNotFoundError(f"{path} is neither a project nor a checkpoint: it has no data/ and no config.json.")
     if not Path(path).exists():
         try:
-            cached_file(path, "config.json")
+            cached_file(path, "config.json", revision=revision)
         except OSError as error:
             raise OSError(
                 f"{path} is not a folder, and no model of this name can be loaded from the Hub. "

@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 # Files of a checkpoint that decide its recommendations.
 MODEL_FILES = (
-    "*.safetensors", "*.bin", "config.json", "adapter_config.json", "processor_config.json", "sid_catalog.json",
+    "*.safetensors", "config.json", "adapter_config.json", "processor_config.json", "sid_catalog.json",
     "tokenizer*", "vocab*", "merges.txt", "*.model", "*.py",
 )  # fmt: skip
 SCHEMA = pa.schema({
@@ -79,6 +79,9 @@ class RecommendArguments:
     )
     batch_size: int = field(default=64, metadata={"help": "Users per batch."})
     shard_size: int = field(default=2048, metadata={"help": "Users per shard."})
+    revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of a model on the Hub; a folder has none."}
+    )
 
     def __post_init__(self):
         read_switch(self, "exclude_history")
@@ -173,7 +176,7 @@ def main(args: RecommendArguments) -> None:
 def write_shards(args: RecommendArguments, state: PartialState) -> None:
     """Write the missing shards to a folder that no other command writes to."""
     folder = Path(args.output_dir)
-    processor = LasarProcessor.from_pretrained(args.model)
+    processor = LasarProcessor.from_pretrained(args.model, revision=args.revision)
     users, histories, num_unknown = read_histories(Path(args.histories), processor.catalog, args.strict)
     popular = []
     if args.data_dir:
@@ -189,11 +192,11 @@ def write_shards(args: RecommendArguments, state: PartialState) -> None:
         write_request(args, popular, folder)
     state.wait_for_everyone()
     request = file_hash(folder / "request.json")
-    model = LasarForGenerativeRec.from_pretrained(args.model).to(state.device).eval()
+    model = LasarForGenerativeRec.from_pretrained(args.model, revision=args.revision).to(state.device).eval()
     if args.int8:
         int8_linear(model)
-    finders: dict[Any, Any] = {None: ItemMemory.find, True: ItemMemory.from_pretrained, False: lambda path: None}
-    memory = finders[args.memory](args.model)
+    finders: dict[Any, Any] = {None: ItemMemory.find, True: ItemMemory.from_pretrained}
+    memory = None if args.memory is False else finders[args.memory](args.model, revision=args.revision)  # type: ignore[comparison-overlap]
     shards = list(enumerate(range(0, len(users), args.shard_size)))[state.process_index :: state.num_processes]
     for number, start in tqdm(shards, desc="Shards", disable=not state.is_main_process):
         path = folder / f"part-{number:05d}.parquet"
