@@ -12,7 +12,7 @@ import socket
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -66,7 +66,7 @@ def locked(folder: str | Path) -> Iterator[IO]:
 
     Args:
         folder (`str` or `Path`):
-            Folder of the command's output. Its file `.lock` names process and host while it is held.
+            Folder of the command's output. While it is held, its file `.lock` names process and host.
 
     Raises:
         `RuntimeError`: if another command holds the folder; names its process and host.
@@ -78,21 +78,37 @@ def locked(folder: str | Path) -> Iterator[IO]:
     ...     Path("outputs/report/table.md").write_text("| a |")
     ```
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK_NAME).open("a+", encoding="utf-8") as file:  # "w" would erase the name of the holder
-        if not try_lock(file):
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            raise RuntimeError(
-                f"{folder} is in use by {holder}, or by a process that it started. Wait until it ends, or use another "
-                "folder."
-            )
-        file.truncate(0)
+    path = Path(folder, LOCK_NAME)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _hold(path) as file:
+        file.truncate(0)  # a killed holder left its name
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
         remove_temporary_files(folder)
         try:
             yield file
         finally:
-            file.truncate(0)
+            if _is_at(path, file):
+                with suppress(PermissionError):  # Windows keeps open files
+                    path.unlink()
+
+
+def _hold(path: Path) -> IO:
+    """Open and lock a file, again if the last holder deleted it in between."""
+    while True:
+        file = path.open("a+", encoding="utf-8")  # "w" would erase the name of the holder
+        if not try_lock(file):
+            file.seek(0)
+            holder = file.read() or "another process"
+            file.close()
+            raise RuntimeError(
+                f"{path.parent} is in use by {holder}, or by a process that it started. Wait until it ends, or use "
+                "another folder."
+            )
+        if _is_at(path, file):
+            return file
+        file.close()
+
+
+def _is_at(path: Path, file: IO) -> bool:
+    return path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno()))
