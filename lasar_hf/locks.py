@@ -16,8 +16,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from .files import remove_temporary_files
-
 
 LOCK_NAME = ".lock"
 UNSUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
@@ -59,8 +57,7 @@ def try_lock(file: IO, wait: bool = False) -> bool:
 @contextmanager
 def locked(folder: str | Path) -> Iterator[IO]:
     """
-    Hold a folder, so that no second command writes to it. The folder is created if missing, and loses the temporary
-    files that killed commands left.
+    Hold a folder, so that no second command writes to it. The folder is created if missing.
 
     Processes that inherit the yielded file hold the folder as well, until all of them end.
 
@@ -84,7 +81,6 @@ def locked(folder: str | Path) -> Iterator[IO]:
         file.truncate(0)  # a killed holder left its name
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
-        remove_temporary_files(folder)
         try:
             yield file
         finally:

@@ -46,7 +46,7 @@ from ..evaluation import (
     tune_memory,
     tuning_notes,
 )
-from ..files import atomic_file
+from ..files import atomic_file, remove_temporary_files
 from ..locks import locked
 from ..model.configuration_lasar import LasarConfig
 from ..model.memory_lasar import ItemMemory
@@ -253,6 +253,7 @@ def write_cards(args: EvaluateArguments, report: dict) -> None:
             continue
         try:
             with locked(path):
+                remove_temporary_files(path)
                 add_results(path, report, dataset)
         except (OSError, RuntimeError) as error:  # not writable, or in use by another command
             logger.warning("The card of %s has no results: %s", path, error)
