@@ -54,7 +54,8 @@ def test_report_has_baselines_and_models(recipe, folder, tmp_path):
 
 
 def test_a_checkpoint_in_use_keeps_its_card(recipe, folder, tmp_path, caplog):
-    args, card = recipe.EvaluateArguments(**arguments(folder, tmp_path), baselines=False), folder / "checkpoint/README.md"
+    args = recipe.EvaluateArguments(**arguments(folder, tmp_path), baselines=False)
+    card = folder / "checkpoint" / "README.md"
     card.unlink(missing_ok=True)
     with locked(folder / "checkpoint"):
         recipe.main(args)
