@@ -354,6 +354,9 @@ def launched(function: Callable[[], None], processes: int) -> Callable[[], None]
     """The function as torchrun calls it in several processes: the same agent, whose workers are forks."""
 
     def work() -> None:
+        # A fork has the handlers of the launcher, unlike the new processes of torchrun.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         Path(f"rank-{os.environ['RANK']}").write_text(str(os.getpid()))
         function()
 
