@@ -170,6 +170,12 @@ def test_killed_run_is_finished_by_the_next(recipe, prepared, checkpoint, tmp_pa
     assert unreadable == 2  # in these cases the copy was needed
 
 
+def test_temporary_files_of_a_killed_run_are_removed(recipe, prepared, checkpoint, tmp_path):
+    (checkpoint / ".sid_catalog.1.tmp.json").write_text("{")
+    add(recipe, prepared, checkpoint, write_items(tmp_path / "new.jsonl"))
+    assert not list(checkpoint.glob(".*"))
+
+
 def test_old_copy_does_not_replace_a_complete_catalogue(recipe, prepared, checkpoint, tmp_path):
     items = write_items(tmp_path / "new.jsonl")
     SidCatalog.from_pretrained(checkpoint).save_pretrained(checkpoint / ".new_catalog")

@@ -15,7 +15,7 @@ import numpy as np
 
 from ..arguments import read_json_object
 from ..data import read_items
-from ..files import read_json
+from ..files import read_json, remove_temporary_files
 from ..locks import locked
 from ..model.catalog_lasar import SidCatalog
 from ..semantic_ids import ItemEncoder, Quantizer, assign_new_items, load_quantizer
@@ -66,7 +66,7 @@ def load_encoder(data_dir: Path) -> tuple[ItemEncoder, Quantizer]:
 
 
 def load_catalog(checkpoint: Path) -> SidCatalog:
-    """The catalogue of the checkpoint. If a run was killed while writing it, finish from the copy."""
+    """The catalogue of the checkpoint. If a run was killed while writing it, finish from the copy and tidy up."""
     try:
         catalog = SidCatalog.from_pretrained(checkpoint)
     except FileNotFoundError:
@@ -75,6 +75,7 @@ def load_catalog(checkpoint: Path) -> SidCatalog:
         catalog = SidCatalog.from_pretrained(checkpoint / COPY)
         catalog.save_pretrained(checkpoint)
     shutil.rmtree(checkpoint / COPY, ignore_errors=True)
+    remove_temporary_files(checkpoint)
     return catalog
 
 

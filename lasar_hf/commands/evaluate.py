@@ -11,7 +11,6 @@ of every user.
 """
 
 import logging
-import os
 import tempfile
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
@@ -47,7 +46,8 @@ from ..evaluation import (
     tune_memory,
     tuning_notes,
 )
-from ..files import atomic_file
+from ..files import atomic_file, remove_temporary_files
+from ..locks import locked
 from ..model.configuration_lasar import LasarConfig
 from ..model.memory_lasar import ItemMemory
 from ..model.modeling_lasar import LasarForGenerativeRec
@@ -251,10 +251,12 @@ def write_cards(args: EvaluateArguments, report: dict) -> None:
     for path in dict.fromkeys(path for path, _ in parse_models(args.models).values()):
         if not Path(path).is_dir():  # on the Hub
             continue
-        if os.access(path, os.W_OK):
-            add_results(path, report, dataset)
-        else:
-            logger.warning("%s cannot be written to, so its card has no results.", path)
+        try:
+            with locked(path):
+                remove_temporary_files(path)
+                add_results(path, report, dataset)
+        except (OSError, RuntimeError) as error:  # not writable, or in use by another command
+            logger.warning("The card of %s has no results: %s", path, error)
 
 
 def save_lists(folder: str, predictions: dict[str, np.ndarray], depths: dict[str, np.ndarray]) -> None:
