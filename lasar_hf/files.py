@@ -1,11 +1,52 @@
 """JSON, content hashes, and the atomic writes that the model's files share."""
 
+import errno
 import hashlib
 import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from .model.files_lasar import atomic_file as atomic_file
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors of a full disk, quota or limit
+
+
+def check_writable(folder: str | Path) -> None:
+    """
+    Create a folder if it is missing, and refuse it with an `OSError` if nothing can be written there. Call it before
+    the work whose results go there. Deletes the temporary files that killed processes left; no other process may
+    write to the folder.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        remove_temporary_files(folder)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b" ")
+    except OSError as error:
+        reason = f"{error.strerror}; the results cannot be written there"
+        raise OSError(error.errno, reason, str(folder)) from error
+
+
+@contextmanager
+def naming_full_disk(folder: str | Path) -> Iterator[None]:
+    """
+    Name the folder in the error of a full disk: `OSError` instead of what torch, safetensors, Arrow and NumPy raise,
+    which names no file.
+    """
+    try:
+        yield
+    except Exception as error:
+        is_said = any(os.strerror(code) in str(error) for code in FULL)
+        if is_said or shutil.disk_usage(folder).free < 2**20:
+            raise OSError(errno.ENOSPC, f"the disk is full ({error})", str(folder)) from error
+        raise
 
 
 def remove_temporary_files(folder: str | Path) -> None:
@@ -35,10 +76,17 @@ def file_hash(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def file_hashes(paths: Iterable[str | Path]) -> list[str]:
+    """[`file_hash`] of several files, of which some are read at the same time."""
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(file_hash, paths))
+
+
 def folder_hashes(folder: str | Path | None, pattern: str) -> dict[str, str]:
     """
     SHA-256 of each file of a folder that matches a glob pattern, by its path relative to the folder. `None`, or the
     name of a model on the Hub, has no files. `"**/data-*.arrow"` matches the tables of saved `Dataset`s.
     """
     files = sorted(path for path in Path(folder).glob(pattern) if path.is_file()) if folder is not None else []
-    return {str(path.relative_to(folder)): file_hash(path) for path in files}
+    names = [str(path.relative_to(folder)) for path in files]
+    return dict(zip(names, file_hashes(files), strict=True))

@@ -194,8 +194,7 @@ def main(args: DepthArguments) -> None:
     data.check_catalog(processor.catalog, args.model)
     model = LasarForGenerativeRec.from_pretrained(args.model).eval()
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    samples = data.samples["validation"].shuffle(seed=0)
-    samples = samples.select(range(min(args.users, len(samples))))
+    samples = data.draw("validation", args.users)
     first, num_depths = model.config.min_latent_steps, model.config.max_latent_steps + 1
 
     # 1. Probability of the target and NDCG@10 at every depth.

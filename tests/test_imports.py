@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "lasar_hf"
 LAYERS = [
     ["model"],
     ["files", "arguments"],
+    ["steps"],
     ["data"],
     ["semantic_ids"],
     ["onednn"],
@@ -20,7 +21,6 @@ LAYERS = [
     ["evaluation"],
     ["card"],
     ["trainers"],
-    ["steps"],
     ["__init__"],  # the public names
     ["serving"],
     ["commands"],

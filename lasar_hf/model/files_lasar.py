@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
@@ -14,7 +16,8 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 
     The temporary file is in the same folder and keeps the suffix, because some writers choose the format by it. If the
     block raises, the old file stays and the temporary file is removed. A process that is killed leaves its temporary
-    file, see [`remove_temporary_files`]. The folder is created if missing.
+    file, see [`remove_temporary_files`]. The folder is created if missing. Errors name the file, such as those of a
+    full disk.
 
     Example:
 
@@ -31,6 +34,10 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        if getattr(error, "filename", None):
+            raise
+        raise OSError(f"{path} cannot be written: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
