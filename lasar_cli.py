@@ -180,13 +180,12 @@ def evaluate(
     from lasar_hf.commands.evaluate import EvaluateArguments
     from lasar_hf.commands.evaluate import main as run
     from lasar_hf.commands.project import project_settings, stage_settings
-    from lasar_hf.files import read_json
 
     settings = stage_settings(project, project_settings(project))["evaluate"]
     settings |= {"split": split, "users": users, "num_beams": beams}
     settings["output_dir"] = str(Path(project, f"report_{split}"))
-    run(EvaluateArguments(**settings))
-    results_table(read_json(Path(settings["output_dir"], "report.json"))["results"])
+    run(EvaluateArguments(**settings), show=lambda rows, *_: results_table(rows))
+    console.print(f"More numbers, and those of parts of the users: {settings['output_dir']}/report.md")
 
 
 @app.command()

@@ -2,8 +2,8 @@
 Steps that write files to one folder. A step runs only if its inputs changed, and a killed run resumes.
 
 Each step has a mark `steps/<name>.json`: the fingerprint of its inputs and the SHA-256 of its files. A step whose
-files are lost or damaged runs again, and so do those that read them. A step runs in a hidden folder. Its files are then
-moved to the folder, and its mark is written last:
+files are lost or damaged runs again, and so do those that read them. A step runs in a hidden folder. Its files are
+then moved to the folder, and its mark is written last:
 
     1. delete the files of the steps that read this step, then its own
     2. run the step in `.<name>.partial`
@@ -39,8 +39,8 @@ logger = logging.getLogger(__name__)
 FORMAT = 4  # increase when a step writes other files for the same settings, so that old ones are not reused
 MARKS = "steps"  # folder of the marks
 MEND = (
-    "Run the command that prepared the data again (lasar prepare or recipes/prepare.py): it makes again what is missing "
-    "or damaged."
+    "Run the command that prepared the data again (lasar prepare or recipes/prepare.py): it replaces what is missing or "
+    "damaged."
 )
 
 

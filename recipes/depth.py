@@ -22,7 +22,7 @@ from lasar_hf.arguments import check_choices
 from lasar_hf.commands.parser import ScriptParser
 from lasar_hf.data import PreparedData
 from lasar_hf.evaluation import ndcg_per_user, paired_bootstrap, ranks, recommend_samples
-from lasar_hf.files import atomic_file, write_json
+from lasar_hf.files import atomic_file, check_writable, write_json
 from lasar_hf.onednn import onednn_linear
 from lasar_hf.trainers import DepthScores, fit_depth_policy, score_depths
 
@@ -190,6 +190,8 @@ def plot(path: Path, rows: dict, null: dict, histograms: dict[str, list[int]]) -
 
 def main(args: DepthArguments) -> None:
     """Score every depth, fit and compare the policy, and write the report."""
+    for folder in filter(None, (args.output_dir, args.save_to)):
+        check_writable(folder)
     data, processor = PreparedData.load(args.data_dir), LasarProcessor.from_pretrained(args.model)
     data.check_catalog(processor.catalog, args.model)
     model = LasarForGenerativeRec.from_pretrained(args.model).eval()
@@ -221,8 +223,8 @@ def main(args: DepthArguments) -> None:
         noise, log_p, value = noise_null(model, samples, processor, log_probs, rows["best fixed depth"], args)
     details = {"arguments": asdict(args), "users": len(samples), "cost": cost}
     null = {"noise": noise, "log p": log_p, "NDCG@10": value}
+    print(json.dumps({name: round(row["NDCG@10"], 4) for name, row in rows.items() if name != "best fixed depth"}))
     write_report(Path(args.output_dir), rows, null, details)
-    print(json.dumps({name: round(row["NDCG@10"], 4) for name, row in rows.items()}))
     if args.save_to is not None:
         fitted = fit_depth_policy(head.cpu(), states, rewards, cost, first)
         model.model.policy_head.load_state_dict(fitted.state_dict())

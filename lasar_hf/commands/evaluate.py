@@ -12,10 +12,11 @@ of every user.
 
 import logging
 import os
-import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,7 +48,7 @@ from ..evaluation import (
     tune_memory,
     tuning_notes,
 )
-from ..files import atomic_file
+from ..files import atomic_file, check_writable
 from ..model.configuration_lasar import LasarConfig
 from ..model.memory_lasar import ItemMemory
 from ..model.modeling_lasar import LasarForGenerativeRec
@@ -221,12 +222,17 @@ def significance(predictions: dict[str, np.ndarray], samples) -> dict[str, dict]
     }
 
 
-def report(args: EvaluateArguments, data: PreparedData, samples, predictions, rows, tuning, depths) -> dict:
-    """Print the tables and write the report. Returns it."""
+def print_tables(rows: dict[str, dict], notes: list[str], by_slice: dict[str, dict]) -> None:
+    """Print the numbers of each row, how they came about, and those of parts of the users."""
+    print(comparison_table(rows), *notes, "", slice_table(by_slice), sep="\n")
+
+
+def report(args: EvaluateArguments, data: PreparedData, samples, predictions, rows, tuning, depths, show) -> dict:
+    """Show the tables, then write the report. Returns it."""
     exclude, parts = history_is_excluded(args, data), slices(samples, data.split.train)
     by_slice = slice_report(predictions, samples["target"], parts)
     notes = [exclusion_note(exclude), *tuning_notes(tuning)]
-    print(comparison_table(rows), *notes, "", slice_table(by_slice), sep="\n")
+    show(rows, notes, by_slice)
     details = {
         "arguments": asdict(args),
         "exclude_history": exclude,
@@ -261,14 +267,13 @@ def save_lists(folder: str, predictions: dict[str, np.ndarray], depths: dict[str
         np.savez_compressed(temporary, **arrays)  # type: ignore[arg-type]
 
 
-def main(args: EvaluateArguments) -> None:
-    """Evaluate the baselines and every model; print and write the report."""
+def main(args: EvaluateArguments, show: Callable[..., Any] = print_tables) -> None:
+    """Evaluate the baselines and every model; `show` and write the report."""
     models = parse_models(args.models)
     # On the CPU processes find each other only with `cpu`. While the main one tunes baselines, the others wait.
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(hours=12))
-    if state.is_main_process:  # a folder that cannot be written to must fail before hours of work
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=args.output_dir).close()
+    if state.is_main_process:
+        check_writable(args.output_dir)
     data = PreparedData.load(args.data_dir)
     for path, _ in models.values():  # before the baselines are tuned
         LasarConfig.from_pretrained(path).check_exclusion(history_is_excluded(args, data))
@@ -283,8 +288,8 @@ def main(args: EvaluateArguments) -> None:
             results = evaluate_model(args, data, samples, path, reasoning, part)
             predictions[variant], depths[variant], rows[variant] = results
     if state.is_main_process:
+        content = report(args, data, samples, predictions, rows, tuning, depths, show)
         save_lists(args.output_dir, predictions, depths)
-        content = report(args, data, samples, predictions, rows, tuning, depths)
         if args.cards:
             write_cards(args, content)
 

@@ -9,6 +9,7 @@ import logging
 from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
+from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from transformers import set_seed
@@ -16,6 +17,7 @@ from transformers import set_seed
 from ..card import CardFacts, changed_settings
 from ..data import PreparedData, grpo_examples
 from ..evaluation import RankingEvaluator
+from ..files import check_writable, naming_full_disk
 from ..model.configuration_lasar import LasarConfig
 from ..model.modeling_lasar import LasarForGenerativeRec
 from ..model.processing_lasar import LasarProcessor
@@ -101,6 +103,8 @@ def main(script: GRPOScriptArguments, training_args: LasarGRPOConfig, model_args
     """Train and save a checkpoint that evaluation and serving load."""
     if model_args.model_name_or_path is None:
         raise ValueError("GRPO continues stage 2: set model_name_or_path to its checkpoint.")
+    if PartialState().is_main_process:
+        check_writable(training_args.output_dir)
     set_seed(training_args.seed)
     data = PreparedData.load(script.data_dir)
     checkpoint = checkpoint_to_resume(
@@ -138,14 +142,15 @@ def main(script: GRPOScriptArguments, training_args: LasarGRPOConfig, model_args
     trainer.card_facts = CardFacts(
         model_args.model_name_or_path, data.data_card(script.data_dir), changed_settings(script)
     )
-    trainer.train(resume_from_checkpoint=checkpoint)
-    if evaluator is not None:
-        with unsharded_weights():
-            start = load_model(model_args.model_name_or_path, **model_args.init_kwargs)
-        start = start.merge_and_unload() if isinstance(start, PeftModel) else start
-        save_better(trainer, evaluator, start)
-    else:
-        trainer.save_model()
+    with naming_full_disk(training_args.output_dir):
+        trainer.train(resume_from_checkpoint=checkpoint)
+        if evaluator is not None:
+            with unsharded_weights():
+                start = load_model(model_args.model_name_or_path, **model_args.init_kwargs)
+            start = start.merge_and_unload() if isinstance(start, PeftModel) else start
+            save_better(trainer, evaluator, start)
+        else:
+            trainer.save_model()
     trainer.accelerator.end_training()
 
 

@@ -25,6 +25,7 @@ from ..evaluation import (
     similar_items,
     tune_memory,
 )
+from ..files import check_writable
 from ..model.memory_lasar import ItemMemory
 from ..model.modeling_lasar import LasarForGenerativeRec
 from ..model.processing_lasar import LasarProcessor
@@ -108,6 +109,8 @@ def memory_text(memory: ItemMemory, tuning: Tuning, reasoning: str) -> str:
 
 def main(args: MemoryArguments) -> None:
     """Tune the matrix once. Fit its weight for each checkpoint, and save it there."""
+    for entry in args.models:
+        check_writable(entry.partition("@")[0])
     data = PreparedData.load(args.data_dir)
     similar = similar_items(data.text_vectors)
     tuning = tune_memory(data, similar)

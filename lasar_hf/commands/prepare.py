@@ -298,7 +298,7 @@ def card_numbers(folder: Path) -> dict[str, Any]:
     counts = {
         "users": len(data.users),
         "items": len(data.items),
-        "interactions": description["interactions"],
+        "interactions": sum(description["split"][part] for part in PARTS),
         **{f"{part}_samples": len(table) for part, table in data.samples.items()},
         "mean_depth": round(num_segments / len(data.samples["train"]), 3),
     }

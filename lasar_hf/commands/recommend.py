@@ -3,7 +3,7 @@ Recommend for a table of histories, in shards that several processes share. A se
 
 Reads `user_id` and `history` (item ids, oldest first) from Parquet or JSON lines. Writes `part-00000.parquet` … with
 `user_id`, `item_ids`, `scores` (log-probabilities) and `latent_steps`. The shards do not depend on the number of
-processes; a complete shard is not computed again. The prompt format is that of the checkpoint.
+processes; a complete shard is not computed again, a damaged one is. The prompt format is that of the checkpoint.
 
 Items that the catalogue does not have are left out of a history; `unknown_items` is their number. A user without a
 known item gets the most popular training items of `data_dir`, or none without `data_dir`; then `fallback` is true, and
@@ -27,7 +27,7 @@ from ..data import PreparedData
 from ..data.interactions import id_text
 from ..data.tables import read_batches
 from ..evaluation import popular_items, recommend_samples
-from ..files import atomic_file, file_hash, folder_hashes, read_json, write_json
+from ..files import atomic_file, check_writable, file_hash, folder_hashes, read_json, write_json
 from ..model.catalog_lasar import SidCatalog
 from ..model.memory_lasar import ItemMemory
 from ..model.modeling_lasar import LasarForGenerativeRec
@@ -139,10 +139,19 @@ def write_request(args: RecommendArguments, popular: list[str], folder: Path) ->
 
 
 def is_done(path: Path, request: str) -> bool:
-    """Whether the shard exists. Two jobs in one folder can leave one of another request, which is refused."""
+    """Whether the shard is complete. Two jobs in one folder can leave one of another request, which is refused."""
     if not path.exists():
         return False
-    if (pq.read_schema(path).metadata or {}).get(b"request") != request.encode():
+    try:
+        table = pq.read_table(path, page_checksum_verification=True)
+        table.validate(full=True)
+        is_whole = table.schema.equals(SCHEMA) and b"request" in (table.schema.metadata or {})
+    except (pa.ArrowException, OSError):
+        is_whole = False
+    if not is_whole:
+        logger.warning("%s is damaged. It is computed again.", path)
+        return False
+    if table.schema.metadata[b"request"] != request.encode():
         raise ValueError(f"{path} was produced with different settings. Use another output_dir.")
     return True
 
@@ -172,12 +181,13 @@ def main(args: RecommendArguments) -> None:
     """Recommend for the users of every missing shard."""
     state = PartialState(cpu=not torch.accelerator.is_available())  # otherwise CPU processes do not find each other
     folder = Path(args.output_dir)
+    if state.is_main_process:
+        check_writable(folder)
     processor = LasarProcessor.from_pretrained(args.model)
     users, histories, num_unknown = read_histories(Path(args.histories), processor.catalog, args.strict)
     popular = []
     if args.data_dir:
         popular = popular_items(PreparedData.load(args.data_dir), processor.catalog, args.top_k)
-    folder.mkdir(parents=True, exist_ok=True)
     if state.is_main_process:
         logger.info(
             "%d users: left out %d unknown items of their histories; %d users without a known item get %s.",
@@ -218,7 +228,8 @@ def main(args: RecommendArguments) -> None:
             users[shard], histories[shard], num_unknown[shard], recommended, output.latent_steps.tolist(), popular
         )
         with atomic_file(path) as temporary:
-            pq.write_table(table.replace_schema_metadata({"request": request}), temporary)
+            table = table.replace_schema_metadata({"request": request})
+            pq.write_table(table, temporary, write_page_checksum=True)
     state.wait_for_everyone()
 
 

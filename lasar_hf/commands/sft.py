@@ -20,7 +20,7 @@ from ..arguments import check_choices, read_json_object, read_switch
 from ..card import CardFacts, changed_settings
 from ..data import PreparedData, reasoning_examples, sft_examples, stage1_examples, with_neighbours
 from ..evaluation import RankingEvaluator, neighbour_draws, similar_items, tune_memory
-from ..files import folder_hashes
+from ..files import check_writable, folder_hashes, naming_full_disk
 from ..model.base_lasar import most_likely_depth
 from ..model.configuration_lasar import LATENT_INPUTS, LasarConfig
 from ..model.modeling_lasar import LasarForGenerativeRec
@@ -292,6 +292,8 @@ def ranking_depth(script: SFTScriptArguments, training_args: LasarSFTConfig) -> 
 
 def main(script: SFTScriptArguments, training_args: LasarSFTConfig, model_args: LasarModelConfig) -> None:
     """Train one stage and save a checkpoint that the next stage, evaluation and serving load."""
+    if PartialState().is_main_process:
+        check_writable(training_args.output_dir)
     set_seed(training_args.seed)
     data = PreparedData.load(script.data_dir)
     hashes = PreparedData.file_hashes(script.data_dir)
@@ -350,8 +352,9 @@ def main(script: SFTScriptArguments, training_args: LasarSFTConfig, model_args: 
         changed_settings(script, shown),
         title=f"Stage {script.stage}",
     )
-    trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model()
+    with naming_full_disk(training_args.output_dir):
+        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_model()
     trainer.accelerator.end_training()
 
 
