@@ -7,7 +7,7 @@ test:
 	pytest
 
 lint:
-	ruff check .
+	ruff check . && ruff format --check . && mypy
 
 quickstart:
 	python examples/quickstart.py

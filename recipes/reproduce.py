@@ -86,6 +86,7 @@ class RowArguments:
     of: str | None = None  # row whose checkpoint is evaluated, instead of a training
     depth: int | str | None = None  # latent steps, `text` for explicit chains of thought; the policy's by default
     memory: bool = False  # evaluate with an item memory too
+    test: bool = True  # evaluate on test users; false for rows among which a setting is chosen
     validation: bool = False  # evaluate on validation users too
     sweep: bool = False  # at the first seed: evaluate at every fixed depth too
     oracle: bool = False  # at the first seed: recipes/depth.py, the policy against the best depth of each user
@@ -146,6 +147,7 @@ def read_row(name: str, settings: dict[str, Any]) -> RowArguments:
         (row.of is None or not (row.set or row.config), "has of and trains nothing; leave out set and config."),
         (row.depth in (None, "text") or str(row.depth).isdecimal(),
          f"has depth {row.depth!r}; expected a number of latent steps, or text."),
+        (row.test or row.validation, "has test and validation: false; expected at least one evaluation."),
         (row.seeds in ("first", "all"), f"has seeds {row.seeds!r}; expected first or all."),
         (not set(name) & set("/@=") and not name.endswith(" + memory") and name not in BASELINES,
          "has /, @ or = in its name, ends in ' + memory' or is a baseline; use another name."),
@@ -208,6 +210,20 @@ def check_prepare(study: StudyArguments) -> None:
             raise ValueError(f"prepare has {part}; expected config, a YAML file, and set, changed settings.")
 
 
+def check_depths(study: StudyArguments, rows: dict[str, RowArguments]) -> None:
+    """Refuse a study without seeds, and fixed depths that the models of its rows do not have."""
+    if not study.seeds:
+        raise ValueError("seeds is empty; expected at least one, such as [0].")
+    for name, row in rows.items():
+        wanted = max(study.max_depth if row.sweep else 0, int(row.depth) if str(row.depth).isdecimal() else 0)
+        while row.of is not None or str(row.set.get("model_name_or_path", "")).startswith("@"):
+            row = rows[row.of or row.set["model_name_or_path"][1:].partition("/")[0]]
+        settings = changed_settings(row.config, row.set)
+        most = settings.get("max_latent_steps", SFTScriptArguments.max_latent_steps)
+        if wanted > most:
+            raise ValueError(f"Row {name!r} is evaluated with {wanted} latent steps; its model has at most {most}.")
+
+
 def check_tables(study: StudyArguments, rows: dict[str, RowArguments]) -> None:
     """Refuse tables with unknown keys or rows, and those that would overwrite one another."""
     names = {*BASELINES, *rows, *(f"{name} + memory" for name, row in rows.items() if row.memory)}
@@ -220,6 +236,9 @@ def check_tables(study: StudyArguments, rows: dict[str, RowArguments]) -> None:
         wrong = [name for name in [*table["rows"], *table.get("against", [])] if name not in names]
         if wrong:
             raise ValueError(f"Table {table['title']!r} has {wrong}, which are no rows of the study.")
+        sources = [changed_settings(part.get("config"), part.get("set", {})).get("source") for part in study.prepare]
+        if table.get("links") and "routines" not in sources:
+            raise ValueError(f"Table {table['title']!r} has links: true; expected data of the source routines.")
     for key, used in (("title", []), ("figure", ["depths.png"])):
         used += [table[key] for table in study.tables if key in table]
         twice = sorted({value for value in used if used.count(value) > 1})
@@ -275,7 +294,7 @@ class Jobs(dict[str, Job]):
             self.add(f"{prefix}/memory", "memory", self.evaluation | {"models": [where]}, folder, ready)
             ready = [f"{prefix}/memory"]
         options = self.evaluation | {"models": [f"{name}={where}"], "baselines": False, "memory": row.memory}
-        for split in ("test", "validation") if row.validation else ("test",):
+        for split in [split for split in ("test", "validation") if getattr(row, split)]:
             target = {"split": split, "output_dir": str(folder / split)}
             self.add(f"{prefix}/{split}", "eval", options | target, folder, ready)
         is_first = seed == self.study.seeds[0]
@@ -363,6 +382,7 @@ def main(study: StudyArguments) -> None:
     """Run what is left of the study, and write its report."""
     rows = read_rows(study)
     check_prepare(study)
+    check_depths(study, rows)
     check_tables(study, rows)
     check_writable(study.report_dir)
     jobs = Jobs(study, rows)

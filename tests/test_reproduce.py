@@ -209,7 +209,18 @@ def test_a_name_that_is_there_twice_is_refused(recipe, tmp_path):
         recipe.check_names(path)
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("recipes/*/study.yaml")), ids=lambda path: path.parent.name)
+def test_a_setting_can_be_chosen_without_test_users(recipe, tmp_path):
+    row = {"recipe": "sft", "config": str(tmp_path / "stage.yaml"), "test": False, "validation": True}
+    recipe.main(study(recipe, tmp_path, {"one": row, "two": row | {"set": {"learning_rate": 0.1}}}, baselines=False))
+    assert {arguments["split"] for name, arguments in runs(tmp_path) if name == "eval"} == {"validation"}
+    text = (tmp_path / "report" / "study.md").read_text()
+    assert text.count("| one | 1 | 0.5000 |") == 1 and "Validation users:" in text
+
+
+STUDIES = [*ROOT.glob("recipes/*/study.yaml"), *ROOT.glob("recipes/*/sweep.yaml")]
+
+
+@pytest.mark.parametrize("path", sorted(STUDIES), ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_studies_of_the_recipes_have_known_rows_and_settings(monkeypatch, path):
     recipe = load_recipe("reproduce")
     monkeypatch.chdir(ROOT)
@@ -217,8 +228,14 @@ def test_studies_of_the_recipes_have_known_rows_and_settings(monkeypatch, path):
     study = recipe.StudyArguments(**yaml.safe_load(path.read_text()))
     rows = recipe.read_rows(study)
     recipe.check_prepare(study)
+    recipe.check_depths(study, rows)
     recipe.check_tables(study, rows)
     assert all(job.name.startswith("prepare") or job.after for job in recipe.Jobs(study, rows).values())
+
+
+def test_a_study_without_seeds_is_refused(recipe, tmp_path):
+    with pytest.raises(ValueError, match="seeds is empty"):
+        recipe.main(study(recipe, tmp_path, seeds=[]))
 
 
 @pytest.mark.parametrize("part", [{"confg": "stage.yaml"}, {"config": "missing.yaml"}])
@@ -253,6 +270,15 @@ def test_a_report_can_be_written_alone(recipe, tmp_path):
         ({"a": {"recipe": "sft", "config": "stage.yaml"}, "b": {"of": "a", "memory": True}}, "'a' needs it too"),
         ({"a": {"recipe": "sft", "config": "stage.yaml"}, "b": {"of": "a"}, "c": {"of": "b"}}, "no checkpoint"),
         ({"a": None}, "expected settings"),
+        ({"a": {"recipe": "sft", "config": "stage.yaml", "test": False}}, "at least one evaluation"),
+        ({"a": {"recipe": "sft", "config": "stage.yaml", "depth": 9}}, "'a' is evaluated with 9 .* at most 8"),
+        (
+            {
+                "a": {"recipe": "sft", "config": "stage.yaml", "set": {"max_latent_steps": 3}},
+                "b": {"recipe": "sft", "config": "stage.yaml", "set": {"model_name_or_path": "@a"}, "sweep": True},
+            },
+            "'b' is evaluated with 8 .* at most 3",
+        ),
     ],
 )
 def test_wrong_rows_are_refused_before_anything_runs(recipe, tmp_path, monkeypatch, rows, message):
@@ -263,7 +289,13 @@ def test_wrong_rows_are_refused_before_anything_runs(recipe, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize(
-    "table", [{"title": "x", "rows": ["other"]}, {"title": "x"}, {"title": "x", "rows": [], "row": 1}]
+    "table",
+    [
+        {"title": "x", "rows": ["other"]},
+        {"title": "x"},
+        {"title": "x", "rows": [], "row": 1},
+        {"title": "x", "rows": ["direct"], "links": True},
+    ],
 )
 def test_wrong_tables_are_refused(recipe, tmp_path, table):
     with pytest.raises(ValueError, match="table|Table"):

@@ -345,8 +345,10 @@ def _table_section(results: StudyResults, table: dict[str, Any], folder: Path) -
     """The parts of `study.md` for one table, and its numbers by title."""
     title, rows, against = table["title"], table["rows"], table.get("against", [])
     text, numbers = study_table(results, rows, against)
-    parts, content = [f"## {title}", table.get("text", "").strip(), text.strip()], {title: numbers}
     validation = [row for row in rows if results.seeds(row, "validation")]
+    parts, content = [f"## {title}", table.get("text", "").strip()], {title: numbers}
+    if numbers or not validation:
+        parts.append(text.strip())
     if validation:
         text, content[f"{title}, validation"] = study_table(results, validation, against, "validation")
         parts += ["Validation users:", text.strip()]
@@ -366,7 +368,7 @@ def _table_section(results: StudyResults, table: dict[str, Any], folder: Path) -
 
 def _how(results: StudyResults, details: dict[str, Any]) -> str:
     """How each row was made: settings, seeds, times, commit, and the settings of the baselines."""
-    lines = ["| row | made from | changed settings | depth | minutes |", "|---|---|---|---|---:|"]
+    lines = ["| row | made from | changed settings | depth | minutes of the last run |", "|---|---|---|---|---:|"]
     for name, row in details["rows"].items():
         seconds = [time for job, time in details["seconds"].items() if job.endswith(f"/{name}/checkpoint")]
         changed = ", ".join(f"`{key}: {value}`" for key, value in row["set"].items())
