@@ -15,7 +15,8 @@ from typing import Any
 from .model.files_lasar import atomic_file as atomic_file
 
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors of a full disk, quota or limit
+# What errors of a full disk, quota or limit say; the last two are torch's.
+FULL = *map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)), "iostream error", "inline_container"
 
 
 def check_writable(folder: str | Path) -> None:
@@ -43,9 +44,9 @@ def naming_full_disk(folder: str | Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        is_said = any(os.strerror(code) in str(error) for code in FULL)
+        is_said = any(text in str(error) for text in FULL)
         if is_said or shutil.disk_usage(folder).free < 2**20:
-            raise OSError(errno.ENOSPC, f"the disk is full ({error})", str(folder)) from error
+            raise OSError(errno.ENOSPC, f"The disk is full ({error})", str(folder)) from error
         raise
 
 

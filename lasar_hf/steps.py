@@ -39,8 +39,8 @@ logger = logging.getLogger(__name__)
 FORMAT = 4  # increase when a step writes other files for the same settings, so that old ones are not reused
 MARKS = "steps"  # folder of the marks
 MEND = (
-    "Run the command that prepared the data again (lasar prepare or recipes/prepare.py): it replaces what is missing or "
-    "damaged."
+    "Run the command that prepared the data again (lasar prepare or recipes/prepare.py): it replaces what is missing "
+    "or damaged."
 )
 
 
@@ -122,7 +122,7 @@ def check_outputs(folder: str | Path, names: Iterable[str]) -> None:
     Raises:
         `ValueError`: if a file is missing or has another content, with its path and what to do.
     """
-    folder, hashes = Path(folder), {}
+    folder, hashes = Path(folder), dict[str, str]()
     for path in sorted((folder / MARKS).glob("*.json")):
         try:
             outputs = read_json(path)["outputs"]

@@ -308,7 +308,7 @@ def card_numbers(folder: Path) -> dict[str, Any]:
 
 
 def generated_steps(args: PrepareArguments) -> list[Step]:
-    """The routines, which come with their own split, Semantic IDs and chains of thought; and their `data_card.json`."""
+    """The routines, which come with their own split, Semantic IDs and chains of thought; and their data card."""
     arguments: dict[str, Any] = args.source_args or {}  # type: ignore[assignment]
     check_source_args("routines", partial(write_routines, args.output_dir), arguments)
     settings = {"arguments": {"source": "routines", "source_args": arguments}, "lasar_hf": __version__}

@@ -106,8 +106,8 @@ class PreparedData:
         # Folders of older versions have no `users/`.
         if not ((folder / "prepared.json").exists() and (folder / "users").exists()):
             raise FileNotFoundError(
-                f"{folder} contains no complete prepared data. Run its preparation, again if it was interrupted: lasar "
-                f"prepare, or recipes/prepare.py with output_dir={folder}."
+                f"{folder} contains no complete prepared data. Run its preparation, again if it was interrupted: "
+                f"lasar prepare, or recipes/prepare.py with output_dir={folder}."
             )
         check_outputs(folder, FILES)
         users, fields = Dataset.load_from_disk(folder / "users"), read_json(folder / "prepared.json")
