@@ -15,8 +15,8 @@ from typing import Any
 from .model.files_lasar import atomic_file as atomic_file
 
 
-# What errors of a full disk, quota or limit say; the last two are torch's.
-FULL = *map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)), "iostream error", "inline_container"
+# What errors of a full disk, quota or limit say, of the system, torch (two) and NumPy.
+FULL = *map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)), "iostream error", "inline_container", "requested and"
 
 
 def check_writable(folder: str | Path) -> None:

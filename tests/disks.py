@@ -1,4 +1,4 @@
-"""Disks that are full or read-only, and folders without rights, as a program sees them."""
+"""Full and read-only disks as a program sees them, and damaged files."""
 
 import ctypes
 import os
@@ -52,3 +52,19 @@ def full_disk(size: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def flip_bit(path: Path) -> None:
+    """Change one bit in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+# What may happen to a file.
+DAMAGES = {
+    "missing": Path.unlink,
+    "empty": lambda path: os.truncate(path, 0),
+    "half": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "flipped bit": flip_bit,
+}

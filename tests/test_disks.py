@@ -117,3 +117,4 @@ def test_prepared_data_may_be_on_a_read_only_disk(folder, tmp_path):
         memory_command.main(memory_command.MemoryArguments(str(folder / "data"), [str(tmp_path / "checkpoint")]))
         run_evaluate(folder, tmp_path / "report")
     assert files(folder / "data") == before
+    assert not [name for name in before if "cache" in name]

@@ -17,6 +17,8 @@ import torch
 from lasar_hf import LasarProcessor, SidCatalog
 from lasar_hf.data import PreparedData
 from lasar_hf.evaluation import popularity_ranking
+from tests.disks import DAMAGES
+from tests.preparing import files
 from tests.recipes import ROOT, load_recipe, save_checkpoint, save_prepared
 from tests.tiny import tiny_model
 
@@ -115,6 +117,16 @@ def test_a_second_run_computes_only_missing_shards(recipe, checkpoint, tmp_path,
     run(recipe, args)
     assert len(calls) == 1
     assert shards(tmp_path / "out") == first
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_shard_is_computed_again(recipe, checkpoint, tmp_path, damage):
+    args = arguments(checkpoint, tmp_path)
+    run(recipe, args)
+    whole = files(tmp_path / "out")
+    DAMAGES[damage](tmp_path / "out" / "part-00001.parquet")
+    run(recipe, args)
+    assert files(tmp_path / "out") == whole
 
 
 def test_another_setting_is_refused(recipe, checkpoint, tmp_path):
