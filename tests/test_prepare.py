@@ -132,7 +132,7 @@ def test_prepared_counts_leave_out_short_histories(tmp_path, caplog):
     caplog.set_level("INFO")
     path = ratings(tmp_path)
     path.write_text(path.read_text() + "short,3,5\nshort,4,6\n")
-    run(tmp_path / "out", "table", COLUMNS | {"interactions": str(path)})
+    run(tmp_path / "out", "table", COLUMNS | {"interactions": str(path), "k_core": 1})
     assert "Read: 41 users, 25 items, 322 interactions" in caplog.text
     assert "Prepared: 40 users, 25 items, 320 interactions" in caplog.text
 
@@ -651,4 +651,5 @@ def test_data_of_an_older_version_gets_its_repeat_rate(toy, tmp_path):
     rate = settings.pop("repeat_rate")
     settings.pop("exclude_history")
     (tmp_path / "data" / "prepared.json").write_text(json.dumps(settings))
+    shutil.rmtree(tmp_path / "data" / "steps")
     assert PreparedData.load(tmp_path / "data").repeat_rate == rate

@@ -138,20 +138,20 @@ def write_request(args: RecommendArguments, popular: list[str], folder: Path) ->
     write_json(path, request)
 
 
-def is_done(path: Path, request: str) -> bool:
-    """Whether the shard is complete. Two jobs in one folder can leave one of another request, which is refused."""
+def is_done(path: Path, request: str, num_users: int) -> bool:
+    """Whether the shard is complete and whole. Two jobs in one folder can leave one of another request, which is refused."""
     if not path.exists():
         return False
     try:
         table = pq.read_table(path, page_checksum_verification=True)
         table.validate(full=True)
-        is_whole = table.schema.equals(SCHEMA) and b"request" in (table.schema.metadata or {})
-    except (pa.ArrowException, OSError):
+        is_whole = table.schema.equals(SCHEMA) and len(table) == num_users
+    except (pa.ArrowException, OSError, UnicodeDecodeError):
         is_whole = False
     if not is_whole:
         logger.warning("%s is damaged. It is computed again.", path)
         return False
-    if table.schema.metadata[b"request"] != request.encode():
+    if (table.schema.metadata or {}).get(b"request") != request.encode():
         raise ValueError(f"{path} was produced with different settings. Use another output_dir.")
     return True
 
@@ -207,9 +207,9 @@ def main(args: RecommendArguments) -> None:
     shards = list(enumerate(range(0, len(users), args.shard_size)))[state.process_index :: state.num_processes]
     for number, start in tqdm(shards, desc="Shards", disable=not state.is_main_process):
         path = folder / f"part-{number:05d}.parquet"
-        if is_done(path, request):
-            continue
         shard = slice(start, start + args.shard_size)
+        if is_done(path, request, len(users[shard])):
+            continue
         known = [history for history in histories[shard] if history]
         with onednn_linear(model):
             output = recommend_samples(
