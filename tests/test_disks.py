@@ -1,15 +1,20 @@
 """Full disks and folders without rights: prepare, sft, eval and recommend name the folder, and go on afterwards."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 
+import datasets
 import pyarrow.parquet as pq
 import pytest
+from typer.testing import CliRunner
 
-from lasar_hf import LasarSFTConfig
+import lasar_cli
+from lasar_hf import LasarProcessor, LasarSFTConfig
 from lasar_hf.commands import evaluate, recommend, sft
 from lasar_hf.commands import memory as memory_command
-from lasar_hf.data import PreparedData
+from lasar_hf.data import PreparedData, examples, sft_examples
 from lasar_hf.trainers import LasarModelConfig
 from tests.disks import full_disk, read_only
 from tests.preparing import files, run
@@ -118,3 +123,27 @@ def test_prepared_data_may_be_on_a_read_only_disk(folder, tmp_path):
         run_evaluate(folder, tmp_path / "report")
     assert files(folder / "data") == before
     assert not [name for name in before if "cache" in name]
+
+
+def test_examples_are_cached_until_the_code_changes(folder, tmp_path, monkeypatch):
+    """A cache file that was cut is written again."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    samples = PreparedData.load(folder / "data").samples["test"]
+    processor = LasarProcessor.from_pretrained(folder / "checkpoint")
+    expected = sft_examples(samples, processor).to_list()
+    (path,) = (tmp_path / "lasar_hf").iterdir()
+    before = path.stat().st_mtime_ns
+    assert sft_examples(samples, processor).to_list() == expected and path.stat().st_mtime_ns == before
+    os.truncate(path, path.stat().st_size // 2)
+    assert sft_examples(samples, processor).to_list() == expected
+    monkeypatch.setattr(examples, "_code_hash", lambda: "other")
+    assert sft_examples(samples, processor).to_list() == expected
+    assert len(list((tmp_path / "lasar_hf").iterdir())) == 2
+
+
+def test_lasar_evaluate_shows_one_table(folder, tmp_path):
+    shutil.copytree(folder / "data", tmp_path / "data")
+    settings = {"models": [f"direct={folder / 'checkpoint'}@0"], "baselines": False, "cards": False}
+    (tmp_path / "train.yaml").write_text(json.dumps({"evaluate": settings}))
+    result = CliRunner().invoke(lasar_cli.app, ["evaluate", str(tmp_path), "--users", "5"], catch_exceptions=False)
+    assert result.output.count("direct") == 1 and "report.md" in result.output.replace("\n", "")
