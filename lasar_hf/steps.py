@@ -24,10 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from .files import (
-    check_writable,
     file_hashes,
     folder_hashes,
-    naming_full_disk,
     read_json,
     remove_temporary_files,
     write_json,
@@ -97,8 +95,6 @@ def run_steps(folder: str | Path, steps: Sequence[Step], only: Sequence[str] | N
         for name in step.after:
             if name not in current:
                 raise ValueError(f"Step {step.name!r} reads step {name!r}, which is not up to date; run it too.")
-        if not ran:
-            check_writable(folder / MARKS)
         for name in [*_readers(steps[position:], step.name), step.name]:
             _clear(folder, name)
         begin = time.perf_counter()
@@ -208,11 +204,10 @@ def _clear(folder: Path, name: str) -> None:
 
 def _run(folder: Path, step: Step, fingerprint: str) -> None:
     scratch = folder / f".{step.name}.partial"
-    scratch.mkdir()
+    scratch.mkdir(parents=True)
     try:
-        with naming_full_disk(folder):
-            step.run(scratch)
-            hashes = folder_hashes(scratch, "**/*")
+        step.run(scratch)
+        hashes = folder_hashes(scratch, "**/*")
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise

@@ -64,9 +64,7 @@ def test_temporary_files_of_killed_processes_are_removed(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["kept.json", "new.json"]
 
 
-def test_a_folder_is_made_tidied_and_tried(tmp_path):
-    check_writable(tmp_path / "new" / "folder")
-    (tmp_path / "new" / "folder" / ".killed.1.tmp.json").touch()
+def test_a_folder_is_made_and_tried(tmp_path):
     check_writable(tmp_path / "new" / "folder")
     assert list((tmp_path / "new" / "folder").iterdir()) == []
     (tmp_path / "file").touch()

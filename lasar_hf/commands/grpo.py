@@ -9,7 +9,6 @@ import logging
 from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
-from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from transformers import set_seed
@@ -17,10 +16,11 @@ from transformers import set_seed
 from ..card import CardFacts, changed_settings
 from ..data import PreparedData, grpo_examples
 from ..evaluation import RankingEvaluator
-from ..files import check_writable, naming_full_disk
+from ..files import folder_hashes
 from ..model.configuration_lasar import LasarConfig
 from ..model.modeling_lasar import LasarForGenerativeRec
 from ..model.processing_lasar import LasarProcessor
+from ..processes import locked_for_all
 from ..reasoning import AnchorStore, checkpoint_hash
 from ..trainers import (
     LasarGRPOConfig,
@@ -101,10 +101,14 @@ def save_better(trainer: LasarGRPOTrainer, evaluator: RankingEvaluator, start: L
 
 def main(script: GRPOScriptArguments, training_args: LasarGRPOConfig, model_args: LasarModelConfig) -> None:
     """Train and save a checkpoint that evaluation and serving load."""
+    with locked_for_all(training_args.output_dir):
+        train(script, training_args, model_args)
+
+
+def train(script: GRPOScriptArguments, training_args: LasarGRPOConfig, model_args: LasarModelConfig) -> None:
+    """Train in a folder that no other command writes to."""
     if model_args.model_name_or_path is None:
         raise ValueError("GRPO continues stage 2: set model_name_or_path to its checkpoint.")
-    if PartialState().is_main_process:
-        check_writable(training_args.output_dir)
     set_seed(training_args.seed)
     data = PreparedData.load(script.data_dir)
     checkpoint = checkpoint_to_resume(
@@ -112,10 +116,11 @@ def main(script: GRPOScriptArguments, training_args: LasarGRPOConfig, model_args
         **asdict(script),
         **asdict(model_args),
         data=PreparedData.file_hashes(script.data_dir),
+        anchors=folder_hashes(script.anchors_dir, "anchors.json"),  # has the hashes of the arrays
         start=starting_files(model_args.model_name_or_path),
     )
-    model = model_args.model_name_or_path
-    processor = LasarProcessor.from_pretrained(model)
+    model, revision = model_args.model_name_or_path, model_args.model_revision
+    processor = LasarProcessor.from_pretrained(model, revision=revision)
     data.check_catalog(processor.catalog, model)
     data.processor(processor.tokenizer, processor.instruction, processor.max_history)  # warns if samples keep less
     if model_args.use_peft or is_adapter(model):  # adapters are named after the layers of the loaded model
@@ -124,7 +129,7 @@ def main(script: GRPOScriptArguments, training_args: LasarGRPOConfig, model_args
         config = model.config
     else:  # by name, so that TRL can load the reference model too
         training_args.model_init_kwargs = model_args.init_kwargs | (training_args.model_init_kwargs or {})
-        config = LasarConfig.from_pretrained(model)
+        config = LasarConfig.from_pretrained(model, revision=revision)
     evaluator = None
     if script.eval_users:
         validation = data.draw("validation", script.eval_users)
@@ -140,17 +145,19 @@ def main(script: GRPOScriptArguments, training_args: LasarGRPOConfig, model_args
         peft_config=lora_from_arguments(model, model_args),
     )
     trainer.card_facts = CardFacts(
-        model_args.model_name_or_path, data.data_card(script.data_dir), changed_settings(script)
+        model_args.model_name_or_path,
+        data.data_card(script.data_dir),
+        changed_settings(script),
+        revision=revision,
     )
-    with naming_full_disk(training_args.output_dir):
-        trainer.train(resume_from_checkpoint=checkpoint)
-        if evaluator is not None:
-            with unsharded_weights():
-                start = load_model(model_args.model_name_or_path, **model_args.init_kwargs)
-            start = start.merge_and_unload() if isinstance(start, PeftModel) else start
-            save_better(trainer, evaluator, start)
-        else:
-            trainer.save_model()
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if evaluator is not None:
+        with unsharded_weights():
+            start = load_model(model_args.model_name_or_path, **model_args.init_kwargs)
+        start = start.merge_and_unload() if isinstance(start, PeftModel) else start
+        save_better(trainer, evaluator, start)
+    else:
+        trainer.save_model()
     trainer.accelerator.end_training()
 
 

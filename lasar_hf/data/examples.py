@@ -11,8 +11,7 @@ Examples of prepared data are cached in the cache folder of `datasets` (`HF_DATA
 read-only disk. The cache can be deleted at any time.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from torch import distributed
 
 from ..files import folder_hashes
 from ..model.processing_lasar import LasarProcessor
+from ..processes import on_main_process
 from .interactions import Interactions
 from .prepared_data import PreparedData
 from .splits import Split, samples
@@ -317,7 +317,8 @@ def stage1_examples(
             Latent steps of the examples of `reasoning`.
 
     Returns:
-        `Dataset`: `input_ids`, `labels` and, if they are given, `neighbours`.
+        `Dataset`: `input_ids`, `labels`, `depth` (`int`, latent steps as a label of the depth policy; -1 for none, in
+        all tasks but `reasoning`) and, if they are given, `neighbours`.
 
     Example:
 
@@ -345,6 +346,9 @@ def stage1_examples(
         except ValueError:
             raise ValueError(f"tasks contains {entry!r}; expected name or name=number.") from None
     tables = {name: makers[name]() for name in weights}
+    for name, table in tables.items():
+        if name != "reasoning":  # an answer without latent steps does not say that none are needed
+            tables[name] = table.add_column("depth", [-1] * len(table))
     if neighbours is not None:
         replaced = {"next_item", "reasoning"} & set(tables)
         if not replaced:
@@ -385,28 +389,22 @@ def _map(samples: Dataset, build: Callable, features: Features, with_indices: bo
     path = Path(config.HF_DATASETS_CACHE, "lasar_hf", f"{fingerprint}.arrow")
     path.parent.mkdir(parents=True, exist_ok=True)
     options |= {"features": features, "cache_file_name": str(path), "new_fingerprint": fingerprint}
-    with _main_process_first():
+
+    def mapped() -> Dataset:
         try:
             return samples.map(build, **options)
         except (pa.ArrowInvalid, OSError):  # the file was cut, such as by a power failure
             return samples.map(build, load_from_cache_file=False, **options)
+
+    if distributed.is_available() and distributed.is_initialized():
+        on_main_process(lambda: len(mapped()))  # the others open its file
+    return mapped()
 
 
 @cache
 def _code_hash() -> str:
     """Hash of the package, so that examples of other code are not taken from the cache."""
     return Hasher.hash(folder_hashes(Path(__file__).parents[1], "**/*.py"))
-
-
-@contextmanager
-def _main_process_first() -> Iterator[None]:
-    """Let the other processes wait until the main one has written the file, which they open."""
-    is_alone = not (distributed.is_available() and distributed.is_initialized())
-    if not is_alone and distributed.get_rank() > 0:
-        distributed.barrier()
-    yield
-    if not is_alone and distributed.get_rank() == 0:
-        distributed.barrier()
 
 
 def _labelled(prompts: list[list[int]], answers: list[list[int]]) -> dict[str, list]:
