@@ -15,7 +15,7 @@ from lasar_hf import LasarProcessor, LasarSFTConfig
 from lasar_hf.commands import evaluate, recommend, sft
 from lasar_hf.commands import memory as memory_command
 from lasar_hf.data import PreparedData, examples, sft_examples
-from lasar_hf.locks import LOCK_NAME
+from lasar_hf.locks import LOCK_NAME, locked
 from lasar_hf.trainers import LasarModelConfig
 from tests.disks import full_disk, read_only
 from tests.preparing import files, run
@@ -123,6 +123,15 @@ def test_prepared_data_may_be_on_a_read_only_disk(folder, tmp_path):
         run_evaluate(folder, tmp_path / "report")
     assert files(folder / "data") == before
     assert not [name for name in before if "cache" in name]
+
+
+def test_a_run_deletes_the_temporary_files_of_a_killed_one(tmp_path):
+    for folder in (tmp_path, tmp_path / "kept"):
+        folder.mkdir(exist_ok=True)
+        (folder / ".report.1.tmp.json").touch()
+    with locked(tmp_path):
+        assert {path.name for path in tmp_path.iterdir()} == {"kept", LOCK_NAME}
+    assert (tmp_path / "kept" / ".report.1.tmp.json").exists()  # perhaps another command writes there
 
 
 def test_examples_are_cached_until_the_code_changes(folder, tmp_path, monkeypatch):
