@@ -8,7 +8,6 @@ from typing import TypeVar
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from .files import remove_temporary_files
 from .locks import locked
 
 
@@ -49,15 +48,13 @@ def on_main_process(function: Callable[[], Result]) -> Result:
 @contextmanager
 def locked_for_all(folder: str | Path) -> Iterator[None]:
     """
-    As [`~lasar_hf.locks.locked`], for a command that several processes run: the main one holds the folder for all, and
-    deletes the temporary files that killed commands left. If it is refused, all of them end with the error. Every
-    process must call it, after it has joined the others.
+    As [`~lasar_hf.locks.locked`], for a command that several processes run: the main one holds the folder for all. If
+    it is refused, all of them end with the error. Every process must call it, after it has joined the others.
     """
     with ExitStack() as stack:
 
         def take() -> None:
             stack.enter_context(locked(folder))
-            remove_temporary_files(folder)
 
         on_main_process(take)
         yield

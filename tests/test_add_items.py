@@ -230,7 +230,7 @@ def test_semantic_ids_without_text_are_refused(recipe, checkpoint, tmp_path):
 
 def test_missing_encoder_is_named(recipe, prepared, checkpoint, tmp_path):
     shutil.rmtree(shutil.copytree(prepared, tmp_path / "old") / "item_encoder")
-    with pytest.raises(FileNotFoundError, match="item_encoder"):
+    with pytest.raises(ValueError, match="item_encoder.* is missing"):
         add(recipe, tmp_path / "old", checkpoint, write_items(tmp_path / "new.jsonl"))
 
 

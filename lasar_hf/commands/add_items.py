@@ -15,10 +15,11 @@ import numpy as np
 
 from ..arguments import read_json_object
 from ..data import read_items
-from ..files import read_json, remove_temporary_files
+from ..files import read_json
 from ..locks import locked
 from ..model.catalog_lasar import SidCatalog
 from ..semantic_ids import ItemEncoder, Quantizer, assign_new_items, load_quantizer
+from ..steps import check_outputs
 from .parser import ScriptParser
 
 
@@ -75,7 +76,6 @@ def load_catalog(checkpoint: Path) -> SidCatalog:
         catalog = SidCatalog.from_pretrained(checkpoint / COPY)
         catalog.save_pretrained(checkpoint)
     shutil.rmtree(checkpoint / COPY, ignore_errors=True)
-    remove_temporary_files(checkpoint)
     return catalog
 
 
@@ -116,6 +116,7 @@ def main(args: AddItemsArguments) -> None:
 def extend_checkpoint(args: AddItemsArguments) -> None:
     """Extend the catalogue of a checkpoint to which no other command writes."""
     data_dir, checkpoint = Path(args.data_dir), Path(args.checkpoint)
+    check_outputs(data_dir, ("catalog", "item_encoder", "quantizer", "semantic_ids.json"))
     encoder, quantizer = load_encoder(data_dir)
     items = read_items(args.items, args.item_column, args.text_columns, args.strip_markup)  # type: ignore[arg-type]
     catalog, base = load_catalog(checkpoint), SidCatalog.from_pretrained(data_dir / "catalog")
