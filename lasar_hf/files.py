@@ -1,6 +1,7 @@
 """JSON, content hashes, and the atomic writes that the model's files share."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -36,3 +37,13 @@ def folder_hashes(folder: str | Path | None, pattern: str) -> dict[str, str]:
     """
     files = sorted(path for path in Path(folder).glob(pattern) if path.is_file()) if folder is not None else []
     return {str(path.relative_to(folder)): file_hash(path) for path in files}
+
+
+def checkpoint_hashes(model: str | Path | None, patterns: Iterable[str]) -> dict[str, str]:
+    """As [`folder_hashes`], of the files of a checkpoint by several patterns; of an adapter, with its base model's."""
+    hashes = {name: digest for pattern in patterns for name, digest in folder_hashes(model, pattern).items()}
+    adapter = Path(model or "", "adapter_config.json")
+    if adapter.exists():
+        base = read_json(adapter)["base_model_name_or_path"]
+        hashes |= {f"{base}/{name}": digest for name, digest in checkpoint_hashes(base, patterns).items()}
+    return hashes

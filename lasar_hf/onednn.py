@@ -14,6 +14,8 @@ Int8 weights need a quarter of the memory and are several times faster again, bu
 
 from contextlib import contextmanager
 from functools import partial
+from threading import Lock
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -21,6 +23,8 @@ from torch import nn
 
 MIN_PRODUCT = 2**18  # multiplications; for smaller products the call costs more than it saves
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")
+_CONTEXTS: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # open contexts of each replaced layer
+_LOCK = Lock()  # of the line above
 _PLAIN = (torch.Tensor, nn.Parameter)  # quantised and sharded weights have other types
 
 
@@ -72,16 +76,28 @@ def onednn_linear(model: nn.Module):
     Context in which the `nn.Linear` layers of a model use [`linear`].
 
     Each layer's `forward` is replaced, since a `TorchFunctionMode` would slow down all other calls. A layer whose
-    `forward` has already been replaced is not changed.
+    `forward` has already been replaced is not changed. It is a state of the model, not of a thread: contexts may
+    overlap, and all threads use [`linear`] until the last one ends.
     """
-    layers = [part for part in model.modules() if type(part) is nn.Linear and "forward" not in vars(part)]
-    for layer in layers:
-        layer.forward = partial(_forward, layer)
+    with _LOCK:
+        layers = [part for part in model.modules() if part in _CONTEXTS or _is_plain(part)]
+        for layer in layers:
+            if layer not in _CONTEXTS:
+                layer.forward = partial(_forward, layer)
+            _CONTEXTS[layer] = _CONTEXTS.get(layer, 0) + 1
     try:
         yield
     finally:
-        for layer in layers:
-            vars(layer).pop("forward", None)
+        with _LOCK:
+            for layer in layers:
+                _CONTEXTS[layer] -= 1
+                if not _CONTEXTS[layer]:
+                    del _CONTEXTS[layer]
+                    vars(layer).pop("forward", None)
+
+
+def _is_plain(part: nn.Module) -> bool:
+    return type(part) is nn.Linear and "forward" not in vars(part)
 
 
 class Int8Linear(nn.Module):

@@ -11,6 +11,7 @@ one depth, whose inputs have noise that changes the target's probability as much
 """
 
 import json
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from lasar_hf.commands.parser import ScriptParser
 from lasar_hf.data import PreparedData
 from lasar_hf.evaluation import ndcg_per_user, paired_bootstrap, ranks, recommend_samples
 from lasar_hf.files import atomic_file, write_json
+from lasar_hf.locks import locked
 from lasar_hf.onednn import onednn_linear
 from lasar_hf.trainers import DepthScores, fit_depth_policy, score_depths
 
@@ -38,6 +40,9 @@ class DepthArguments:
     data_dir: str = field(metadata={"help": "Folder that recipes/prepare.py wrote."})
     model: str = field(metadata={"help": "Checkpoint of stage 2 or of GRPO."})
     output_dir: str = field(metadata={"help": "Folder of the report."})
+    revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of a model on the Hub; a folder has none."}
+    )
     users: int = field(default=4000, metadata={"help": "Largest number of validation users."})
     reward: str = field(
         default="logp", metadata={"help": "Reward of a depth: log p(target) or NDCG@10.", "choices": ["logp", "ndcg"]}
@@ -190,9 +195,20 @@ def plot(path: Path, rows: dict, null: dict, histograms: dict[str, list[int]]) -
 
 def main(args: DepthArguments) -> None:
     """Score every depth, fit and compare the policy, and write the report."""
-    data, processor = PreparedData.load(args.data_dir), LasarProcessor.from_pretrained(args.model)
+    with ExitStack() as stack:
+        for folder in {args.output_dir, args.save_to or args.output_dir}:
+            stack.enter_context(locked(folder))
+        compare_depths(args)
+
+
+def compare_depths(args: DepthArguments) -> None:
+    """Compare depths in folders to which no other command writes."""
+    data, processor = (
+        PreparedData.load(args.data_dir),
+        LasarProcessor.from_pretrained(args.model, revision=args.revision),
+    )
     data.check_catalog(processor.catalog, args.model)
-    model = LasarForGenerativeRec.from_pretrained(args.model).eval()
+    model = LasarForGenerativeRec.from_pretrained(args.model, revision=args.revision).eval()
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     samples = data.samples["validation"].shuffle(seed=0)
     samples = samples.select(range(min(args.users, len(samples))))

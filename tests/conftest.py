@@ -13,7 +13,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-from tests.teacher_endpoint import endpoint  # noqa: E402, F401
+from tests.teacher_endpoint import endpoint, raw_endpoint  # noqa: E402, F401
 
 
 torch.set_num_threads(1)

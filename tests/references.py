@@ -51,7 +51,7 @@ def slot_input(model, states: list[torch.Tensor], step: int) -> torch.Tensor:
     if config.latent_input == "raw":
         return states[-1]
     if config.latent_input == "pause":
-        return base.get_input_embeddings().weight[config.latent_token_id][None]
+        return base.get_input_embeddings()(torch.tensor([config.latent_token_id]))
     norm, total = base.latent_input.norm, states[-1] + states[0]
     centred = total - total.mean()
     scaled = centred / (centred.square().mean() + norm.eps).sqrt() * norm.weight + norm.bias

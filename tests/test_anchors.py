@@ -98,6 +98,13 @@ def test_terminal_anchors(store):
     assert np.array_equal(terminal, np.stack([store[sample][-1] for sample in range(3)]))
 
 
+def test_steps_have_the_anchors_of_their_place_in_the_chain(store):
+    one, two, three = store[2]
+    for depth, expected in ((1, [three]), (2, [two, three]), (6, [one, one, two, two, three, three])):
+        assert np.array_equal(store.at_depth(2, depth), expected)
+    assert store.at_depth(2, 0).shape == (0, 16)
+
+
 def test_long_segments_keep_their_end(model, processor):
     long, end = "a b c d e f g h i j", " g h i j"
     cut = encode_anchors(model, processor, [[long]], max_tokens=len(processor.text_ids([end])[0]))

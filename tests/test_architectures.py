@@ -59,7 +59,7 @@ ACCEPTED = {
 
 REFUSED = {
     "bloom": {"n_layer": 2, "n_head": 2}, "codegen": GPT2 | {"n_head": 4, "rotary_dim": 4}, "cohere": KV,
-    "doge": KV, "exaone4": KV, "falcon": {}, "gemma2": KV | {"head_dim": 8}, "gpt_oss": KV,
+    "doge": KV, "exaone4": KV, "falcon": {}, "gpt_oss": KV, "granite": KV | {"logits_scaling": 4.0},
     "gptj": GPT2 | {"rotary_dim": 8}, "minimax": KV, "mistral": KV,
     "mpt": {"d_model": 16, "n_heads": 2, "n_layers": 2}, "nanochat": KV, "olmo3": KV,
     "opt": {"ffn_dim": 32, "word_embed_proj_dim": 8}, "phi": KV,
@@ -154,6 +154,7 @@ def test_other_backbones_are_refused(family):
         LasarForGenerativeRec.from_backbone(backbone, tiny_tokenizer(), num_sid_levels=3, codebook_size=4)
 
 
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
 WITH_EXPERTS = ["granitemoe", "jetmoe", "mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_moe"]
 
 
@@ -171,6 +172,7 @@ def test_router_losses_are_refused(family):
         ("opt", {"word_embed_proj_dim": 8}, "OPTModel"),
         ("gemma3", {}, "Gemma3Model"),
         ("mistral", {"sliding_window": 8}, "MistralModel"),
+        ("phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 64}, "Phi3Model .*longrope"),
     ],
 )
 def test_a_config_made_by_hand_is_checked(family, settings, name):

@@ -92,6 +92,8 @@ def test_more_items_asked_than_there_are():
     assert sorted(recommended.items[0, :3].tolist()) == [0, 1, 2]
     assert recommended.items[0, 3:].tolist() == [-1, -1]
     assert recommended.scores[0, 3:].tolist() == [-torch.inf, -torch.inf]
+    narrow = model.recommend(**batch([row(model, 5, 0)]), catalog=tiny_catalog(), top_k=5, num_beams=1)
+    assert narrow.scores.isfinite().all()  # the search is as wide as the list
 
 
 def test_items_that_share_a_semantic_id():
@@ -126,7 +128,7 @@ def test_catalogue_must_match_the_model():
     with pytest.raises(ValueError, match="catalogue has 2 levels"):
         model.recommend(**inputs, catalog=tiny_catalog(num_items=5, num_sid_levels=2))
     with pytest.raises(ValueError, match="codebook_size"):
-        model.recommend(**inputs, catalog=SidCatalog([[0, 0, 9]], ["a"]))
+        model.recommend(**inputs, catalog=SidCatalog([[0, 0, 4]], ["a"]))
     with pytest.raises(ValueError, match="has no catalog"):
         model.recommend(**inputs)
 
@@ -224,10 +226,11 @@ def test_trie_holds_exactly_the_catalogue(data):
         grown = []
         for prefix, node in prefixes:
             codes, child = trie.children(level, torch.tensor(node))
-            grown += [((*prefix, c), n) for c, n in zip(codes.tolist(), child.tolist(), strict=True) if n >= 0]
+            number = {c: n for c, n in zip(codes.tolist(), child.tolist(), strict=True) if n >= 0}
+            grown += [((*prefix, c), n) for c, n in number.items()]
+            found = trie.descend(level, torch.full((5,), node), torch.arange(5))  # the last code is in no catalogue
+            assert found.tolist() == [number.get(c, -1) for c in range(5)]
         prefixes = grown
-        step = trie.descend(level, torch.tensor([0]), torch.tensor([99]))
-        assert step.tolist() == [-1]
     found = {prefix: trie.items(torch.tensor(node)).tolist() for prefix, node in prefixes}
     assert found == {tuple(c): [i] for i, c in enumerate(catalog.codes.tolist())}
 

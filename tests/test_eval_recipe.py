@@ -197,3 +197,11 @@ def test_two_processes_report_the_same_as_one(recipe, folder, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("\n| policy |") == 1  # two processes that do not find each other would both print it
     assert report(tmp_path / "two") == report(tmp_path / "one")
+
+
+def test_more_steps_than_the_model_takes_are_refused_before_the_baselines(recipe, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(recipe, "evaluate_baselines", None)
+    models = [f"deep={folder / 'checkpoint'}@5"]
+    args = recipe.EvaluateArguments(**arguments(folder, tmp_path) | {"models": models})
+    with pytest.raises(ValueError, match="The depth of 'deep' in models is 5; expected 0 to 4"):
+        recipe.main(args)

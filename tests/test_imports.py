@@ -12,7 +12,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "lasar_hf"
 # From bottom to top. A name is a folder or a file of the package.
 LAYERS = [
     ["model"],
-    ["files", "arguments"],
+    ["files", "arguments", "locks", "terminal"],
+    ["processes"],
     ["data"],
     ["semantic_ids"],
     ["onednn"],

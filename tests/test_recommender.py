@@ -12,12 +12,11 @@ from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import pipeline
 
-from lasar_hf import ItemMemory, LasarForGenerativeRec, LasarProcessor, Recommender, SidCatalog
+from lasar_hf import LasarForGenerativeRec, LasarProcessor, Recommender, SidCatalog
 from lasar_hf.model.configuration_lasar import sid_token
 from lasar_hf.model.explain_lasar import _principal_plane, nearest_items
-from lasar_hf.model.memory_lasar import catalog_hash
 from lasar_hf.trainers import lasar_lora_config
-from tests.tiny import tiny_backbone, tiny_catalog, tiny_model, tiny_tokenizer
+from tests.tiny import ring_memory, tiny_backbone, tiny_catalog, tiny_model, tiny_tokenizer
 
 
 def titled_catalog(**kwargs) -> SidCatalog:
@@ -25,18 +24,6 @@ def titled_catalog(**kwargs) -> SidCatalog:
     titles = [f"Book  {number}" for number in range(len(catalog))]
     titles[3:5] = ["Twin", "twin"]
     return SidCatalog(catalog.codes, catalog.item_ids, titles=titles)
-
-
-def ring_memory(catalog: SidCatalog) -> ItemMemory:
-    """A memory in which each item is followed by the next one."""
-    size = len(catalog)
-    return ItemMemory(
-        torch.arange(size + 1),
-        (torch.arange(size) + 1) % size,
-        torch.ones(size),
-        catalog_hash(catalog),
-        gate=(5.0, 0.0),
-    )
 
 
 @pytest.fixture
@@ -155,6 +142,14 @@ def test_allow_and_deny(recommender):
     assert "item-8" not in ids(other)
     nothing, everything = recommender.recommend(histories, top_k=20, allow=[[], None])
     assert ids(nothing) == [] and len(ids(everything)) == 20
+
+
+def test_the_width_of_the_search_is_that_asked_for(recommender):
+    histories = [[f"item-{number}"] for number in range(20)]
+    narrow = [ids(result) for result in recommender.recommend(histories, top_k=1, num_beams=1)]
+    output = recommender.model.recommend(**recommender.processor(histories), top_k=1, num_beams=1)
+    assert narrow == [[recommender.catalog.item_ids[item]] for item in output.items[:, 0].tolist()]
+    assert narrow != [ids(result) for result in recommender.recommend(histories, top_k=1)]
 
 
 def test_the_memory_is_mixed_in_and_saved(recommender, tmp_path):

@@ -2,12 +2,24 @@
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, PreTrainedTokenizerFast, Qwen3Config
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from lasar_hf import LasarForGenerativeRec, SidCatalog
+from lasar_hf import ItemMemory, LasarForGenerativeRec, SidCatalog
+from lasar_hf.model.memory_lasar import catalog_hash
 
 
 WORDS = ["<|pad|>", "<|endoftext|>", "<unk>", "Recommend", "the", "next", "item", ".", "red", "blue", "book", "chair"]
+
+# Settings of small backbones that differ: heads of keys, biases, positions in one layer only, parallel residuals,
+# scaled embeddings.
+FAMILIES = {
+    "qwen3": {"num_key_value_heads": 1, "head_dim": 8},
+    "qwen2": {"num_key_value_heads": 1},
+    "llama": {"num_key_value_heads": 2},
+    "smollm3": {"num_key_value_heads": 2, "no_rope_layers": [1, 0]},
+    "gpt_neox": {},
+    "gemma": {"num_key_value_heads": 1, "head_dim": 8},
+}
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
@@ -38,11 +50,7 @@ def tiny_backbone(kind: str = "qwen3", layers: int = 2, hidden_size: int = 16, *
         eos_token_id=1,
         initializer_range=0.2,
     )
-    config = {
-        "qwen3": lambda: Qwen3Config(**shape, num_key_value_heads=1, head_dim=8, **kwargs),
-        "llama": lambda: LlamaConfig(**shape, num_key_value_heads=2, **kwargs),
-        "gpt_neox": lambda: GPTNeoXConfig(**shape, **kwargs),
-    }[kind]()
+    config = CONFIG_MAPPING[kind](**shape | FAMILIES[kind] | kwargs)
     return AutoModelForCausalLM.from_config(config)
 
 
@@ -66,6 +74,18 @@ def tiny_catalog(num_items: int = 20, num_sid_levels: int = 3, codebook_size: in
     numbers = torch.randperm(codebook_size**num_sid_levels, generator=generator)[:num_items]
     codes = torch.stack([numbers // codebook_size**level % codebook_size for level in range(num_sid_levels)], dim=1)
     return SidCatalog(codes, [f"item-{i}" for i in range(num_items)])
+
+
+def ring_memory(catalog: SidCatalog) -> ItemMemory:
+    """A memory in which each item is followed by the next one."""
+    size = len(catalog)
+    return ItemMemory(
+        torch.arange(size + 1),
+        (torch.arange(size) + 1) % size,
+        torch.ones(size),
+        catalog_hash(catalog),
+        gate=(5.0, 0.0),
+    )
 
 
 def sid_ids(model, codes) -> list[int]:

@@ -36,6 +36,8 @@ class CardFacts:
             Name of the stage, such as `"Stage 1"`.
         note (`str`, *optional*):
             A sentence on how the run ended, if the weights are not those that it trained.
+        revision (`str`, *optional*):
+            Branch, tag or commit of `start` on the Hub.
     """
 
     start: str | None = None
@@ -43,6 +45,7 @@ class CardFacts:
     settings: Mapping[str, Any] = field(default_factory=dict)
     title: str = ""
     note: str = ""
+    revision: str | None = None
 
 
 def changed_settings(

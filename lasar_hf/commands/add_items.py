@@ -16,6 +16,7 @@ import numpy as np
 from ..arguments import read_json_object
 from ..data import read_items
 from ..files import read_json
+from ..locks import locked
 from ..model.catalog_lasar import SidCatalog
 from ..semantic_ids import ItemEncoder, Quantizer, assign_new_items, load_quantizer
 from .parser import ScriptParser
@@ -105,6 +106,14 @@ def extend(catalog: SidCatalog, items: dict[str, dict], encoder: ItemEncoder, qu
 
 def main(args: AddItemsArguments) -> None:
     """Add the items that the catalogue does not have."""
+    if not Path(args.checkpoint).is_dir():
+        raise FileNotFoundError(f"checkpoint is {args.checkpoint}, which is not a folder.")
+    with locked(args.checkpoint):
+        extend_checkpoint(args)
+
+
+def extend_checkpoint(args: AddItemsArguments) -> None:
+    """Extend the catalogue of a checkpoint to which no other command writes."""
     data_dir, checkpoint = Path(args.data_dir), Path(args.checkpoint)
     encoder, quantizer = load_encoder(data_dir)
     items = read_items(args.items, args.item_column, args.text_columns, args.strip_markup)  # type: ignore[arg-type]

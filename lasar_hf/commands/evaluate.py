@@ -53,6 +53,7 @@ from ..model.memory_lasar import ItemMemory
 from ..model.modeling_lasar import LasarForGenerativeRec
 from ..model.processing_lasar import LasarProcessor
 from ..onednn import onednn_linear
+from ..processes import locked_for_all
 from .parser import ScriptParser
 
 
@@ -70,6 +71,9 @@ class EvaluateArguments:
     output_dir: str = field(metadata={"help": "Folder of the report."})
     models: list[str] = field(
         default_factory=list, metadata={"help": "`name=path`, `name=path@N` or `name=path@text`."}
+    )
+    revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of models on the Hub; folders have none."}
     )
     split: str = field(default="test", metadata={"help": "Part to evaluate on.", "choices": ["validation", "test"]})
     users: int = field(default=0, metadata={"help": "Evaluate on this many users, the first ones; 0 for all."})
@@ -128,10 +132,10 @@ def evaluate_model(args: EvaluateArguments, data: PreparedData, samples, path: s
     batches.
     """
     state = PartialState()
-    processor = LasarProcessor.from_pretrained(path)
+    processor = LasarProcessor.from_pretrained(path, revision=args.revision)
     data.check_catalog(processor.catalog, path)
     data.processor(processor.tokenizer, processor.instruction, processor.max_history)  # warns if samples keep less
-    model = LasarForGenerativeRec.from_pretrained(path).to(state.device).eval()
+    model = LasarForGenerativeRec.from_pretrained(path, revision=args.revision).to(state.device).eval()
 
     # 1. Deal out whole batches in the order of recommend_samples, so that any number of processes rounds alike.
     lengths = [len(processor.prompt_ids(history)) for history in samples["history"]]
@@ -266,18 +270,25 @@ def main(args: EvaluateArguments) -> None:
     models = parse_models(args.models)
     # On the CPU processes find each other only with `cpu`. While the main one tunes baselines, the others wait.
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(hours=12))
+    with locked_for_all(args.output_dir):
+        evaluate(args, models, state)
+
+
+def evaluate(args: EvaluateArguments, models: dict[str, tuple[str, str]], state: PartialState) -> None:
+    """Evaluate in a folder that no other command writes to."""
     if state.is_main_process:  # a folder that cannot be written to must fail before hours of work
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=args.output_dir).close()
     data = PreparedData.load(args.data_dir)
-    for path, _ in models.values():  # before the baselines are tuned
-        LasarConfig.from_pretrained(path).check_exclusion(history_is_excluded(args, data))
+    for name, (path, reasoning) in models.items():  # before the baselines are tuned
+        config = LasarConfig.from_pretrained(path, revision=args.revision)
+        config.check_exclusion(history_is_excluded(args, data))
+        config.check_depth(f"The depth of {name!r} in models", int(reasoning) if reasoning.isdecimal() else None)
     samples = select_users(data.samples[args.split], args.users)
     predictions, rows, tuning, depths = {}, {}, {}, {}
     if args.baselines and state.is_main_process:
         predictions, rows, tuning = evaluate_baselines(args, data, samples)
     for name, (path, reasoning) in models.items():
-        memory = ItemMemory.find(path) if args.memory else None
+        memory = ItemMemory.find(path, revision=args.revision) if args.memory else None
         variants = {name: None} if memory is None else {name: None, name + WITH_MEMORY: memory}
         for variant, part in variants.items():
             results = evaluate_model(args, data, samples, path, reasoning, part)

@@ -43,6 +43,7 @@ from ..data.readers import check_source_args, source_settings
 from ..data.splits import PARTS, Split, repeat_rate
 from ..evaluation import compare_exclusion
 from ..files import file_hash, read_json, write_json
+from ..locks import locked
 from ..model.catalog_lasar import SidCatalog
 from ..model.configuration_lasar import check_sizes
 from ..reasoning import Segmenter, TemplateTeacher
@@ -94,7 +95,10 @@ class PrepareArguments:
         default="lasar_hf.semantic_ids.ResidualKMeans", metadata={"help": "Dotted path of the quantizer's class."}
     )
     embedding_model: str | None = field(
-        default=None, metadata={"help": "sentence-transformers model for item text; TF-IDF and SVD by default."}
+        default=None,
+        metadata={
+            "help": "sentence-transformers model for item text, as name or name@revision; TF-IDF and SVD by default."
+        },
     )
     text_dim: int = field(default=128, metadata={"help": "Width of the TF-IDF vectors."})
     collaborative_dim: int = field(
@@ -109,9 +113,14 @@ class PrepareArguments:
     teacher_model: str | None = field(default=None, metadata={"help": "openai: name of the model."})
     teacher_base_url: str = field(default="http://localhost:8000/v1", metadata={"help": "openai: the endpoint."})
     teacher_concurrency: int = field(default=16, metadata={"help": "openai: number of concurrent requests."})
+    teacher_allow_insecure_http: bool = field(
+        default=False,
+        metadata={"help": "openai: send the key also over http:// to another machine, where others can read it."},
+    )
     max_latent_steps: int = field(default=8, metadata={"help": "Maximum number of segments of a chain of thought."})
     segment_model: str | None = field(
-        default=None, metadata={"help": "sentence-transformers model for segmentation; TF-IDF by default."}
+        default=None,
+        metadata={"help": "sentence-transformers model for segmentation, as embedding_model; TF-IDF by default."},
     )
     tokenizer_size: int | None = field(
         default=None, metadata={"help": "Size of a BPE tokenizer to fit, for a backbone trained from scratch."}
@@ -209,7 +218,13 @@ def write_chains(args: PrepareArguments, out: Path) -> None:
         # The log is not in `out`, so that answers outlive a killed run.
         log_path = Path(args.output_dir, "teacher_log.jsonl")
         teacher = OpenAITeacher(  # type: ignore[assignment]
-            data, args.teacher_model, args.teacher_base_url, log_path, teacher, args.teacher_concurrency
+            data,
+            args.teacher_model,
+            args.teacher_base_url,
+            log_path,
+            teacher,
+            args.teacher_concurrency,
+            allow_insecure_http=args.teacher_allow_insecure_http,
         )
         batch_size = len(train)  # one call, so that its counts are those of all samples
 
@@ -318,7 +333,7 @@ def write_generated(args: PrepareArguments) -> None:
 
 def card_settings(args: PrepareArguments) -> dict[str, Any]:
     """What the card says about the run: all arguments that decide what is written."""
-    ignored = ("output_dir", "steps", "teacher_base_url", "teacher_concurrency")
+    ignored = ("output_dir", "steps", "teacher_base_url", "teacher_concurrency", "teacher_allow_insecure_http")
     arguments = {name: value for name, value in asdict(args).items() if name not in ignored}
     return {"arguments": arguments, "lasar_hf": __version__}
 
@@ -393,10 +408,11 @@ def prepare_steps(args: PrepareArguments) -> list[Step]:
 
 def prepare(args: PrepareArguments) -> list[str]:
     """Run the steps that are not up to date; returns their names."""
-    if args.source == "routines":  # comes with its own split, Semantic IDs and chains of thought
-        write_generated(args)
-        return ["routines"]
-    return run_steps(args.output_dir, prepare_steps(args), args.steps)
+    with locked(args.output_dir):
+        if args.source == "routines":  # comes with its own split, Semantic IDs and chains of thought
+            write_generated(args)
+            return ["routines"]
+        return run_steps(args.output_dir, prepare_steps(args), args.steps)
 
 
 def run() -> None:

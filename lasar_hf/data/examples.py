@@ -308,7 +308,8 @@ def stage1_examples(
             Latent steps of the examples of `reasoning`.
 
     Returns:
-        `Dataset`: `input_ids`, `labels` and, if they are given, `neighbours`.
+        `Dataset`: `input_ids`, `labels`, `depth` (`int`, latent steps as a label of the depth policy; -1 for none, in
+        all tasks but `reasoning`) and, if they are given, `neighbours`.
 
     Example:
 
@@ -336,6 +337,9 @@ def stage1_examples(
         except ValueError:
             raise ValueError(f"tasks contains {entry!r}; expected name or name=number.") from None
     tables = {name: makers[name]() for name in weights}
+    for name, table in tables.items():
+        if name != "reasoning":  # an answer without latent steps does not say that none are needed
+            tables[name] = table.add_column("depth", [-1] * len(table))
     if neighbours is not None:
         replaced = {"next_item", "reasoning"} & set(tables)
         if not replaced:

@@ -80,6 +80,21 @@ class LasarPreTrainedModel(PreTrainedModel):
             )
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
 
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Embedding:
+        """
+        As [`~transformers.PreTrainedModel.resize_token_embeddings`]. Semantic-ID and control tokens keep their ids; a
+        `ValueError` refuses a size without them.
+        """
+        config = self.config
+        last_sid = config.sid_token_id(config.num_sid_levels - 1, config.codebook_size - 1)
+        last = max(last_sid, config.latent_start_token_id, config.latent_token_id, config.latent_end_token_id)
+        if new_num_tokens is not None and new_num_tokens <= last:
+            raise ValueError(
+                f"new_num_tokens is {new_num_tokens}, but the last of the Semantic-ID and control tokens is {last}. "
+                f"Keep at least {last + 1} tokens."
+            )
+        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+
 
 class DepthPolicyHead(nn.Module):
     """
@@ -149,6 +164,12 @@ def check_backbone(backbone: PreTrainedModel) -> None:
         raise ValueError(
             f"{name} is not supported; expected a decoder-only backbone with full attention in every layer, such as "
             "Qwen3 or Llama."
+        )
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        raise ValueError(
+            f"{name} has rope_type 'longrope', whose frequencies depend on the longest sequence of a batch, so prompt "
+            "and answer could disagree. Use a backbone with other positions, such as Qwen3 or Llama."
         )
     if getattr(config, "output_router_logits", False):
         raise ValueError(
@@ -330,7 +351,7 @@ class LasarModel(LasarPreTrainedModel):
             use_cache=bool(use_cache),
             **kwargs,
         )
-        hidden_states = outputs.last_hidden_state
+        hidden_states = outputs.last_hidden_state.masked_fill(~layout.valid[..., None], 0)
         start = layout.last_prompt_column()[..., None].expand(-1, -1, hidden_states.shape[-1])
         start_states = hidden_states.gather(1, start)  # (B, 1, H)
         return LasarModelOutput(

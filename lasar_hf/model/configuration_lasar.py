@@ -205,6 +205,13 @@ class LasarConfig(PreTrainedConfig):
         """Number of Semantic-ID tokens, `M * K`."""
         return self.num_sid_levels * self.codebook_size
 
+    def check_depth(self, name: str, depth: int | None) -> None:
+        """Refuse, with a `ValueError`, a setting with more latent steps than the model takes; `None` is none."""
+        if depth is not None and not 0 <= depth <= self.max_latent_steps:
+            raise ValueError(
+                f"{name} is {depth}; expected 0 to {self.max_latent_steps} latent steps, the model's max_latent_steps."
+            )
+
     def check_exclusion(self, exclude_history: bool) -> None:
         """Refuse, with a `ValueError`, items of the history of a model that gives them no probability."""
         if self.exclude_history and not exclude_history:

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass
 from numbers import Integral
 
@@ -40,6 +40,7 @@ from .configuration_lasar import (
 )
 from .decoding_lasar import RecommendOutput, beam_search, history_filter, mix_memory, rank_items
 from .memory_lasar import ItemMemory, Recall
+from .mode_lasar import ModeMixin
 from .new_rows_lasar import add_embeddings
 from .prompts_lasar import checked_prompts
 from .static_lasar import StaticPasses
@@ -66,7 +67,7 @@ class LasarOutput(ModelOutput):
     depth_logits: torch.Tensor | None = None
 
 
-class LasarForGenerativeRec(CheckpointMixin, LasarPreTrainedModel, GenerationMixin):
+class LasarForGenerativeRec(CheckpointMixin, ModeMixin, LasarPreTrainedModel, GenerationMixin):
     """
     LASAR with its language-model head: it reasons in hidden states, then writes the Semantic ID of an item.
 
@@ -135,7 +136,8 @@ class LasarForGenerativeRec(CheckpointMixin, LasarPreTrainedModel, GenerationMix
         """
         # 1. Refuse backbones that the recommender cannot use, or that a checkpoint could not reproduce.
         if isinstance(backbone, str):
-            backbone = AutoModelForCausalLM.from_pretrained(backbone, **kwargs)
+            # `kwargs` may name the revision.
+            backbone = AutoModelForCausalLM.from_pretrained(backbone, **kwargs)  # nosec B615
         check_sizes(num_sid_levels, codebook_size, max_latent_steps)
         is_model = isinstance(backbone, PreTrainedModel) and not isinstance(backbone, LasarPreTrainedModel)
         if not is_model or backbone.get_output_embeddings() is None:
@@ -265,8 +267,11 @@ class LasarForGenerativeRec(CheckpointMixin, LasarPreTrainedModel, GenerationMix
             del self.model.latent_input
         self.config.latent_input = latent_input
         if latent_input == "normalized":
-            weight = self.get_input_embeddings().weight  # (V, H)
-            scale = float(weight.float().square().mean().sqrt())
+            embeddings = self.get_input_embeddings()
+            weight = embeddings.weight
+            # Gemma multiplies its weights by a constant.
+            inputs = embeddings(torch.arange(len(weight), device=weight.device))  # (V, H)
+            scale = float(inputs.float().square().mean().sqrt())
             module = LatentInput(self.config.hidden_size, self.config.max_latent_steps)
             nn.init.constant_(module.norm.weight, scale)
             nn.init.normal_(module.step.weight, std=0.1 * scale)
@@ -346,21 +351,6 @@ class LasarForGenerativeRec(CheckpointMixin, LasarPreTrainedModel, GenerationMix
         """Refused: the packed sequences of `generate_batch` and `cache_implementation="paged"` cannot be read."""
         raise ValueError('generate_batch and cache_implementation="paged" are not supported. Use generate.')
 
-    @contextmanager
-    def evaluation_mode(self):
-        """
-        Context for inference: evaluation mode without gradients. The training flags are restored on exit, so threads
-        may share a model only if it is in evaluation mode already.
-        """
-        was_training = [part for part in self.modules() if part.training]
-        self.eval()
-        try:
-            with torch.no_grad():
-                yield self
-        finally:
-            for part in was_training:
-                part.training = True
-
     def encode_prompts(
         self,
         input_ids: torch.LongTensor,
@@ -413,9 +403,9 @@ class LasarForGenerativeRec(CheckpointMixin, LasarPreTrainedModel, GenerationMix
         beams), at its first request, whatever the number of latent steps.
 
         Call it after the model was moved, cast and loaded. A bucket keeps keys and values for all its prompts, latent
-        steps and beams on the device. A compiled model serves one request at a time, not several threads. Attention is
-        `"sdpa"` or `"eager"`: a branch needs an explicit mask, which flash attention does not have and which
-        flex attention only has as a block mask.
+        steps and beams on the device. Requests of several threads wait for one another, and CUDA graphs need all of
+        them in one thread, as in `lasar serve`. Attention is `"sdpa"` or `"eager"`: a branch needs an explicit mask,
+        which flash attention does not have and which flex attention only has as a block mask.
 
         Args:
             prompt_buckets (`list[int]`, *optional*, defaults to `(128, 256, 512)`):
@@ -522,7 +512,8 @@ class LasarForGenerativeRec(CheckpointMixin, LasarPreTrainedModel, GenerationMix
         if allow is not None or deny is not None:
             trie = catalog.trie(input_ids.device)
             item_filter = ItemFilter.from_lists(trie, len(input_ids), allow, deny, allow_empty)
-        with self.evaluation_mode():
+        one_at_a_time = nullcontext() if self.static_passes is None else self.static_passes.lock
+        with self.evaluation_mode(), one_at_a_time:
             width = max(num_beams, top_k)
             static_num_beams = None if self.static_passes is None else width
             state = self.encode_prompts(input_ids, attention_mask, latent_steps, static_num_beams)

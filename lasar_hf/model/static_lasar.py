@@ -5,7 +5,9 @@ list. All passes of a bucket write to one tensor of keys and one of values per l
 to a fixed number of sequences, tokens and keys. No token sees the padding, and the next pass overwrites its keys.
 """
 
+import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import FunctionType
 
 import torch
@@ -105,7 +107,7 @@ class StaticCache:
 class StaticPasses:
     """
     The buckets of [`~LasarForGenerativeRec.compile_for_serving`], whose arguments these are. A bucket is made when a
-    request needs it for the first time.
+    request needs it for the first time. A request holds `lock`, since the next one writes to the same tensors.
     """
 
     def __init__(self, prompt_buckets: Sequence[int], batch_buckets: Sequence[int], num_beams: int, **compile_options):
@@ -117,6 +119,12 @@ class StaticPasses:
         self.prompt_buckets, self.batch_buckets = sorted(prompt_buckets), sorted(batch_buckets)
         self.num_beams, self.compile_options = num_beams, compile_options
         self.caches: dict[tuple[int, int], StaticCache] = {}
+        self.lock = threading.Lock()
+
+    def __reduce__(self):
+        # The copy of a model makes buckets of its own.
+        sizes = self.prompt_buckets, self.batch_buckets, self.num_beams
+        return partial(StaticPasses, **self.compile_options), sizes
 
     def cache(self, model, batch_size: int, prompt_length: int, num_beams: int) -> StaticCache:
         """The empty cache of the bucket for a request to a [`LasarModel`]."""

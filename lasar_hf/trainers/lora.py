@@ -102,10 +102,13 @@ def load_model(path: str, **kwargs) -> LasarForGenerativeRec | PeftModel:
     if not is_adapter(path):
         return LasarForGenerativeRec.from_pretrained(path, **kwargs)
     check_files(path, ADAPTER_FILES)
-    base = PeftConfig.from_pretrained(path).base_model_name_or_path
+    config = PeftConfig.from_pretrained(path)
+    base = config.base_model_name_or_path
     if not base:  # as after stage 1
         folder = os.path.dirname(os.path.abspath(path))
         raise ValueError(f"The base model of the adapter in {path} was not saved. Start from the merged {folder}.")
+    if config.revision:  # that of the base model; one in `kwargs` is of the adapter
+        kwargs["revision"] = config.revision
     return PeftModel.from_pretrained(LasarForGenerativeRec.from_pretrained(base, **kwargs), path, is_trainable=True)
 
 
