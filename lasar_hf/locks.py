@@ -16,6 +16,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+from .files import check_writable, naming_full_disk, remove_temporary_files
+
 
 LOCK_NAME = ".lock"
 UNSUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
@@ -57,7 +59,8 @@ def try_lock(file: IO, wait: bool = False) -> bool:
 @contextmanager
 def locked(folder: str | Path) -> Iterator[IO]:
     """
-    Hold a folder, so that no second command writes to it. The folder is created if missing.
+    Hold a folder, so that no second command writes to it. The folder is created if missing, must allow to be written
+    to, and loses the temporary files of killed processes.
 
     Processes that inherit the yielded file hold the folder as well, until all of them end.
 
@@ -67,6 +70,7 @@ def locked(folder: str | Path) -> Iterator[IO]:
 
     Raises:
         `RuntimeError`: if another command holds the folder; names its process and host.
+        `OSError`: at once if the folder cannot be written to, or later if its disk is full; names the folder.
 
     Example:
 
@@ -76,13 +80,15 @@ def locked(folder: str | Path) -> Iterator[IO]:
     ```
     """
     path = Path(folder, LOCK_NAME)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    check_writable(path.parent)
     with _hold(path) as file:
         file.truncate(0)  # a killed holder left its name
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
+        remove_temporary_files(folder)
         try:
-            yield file
+            with naming_full_disk(folder):
+                yield file
         finally:
             if _is_at(path, file):
                 with suppress(PermissionError):  # Windows keeps open files

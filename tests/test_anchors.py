@@ -315,6 +315,7 @@ def test_interrupted_encoding_is_refused(model, processor, tmp_path, small_shard
 def test_progress_of_a_complete_store_is_removed(model, processor, tmp_path, small_shards):
     encode(model, processor, tmp_path)
     (tmp_path / "progress.json").write_text("{}")  # killed before its removal
+    (tmp_path / ".anchors.1.tmp.json").write_text("{")  # killed while it was written
     with CountedModel(model, 0):
         encode(model, processor, tmp_path)
     assert sorted(files(tmp_path)) == NAMES

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import pytest
 
 from lasar_hf.locks import locked
+from lasar_hf.processes import locked_for_all
 from tests.recipes import ROOT, save_checkpoint, save_prepared
 
 
@@ -51,6 +52,12 @@ def test_a_killed_holder_leaves_no_stale_lock(tmp_path):
         with locked(tmp_path):
             assert (tmp_path / ".lock").read_text() == f"process {os.getpid()} on {socket.gethostname()}"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_temporary_files_of_a_killed_holder_are_deleted(tmp_path):
+    (tmp_path / ".report.1.tmp.json").write_text("{")
+    with locked_for_all(tmp_path):
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
 def test_a_released_folder_has_no_lock(tmp_path):

@@ -190,3 +190,7 @@ def test_card_describes_global_time():
 
 def test_card_is_json(card):
     assert json.loads(json.dumps(card)) == card
+
+
+def test_the_first_item_of_a_sequence_is_no_repeat():
+    assert splits.repeat_rate([[4, 4, 2, 4], [7], []]) == 2 / 3

@@ -135,14 +135,15 @@ def test_vocabulary_loss_is_the_models_own(tmp_path):
     torch.testing.assert_close(loss, model(**inputs).loss, atol=1e-5, rtol=1e-5)
 
 
-def test_text_labels_are_scored_over_the_vocabulary():
+@pytest.mark.parametrize("temperature", [1.0, 0.4])
+def test_text_labels_are_scored_over_the_vocabulary(temperature):
     model, _ = tiny_model()
-    add_catalog_head(model, tiny_catalog())
+    add_catalog_head(model, tiny_catalog(), temperature)
     ids = torch.tensor([[3, 4, 5, 6, 7, 8]])
     labels = ids.clone()
     labels[:, :2] = -100
     scored = model(ids, labels=labels, fused_lm_head=True)
-    expected = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+    expected = (model(ids).logits[0, :-1] / temperature).log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
     torch.testing.assert_close(scored.log_probs[0, 1:], expected[1:])
     assert scored.log_probs[0, 0] == 0
     assert scored.label_mask.tolist() == [[False, True, True, True, True]]
@@ -316,6 +317,22 @@ def test_grpo_loss_is_the_sum_of_its_terms(tmp_path, alignment):
     torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
 
 
+def test_the_terminal_loss_is_a_mean_over_the_prompts_with_an_anchor(tmp_path):
+    trainer = grpo_trainer(tmp_path, depth_weight=0.0, terminal_weight=1.0, beta=0.0)
+    examples = trainer.train_dataset
+    kept = [examples["terminal_anchor"][0], None, None, None]
+    trainer.train_dataset = examples.remove_columns("terminal_anchor").add_column("terminal_anchor", kept)
+    inputs = scored_batch(trainer)
+    loss = trainer.compute_loss(trainer.model, inputs)
+    trainer.args.terminal_weight = 0.0
+    rest = trainer.compute_loss(trainer.model, inputs)
+    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+    outputs = trainer.model(ids, torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1))
+    final = outputs.latent_states[torch.arange(4), outputs.latent_steps[:4]]  # of the first prompt's candidates
+    expected = DISTANCES["kl"](final, torch.tensor(kept[:1])).mean()
+    torch.testing.assert_close(loss - rest, expected, atol=1e-5, rtol=1e-5)
+
+
 def test_grpo_without_alignment_has_no_terminal_loss(tmp_path):
     trainer = grpo_trainer(tmp_path, alignment="none", max_steps=1)
     trainer.train()
@@ -340,6 +357,19 @@ def test_grpo_resumes_exactly_at_a_generation_boundary(tmp_path):
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     assert resumed.reward_baseline == whole.reward_baseline
     for name, parameter in resumed.model.named_parameters():
+        assert torch.equal(parameter, dict(whole.model.named_parameters())[name]), name
+
+
+@pytest.mark.parametrize("make", [sft_trainer, grpo_trainer])
+def test_a_complete_run_that_starts_again_does_not_train(tmp_path, make):
+    """Its last step is in the middle of an epoch, which the Trainer would go on with."""
+    options = dict(max_steps=3, save_strategy="steps", save_steps=3, lr_scheduler_type="constant")
+    whole = make(tmp_path, **options)
+    whole.train()
+    again = make(tmp_path, **options)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 3
+    for name, parameter in again.model.named_parameters():
         assert torch.equal(parameter, dict(whole.model.named_parameters())[name]), name
 
 
