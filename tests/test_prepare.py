@@ -74,7 +74,7 @@ def read_json(path):
 
 def test_the_folder_holds_one_layout(toy):
     assert {path.name for path in toy.iterdir()} == {
-        ".lock", "catalog", "chains.arrow", "chains.json", "data_card.json", "embeddings.npy", "interactions.json",
+        "catalog", "chains.arrow", "chains.json", "data_card.json", "embeddings.npy", "interactions.json",
         "item_encoder", "items", "prepared.json", "quantizer", "samples", "segments.arrow", "semantic_ids.json",
         "steps", "tokenizer", "users",
     }  # fmt: skip

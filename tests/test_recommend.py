@@ -266,7 +266,7 @@ def test_strict_refuses_unknown_items_and_new_users(recipe, checkpoint, tmp_path
     path = write_histories(tmp_path / f"rows{suffix}", histories)
     with pytest.raises(ValueError, match=name):
         run(recipe, arguments(checkpoint, tmp_path, path, strict=True))
-    assert not (tmp_path / "out").exists()
+    assert not list((tmp_path / "out").iterdir())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -95,8 +95,7 @@ class PreparedData:
         """
         Open a folder that `recipes/prepare.py` wrote, memory-mapped. It may be on a read-only disk.
 
-        Every file is compared with the SHA-256 of when it was written, which takes about a second per gigabyte and
-        processor core.
+        Every file is compared with the SHA-256 of when it was written, which takes some seconds per gigabyte.
 
         Raises:
             `FileNotFoundError`: if the folder is not complete.
