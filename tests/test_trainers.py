@@ -29,6 +29,7 @@ from lasar_hf.trainers import (
 )
 from lasar_hf.trainers.catalog_head import score_labels
 from lasar_hf.trainers.trainer_mixin import latent_metrics
+from tests.references import mixed_rows
 from tests.tiny import batch, row, sid_ids, tiny_catalog, tiny_model
 from tests.training import (
     COMMON,
@@ -68,6 +69,21 @@ def test_a_metric_without_terms_is_not_logged(tmp_path):
     trainer.train()
     assert trainer.state.log_history[0]["mean_depth"] == 0
     assert not {"latent_norm_ratio", "policy_loss", "depth_accuracy"} & set(trainer.state.log_history[0])
+
+
+def test_latent_metrics_are_means_over_the_steps():
+    model, _ = tiny_model()
+    sequences = mixed_rows(model)
+    output = model.model(**batch(sequences))
+    terms = latent_metrics(output, model.get_input_embeddings())
+    metrics = {name: total / count for name, (total, count) in terms.items()}
+    depths = [ids.count(model.config.latent_token_id) for ids in sequences]
+    before = torch.cat([states[:n] for states, n in zip(output.latent_states, depths, strict=True)])  # (steps, H)
+    after = torch.cat([states[1 : n + 1] for states, n in zip(output.latent_states, depths, strict=True)])
+    ratio = before.norm(dim=-1).mean() / model.get_input_embeddings().weight.norm(dim=-1).mean()
+    torch.testing.assert_close(metrics["latent_norm_ratio"], ratio)
+    torch.testing.assert_close(metrics["latent_cosine"], torch.cosine_similarity(before, after, dim=-1).mean())
+    assert metrics["mean_depth"] == sum(depths) / len(depths)
 
 
 def test_stage_1_freezes_the_policy_head(tmp_path):
