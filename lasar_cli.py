@@ -22,6 +22,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich", help=__doc__.split("\n")[1])
@@ -30,6 +31,7 @@ console, errors = Console(), Console(stderr=True)
 SOURCES = ("toy", "routines", "amazon2014", "amazon2018", "amazon2023")
 Project = Annotated[str, typer.Argument(help="Folder of the project, as given to `lasar prepare --output`.")]
 Model = Annotated[str, typer.Argument(help="Folder of a project or a checkpoint, or a model id on the Hub.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the Hub.")]
 Set = Annotated[
     list[str] | None, typer.Option("--set", help="Change a setting, such as codebook_size=64; can be repeated.")
 ]
@@ -63,25 +65,38 @@ def main(
 @functools.cache
 def show_warning(message: str) -> None:
     """A warning, said once, without the line of code that it comes from."""
-    errors.print(f"Warning: {message}", style="yellow", markup=False, highlight=False)
+    show_error(f"Warning: {message}", "yellow")
+
+
+def show_error(text: str, style: str) -> None:
+    """Lines of text on the standard error output. Names in it, such as those of columns, may be of others."""
+    lines = text.splitlines()
+    if not all(map(str.isprintable, lines)):
+        from lasar_hf.terminal import printable
+
+        lines = [printable(line) for line in lines]
+    errors.print("\n".join(lines), style=style, markup=False, highlight=False)
 
 
 def show_table(title: str, columns: list[str], rows: list[list]) -> None:
+    """A table. Cells are shown as they are: rich would take `[bold]` in a title for a command."""
+    from lasar_hf.terminal import printable
+
     console.print(title, highlight=False)
     table = Table()
     for number, column in enumerate(columns):
         table.add_column(column, justify="left" if number == 0 else "right")
     for row in rows:
         cells = ("–" if cell is None else f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in row)
-        table.add_row(*cells)
+        table.add_row(*(Text(printable(cell)) for cell in cells))
     console.print(table)
 
 
-def results_table(results: dict[str, dict]) -> None:
+def results_table(results: dict[str, dict], split: str = "test") -> None:
     """The rows of a report."""
     columns = ["HR@10", "NDCG@10", "mean_depth", "ms_per_user"]
     rows = [[name, *(row.get(column) for column in columns)] for name, row in results.items()]
-    show_table("Test users, the whole catalogue ranked", ["model", *columns], rows)
+    show_table(f"{split.capitalize()} users, the whole catalogue ranked", ["model", *columns], rows)
 
 
 def settings_table(path: str, settings: dict[str, dict]) -> None:
@@ -102,7 +117,7 @@ def read_changes(changes: list[str] | None) -> dict:
     return {name: read_value(value) for name, _, value in pairs}
 
 
-def load(model: str):
+def load(model: str, revision: str | None = None):
     """The recommender of a project, a folder or a model id."""
     from transformers.utils.logging import disable_progress_bar
 
@@ -110,7 +125,7 @@ def load(model: str):
     from lasar_hf.commands.project import checkpoint_of
 
     disable_progress_bar()  # of loading small weights
-    return Recommender.from_pretrained(checkpoint_of(model))
+    return Recommender.from_pretrained(checkpoint_of(model, revision), revision=revision)
 
 
 def split_history(history: str, recommender) -> list[str]:
@@ -180,13 +195,12 @@ def evaluate(
     from lasar_hf.commands.evaluate import EvaluateArguments
     from lasar_hf.commands.evaluate import main as run
     from lasar_hf.commands.project import project_settings, stage_settings
-    from lasar_hf.files import read_json
 
     settings = stage_settings(project, project_settings(project))["evaluate"]
     settings |= {"split": split, "users": users, "num_beams": beams}
     settings["output_dir"] = str(Path(project, f"report_{split}"))
-    run(EvaluateArguments(**settings))
-    results_table(read_json(Path(settings["output_dir"], "report.json"))["results"])
+    run(EvaluateArguments(**settings), show=lambda rows, *_: results_table(rows, split))
+    console.print(f"More numbers, and those of parts of the users: {settings['output_dir']}/report.md")
 
 
 @app.command()
@@ -198,6 +212,7 @@ def recommend(
     top_k: Annotated[int, typer.Option(help="Number of items per user.")] = 10,
     latent_steps: Annotated[int | None, typer.Option(help="Latent steps; the policy's by default.")] = None,
     unknown_items: Annotated[str, typer.Option(help="What an unknown item of --history is: error or skip.")] = "error",
+    revision: Revision = None,
 ) -> None:
     """Recommend items: a table with titles for one --history, or files for a table of --histories."""
     if (history is None) == (histories is None) or (histories is None) != (output is None):
@@ -207,10 +222,10 @@ def recommend(
         from lasar_hf.commands.recommend import RecommendArguments
         from lasar_hf.commands.recommend import main as run
 
-        path = checkpoint_of(model)
-        run(RecommendArguments(path, histories, output, top_k=top_k, latent_steps=latent_steps))
+        path = checkpoint_of(model, revision)
+        run(RecommendArguments(path, histories, output, top_k=top_k, latent_steps=latent_steps, revision=revision))
         return
-    recommender = load(model)
+    recommender = load(model, revision)
     items = split_history(history, recommender)
     (result,) = recommender.recommend([items], top_k, latent_steps=latent_steps, unknown_items=unknown_items)
     if not result["items"]:
@@ -236,17 +251,19 @@ def serve(
     admin_token: Annotated[
         str | None, typer.Option(envvar="LASAR_ADMIN_TOKEN", help="Token that allows to change the catalogue.")
     ] = None,
+    revision: Revision = None,
 ) -> None:
     """Serve recommendations over HTTP; /docs lists the requests."""
     from lasar_hf.commands.project import checkpoint_of
     from lasar_hf.serving import serve as run
 
     run(
-        checkpoint_of(model),
+        checkpoint_of(model, revision),
         host,
         port,
         device,
         admin_token,
+        revision=revision,
         num_beams=num_beams,
         max_batch=max_batch,
         max_wait_ms=max_wait_ms,
@@ -284,7 +301,7 @@ def run() -> None:
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         is_file = isinstance(error, OSError) and error.filename is not None and error.strerror is not None
         text = f"{error.filename}: {error.strerror}." if is_file else str(error)
-        errors.print(f"Error: {text}", style="red", markup=False, highlight=False)
+        show_error(f"Error: {text}", "red")
         raise SystemExit(1) from None
 
 

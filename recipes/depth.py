@@ -11,6 +11,7 @@ one depth, whose inputs have noise that changes the target's probability as much
 """
 
 import json
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from lasar_hf.commands.parser import ScriptParser
 from lasar_hf.data import PreparedData
 from lasar_hf.evaluation import ndcg_per_user, paired_bootstrap, ranks, recommend_samples
 from lasar_hf.files import atomic_file, write_json
+from lasar_hf.locks import locked
 from lasar_hf.onednn import onednn_linear
 from lasar_hf.trainers import DepthScores, fit_depth_policy, score_depths
 
@@ -38,6 +40,9 @@ class DepthArguments:
     data_dir: str = field(metadata={"help": "Folder that recipes/prepare.py wrote."})
     model: str = field(metadata={"help": "Checkpoint of stage 2 or of GRPO."})
     output_dir: str = field(metadata={"help": "Folder of the report."})
+    revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of a model on the Hub; a folder has none."}
+    )
     users: int = field(default=4000, metadata={"help": "Largest number of validation users."})
     reward: str = field(
         default="logp", metadata={"help": "Reward of a depth: log p(target) or NDCG@10.", "choices": ["logp", "ndcg"]}
@@ -190,12 +195,22 @@ def plot(path: Path, rows: dict, null: dict, histograms: dict[str, list[int]]) -
 
 def main(args: DepthArguments) -> None:
     """Score every depth, fit and compare the policy, and write the report."""
-    data, processor = PreparedData.load(args.data_dir), LasarProcessor.from_pretrained(args.model)
+    with ExitStack() as stack:
+        for folder in {args.output_dir, args.save_to or args.output_dir}:
+            stack.enter_context(locked(folder))
+        compare_depths(args)
+
+
+def compare_depths(args: DepthArguments) -> None:
+    """Compare depths in folders to which no other command writes."""
+    data, processor = (
+        PreparedData.load(args.data_dir),
+        LasarProcessor.from_pretrained(args.model, revision=args.revision),
+    )
     data.check_catalog(processor.catalog, args.model)
-    model = LasarForGenerativeRec.from_pretrained(args.model).eval()
+    model = LasarForGenerativeRec.from_pretrained(args.model, revision=args.revision).eval()
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    samples = data.samples["validation"].shuffle(seed=0)
-    samples = samples.select(range(min(args.users, len(samples))))
+    samples = data.draw("validation", args.users)
     first, num_depths = model.config.min_latent_steps, model.config.max_latent_steps + 1
 
     # 1. Probability of the target and NDCG@10 at every depth.
@@ -222,8 +237,8 @@ def main(args: DepthArguments) -> None:
         noise, log_p, value = noise_null(model, samples, processor, log_probs, rows["best fixed depth"], args)
     details = {"arguments": asdict(args), "users": len(samples), "cost": cost}
     null = {"noise": noise, "log p": log_p, "NDCG@10": value}
+    print(json.dumps({name: round(row["NDCG@10"], 4) for name, row in rows.items() if name != "best fixed depth"}))
     write_report(Path(args.output_dir), rows, null, details)
-    print(json.dumps({name: round(row["NDCG@10"], 4) for name, row in rows.items()}))
     if args.save_to is not None:
         fitted = fit_depth_policy(head.cpu(), states, rewards, cost, first)
         model.model.policy_head.load_state_dict(fitted.state_dict())

@@ -10,7 +10,6 @@ from their last checkpoint. `report_only: true` writes the report of what has en
 (`pip install "lasar_hf[study]"`).
 """
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -35,7 +34,8 @@ from lasar_hf.commands.sft import SFTScriptArguments
 from lasar_hf.data import PreparedData
 from lasar_hf.evaluation import BASELINES
 from lasar_hf.evaluation.study import StudyResults, write_study
-from lasar_hf.files import atomic_file, read_json, write_json
+from lasar_hf.files import atomic_file, check_writable, read_json, write_json
+from lasar_hf.locks import try_lock
 from lasar_hf.trainers import LasarModelConfig
 
 
@@ -211,17 +211,20 @@ def check_prepare(study: StudyArguments) -> None:
 
 
 def check_depths(study: StudyArguments, rows: dict[str, RowArguments]) -> None:
-    """Refuse a study without seeds, and fixed depths that the models of its rows do not have."""
+    """Refuse a study without seeds, and numbers of latent steps that the models of its rows do not take."""
     if not study.seeds:
         raise ValueError("seeds is empty; expected at least one, such as [0].")
     for name, row in rows.items():
-        wanted = max(study.max_depth if row.sweep else 0, int(row.depth) if str(row.depth).isdecimal() else 0)
+        settings = changed_settings(row.config, row.set)
+        numbers = [row.depth, settings.get("depth_source"), settings.get("fixed_depth")]
+        numbers += [len(settings.get("depth_weights", [0])) - 1, study.max_depth if row.sweep else 0]
+        wanted = max(int(number) for number in numbers if str(number).isdecimal())
         while row.of is not None or str(row.set.get("model_name_or_path", "")).startswith("@"):
             row = rows[row.of or row.set["model_name_or_path"][1:].partition("/")[0]]
         settings = changed_settings(row.config, row.set)
         most = settings.get("max_latent_steps", SFTScriptArguments.max_latent_steps)
         if wanted > most:
-            raise ValueError(f"Row {name!r} is evaluated with {wanted} latent steps; its model has at most {most}.")
+            raise ValueError(f"Row {name!r} has {wanted} latent steps; its model takes at most {most}.")
 
 
 def check_tables(study: StudyArguments, rows: dict[str, RowArguments]) -> None:
@@ -345,11 +348,9 @@ def run_job(job: Job, study: StudyArguments) -> bool:
 
 def lock(file, name: str) -> None:
     """Lock the log of a job. The job inherits the lock and so keeps it if the study is killed: it has no double."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    if not try_lock(file):
         logger.info("%s still runs, started by a study that was killed. Waiting for its end.", name)
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try_lock(file, wait=True)
 
 
 def commit() -> str:
@@ -384,6 +385,7 @@ def main(study: StudyArguments) -> None:
     check_prepare(study)
     check_depths(study, rows)
     check_tables(study, rows)
+    check_writable(study.report_dir)
     jobs = Jobs(study, rows)
     missing = [name for name, job in jobs.items() if not job.has_ended()]
     if not study.report_only:

@@ -4,8 +4,9 @@ One process of the distributed tests: trains tiny models for a few steps and wri
     torchrun --nproc_per_node 2 -m tests.distributed_worker out stage2/trainer grpo-plain-lora/trainer grpo/fsdp2
 
 A run is `task/way`. A task is a stage and options: `plain` trains without gradient checkpointing, `lora` an adapter,
-in `uneven` the first process has no latent slot or terminal anchor, and `users` has batches of users. There are two
-ways to train: `trainer` (as the launcher set it up) and `fsdp2` (torch's fully_shard in a loop of our own, since
+in `uneven` the first process has no latent slot or terminal anchor, `users` has batches of users, `depths` trains at
+several depths beside plain text, and `exact` has the exact depth gradient without groups of equal rewards. There are
+two ways to train: `trainer` (as the launcher set it up) and `fsdp2` (torch's fully_shard in a loop of our own, since
 accelerate silently runs DDP instead on a CPU).
 """
 
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from datasets import Dataset
 from peft import LoraConfig
 from torch.distributed.fsdp import fully_shard
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
@@ -31,7 +33,7 @@ from lasar_hf import (
 )
 from lasar_hf.trainers import lasar_lora_config, unsharded_weights
 from tests.tiny import batch, row
-from tests.training import COMMON, FixedDraws, first_code, grpo_setup, sft_setup, user_setup
+from tests.training import COMMON, FixedDraws, first_code, grpo_setup, sft_setup, some_equal, user_setup
 
 
 STEPS = 4
@@ -39,6 +41,7 @@ GLOBAL_BATCH = 8
 STAGES = ("stage1", "stage2", "grpo")
 MATRIX = [f"{stage}{plain}{lora}" for stage in STAGES for plain in ("", "-plain") for lora in ("", "-lora")]
 UNEVEN = ["stage2-uneven", "grpo-uneven"]
+EXTRA = ["stage2-depths", "grpo-exact"]
 DEPTHS = [1, 1, 1, 1, 4, 3, 4, 2, 2, 2, 2, 2, 1, 1, 1, 1]  # each rank gets four at a time: their depths differ
 UNEVEN_DEPTHS = [0, 0, 0, 0, 4, 3, 4, 2]  # the first rank has no latent slot
 
@@ -77,6 +80,12 @@ def adapter(model: LasarForGenerativeRec, options: tuple[str, ...]) -> LoraConfi
     return lasar_lora_config(model, r=4, lora_dropout=0.0) if "lora" in options else None
 
 
+def beside_text(rows: Dataset) -> Dataset:
+    """Three examples of plain text, then those of stage 2."""
+    text = [{"input_ids": [3, 4, 5, 6], "labels": [-100, -100, 5, 6], "depth": -1} for _ in range(3)]
+    return Dataset.from_list([*text, *rows.remove_columns("sample_index").add_column("depth", [0] * 5)])
+
+
 def sft_trainer(folder: Path, stage: str, *options: str) -> LasarSFTTrainer:
     """Stage 1 (without latent slots) or 2, from a model that is created unsharded."""
     depths = [0] * 16 if stage == "stage1" else UNEVEN_DEPTHS if "uneven" in options else DEPTHS
@@ -85,17 +94,20 @@ def sft_trainer(folder: Path, stage: str, *options: str) -> LasarSFTTrainer:
     if "users" in options:  # a step has two batches, which one process accumulates
         accumulated = 2 if config["ddp_backend"] is None else 1
         config |= {"max_tokens_per_batch": 90, "gradient_accumulation_steps": accumulated}
-    args = LasarSFTConfig(**config, policy_weight=policy_weight)
+    weights = [1.0, 0.0, 0.5, 1.0] if "depths" in options else None
+    args = LasarSFTConfig(**config, policy_weight=policy_weight, depth_weights=weights)
     shard_everything(args)
     with unsharded_weights():
         model, tokenizer, catalog, rows, anchors = user_setup() if "users" in options else sft_setup(depths)
+    if "depths" in options:  # of the eight examples of a step, the first process has three of text
+        rows, anchors = beside_text(rows.select(range(5))), None
     return LasarSFTTrainer(
         model,
         args,
         catalog,
         anchors,
         train_dataset=rows,
-        eval_dataset=rows.select(range(5)),
+        eval_dataset=rows if "depths" in options else rows.select(range(5)),
         processing_class=tokenizer,
         ranking_evaluator=lambda lasar: {"scores": prompt_scores(lasar, catalog)},
         peft_config=adapter(model, options),
@@ -104,13 +116,18 @@ def sft_trainer(folder: Path, stage: str, *options: str) -> LasarSFTTrainer:
 
 def grpo_trainer(folder: Path, stage: str, *options: str) -> LasarGRPOTrainer:
     """RL with a reference model; both are loaded from a path, which ZeRO-3 shards while it loads."""
+    exact = dict(depth_gradient="exact", depth_weight=1.0, drop_groups_without_signal=True, step_cost="auto")
     args = LasarGRPOConfig(
-        **arguments(folder, options), num_generations=4, shuffle_dataset=False, beta=0.1, per_device_eval_batch_size=4
+        **arguments(folder, options) | (exact if "exact" in options else {}),
+        num_generations=4,
+        shuffle_dataset=False,
+        beta=0.1,
+        per_device_eval_batch_size=4,
     )
     shard_everything(args)
     with unsharded_weights():
         model, tokenizer, catalog, rows = grpo_setup()
-        if "uneven" in options:  # prompts 0 and 2 are those of the first process
+        if {"uneven", "exact"} & set(options):  # prompts 0 and 2 are those of the first process
             anchors = [anchor if i % 2 else None for i, anchor in enumerate(rows["terminal_anchor"])]
             rows = rows.remove_columns("terminal_anchor").add_column("terminal_anchor", anchors)
         path = str(folder / "model")
@@ -121,7 +138,7 @@ def grpo_trainer(folder: Path, stage: str, *options: str) -> LasarGRPOTrainer:
         model if peft_config else path,
         args,
         catalog,
-        [first_code],
+        [some_equal if "exact" in options else first_code],
         train_dataset=rows,
         processing_class=tokenizer,
         peft_config=peft_config,
@@ -163,8 +180,8 @@ def run(task: str, way: str, folder: Path) -> tuple[list[dict], dict[str, torch.
     stage, *options = task.split("-")
     trainer = (grpo_trainer if stage == "grpo" else sft_trainer)(folder, stage, *options)
     logs = {"trainer": by_trainer, "fsdp2": by_fsdp2}[way](trainer)
-    if way == "trainer" and "uneven" in options:
-        logs.append(trainer.evaluate())  # its last batch is incomplete
+    if way == "trainer" and {"uneven", "depths"} & set(options):
+        logs.append(trainer.evaluate())  # the last batch of `uneven` is incomplete
     if stage == "stage2":
         logs.append(trainer.on_gathered_weights(trainer.evaluators[""]))  # as at an evaluation
     if way == "trainer" and "lora" not in options:

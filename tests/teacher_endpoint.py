@@ -1,8 +1,10 @@
 """A local OpenAI-compatible endpoint for the tests; the fixture `endpoint` starts it."""
 
 import json
+import socket
 import threading
 from collections import Counter
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -88,3 +90,32 @@ def endpoint(monkeypatch):
     for server in servers:
         server.shutdown()
         server.server_close()
+
+
+@pytest.fixture
+def raw_endpoint(endpoint):
+    """Start a server that answers every request with the given text, whatever it is; returns its address."""
+    listeners = []
+
+    def serve(listener, reply, forever):
+        while True:
+            try:
+                connection, _ = listener.accept()
+            except OSError:  # closed
+                return
+            with connection, suppress(OSError):
+                connection.recv(65536)
+                connection.sendall(reply)
+                while forever:
+                    connection.sendall(reply[-1:] * 1000)
+
+    def start(reply, forever=False):
+        listener = socket.create_server(("127.0.0.1", 0))
+        listeners.append(listener)
+        threading.Thread(target=serve, args=(listener, reply.encode(), forever), daemon=True).start()
+        return f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+
+    yield start
+    for listener in listeners:
+        listener.shutdown(socket.SHUT_RDWR)
+        listener.close()

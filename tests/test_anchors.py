@@ -98,6 +98,13 @@ def test_terminal_anchors(store):
     assert np.array_equal(terminal, np.stack([store[sample][-1] for sample in range(3)]))
 
 
+def test_steps_have_the_anchors_of_their_place_in_the_chain(store):
+    one, two, three = store[2]
+    for depth, expected in ((1, [three]), (2, [two, three]), (6, [one, one, two, two, three, three])):
+        assert np.array_equal(store.at_depth(2, depth), expected)
+    assert store.at_depth(2, 0).shape == (0, 16)
+
+
 def test_long_segments_keep_their_end(model, processor):
     long, end = "a b c d e f g h i j", " g h i j"
     cut = encode_anchors(model, processor, [[long]], max_tokens=len(processor.text_ids([end])[0]))
@@ -155,6 +162,24 @@ def test_damaged_array_is_named(store, tmp_path, name, damage):
     np.save(tmp_path / f"{name}.npy", damage(getattr(store, name)))
     with pytest.raises(ValueError, match=rf"{name}\.npy"):
         AnchorStore.load(tmp_path, store.checkpoint_hash)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_vectors_that_are_not_finite_are_refused(value):
+    vectors = np.zeros((2, 4), dtype=np.float32)
+    vectors[1, 2] = value
+    with pytest.raises(ValueError, match="vectors has NaN or infinity"):
+        AnchorStore(vectors, np.array([0, 1]), np.array([0, 1, 2]), "hash")
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", "null", '{"checkpoint_hash": 1, "inputs_hash": "", "sha256": {}}'])
+def test_other_json_is_named(model, processor, store, tmp_path, text):
+    store.save(tmp_path)
+    (tmp_path / "anchors.json").write_text(text)
+    with pytest.raises(ValueError, match=r"anchors\.json is damaged"):
+        AnchorStore.load(tmp_path, store.checkpoint_hash)
+    with pytest.raises(ValueError, match=r"anchors\.json is damaged"):
+        encode_anchors(model, processor, SEGMENTS, tmp_path)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -268,6 +293,18 @@ def test_killed_encoding_continues(model, processor, tmp_path, small_shards, pas
     assert files(tmp_path / "killed") == files(tmp_path / "undisturbed")
 
 
+@pytest.mark.parametrize("name", ["vectors.npy", "progress.json"])
+def test_an_interrupted_encoding_with_a_cut_file_starts_again(model, processor, tmp_path, small_shards, name):
+    """A cut file of vectors must not be filled up with zeros."""
+    with CountedModel(model, 5), pytest.raises(Killed):
+        encode(model, processor, tmp_path / "cut")
+    content = (tmp_path / "cut" / name).read_bytes()
+    (tmp_path / "cut" / name).write_bytes(content[: len(content) // 8])  # cuts what is done
+    encode(model, processor, tmp_path / "cut")
+    encode(model, processor, tmp_path / "undisturbed")
+    assert files(tmp_path / "cut") == files(tmp_path / "undisturbed")
+
+
 def test_interrupted_encoding_is_refused(model, processor, tmp_path, small_shards):
     with CountedModel(model, 5), pytest.raises(Killed):
         encode(model, processor, tmp_path)
@@ -278,6 +315,7 @@ def test_interrupted_encoding_is_refused(model, processor, tmp_path, small_shard
 def test_progress_of_a_complete_store_is_removed(model, processor, tmp_path, small_shards):
     encode(model, processor, tmp_path)
     (tmp_path / "progress.json").write_text("{}")  # killed before its removal
+    (tmp_path / ".anchors.1.tmp.json").write_text("{")  # killed while it was written
     with CountedModel(model, 0):
         encode(model, processor, tmp_path)
     assert sorted(files(tmp_path)) == NAMES

@@ -191,6 +191,12 @@ def test_round_trip_with_removed_items(tmp_path):
         (lambda c: c.remove(c.item_ids), "item_ids"),
         (lambda c: SidCatalog([[0.5, 1.0]], ["x"]), "codes are"),
         (lambda c: SidCatalog([[0, 2**31]], ["x"]), "codes are"),
+        (lambda c: SidCatalog(torch.tensor([[1j, 1]]), ["x"]), "codes are torch.complex64"),
+        (lambda c: SidCatalog(np.array([[0, 1]], dtype=np.uint64), ["x"]), "codes are torch.uint64"),
+        (lambda c: SidCatalog([[True, False]], ["x"]), "codes are torch.bool"),
+        (lambda c: SidCatalog([[0, 1], [0, 2]], ["x", "y\ud800"]), r"item_ids has 'y\\ud800'"),
+        (lambda c: SidCatalog([[0, 1]], ["x"], titles=["\udfff"]), r"titles has '\\udfff'"),
+        (lambda c: c.add([[0, 0, 9]], ["\ud800"]), "item_ids has"),
         (lambda c: SidCatalog([[0, 1]], ["x"], removed=torch.tensor([True, False])), "removed has shape"),
     ],
 )
@@ -293,6 +299,11 @@ def test_a_prompt_without_any_item():
 def test_bad_lists_are_refused(lists, message):
     with pytest.raises(ValueError, match=message):
         ItemFilter.from_lists(tiny_catalog().trie("cpu"), 2, **lists)
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.uint32, np.int8, np.int64])
+def test_codes_of_any_integer_type(kind):
+    assert SidCatalog(np.array([[0, 1], [2, 3]], dtype=kind), ["a", "b"]).codes.tolist() == [[0, 1], [2, 3]]
 
 
 def test_an_interrupted_save_leaves_no_catalogue(tmp_path, monkeypatch):

@@ -22,7 +22,6 @@ from lasar_hf.commands.project import (
     STAGES,
     check_keys,
     follow,
-    locked,
     prepare_project,
     project_settings,
     read_value,
@@ -33,6 +32,7 @@ from lasar_hf.commands.project import (
 )
 from lasar_hf.data import PreparedData, read_table, toy_shop
 from lasar_hf.files import write_json
+from lasar_hf.locks import locked
 from tests.recipes import save_checkpoint
 
 
@@ -300,10 +300,10 @@ def test_a_failed_stage_shows_the_end_of_its_output(tmp_path):
 
 
 def test_two_trainings_do_not_share_a_project(tmp_path):
-    with locked(tmp_path), pytest.raises(RuntimeError, match="in use by another lasar"), locked(tmp_path):
-        pass
-    with locked(tmp_path):
-        pass
+    (tmp_path / "data").mkdir()
+    (tmp_path / "train.yaml").write_text("")
+    with locked(tmp_path), pytest.raises(RuntimeError, match=f"in use by process {os.getpid()} on "):
+        train_project(tmp_path)
 
 
 @pytest.fixture

@@ -95,6 +95,8 @@ def test_more_items_asked_than_there_are():
     assert sorted(recommended.items[0, :3].tolist()) == [0, 1, 2]
     assert recommended.items[0, 3:].tolist() == [-1, -1]
     assert recommended.scores[0, 3:].tolist() == [-torch.inf, -torch.inf]
+    narrow = model.recommend(**batch([row(model, 5, 0)]), catalog=tiny_catalog(), top_k=5, num_beams=1)
+    assert narrow.scores.isfinite().all()  # the search is as wide as the list
 
 
 def test_items_that_share_a_semantic_id():
@@ -129,7 +131,7 @@ def test_catalogue_must_match_the_model():
     with pytest.raises(ValueError, match="catalogue has 2 levels"):
         model.recommend(**inputs, catalog=tiny_catalog(num_items=5, num_sid_levels=2))
     with pytest.raises(ValueError, match="codebook_size"):
-        model.recommend(**inputs, catalog=SidCatalog([[0, 0, 9]], ["a"]))
+        model.recommend(**inputs, catalog=SidCatalog([[0, 0, 4]], ["a"]))
     with pytest.raises(ValueError, match="has no catalog"):
         model.recommend(**inputs)
 
@@ -160,6 +162,14 @@ def test_nan_logits_are_an_error():
     for replacement in (True, False):
         with pytest.raises(ValueError, match="NaN"), model.evaluation_mode():
             sample_items(model, model.encode_prompts(**inputs), catalog.trie("cpu"), 4, replacement=replacement)
+
+
+def test_the_weights_that_are_not_finite_are_named():
+    model, _ = tiny_model()
+    inputs, catalog = batch([row(model, 5, 0)]), tiny_catalog()
+    model.lm_head.weight.data[model.config.sid_token_id(2, 1), 3] = torch.inf
+    with pytest.raises(ValueError, match="NaN. lm_head.weight has values that are not finite"):
+        model.recommend(**inputs, catalog=catalog)
 
 
 def test_a_depth_is_never_chosen_by_nan():
@@ -219,10 +229,11 @@ def test_trie_holds_exactly_the_catalogue(data):
         grown = []
         for prefix, node in prefixes:
             codes, child = trie.children(level, torch.tensor(node))
-            grown += [((*prefix, c), n) for c, n in zip(codes.tolist(), child.tolist(), strict=True) if n >= 0]
+            number = {c: n for c, n in zip(codes.tolist(), child.tolist(), strict=True) if n >= 0}
+            grown += [((*prefix, c), n) for c, n in number.items()]
+            found = trie.descend(level, torch.full((5,), node), torch.arange(5))  # the last code is in no catalogue
+            assert found.tolist() == [number.get(c, -1) for c in range(5)]
         prefixes = grown
-        step = trie.descend(level, torch.tensor([0]), torch.tensor([99]))
-        assert step.tolist() == [-1]
     found = {prefix: trie.items(torch.tensor(node)).tolist() for prefix, node in prefixes}
     assert found == {tuple(c): [i] for i, c in enumerate(catalog.codes.tolist())}
 
@@ -313,10 +324,27 @@ def changed(tensor, *place, value):
         ("input_ids", lambda c, ids, mask: dict(input_ids=ids.float())),
         ("input_ids", lambda c, ids, mask: dict(input_ids=ids.numpy())),
         ("input_ids", lambda c, ids, mask: dict(input_ids=ids.tolist())),
+        ("input_ids", lambda c, ids, mask: dict(input_ids=ids.numpy(), deny=[[1], [2]])),
+        ("input_ids", lambda c, ids, mask: dict(input_ids=ids.numpy(), exclude_history=True)),
+        ("input_ids", lambda c, ids, mask: dict(input_ids=ids[:1, :0], attention_mask=None)),
         ("top_k", lambda c, ids, mask: dict(top_k=2.5)),
         ("num_beams", lambda c, ids, mask: dict(num_beams=20.0)),
     ],
-    ids=["hole", "two starts", "stray end", "beyond", "negative", "floats", "numpy", "lists", "top_k", "num_beams"],
+    ids=[
+        "hole",
+        "two starts",
+        "stray end",
+        "beyond",
+        "negative",
+        "floats",
+        "numpy",
+        "lists",
+        "numpy and a list",
+        "numpy and a history",
+        "no tokens",
+        "top_k",
+        "num_beams",
+    ],
 )
 def test_prompts_that_would_be_misread_are_refused(prompts, message, change):
     model, inputs = prompts

@@ -19,7 +19,7 @@ def generation(trainer):
     return trainer._generate_and_score_completions([dict(example) for example in examples])
 
 
-def target_log_prob(model, prompt_ids: list[int], depth: int, target: int) -> float:
+def target_log_prob(model, prompt_ids: list[int], depth: int, target: int, temperature: float) -> float:
     """By the definition: each code among the codes that continue an item with the same prefix."""
     config, catalog = model.config, tiny_catalog()
     codes = catalog.codes[target].tolist()
@@ -27,19 +27,20 @@ def target_log_prob(model, prompt_ids: list[int], depth: int, target: int) -> fl
     logits, total = type(model).forward(model, torch.tensor([ids])).logits[0, -len(codes) - 1 :], 0.0
     for level, code in enumerate(codes):
         follow = sorted({c[level] for c in catalog.codes.tolist() if c[:level] == codes[:level]})
-        scores = logits[level, [config.sid_token_id(level, c) for c in follow]].log_softmax(0)
+        scores = (logits[level, [config.sid_token_id(level, c) for c in follow]] / temperature).log_softmax(0)
         total += float(scores[follow.index(code)])
     return total
 
 
-def test_exact_gradient_scores_the_target_at_every_depth(tmp_path):
-    trainer = grpo_trainer(tmp_path, depth_gradient="exact", depth_weight=1.0)
+@pytest.mark.parametrize("temperature", [1.0, 0.4])
+def test_exact_gradient_scores_the_target_at_every_depth(tmp_path, temperature):
+    trainer = grpo_trainer(tmp_path, depth_gradient="exact", depth_weight=1.0, temperature=temperature)
     batch = generation(trainer)
     model, size = trainer.model, trainer.num_generations
     model.eval()
     for i, example in enumerate(trainer.train_dataset):
         prompt = trainer.processing_class(example["prompt"], add_special_tokens=False).input_ids
-        expected = [target_log_prob(model, prompt, depth, example["target"]) for depth in range(1, 5)]
+        expected = [target_log_prob(model, prompt, depth, example["target"], temperature) for depth in range(1, 5)]
         for j in range(size):
             assert batch["depth_rewards"][i * size + j].tolist() == pytest.approx(expected, abs=1e-4)
 
@@ -257,7 +258,9 @@ def test_a_fixed_depth_is_that_of_all_candidates(tmp_path, depth):
     before = parameters(trainer.model)
     trainer.train()
     assert trainer.state.log_history[0]["mean_depth"] == depth
+    assert ("terminal_loss" in trainer.state.log_history[0]) == (depth > 0)  # h_0 is no latent step
     assert moved(before, trainer.model)
+    assert ("terminal_loss" in trainer.state.log_history[0]) == (depth > 0)  # h_0 is no latent step
 
 
 def test_ranking_metrics_choose_the_best_model(tmp_path):

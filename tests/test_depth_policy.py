@@ -10,7 +10,7 @@ import torch
 from lasar_hf import LasarForGenerativeRec, LasarProcessor
 from lasar_hf.data import PreparedData
 from lasar_hf.evaluation import paired_bootstrap
-from lasar_hf.model.base_lasar import DepthPolicyHead
+from lasar_hf.model.base_lasar import DepthPolicyHead, sampled_depth
 from lasar_hf.trainers import fit_depth_policy, score_depths
 from tests.recipes import load_recipe, save_checkpoint, save_prepared
 
@@ -21,6 +21,20 @@ def folder(tmp_path_factory):
     save_checkpoint(folder / "model", instruction="")
     save_prepared(folder / "data")
     return folder
+
+
+def test_the_policy_head_is_its_equation():
+    head, states = DepthPolicyHead(8, 3), torch.randn(5, 8)
+    inner = torch.tanh(states @ head.dense.weight.T + head.dense.bias)
+    torch.testing.assert_close(head(states), inner @ head.out_proj.weight.T + head.out_proj.bias)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_depths_are_drawn_from_the_policy(first):
+    torch.manual_seed(0)
+    policy = torch.tensor([0.5, 0.2, 0.3])
+    depths = sampled_depth(policy.log().expand(4000, -1), first)
+    torch.testing.assert_close(torch.bincount(depths - first) / 4000, policy, atol=0.03, rtol=0)
 
 
 def test_scores_are_those_of_recommending(folder):
@@ -36,6 +50,9 @@ def test_scores_are_those_of_recommending(folder):
         is_target = output.items == torch.tensor(samples["target"])[:, None]
         expected = output.scores[is_target]
         torch.testing.assert_close(scores.log_probs[:, depth], expected, atol=1e-4, rtol=1e-4)
+    with torch.no_grad():
+        output = model.model(**prompts)
+    torch.testing.assert_close(scores.start_states, output.latent_states[:, 0], atol=1e-4, rtol=1e-4)
 
 
 def test_the_policy_learns_which_depth_is_best():

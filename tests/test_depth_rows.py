@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from datasets import Dataset, concatenate_datasets
 
 from lasar_hf import LasarSFTConfig, LasarSFTTrainer
 from lasar_hf.trainers import DepthRows, bidirectional_kl
 from tests.tiny import tiny_catalog
-from tests.training import COMMON, moved, parameters, sft_trainer, user_setup
+from tests.training import COMMON, moved, parameters, sft_setup, sft_trainer, user_setup
 
 
 START, SLOT, END = 90, 91, 92
@@ -19,14 +20,14 @@ def test_rows_differ_in_their_latent_slots_only():
         [5, 6, START, *[SLOT] * depth, END, 7, 8] for depth in (0, 2, 3)
     ]  # fmt: skip
     assert all(row["labels"] == [-100] * (len(row["input_ids"]) - 2) + [7, 8] for row in rows)
-    assert [row["loss_weight"] for row in rows] == [1.5, 0.75, 0.75]
+    assert [row["loss_weight"] for row in rows] == [0.5, 0.25, 0.25]
     assert [row["is_own"] for row in rows] == [False, True, False]
     assert [row["neighbour_share"] for row in rows] == pytest.approx([1.0, 1 / 3, 0.0])
     assert all(row["sample_index"] == 3 for row in rows)
 
 
 def test_the_own_depth_has_a_row_without_a_weight():
-    """It has no labels, so that every example has the same number of labels."""
+    """It has no labels, so it adds nothing to the cross-entropy."""
     example = {"input_ids": [5, START, SLOT, END, 7], "labels": [-100] * 4 + [7]}
     rows = DepthRows([1.0], SLOT, END).expand(example)
     assert [(row["loss_weight"], row["is_own"]) for row in rows] == [(1.0, False), (0.0, True)]
@@ -38,6 +39,13 @@ def test_plain_text_is_one_row():
     assert DepthRows([1.0, 1.0], SLOT, END).expand(example) == [
         example | {"loss_weight": 1.0, "is_own": True, "neighbour_share": 1.0}
     ]  # fmt: skip
+
+
+def test_a_path_has_the_tokens_of_all_its_rows():
+    """`<|latent_start|>` and the slots of the deepest row once, the end and the answer for each depth."""
+    rows = DepthRows([1.0, 0.0, 1.0], SLOT, END)
+    assert rows.path_length([5, 6, START, SLOT, END, 7, 8], START) == 1 + 2 + 3 * 3  # depths 0, 1 and 2
+    assert rows.path_length([5, 6], START) == 1
 
 
 def answers_loss(model, rows: list[dict]) -> torch.Tensor:
@@ -62,16 +70,40 @@ def test_loss_is_the_weighted_mean_over_the_depths(tmp_path):
     examples = list(single.train_dataset)
     config = model.config
     rows = DepthRows(weights, config.latent_token_id, config.latent_end_token_id)
-    expected, count = 0.0, 0
+    expected = 0.0
     for example in examples:
         for row in rows.expand(example):
             if row["loss_weight"] > 0:
-                expected, count = expected + row["loss_weight"] * answers_loss(model, [row]), count + 1
+                expected = expected + row["loss_weight"] * answers_loss(model, [row])
     # The other terms are those of the example's own depth.
     single.model.load_state_dict(model.state_dict())
     own = single.compute_loss(single.model.eval(), next(iter(single.get_train_dataloader())))
     rest = own - answers_loss(model, examples)
-    torch.testing.assert_close(loss, expected / count + rest, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(loss, expected / len(examples) + rest, atol=1e-5, rtol=1e-5)
+
+
+def with_text(examples: Dataset) -> Dataset:
+    """Examples with as many of plain text, which are not trained at several depths."""
+    text = [{"input_ids": [3, 4, 5, 6, 7][: 3 + i % 3], "labels": [-100, 4, 5, 6, 7][: 3 + i % 3]} for i in range(6)]
+    return concatenate_datasets([examples.remove_columns("sample_index"), Dataset.from_list(text)])
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_an_example_weighs_the_same_as_one_of_a_single_row(tmp_path, training):
+    model, tokenizer, catalog, examples, _ = sft_setup()
+    examples = with_text(examples)
+    args = LasarSFTConfig(str(tmp_path), **COMMON, depth_weights=[1.0, 0.0, 0.5, 1.0], per_device_train_batch_size=12)
+    trainer = LasarSFTTrainer(model, args, catalog, train_dataset=examples, processing_class=tokenizer)
+    batch = next(iter(trainer.get_train_dataloader()))
+    loss = trainer.compute_loss(model.train(training), dict(batch))
+    total, count = 0.0, 0
+    for example in examples:
+        labels = sum(label != -100 for label in example["labels"])
+        for row in trainer.depth_rows.expand(example):
+            if row["loss_weight"] > 0:
+                total = total + labels * row["loss_weight"] * answers_loss(model, [row])
+        count += labels
+    torch.testing.assert_close(loss, total / count, atol=1e-5, rtol=1e-5)
 
 
 def test_metrics_are_those_of_the_own_depth(tmp_path):
@@ -139,7 +171,7 @@ def test_the_deepest_row_must_fit_too(tmp_path):
         ({"depth_weights": [0.0, 0.0]}, "not all of them 0"),
         ({"depth_weights": [1.0, -1.0]}, "at least 0"),
         ({"depth_weights": [1.0], "sid_loss": "vocab"}, 'sid_loss="catalog"'),
-        ({"depth_weights": [1.0] * 6}, "at most 5"),
+        ({"depth_weights": [1.0] * 6}, "depth_weights is 5; expected 0 to 4"),
     ],
 )
 def test_wrong_weights_are_refused(tmp_path, changed, message):

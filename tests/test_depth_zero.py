@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from datasets import Dataset
 
 from lasar_hf import LasarConfig, LasarForGenerativeRec, LasarSFTConfig, LasarSFTTrainer
 from tests.tiny import batch, row, tiny_backbone, tiny_catalog, tiny_tokenizer
@@ -51,6 +52,32 @@ def test_examples_without_steps_are_labels_of_the_policy(tmp_path):
     prompts = [ids[: ids.index(model.config.latent_start_token_id) + 1] for ids in examples["input_ids"]]
     output = model.recommend(**batch(prompts), catalog=catalog)
     assert output.latent_steps.tolist() == [0, 1, 2, 4, 0, 3]
+
+
+def test_answers_without_a_depth_are_no_labels_of_the_policy(tmp_path):
+    """Direct examples of stage 1 (`depth` -1) and plain text do not say that no steps are needed."""
+    _, tokenizer, catalog, examples, _ = sft_setup([0, 0, 0, 2, 3, 0])
+    examples = examples.remove_columns("sample_index").add_column("depth", [-1, -1, 0, 2, 3, -1]).to_list()
+    text = {"input_ids": [3, 4, 5], "labels": [-100, 4, 5], "depth": -1}
+    args = LasarSFTConfig(str(tmp_path), **COMMON, policy_weight=1.0, per_device_train_batch_size=7)
+    model, losses = model_from_zero(), []
+    for part in ([*examples, text], [part for part in examples if part["depth"] >= 0]):
+        trainer = LasarSFTTrainer(
+            model, args, catalog, train_dataset=Dataset.from_list(part), processing_class=tokenizer
+        )
+        trainer.compute_loss(model.train(), next(iter(trainer.get_train_dataloader())))
+        losses.append(trainer._metrics["train"]["policy_loss"][0])
+    assert losses[0] == pytest.approx(losses[1])
+
+
+def test_plain_text_is_no_label_of_the_policy(tmp_path):
+    _, tokenizer, catalog, _, _ = sft_setup()
+    args = LasarSFTConfig(str(tmp_path), **COMMON, policy_weight=1.0)
+    rows = Dataset.from_list([{"input_ids": [3, 4, 5], "labels": [-100, 4, 5]}])
+    model = model_from_zero()
+    trainer = LasarSFTTrainer(model, args, catalog, train_dataset=rows, processing_class=tokenizer)
+    trainer.compute_loss(model.train(), next(iter(trainer.get_train_dataloader())))
+    assert "policy_loss" not in trainer._metrics["train"]
 
 
 def test_other_minima_are_refused():

@@ -16,7 +16,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 
 from lasar_hf.files import read_json
 from tests import distributed_worker
-from tests.distributed_worker import MATRIX, UNEVEN
+from tests.distributed_worker import EXTRA, MATRIX, UNEVEN
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,7 +24,7 @@ CONFIGS = ROOT / "recipes" / "accelerate_configs"
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 FSDP2 = ["stage2/fsdp2", "grpo/fsdp2"]
 USERS = "stage2-users"
-LAUNCHED = [f"{task}/trainer" for task in [*MATRIX, *UNEVEN, USERS]] + FSDP2
+LAUNCHED = [f"{task}/trainer" for task in [*MATRIX, *UNEVEN, *EXTRA, USERS]] + FSDP2
 TIMES = {"step_time"}
 # A loop of our own logs these of TRL's metrics; ZeRO names its weights otherwise.
 NAMES = {"loss", "grad_norm", "scores", "saved_scores"}
@@ -101,6 +101,18 @@ def test_training_does_not_depend_on_how_the_batch_is_split(one_process, two_pro
     steps = distributed_worker.STEPS
     assert_same_logs(logs[:steps], expected_logs[:steps])
     torch.testing.assert_close(weights, expected_weights, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("task", EXTRA)
+def test_each_loss_is_a_mean_over_all_processes(one_process, two_processes, task):
+    """Also if they have other numbers of labels, of depths and of groups with a gradient."""
+    (logs, weights), (expected_logs, expected_weights) = two_processes[f"{task}/trainer"], one_process(task)
+    steps = distributed_worker.STEPS
+    assert_same_logs(logs[:steps], expected_logs[:steps])
+    torch.testing.assert_close(weights, expected_weights, rtol=1e-4, atol=1e-5)
+    if task == "stage2-depths":
+        assert logs[steps]["eval_loss"] == pytest.approx(expected_logs[steps]["eval_loss"], rel=1e-4)
 
 
 @pytest.mark.distributed

@@ -82,6 +82,21 @@ def test_every_item_of_a_history_is_scored_without_those_before_it():
         torch.testing.assert_close(scored[end - 4 : end - 1], alone[-3:])
 
 
+def test_the_item_right_before_a_label_has_no_probability():
+    """In a history, no token is between two items. These two differ in their last code only."""
+    model, catalog, items = recommender()
+    add_catalog_head(model, catalog)
+    codes = catalog.codes.tolist()
+    before, item = next((a, b) for a in range(20) for b in range(20) if a != b and codes[a][:2] == codes[b][:2])
+    ids = torch.tensor([[3, *items[before], *items[item]]])
+    labels = ids.clone()
+    labels[:, :4] = -100
+    score = model.eval()(ids, labels=labels, fused_lm_head=True).log_probs[0, -1]
+    follow = [c[2] for c in codes if c[:2] == codes[item][:2] and c != codes[before]]
+    logits = model(ids).logits[0, -2, [model.config.sid_token_id(2, code) for code in follow]]
+    torch.testing.assert_close(score, logits.log_softmax(0)[follow.index(codes[item][2])], atol=1e-5, rtol=1e-5)
+
+
 def test_a_target_that_repeats_keeps_its_probability():
     model, catalog, items = recommender()
     add_catalog_head(model, catalog)

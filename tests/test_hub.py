@@ -95,7 +95,7 @@ def test_a_visitor_gets_the_list_of_the_trainer(hub, tmp_path, kind):
     assert {path for path in files if "/" in path} == (adapter if kind == "lora" else set())
     names = {path for path in files if "/" not in path and not path.endswith("_lasar.py")}
     assert names == {
-        "README.md", "config.json", "generation_config.json", "handler.py", "model.safetensors",
+        "README.md", "checksums.json", "config.json", "generation_config.json", "handler.py", "model.safetensors",
         "processor_config.json", "sid_catalog.json", "sid_catalog.safetensors", "tokenizer.json",
         "tokenizer_config.json",
     }  # fmt: skip

@@ -91,6 +91,17 @@ def test_items_are_scored_as_one_by_one(levels, steps, after_search):
             assert score == pytest.approx(expected[item].item() if 0 <= item < 19 else -math.inf, abs=1e-4)
 
 
+def test_of_two_prefixes_of_the_same_items_the_shorter_does_not_see_the_longer():
+    model, _ = tiny_model()
+    catalog = SidCatalog([[0, 1, 0], [0, 1, 2], [2, 0, 0]], ["a", "b", "c"])
+    prompt = [3, 4, 5, model.config.latent_start_token_id]
+    with model.evaluation_mode():
+        state = model.encode_prompts(**batch([prompt]), latent_steps=1)
+        scores = score_items(model, state, catalog.trie("cpu"), torch.arange(3)[None])[0]
+    expected = score_every_item(model, prompt, 1, catalog)
+    assert scores.tolist() == pytest.approx([expected[item].item() for item in range(3)], abs=1e-4)
+
+
 @pytest.mark.parametrize("exclude_history", [False, True])
 def test_recommendations_are_those_of_the_mixture(exclude_history):
     model, catalog, rows, matrix = setup(exclude_history)
@@ -221,7 +232,8 @@ def test_a_folder_without_a_memory_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", [dict(neighbours=torch.tensor([3])), dict(weights=torch.tensor([-1.0])), dict(decay=0.0),
+    "change", [dict(neighbours=torch.tensor([3])), dict(weights=torch.tensor([-1.0])),
+               dict(weights=torch.tensor([math.inf])), dict(decay=0.0),
                dict(pointers=torch.tensor([0, 2, 2])), dict(pointers=torch.tensor([1, 0, 1])),
                dict(gate=(math.nan, 0.0))]
 )  # fmt: skip

@@ -14,6 +14,14 @@ from tests.tiny import batch, row, sid_ids, tiny_backbone, tiny_catalog, tiny_mo
 BACKBONES = ["qwen3", "llama", "gpt_neox"]
 
 
+@pytest.mark.parametrize("depth", [0, 2])
+def test_states_at_padding_are_zero(depth):
+    model, _ = tiny_model()
+    inputs = batch([row(model, length, depth, [3, 4]) for length in (4, 7)])
+    states = model.model(**inputs).last_hidden_state
+    assert (states == 0).all(dim=-1).tolist() == (inputs["attention_mask"] == 0).tolist()
+
+
 @pytest.mark.parametrize("kind", BACKBONES)
 def test_no_latent_step_equals_backbone(kind):
     model, _ = tiny_model(kind)
@@ -74,6 +82,8 @@ def test_equal_prompts_are_run_once_and_change_nothing(lengths, repeats, sequenc
     [
         (lambda model: model(torch.zeros(0, 3, dtype=torch.long)), "input_ids"),
         (lambda model: model(torch.tensor([5, 6])), "input_ids"),
+        (lambda model: model(torch.tensor([[5.0, 6.0]])), "input_ids is torch.float32"),
+        (lambda model: model([[5, 6]]), "input_ids is list"),
         (lambda model: model(torch.tensor([[5, 6]]), torch.ones(1, 3)), "attention_mask"),
         (
             lambda model: model.generate(**batch([row(model, 6, 2)]), cache_implementation="static", max_new_tokens=2),
@@ -121,6 +131,9 @@ def test_reentrant_checkpointing_is_refused():
         (lambda c: [3, c.latent_token_id, 4], "Sequence 1: the <|latent|> slots"),
         (lambda c: [3, c.latent_start_token_id, 4, c.latent_token_id], "Sequence 1: the <|latent|> slots"),
         (lambda c: [3, c.latent_start_token_id] + [c.latent_token_id] * 5, "Sequence 1 has 5 latent slots"),
+        (lambda c: [3, 4, c.vocab_size], "Sequence 1 has token ids outside 0 … 26"),
+        (lambda c: [3, -100], "Sequence 1 has token ids outside 0 … 26"),
+        (lambda c: [3] * 257, "Sequence 1 has 257 tokens, but the backbone has max_position_embeddings=256"),
     ],
 )
 def test_bad_slots_are_refused(make, message):
@@ -129,6 +142,13 @@ def test_bad_slots_are_refused(make, message):
     with pytest.raises(ValueError) as error:
         model(**batch(sequences))
     assert message in str(error.value)
+
+
+def test_padding_does_not_count_as_positions():
+    model, _ = tiny_model()
+    inputs = {name: torch.nn.functional.pad(part, (260, 0)) for name, part in batch([row(model, 6, 2)]).items()}
+    expected = model(**batch([row(model, 6, 2)])).logits
+    torch.testing.assert_close(model(**inputs).logits[:, 260:], expected, atol=1e-5, rtol=1e-5)
 
 
 def test_from_backbone_keeps_the_weights_and_adds_special_tokens():
@@ -213,3 +233,11 @@ def test_sid_embeddings_keep_the_geometry_of_the_codebooks(tied):
     assert torch.equal(model.get_input_embeddings().weight[:start], old[:start])
     with pytest.raises(ValueError, match="codebooks"):
         model.set_sid_embeddings(codebooks[:2])
+
+
+def test_the_loss_is_divided_by_the_labels_of_the_step():
+    """The Trainer sums the losses of accumulated batches, and says how many labels all of them have."""
+    model, _ = tiny_model()
+    ids = torch.tensor([row(model, 5, 2, sid_ids(model, [0, 1, 2]))])
+    mean, part = (model(ids, labels=ids, **kwargs).loss for kwargs in ({}, {"num_items_in_batch": torch.tensor(50)}))
+    torch.testing.assert_close(part * 50, mean * (ids.shape[1] - 1))

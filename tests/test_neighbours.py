@@ -99,6 +99,15 @@ def test_a_batch_without_neighbours_keeps_its_targets(tmp_path):
     assert torch.equal(*losses)
 
 
+def test_a_row_without_a_share_keeps_its_target(tmp_path):
+    """As the deepest row of an example that is trained at several depths."""
+    trainer, plain = neighbour_trainer(tmp_path, 1.0), neighbour_trainer(tmp_path, 0.0)
+    batch = trainer.data_collator([trainer.train_dataset[index] for index in range(6)])
+    batch["neighbour_share"] = torch.zeros(6)
+    losses = [part.compute_loss(part.model.train(), dict(batch)) for part in (trainer, plain)]
+    assert torch.equal(*losses)
+
+
 def test_evaluation_has_the_true_targets(tmp_path):
     trainer, plain = neighbour_trainer(tmp_path, 1.0), neighbour_trainer(tmp_path, 0.0)
     batch = trainer.data_collator([trainer.train_dataset[index] for index in range(6)])

@@ -374,6 +374,16 @@ def test_an_adapter_without_its_base_model_names_the_merged_folder(tmp_path):
         load_model(str(tmp_path / "adapter"))
 
 
+def test_a_flipped_bit_of_an_adapter_is_found(tmp_path):
+    sft_trainer(tmp_path, depths=[0] * 6).save_model()
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors is not the file that was saved"):
+        load_model(str(tmp_path / "adapter"))
+
+
 def test_lora_arguments_do_not_change_an_adapter(saved_adapter):
     model = load_model(str(saved_adapter[0]))
     with pytest.raises(ValueError, match="use_peft"):

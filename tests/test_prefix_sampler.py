@@ -49,6 +49,7 @@ def test_order_depends_on_the_epoch_alone():
 def test_a_budget_below_a_user_names_both_numbers():
     with pytest.raises(ValueError, match=r"max_tokens_per_batch is 11\b.*\b12 tokens"):
         PrefixBatchSampler(SEQUENCES, START, 11)
+    PrefixBatchSampler(SEQUENCES, START, 12)
 
 
 def test_every_example_weighs_the_same(tmp_path):
@@ -130,8 +131,9 @@ def test_the_loss_of_one_process_has_the_labels_of_one_process(tmp_path, monkeyp
     assert labels[True] == 2 * labels[False]
 
 
-def test_small_batches_do_not_weigh_more(tmp_path):
-    options = dict(learning_rate=0.0, policy_weight=0.0, alignment="none")
+@pytest.mark.parametrize("terms", [dict(policy_weight=0.0, alignment="none"), dict(policy_weight=0.5)], ids=str)
+def test_small_batches_do_not_weigh_more(tmp_path, terms):
+    options = dict(learning_rate=0.0, **terms)
     users = trainer(tmp_path / "users", max_tokens_per_batch=70, max_steps=5, **options)
     sizes = set(map(len, users.get_train_dataloader().batch_sampler))
     whole = trainer(tmp_path / "whole", per_device_train_batch_size=32, max_steps=1, **options)

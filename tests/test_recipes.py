@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -44,7 +45,7 @@ from tests.tiny import tiny_tokenizer
 RECIPES = ROOT / "recipes"
 SCRIPT_OF = {
     "stage1": "sft", "stage2": "sft", "stage2_eight": "sft", "explicit": "sft", "grpo_eight": "grpo",
-    "study": "reproduce",
+    "study": "reproduce", "sweep": "reproduce",
 }  # fmt: skip
 SHARED = {"sft": (LasarSFTConfig, LasarModelConfig), "grpo": (LasarGRPOConfig, LasarModelConfig)}
 FILES = sorted(path for path in RECIPES.glob("*/*.yaml") if path.parent.name != "accelerate_configs")
@@ -207,6 +208,13 @@ def test_weights_repeat_and_draw_examples(data, processor):
     assert set(drawn) <= set(pairs(alignment))
 
 
+def test_only_reasoning_says_how_many_steps_are_needed(data, processor):
+    depths = np.arange(len(data.samples["train"])) % 3
+    mixed = stage1_examples(data, processor, ["reasoning", "next_item", "sid_to_title"], depths=depths)
+    assert mixed["depth"][: len(depths)] == depths.tolist()
+    assert set(mixed["depth"][len(depths) :]) == {-1}
+
+
 def test_alignment_is_all_of_its_tasks(data, processor):
     alignment = alignment_examples(data.interactions, data.split, processor)
     examples = stage1_examples(data, processor, [task for task in ALIGNMENT_TASKS if task != "description_to_sid"])
@@ -353,6 +361,36 @@ def test_depths_need_not_follow_the_chains(folder, stage1, tmp_path, monkeypatch
         own = store[example["sample_index"]]
         for step in range(1, depth + 1):
             assert (anchors[row, step - 1].numpy() == own[math.ceil(step * len(own) / depth) - 1]).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "weights", "message"),
+    [
+        ({"depth_source": 5}, None, "depth_source is 5; expected 0 to 4"),
+        ({}, [1.0] * 6, "depth_weights is 5; expected 0 to 4"),
+    ],
+)
+def test_depths_beyond_the_model_are_refused_before_anchors(
+    folder, stage1, tmp_path, monkeypatch, options, weights, message
+):
+    recipe = load_recipe("sft")
+    monkeypatch.setattr(recipe, "stage2_anchors", None)
+    script = recipe.SFTScriptArguments(data_dir=str(folder), stage=2, **options)
+    args = LasarSFTConfig(**settings(tmp_path, depth_weights=weights))
+    with pytest.raises(ValueError, match=message):
+        recipe.main(script, args, LasarModelConfig(model_name_or_path=str(stage1)))
+
+
+def test_chains_with_more_segments_than_steps_are_refused_before_anchors(folder, stage1, tmp_path, monkeypatch):
+    recipe, start = load_recipe("sft"), tmp_path / "stage1"
+    shutil.copytree(stage1, start)
+    config = LasarForGenerativeRec.from_pretrained(start).config
+    config.max_latent_steps = 1  # the chains have two segments
+    monkeypatch.setattr(recipe, "stage2_anchors", None)
+    monkeypatch.setattr(recipe, "load_model", lambda path, **options: SimpleNamespace(config=config))
+    script = recipe.SFTScriptArguments(data_dir=str(folder), stage=2)
+    with pytest.raises(ValueError, match="segments of a chain of thought .* is 2; expected 0 to 1"):
+        recipe.main(script, LasarSFTConfig(**settings(tmp_path)), LasarModelConfig(model_name_or_path=str(start)))
 
 
 def test_depths_can_be_those_of_the_starting_policy(folder, stage1):

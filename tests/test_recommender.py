@@ -83,7 +83,7 @@ def test_damaged_weights_are_named(recommender, tmp_path):
     recommender.save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="The weights of .* are damaged"):
+    with pytest.raises(ValueError, match="model.safetensors is not the file that was saved"):
         Recommender.from_pretrained(tmp_path)
 
 
@@ -142,6 +142,14 @@ def test_allow_and_deny(recommender):
     assert "item-8" not in ids(other)
     nothing, everything = recommender.recommend(histories, top_k=20, allow=[[], None])
     assert ids(nothing) == [] and len(ids(everything)) == 20
+
+
+def test_the_width_of_the_search_is_that_asked_for(recommender):
+    histories = [[f"item-{number}"] for number in range(20)]
+    narrow = [ids(result) for result in recommender.recommend(histories, top_k=1, num_beams=1)]
+    output = recommender.model.recommend(**recommender.processor(histories), top_k=1, num_beams=1)
+    assert narrow == [[recommender.catalog.item_ids[item]] for item in output.items[:, 0].tolist()]
+    assert narrow != [ids(result) for result in recommender.recommend(histories, top_k=1)]
 
 
 def test_the_memory_is_mixed_in_and_saved(recommender, tmp_path):

@@ -271,14 +271,16 @@ def test_a_report_can_be_written_alone(recipe, tmp_path):
         ({"a": {"recipe": "sft", "config": "stage.yaml"}, "b": {"of": "a"}, "c": {"of": "b"}}, "no checkpoint"),
         ({"a": None}, "expected settings"),
         ({"a": {"recipe": "sft", "config": "stage.yaml", "test": False}}, "at least one evaluation"),
-        ({"a": {"recipe": "sft", "config": "stage.yaml", "depth": 9}}, "'a' is evaluated with 9 .* at most 8"),
+        ({"a": {"recipe": "sft", "config": "stage.yaml", "depth": 9}}, "'a' has 9 .* at most 8"),
         (
             {
                 "a": {"recipe": "sft", "config": "stage.yaml", "set": {"max_latent_steps": 3}},
                 "b": {"recipe": "sft", "config": "stage.yaml", "set": {"model_name_or_path": "@a"}, "sweep": True},
             },
-            "'b' is evaluated with 8 .* at most 3",
+            "'b' has 8 .* at most 3",
         ),
+        ({"a": {"recipe": "sft", "config": "stage.yaml", "set": {"depth_weights": [1.0] * 10}}}, "'a' has 9 "),
+        ({"a": {"recipe": "grpo", "config": "stage.yaml", "set": {"fixed_depth": 9}}}, "'a' has 9 "),
     ],
 )
 def test_wrong_rows_are_refused_before_anything_runs(recipe, tmp_path, monkeypatch, rows, message):

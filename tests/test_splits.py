@@ -120,6 +120,8 @@ def test_global_time():
     }  # fmt: skip
     assert samples(split, "train")["target"][:] == [1, 2, 3, 5]
     assert samples(split, "train", targets="last")["target"][:] == [3, 5]
+    split = global_time(timed(u=list(range(10))), validation_share=0.1, test_share=0.3)
+    assert (split.validation_from, split.test_from) == (6.0, 7.0)
 
 
 def test_global_time_never_trains_on_what_is_later():
@@ -190,3 +192,7 @@ def test_card_describes_global_time():
 
 def test_card_is_json(card):
     assert json.loads(json.dumps(card)) == card
+
+
+def test_the_first_item_of_a_sequence_is_no_repeat():
+    assert splits.repeat_rate([[4, 4, 2, 4], [7], []]) == 2 / 3

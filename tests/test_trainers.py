@@ -1,8 +1,6 @@
 """Both trainers on TRL: what they add is called, exact, logged, and moves every trainable parameter."""
 
-import dataclasses
 import inspect
-import warnings
 from contextlib import nullcontext
 
 import numpy as np
@@ -22,18 +20,16 @@ from lasar_hf import (
     SidCatalog,
 )
 from lasar_hf.evaluation import RankingEvaluator
-from lasar_hf.files import write_json
 from lasar_hf.trainers import (
     DISTANCES,
     add_catalog_head,
     alignment_loss,
-    checkpoint_to_resume,
     depth_entropy,
     reinforce_loss,
 )
 from lasar_hf.trainers.catalog_head import score_labels
-from lasar_hf.trainers.resume import TRAINING
 from lasar_hf.trainers.trainer_mixin import latent_metrics
+from tests.references import mixed_rows
 from tests.tiny import batch, row, sid_ids, tiny_catalog, tiny_model
 from tests.training import (
     COMMON,
@@ -75,6 +71,21 @@ def test_a_metric_without_terms_is_not_logged(tmp_path):
     assert not {"latent_norm_ratio", "policy_loss", "depth_accuracy"} & set(trainer.state.log_history[0])
 
 
+def test_latent_metrics_are_means_over_the_steps():
+    model, _ = tiny_model()
+    sequences = mixed_rows(model)
+    output = model.model(**batch(sequences))
+    terms = latent_metrics(output, model.get_input_embeddings())
+    metrics = {name: total / count for name, (total, count) in terms.items()}
+    depths = [ids.count(model.config.latent_token_id) for ids in sequences]
+    before = torch.cat([states[:n] for states, n in zip(output.latent_states, depths, strict=True)])  # (steps, H)
+    after = torch.cat([states[1 : n + 1] for states, n in zip(output.latent_states, depths, strict=True)])
+    ratio = before.norm(dim=-1).mean() / model.get_input_embeddings().weight.norm(dim=-1).mean()
+    torch.testing.assert_close(metrics["latent_norm_ratio"], ratio)
+    torch.testing.assert_close(metrics["latent_cosine"], torch.cosine_similarity(before, after, dim=-1).mean())
+    assert metrics["mean_depth"] == sum(depths) / len(depths)
+
+
 def test_stage_1_freezes_the_policy_head(tmp_path):
     trainer = sft_trainer(tmp_path, depths=[0] * 6)
     before = parameters(trainer.model)
@@ -82,6 +93,8 @@ def test_stage_1_freezes_the_policy_head(tmp_path):
     policy_head = {name for name in before if "policy_head" in name}
     assert len(policy_head) == 4
     assert moved(before, trainer.model) == set(before) - policy_head
+    trainable = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
+    assert trainable == set(before) - policy_head  # DDP waits for the gradient of every trainable one
 
 
 def test_stage_2_unfreezes_the_policy_head(tmp_path):
@@ -138,14 +151,15 @@ def test_vocabulary_loss_is_the_models_own(tmp_path):
     torch.testing.assert_close(loss, model(**inputs).loss, atol=1e-5, rtol=1e-5)
 
 
-def test_text_labels_are_scored_over_the_vocabulary():
+@pytest.mark.parametrize("temperature", [1.0, 0.4])
+def test_text_labels_are_scored_over_the_vocabulary(temperature):
     model, _ = tiny_model()
-    add_catalog_head(model, tiny_catalog())
+    add_catalog_head(model, tiny_catalog(), temperature)
     ids = torch.tensor([[3, 4, 5, 6, 7, 8]])
     labels = ids.clone()
     labels[:, :2] = -100
     scored = model(ids, labels=labels, fused_lm_head=True)
-    expected = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+    expected = (model(ids).logits[0, :-1] / temperature).log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
     torch.testing.assert_close(scored.log_probs[0, 1:], expected[1:])
     assert scored.log_probs[0, 0] == 0
     assert scored.label_mask.tolist() == [[False, True, True, True, True]]
@@ -172,6 +186,20 @@ def test_the_last_token_of_a_sequence_is_not_read(side):
     torch.testing.assert_close(outputs[0].depth_logits, outputs[1].depth_logits)
     expected = score_labels(model, outputs[1].last_hidden_state, ids, labels, catalog.trie(ids.device))
     torch.testing.assert_close(scored.log_probs, expected.log_probs)
+
+
+def test_the_likeliest_code_is_a_hit():
+    model, _ = tiny_model()
+    codes = tiny_catalog().codes.tolist()
+    add_catalog_head(model, tiny_catalog())
+    inputs = batch([row(model, 5, 1, sid_ids(model, item)) for item in codes])  # one prompt, each item
+    labels = inputs["input_ids"].clone()
+    labels[:, :-3] = -100
+    scored = model(**inputs, labels=labels, fused_lm_head=True)
+    for item, hits, scores in zip(codes, scored.is_top1[:, -3:], scored.log_probs[:, -3:], strict=True):
+        for level in range(3):
+            others = [scored.log_probs[i, level - 3] for i, other in enumerate(codes) if other[:level] == item[:level]]
+            assert bool(hits[level]) == bool(scores[level] > max(others) - 1e-5)
 
 
 def test_a_label_outside_the_catalogue_is_refused():
@@ -289,7 +317,7 @@ def test_grpo_keeps_one_reward_per_group(tmp_path):
 
 @pytest.mark.parametrize("alignment", ["kl", "cosine", "mse"])
 def test_grpo_loss_is_the_sum_of_its_terms(tmp_path, alignment):
-    trainer = grpo_trainer(tmp_path, depth_weight=1.0, terminal_weight=0.5, beta=0.0, alignment=alignment)
+    trainer = grpo_trainer(tmp_path, depth_weight=0.7, terminal_weight=0.5, beta=0.0, alignment=alignment)
     inputs = scored_batch(trainer)
     loss = trainer.compute_loss(trainer.model, inputs)
     ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
@@ -299,10 +327,26 @@ def test_grpo_loss_is_the_sum_of_its_terms(tmp_path, alignment):
     final = outputs.latent_states[torch.arange(8), depth]
     expected = -(inputs["advantages"]).mean()  # on-policy the ratio is 1
     expected = expected + 0.5 * DISTANCES[alignment](final, inputs["terminal_anchor"]).mean()
-    expected = expected + reinforce_loss(
+    expected = expected + 0.7 * reinforce_loss(
         outputs.depth_logits, depth, inputs["group_reward"], inputs["reward_baseline"], 0.005, 0.01
     )
     torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_terminal_loss_is_a_mean_over_the_prompts_with_an_anchor(tmp_path):
+    trainer = grpo_trainer(tmp_path, depth_weight=0.0, terminal_weight=1.0, beta=0.0)
+    examples = trainer.train_dataset
+    kept = [examples["terminal_anchor"][0], None, None, None]
+    trainer.train_dataset = examples.remove_columns("terminal_anchor").add_column("terminal_anchor", kept)
+    inputs = scored_batch(trainer)
+    loss = trainer.compute_loss(trainer.model, inputs)
+    trainer.args.terminal_weight = 0.0
+    rest = trainer.compute_loss(trainer.model, inputs)
+    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+    outputs = trainer.model(ids, torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1))
+    final = outputs.latent_states[torch.arange(4), outputs.latent_steps[:4]]  # of the first prompt's candidates
+    expected = DISTANCES["kl"](final, torch.tensor(kept[:1])).mean()
+    torch.testing.assert_close(loss - rest, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_grpo_without_alignment_has_no_terminal_loss(tmp_path):
@@ -329,6 +373,19 @@ def test_grpo_resumes_exactly_at_a_generation_boundary(tmp_path):
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     assert resumed.reward_baseline == whole.reward_baseline
     for name, parameter in resumed.model.named_parameters():
+        assert torch.equal(parameter, dict(whole.model.named_parameters())[name]), name
+
+
+@pytest.mark.parametrize("make", [sft_trainer, grpo_trainer])
+def test_a_complete_run_that_starts_again_does_not_train(tmp_path, make):
+    """Its last step is in the middle of an epoch, which the Trainer would go on with."""
+    options = dict(max_steps=3, save_strategy="steps", save_steps=3, lr_scheduler_type="constant")
+    whole = make(tmp_path, **options)
+    whole.train()
+    again = make(tmp_path, **options)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 3
+    for name, parameter in again.model.named_parameters():
         assert torch.equal(parameter, dict(whole.model.named_parameters())[name]), name
 
 
@@ -447,91 +504,9 @@ def test_depths_of_an_earlier_policy_are_weighted(tmp_path):
     assert losses[1] + bonus == pytest.approx((losses[0] + bonus) * np.e, rel=1e-4)
 
 
-@pytest.fixture
-def run_arguments(tmp_path):
-    """Arguments of a run that wrote checkpoints 2 and 10, and was killed while it wrote 12."""
-    args = LasarSFTConfig(str(tmp_path), use_cpu=True, bf16=False, learning_rate=1e-3)
-    assert checkpoint_to_resume(args, data={"a": "1"}) is None
-    for step in (2, 10, 12):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / f"checkpoint-{step}" / "model.safetensors").touch()
-        if step < 12:
-            state = {"global_step": step, "max_steps": 20, "num_train_epochs": 1}
-            write_json(tmp_path / f"checkpoint-{step}" / "trainer_state.json", state)
-    return args
-
-
-def test_a_longer_run_resumes_the_newest_complete_checkpoint(tmp_path, run_arguments):
-    run_arguments.max_steps = 50
-    assert checkpoint_to_resume(run_arguments, data={"a": "1"}) == str(tmp_path / "checkpoint-10")
-
-
-@pytest.mark.parametrize(
-    ("options", "warns"),
-    [
-        (dict(max_steps=50), True),
-        (dict(max_steps=10), False),
-        (dict(num_train_epochs=3), True),
-        (dict(max_steps=50, lr_scheduler_type="constant"), False),
-    ],
-)
-def test_continuing_a_finished_run_warns_of_its_schedule(tmp_path, run_arguments, options, warns):
-    state = {"global_step": 10, "max_steps": 10, "num_train_epochs": 1}
-    write_json(tmp_path / "checkpoint-10" / "trainer_state.json", state)
-    args = run_arguments
-    args.max_steps, args.num_train_epochs = options.get("max_steps", -1), options.get("num_train_epochs", 1)
-    args.lr_scheduler_type = options.get("lr_scheduler_type", "linear")
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        checkpoint_to_resume(args, data={"a": "1"})
-    assert any("learning rate" in str(warning.message) for warning in caught) == warns
-
-
-def test_a_run_with_other_settings_does_not_resume(run_arguments):
-    run_arguments.learning_rate = 1e-4
-    with pytest.raises(ValueError, match=r"\(data, learning_rate\).*output_dir"):
-        checkpoint_to_resume(run_arguments, data={"a": "2"})
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        dict(use_bias_correction_kl=False),
-        dict(importance_sampling_level="sequence"),
-        dict(top_entropy_quantile=0.5),
-        dict(entropy_coef=0.1),
-        dict(delta=2.0),
-        dict(off_policy_mask_threshold=0.1),
-        dict(reward_weights=[1.0, 2.0]),
-    ],
-    ids=lambda change: next(iter(change)),
-)
-def test_inherited_options_of_the_objective_decide_the_run(tmp_path, change):
-    options = dict(output_dir=str(tmp_path), use_cpu=True, bf16=False, num_generations=4)
-    assert checkpoint_to_resume(LasarGRPOConfig(**options)) is None
-    (tmp_path / "checkpoint-2").mkdir()
-    write_json(tmp_path / "checkpoint-2" / "trainer_state.json", {})  # complete
-    with pytest.raises(ValueError, match=rf"\({next(iter(change))}\)"):
-        checkpoint_to_resume(LasarGRPOConfig(**options, **change))
-
-
-@pytest.mark.parametrize("config", [LasarSFTConfig, LasarGRPOConfig])
-def test_every_option_of_our_own_decides_the_run(config):
-    inherited = {part.name for part in dataclasses.fields(config.__mro__[1])}
-    own = {part.name for part in dataclasses.fields(config)} - inherited
-    only_on_the_card = {"license", "dataset"}
-    assert own - only_on_the_card <= set(TRAINING)
-
-
 def test_the_kl_penalty_is_pinned_to_its_unbiased_gradient():
     assert "use_bias_correction_kl" in LasarGRPOConfig.__annotations__
     assert LasarGRPOConfig.use_bias_correction_kl is True
-
-
-def test_a_damaged_record_of_the_run_is_named(tmp_path, run_arguments):
-    (tmp_path / "run.json").write_text("{")
-    with pytest.raises(ValueError, match="run.json"):
-        checkpoint_to_resume(run_arguments, data={"a": "1"})
 
 
 def test_examples_and_anchors_of_other_depths_are_refused(tmp_path):
@@ -659,6 +634,7 @@ OVERRIDES = {
             "_save_checkpoint",
             "_load_optimizer_and_scheduler",
             "_save",
+            "_save_rng_state",
             "create_model_card",
         ],
     ),

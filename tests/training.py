@@ -103,6 +103,11 @@ def first_code(completion_ids, **kwargs):
     return [float(ids[0] % 4) for ids in completion_ids]
 
 
+def some_equal(completion_ids, target, **kwargs):
+    """As [`first_code`], but the same for all candidates of the first prompt."""
+    return [reward * (index > 0) for reward, index in zip(first_code(completion_ids), target, strict=True)]
+
+
 def parameters(model):
     """A copy of each parameter."""
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}

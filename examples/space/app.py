@@ -4,7 +4,8 @@ A page that recommends: pick a history, see the ranked items, the depth that was
     pip install -e ".[demo]" && python examples/space/app.py --model outputs/quickstart/model
 
 As a Space of the Hugging Face Hub it reads the name of the model from the variable MODEL_ID, and needs the variable
-TRUST_REMOTE_CODE=1 to run the code in the model's repository, since a Space does not have this package.
+TRUST_REMOTE_CODE=1 to run the code in the model's repository, since a Space does not have this package. Set
+MODEL_REVISION to a commit of the repository, so that no other code runs than the one that you have read.
 """
 
 import argparse
@@ -26,13 +27,14 @@ Pick what a user had so far, oldest first. The model thinks a few steps in hidde
 for this user, and ranks all {count:,} items. Move the slider to see the list after another number of steps."""
 
 
-def load(model: str, trust_remote_code: bool):
+def load(model: str, trust_remote_code: bool, revision: str | None = None):
     """The recommender of a checkpoint: with this package, or with the code in the model's repository."""
     if trust_remote_code:
-        return pipeline("generative-recommendation", model=model, trust_remote_code=True).recommender
+        task = "generative-recommendation"
+        return pipeline(task, model=model, revision=revision, trust_remote_code=True).recommender
     from lasar_hf import Recommender
 
-    return Recommender.from_pretrained(model)
+    return Recommender.from_pretrained(model, revision=revision)
 
 
 class Demo:
@@ -110,6 +112,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="A page that recommends.")
     parser.add_argument("--model", default=os.environ.get("MODEL_ID"), help="folder of a checkpoint or a model id")
     parser.add_argument(
+        "--revision", default=os.environ.get("MODEL_REVISION"), help="branch, tag or commit of a model on the Hub"
+    )
+    parser.add_argument(
         "--trust_remote_code",
         action="store_true",
         default=os.environ.get("TRUST_REMOTE_CODE") == "1",
@@ -122,7 +127,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.model is None:
         parser.error("--model is missing; give a folder, a model id, or the variable MODEL_ID.")
-    recommender = load(args.model, args.trust_remote_code)
+    recommender = load(args.model, args.trust_remote_code, args.revision)
     name = "/".join(os.path.normpath(args.model).split(os.sep)[-2:])
     try:
         build(recommender, name).launch(server_name=args.host, server_port=args.port)

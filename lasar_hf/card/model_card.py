@@ -31,7 +31,7 @@ model = AutoModel.from_pretrained(name, trust_remote_code=True)
 history = {history}  # item ids, oldest first
 output = model.recommend(**processor([history]), top_k=5{steps})
 for item in processor.decode_recommendations(output)[0]:
-    print(f"{{item['score']:8.3f}}  {{item['item_id']}}  {{item['title']}}")
+    print(f"{{item['score']:8.3f}}  {{item['item_id']!r}}  {{item['title']!r}}")
 ```
 
 It needs PyTorch and transformers (saved with {versions}) and runs the code in
@@ -91,12 +91,12 @@ def hub_name(name: str | os.PathLike | None) -> str | None:
     return str(name)
 
 
-def find_card(name: str | os.PathLike | None) -> ModelCard | None:
+def find_card(name: str | os.PathLike | None, revision: str | None = None) -> ModelCard | None:
     """The card of a folder or a model id on the Hub; `None` without one, or if the Hub cannot be reached."""
     path = None if name is None else Path(name, CARD_NAME)
     if hub_name(name):
         try:
-            path = Path(hf_hub_download(name, CARD_NAME))
+            path = Path(hf_hub_download(name, CARD_NAME, revision=revision))
         except (OSError, HfHubHTTPError):  # a card must not end a training
             return None
     return ModelCard(path.read_text(encoding="utf-8")) if path is not None and path.is_file() else None

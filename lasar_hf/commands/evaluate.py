@@ -11,11 +11,11 @@ of every user.
 """
 
 import logging
-import os
-import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,11 +48,13 @@ from ..evaluation import (
     tuning_notes,
 )
 from ..files import atomic_file
+from ..locks import locked
 from ..model.configuration_lasar import LasarConfig
 from ..model.memory_lasar import ItemMemory
 from ..model.modeling_lasar import LasarForGenerativeRec
 from ..model.processing_lasar import LasarProcessor
 from ..onednn import onednn_linear
+from ..processes import locked_for_all
 from .parser import ScriptParser
 
 
@@ -70,6 +72,9 @@ class EvaluateArguments:
     output_dir: str = field(metadata={"help": "Folder of the report."})
     models: list[str] = field(
         default_factory=list, metadata={"help": "`name=path`, `name=path@N` or `name=path@text`."}
+    )
+    revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of models on the Hub; folders have none."}
     )
     split: str = field(default="test", metadata={"help": "Part to evaluate on.", "choices": ["validation", "test"]})
     users: int = field(default=0, metadata={"help": "Evaluate on this many users, the first ones; 0 for all."})
@@ -128,10 +133,10 @@ def evaluate_model(args: EvaluateArguments, data: PreparedData, samples, path: s
     batches.
     """
     state = PartialState()
-    processor = LasarProcessor.from_pretrained(path)
+    processor = LasarProcessor.from_pretrained(path, revision=args.revision)
     data.check_catalog(processor.catalog, path)
     data.processor(processor.tokenizer, processor.instruction, processor.max_history)  # warns if samples keep less
-    model = LasarForGenerativeRec.from_pretrained(path).to(state.device).eval()
+    model = LasarForGenerativeRec.from_pretrained(path, revision=args.revision).to(state.device).eval()
 
     # 1. Deal out whole batches in the order of recommend_samples, so that any number of processes rounds alike.
     lengths = [len(processor.prompt_ids(history)) for history in samples["history"]]
@@ -221,12 +226,17 @@ def significance(predictions: dict[str, np.ndarray], samples) -> dict[str, dict]
     }
 
 
-def report(args: EvaluateArguments, data: PreparedData, samples, predictions, rows, tuning, depths) -> dict:
-    """Print the tables and write the report. Returns it."""
+def print_tables(rows: dict[str, dict], notes: list[str], by_slice: dict[str, dict]) -> None:
+    """Print the numbers of each row, how they came about, and those of parts of the users."""
+    print(comparison_table(rows), *notes, "", slice_table(by_slice), sep="\n")
+
+
+def report(args: EvaluateArguments, data: PreparedData, samples, predictions, rows, tuning, depths, show) -> dict:
+    """Show the tables, then write the report. Returns it."""
     exclude, parts = history_is_excluded(args, data), slices(samples, data.split.train)
     by_slice = slice_report(predictions, samples["target"], parts)
     notes = [exclusion_note(exclude), *tuning_notes(tuning)]
-    print(comparison_table(rows), *notes, "", slice_table(by_slice), sep="\n")
+    show(rows, notes, by_slice)
     details = {
         "arguments": asdict(args),
         "exclude_history": exclude,
@@ -247,10 +257,11 @@ def write_cards(args: EvaluateArguments, report: dict) -> None:
     for path in dict.fromkeys(path for path, _ in parse_models(args.models).values()):
         if not Path(path).is_dir():  # on the Hub
             continue
-        if os.access(path, os.W_OK):
-            add_results(path, report, dataset)
-        else:
-            logger.warning("%s cannot be written to, so its card has no results.", path)
+        try:
+            with locked(path):
+                add_results(path, report, dataset)
+        except (OSError, RuntimeError) as error:  # not writable, or in use by another command
+            logger.warning("The card of %s has no results: %s", path, error)
 
 
 def save_lists(folder: str, predictions: dict[str, np.ndarray], depths: dict[str, np.ndarray]) -> None:
@@ -261,30 +272,37 @@ def save_lists(folder: str, predictions: dict[str, np.ndarray], depths: dict[str
         np.savez_compressed(temporary, **arrays)  # type: ignore[arg-type]
 
 
-def main(args: EvaluateArguments) -> None:
-    """Evaluate the baselines and every model; print and write the report."""
+def main(args: EvaluateArguments, show: Callable[..., Any] = print_tables) -> None:
+    """Evaluate the baselines and every model; `show` and write the report."""
     models = parse_models(args.models)
     # On the CPU processes find each other only with `cpu`. While the main one tunes baselines, the others wait.
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(hours=12))
-    if state.is_main_process:  # a folder that cannot be written to must fail before hours of work
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=args.output_dir).close()
+    with locked_for_all(args.output_dir):
+        evaluate(args, models, state, show)
+
+
+def evaluate(
+    args: EvaluateArguments, models: dict[str, tuple[str, str]], state: PartialState, show: Callable[..., Any]
+) -> None:
+    """Evaluate in a folder that no other command writes to."""
     data = PreparedData.load(args.data_dir)
-    for path, _ in models.values():  # before the baselines are tuned
-        LasarConfig.from_pretrained(path).check_exclusion(history_is_excluded(args, data))
+    for name, (path, reasoning) in models.items():  # before the baselines are tuned
+        config = LasarConfig.from_pretrained(path, revision=args.revision)
+        config.check_exclusion(history_is_excluded(args, data))
+        config.check_depth(f"The depth of {name!r} in models", int(reasoning) if reasoning.isdecimal() else None)
     samples = select_users(data.samples[args.split], args.users)
     predictions, rows, tuning, depths = {}, {}, {}, {}
     if args.baselines and state.is_main_process:
         predictions, rows, tuning = evaluate_baselines(args, data, samples)
     for name, (path, reasoning) in models.items():
-        memory = ItemMemory.find(path) if args.memory else None
+        memory = ItemMemory.find(path, revision=args.revision) if args.memory else None
         variants = {name: None} if memory is None else {name: None, name + WITH_MEMORY: memory}
         for variant, part in variants.items():
             results = evaluate_model(args, data, samples, path, reasoning, part)
             predictions[variant], depths[variant], rows[variant] = results
     if state.is_main_process:
+        content = report(args, data, samples, predictions, rows, tuning, depths, show)
         save_lists(args.output_dir, predictions, depths)
-        content = report(args, data, samples, predictions, rows, tuning, depths)
         if args.cards:
             write_cards(args, content)
 

@@ -16,9 +16,11 @@ from transformers import set_seed
 from ..card import CardFacts, changed_settings
 from ..data import PreparedData, grpo_examples
 from ..evaluation import RankingEvaluator
+from ..files import folder_hashes
 from ..model.configuration_lasar import LasarConfig
 from ..model.modeling_lasar import LasarForGenerativeRec
 from ..model.processing_lasar import LasarProcessor
+from ..processes import locked_for_all
 from ..reasoning import AnchorStore, checkpoint_hash
 from ..trainers import (
     LasarGRPOConfig,
@@ -99,6 +101,12 @@ def save_better(trainer: LasarGRPOTrainer, evaluator: RankingEvaluator, start: L
 
 def main(script: GRPOScriptArguments, training_args: LasarGRPOConfig, model_args: LasarModelConfig) -> None:
     """Train and save a checkpoint that evaluation and serving load."""
+    with locked_for_all(training_args.output_dir):
+        train(script, training_args, model_args)
+
+
+def train(script: GRPOScriptArguments, training_args: LasarGRPOConfig, model_args: LasarModelConfig) -> None:
+    """Train in a folder that no other command writes to."""
     if model_args.model_name_or_path is None:
         raise ValueError("GRPO continues stage 2: set model_name_or_path to its checkpoint.")
     set_seed(training_args.seed)
@@ -108,10 +116,11 @@ def main(script: GRPOScriptArguments, training_args: LasarGRPOConfig, model_args
         **asdict(script),
         **asdict(model_args),
         data=PreparedData.file_hashes(script.data_dir),
+        anchors=folder_hashes(script.anchors_dir, "anchors.json"),  # has the hashes of the arrays
         start=starting_files(model_args.model_name_or_path),
     )
-    model = model_args.model_name_or_path
-    processor = LasarProcessor.from_pretrained(model)
+    model, revision = model_args.model_name_or_path, model_args.model_revision
+    processor = LasarProcessor.from_pretrained(model, revision=revision)
     data.check_catalog(processor.catalog, model)
     data.processor(processor.tokenizer, processor.instruction, processor.max_history)  # warns if samples keep less
     if model_args.use_peft or is_adapter(model):  # adapters are named after the layers of the loaded model
@@ -120,11 +129,10 @@ def main(script: GRPOScriptArguments, training_args: LasarGRPOConfig, model_args
         config = model.config
     else:  # by name, so that TRL can load the reference model too
         training_args.model_init_kwargs = model_args.init_kwargs | (training_args.model_init_kwargs or {})
-        config = LasarConfig.from_pretrained(model)
+        config = LasarConfig.from_pretrained(model, revision=revision)
     evaluator = None
     if script.eval_users:
-        validation = data.samples["validation"].shuffle(seed=0)
-        validation = validation.select(range(min(script.eval_users, len(validation))))
+        validation = data.draw("validation", script.eval_users)
         evaluator = RankingEvaluator(validation, processor, latent_steps=training_args.fixed_depth)
     rewards = load_rewards(script.reward_funcs, processor.catalog, config, training_args.num_generations)
     trainer = LasarGRPOTrainer(
@@ -137,7 +145,10 @@ def main(script: GRPOScriptArguments, training_args: LasarGRPOConfig, model_args
         peft_config=lora_from_arguments(model, model_args),
     )
     trainer.card_facts = CardFacts(
-        model_args.model_name_or_path, data.data_card(script.data_dir), changed_settings(script)
+        model_args.model_name_or_path,
+        data.data_card(script.data_dir),
+        changed_settings(script),
+        revision=revision,
     )
     trainer.train(resume_from_checkpoint=checkpoint)
     if evaluator is not None:

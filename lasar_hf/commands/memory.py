@@ -8,6 +8,7 @@ checkpoint, which `eval.py` and `recommend.py` then use.
 """
 
 import logging
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,6 +26,8 @@ from ..evaluation import (
     similar_items,
     tune_memory,
 )
+from ..locks import locked
+from ..model.configuration_lasar import LasarConfig
 from ..model.memory_lasar import ItemMemory
 from ..model.modeling_lasar import LasarForGenerativeRec
 from ..model.processing_lasar import LasarProcessor
@@ -65,8 +68,7 @@ def fit(args: MemoryArguments, data: PreparedData, memory: ItemMemory, path: str
     data.check_catalog(processor.catalog, path)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = LasarForGenerativeRec.from_pretrained(path).to(device).eval()
-    samples = data.samples["validation"].shuffle(seed=0)
-    samples = samples.select(range(min(args.users, len(samples))))
+    samples = data.draw("validation", args.users)
     depth = int(reasoning) if reasoning.isdecimal() else None
     with onednn_linear(model):
         candidates = recommend_samples(
@@ -109,6 +111,18 @@ def memory_text(memory: ItemMemory, tuning: Tuning, reasoning: str) -> str:
 
 def main(args: MemoryArguments) -> None:
     """Tune the matrix once. Fit its weight for each checkpoint, and save it there."""
+    with ExitStack() as stack:
+        for entry in args.models:
+            stack.enter_context(locked(entry.partition("@")[0]))
+        add_memories(args)
+
+
+def add_memories(args: MemoryArguments) -> None:
+    """Give memories to checkpoints to which no other command writes."""
+    for entry in args.models:
+        path, _, reasoning = entry.partition("@")
+        depth = int(reasoning) if reasoning.isdecimal() else None
+        LasarConfig.from_pretrained(path).check_depth(f"The depth of {entry!r} in models", depth)
     data = PreparedData.load(args.data_dir)
     similar = similar_items(data.text_vectors)
     tuning = tune_memory(data, similar)

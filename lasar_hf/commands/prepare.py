@@ -43,6 +43,7 @@ from ..data.readers import check_source_args, source_settings
 from ..data.splits import PARTS, Split, repeat_rate
 from ..evaluation import compare_exclusion
 from ..files import file_hash, read_json, write_json
+from ..locks import locked
 from ..model.catalog_lasar import SidCatalog
 from ..model.configuration_lasar import check_sizes
 from ..reasoning import Segmenter, TemplateTeacher
@@ -94,7 +95,10 @@ class PrepareArguments:
         default="lasar_hf.semantic_ids.ResidualKMeans", metadata={"help": "Dotted path of the quantizer's class."}
     )
     embedding_model: str | None = field(
-        default=None, metadata={"help": "sentence-transformers model for item text; TF-IDF and SVD by default."}
+        default=None,
+        metadata={
+            "help": "sentence-transformers model for item text, as name or name@revision; TF-IDF and SVD by default."
+        },
     )
     text_dim: int = field(default=128, metadata={"help": "Width of the TF-IDF vectors."})
     collaborative_dim: int = field(
@@ -109,9 +113,14 @@ class PrepareArguments:
     teacher_model: str | None = field(default=None, metadata={"help": "openai: name of the model."})
     teacher_base_url: str = field(default="http://localhost:8000/v1", metadata={"help": "openai: the endpoint."})
     teacher_concurrency: int = field(default=16, metadata={"help": "openai: number of concurrent requests."})
+    teacher_allow_insecure_http: bool = field(
+        default=False,
+        metadata={"help": "openai: send the key also over http:// to another machine, where others can read it."},
+    )
     max_latent_steps: int = field(default=8, metadata={"help": "Maximum number of segments of a chain of thought."})
     segment_model: str | None = field(
-        default=None, metadata={"help": "sentence-transformers model for segmentation; TF-IDF by default."}
+        default=None,
+        metadata={"help": "sentence-transformers model for segmentation, as embedding_model; TF-IDF by default."},
     )
     tokenizer_size: int | None = field(
         default=None, metadata={"help": "Size of a BPE tokenizer to fit, for a backbone trained from scratch."}
@@ -142,7 +151,7 @@ class PrepareArguments:
 def write_interactions(args: PrepareArguments, out: Path) -> None:
     """`items/`, `users/` and `interactions.json`: the source, split."""
     interactions = read_source(args.source, args.source_args)  # type: ignore[arg-type]
-    show({
+    show("Read", {
         "users": len(interactions.user_ids), "items": len(interactions.items),
         "interactions": interactions.num_interactions, **interactions.counts,
     })  # fmt: skip
@@ -209,7 +218,13 @@ def write_chains(args: PrepareArguments, out: Path) -> None:
         # The log is not in `out`, so that answers outlive a killed run.
         log_path = Path(args.output_dir, "teacher_log.jsonl")
         teacher = OpenAITeacher(  # type: ignore[assignment]
-            data, args.teacher_model, args.teacher_base_url, log_path, teacher, args.teacher_concurrency
+            data,
+            args.teacher_model,
+            args.teacher_base_url,
+            log_path,
+            teacher,
+            args.teacher_concurrency,
+            allow_insecure_http=args.teacher_allow_insecure_http,
         )
         batch_size = len(train)  # one call, so that its counts are those of all samples
 
@@ -298,27 +313,33 @@ def card_numbers(folder: Path) -> dict[str, Any]:
     counts = {
         "users": len(data.users),
         "items": len(data.items),
-        "interactions": description["interactions"],
+        "interactions": sum(description["split"][part] for part in PARTS),
         **{f"{part}_samples": len(table) for part, table in data.samples.items()},
         "mean_depth": round(num_segments / len(data.samples["train"]), 3),
     }
-    show(counts)
+    show("Prepared", counts)
     repeats = {"repeat_rate": data.repeat_rate, "exclude_history": data.exclude_history}
     return {"counts": counts, "data": description | repeats}
 
 
-def write_generated(args: PrepareArguments) -> None:
-    """The routines, and their `data_card.json`."""
-    folder, arguments = Path(args.output_dir), args.source_args or {}
-    check_source_args("routines", partial(write_routines, folder), arguments)  # type: ignore[arg-type]
-    write_routines(folder, **arguments)  # type: ignore[arg-type]
+def generated_steps(args: PrepareArguments) -> list[Step]:
+    """The routines, which come with their own split, Semantic IDs and chains of thought; and their data card."""
+    arguments: dict[str, Any] = args.source_args or {}  # type: ignore[assignment]
+    check_source_args("routines", partial(write_routines, args.output_dir), arguments)
     settings = {"arguments": {"source": "routines", "source_args": arguments}, "lasar_hf": __version__}
-    write_json(folder / "data_card.json", settings | card_numbers(folder))
+
+    def write_generated_card(out: Path) -> None:
+        write_json(out / "data_card.json", settings | card_numbers(Path(args.output_dir)))
+
+    return [
+        Step("routines", partial(write_routines, **arguments), arguments),
+        Step("card", write_generated_card, settings, ("routines",)),
+    ]
 
 
 def card_settings(args: PrepareArguments) -> dict[str, Any]:
     """What the card says about the run: all arguments that decide what is written."""
-    ignored = ("output_dir", "steps", "teacher_base_url", "teacher_concurrency")
+    ignored = ("output_dir", "steps", "teacher_base_url", "teacher_concurrency", "teacher_allow_insecure_http")
     arguments = {name: value for name, value in asdict(args).items() if name not in ignored}
     return {"arguments": arguments, "lasar_hf": __version__}
 
@@ -347,9 +368,9 @@ def embedding_cache(args: PrepareArguments) -> Path:
     return Path(args.output_dir, "embedding_cache")
 
 
-def show(counts: dict[str, float]) -> None:
-    """Log counts in one line."""
-    logger.info(", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items()))
+def show(what: str, counts: dict[str, float]) -> None:
+    """Log counts in one line. Users with fewer than three items are read, but not prepared by leave-one-out."""
+    logger.info("%s: %s", what, ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items()))
 
 
 def prepare_steps(args: PrepareArguments) -> list[Step]:
@@ -393,10 +414,9 @@ def prepare_steps(args: PrepareArguments) -> list[Step]:
 
 def prepare(args: PrepareArguments) -> list[str]:
     """Run the steps that are not up to date; returns their names."""
-    if args.source == "routines":  # comes with its own split, Semantic IDs and chains of thought
-        write_generated(args)
-        return ["routines"]
-    return run_steps(args.output_dir, prepare_steps(args), args.steps)
+    with locked(args.output_dir):
+        steps = generated_steps(args) if args.source == "routines" else prepare_steps(args)
+        return run_steps(args.output_dir, steps, args.steps)
 
 
 def run() -> None:

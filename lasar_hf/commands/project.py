@@ -8,7 +8,6 @@ predecessors did not change is not run again, and one that was killed resumes. O
 again from the start, and its last run is kept in `stage1.old/` and so on.
 """
 
-import fcntl
 import hashlib
 import inspect
 import json
@@ -21,8 +20,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from types import NoneType
@@ -38,6 +37,7 @@ from ..data import PreparedData, read_source
 from ..data.readers import SOURCES, TEXT_COLUMNS, read_lcrec
 from ..data.tables import column_names
 from ..files import atomic_file, folder_hashes, read_json, write_json
+from ..locks import locked
 from ..model.recommender_lasar import Recommender, renamed_card
 from ..trainers import LasarGRPOConfig, LasarModelConfig, LasarSFTConfig
 from .automatic import LARGE, core_size, find_column, prepare_settings, train_settings
@@ -130,8 +130,7 @@ def prepare_project(
     if taken := [name for name in changes if name in (*fixed, "source_args")]:
         raise ValueError(f"--set has {taken[0]!r}, which is given by the data and --output.")
     PrepareArguments(**fixed, **changes)  # refuses wrong values before the long reading
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    with locked(Path(folder)):
+    with locked(folder):
         if source == "table" and "k_core" not in source_args:
             source_args["k_core"] = 1
             source_args["k_core"] = core_size(read_source(source, source_args).num_interactions)
@@ -268,7 +267,7 @@ def train_project(folder: str, launch: str | None = None, report_to: str | None 
         `dict`: rows of the report by their names.
     """
     settings = project_settings(folder)
-    with locked(Path(folder)) as lock:
+    with locked(folder) as lock:
         run_stages(Path(folder), settings, lock, launch, report_to)
     return read_json(Path(folder, "report", "report.json"))["results"]
 
@@ -307,17 +306,6 @@ def run_stages(
         logger.warning("grpo: %s", NOT_BETTER)
     recommender.card = None if recommender.card is None else renamed_card(recommender.card, "model")
     recommender.save_pretrained(root / "model")
-
-
-@contextmanager
-def locked(root: Path) -> Iterator[IO]:
-    """Hold a project, so that no two commands write to it. Processes that inherit the file hold it as well."""
-    with (root / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RuntimeError(f"{root} is in use by another lasar prepare or train. Wait until it ends.") from None
-        yield file
 
 
 def run_stage(name: str, config: Path, launch: str | None, lock: IO) -> None:
@@ -370,9 +358,10 @@ def follow(process: subprocess.Popen, log: Path, name: str) -> None:
             progress.update(task, completed=1, total=1)  # too short for a bar
 
 
-def checkpoint_of(path: str) -> str:
+def checkpoint_of(path: str, revision: str | None = None) -> str:
     """
-    The checkpoint of a project, or `path` itself if it is a checkpoint or a model id.
+    The checkpoint of a project, or `path` itself if it is a checkpoint or a model id, of which `revision` is a branch,
+    tag or commit.
 
     Raises:
         `FileNotFoundError`: if a folder is neither.
@@ -387,7 +376,7 @@ def checkpoint_of(path: str) -> str:
         raise FileNotFoundError(f"{path} is neither a project nor a checkpoint: it has no data/ and no config.json.")
     if not Path(path).exists():
         try:
-            cached_file(path, "config.json")
+            cached_file(path, "config.json", revision=revision)
         except OSError as error:
             raise OSError(
                 f"{path} is not a folder, and no model of this name can be loaded from the Hub. "

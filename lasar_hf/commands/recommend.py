@@ -3,7 +3,7 @@ Recommend for a table of histories, in shards that several processes share. A se
 
 Reads `user_id` and `history` (item ids, oldest first) from Parquet or JSON lines. Writes `part-00000.parquet` … with
 `user_id`, `item_ids`, `scores` (log-probabilities) and `latent_steps`. The shards do not depend on the number of
-processes; a complete shard is not computed again. The prompt format is that of the checkpoint.
+processes; a complete shard is not computed again, a damaged one is. The prompt format is that of the checkpoint.
 
 Items that the catalogue does not have are left out of a history; `unknown_items` is their number. A user without a
 known item gets the most popular training items of `data_dir`, or none without `data_dir`; then `fallback` is true, and
@@ -27,12 +27,13 @@ from ..data import PreparedData
 from ..data.interactions import id_text
 from ..data.tables import read_batches
 from ..evaluation import popular_items, recommend_samples
-from ..files import atomic_file, file_hash, folder_hashes, read_json, write_json
+from ..files import atomic_file, checkpoint_hashes, file_hash, read_json, write_json
 from ..model.catalog_lasar import SidCatalog
 from ..model.memory_lasar import ItemMemory
 from ..model.modeling_lasar import LasarForGenerativeRec
 from ..model.processing_lasar import LasarProcessor
 from ..onednn import int8_linear, onednn_linear
+from ..processes import locked_for_all
 from .parser import ScriptParser
 
 
@@ -40,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 # Files of a checkpoint that decide its recommendations.
 MODEL_FILES = (
-    "*.safetensors", "*.bin", "config.json", "adapter_config.json", "processor_config.json", "sid_catalog.json",
+    "*.safetensors", "config.json", "adapter_config.json", "processor_config.json", "sid_catalog.json",
     "tokenizer*", "vocab*", "merges.txt", "*.model", "*.py",
 )  # fmt: skip
 SCHEMA = pa.schema({
@@ -78,6 +79,9 @@ class RecommendArguments:
     )
     batch_size: int = field(default=64, metadata={"help": "Users per batch."})
     shard_size: int = field(default=2048, metadata={"help": "Users per shard."})
+    revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of a model on the Hub; a folder has none."}
+    )
 
     def __post_init__(self):
         read_switch(self, "exclude_history")
@@ -113,13 +117,7 @@ def read_histories(
 
 def model_hashes(model: str) -> dict[str, str]:
     """Hash of each file that decides the recommendations; for an adapter, those of its base model too."""
-    parts = [folder_hashes(model, pattern) for pattern in MODEL_FILES]
-    hashes = {name: digest for part in parts for name, digest in part.items()}
-    adapter = Path(model, "adapter_config.json")
-    if adapter.exists():
-        base = read_json(adapter)["base_model_name_or_path"]
-        hashes |= {f"{base}/{name}": digest for name, digest in model_hashes(base).items()}
-    return hashes
+    return checkpoint_hashes(model, MODEL_FILES)
 
 
 def write_request(args: RecommendArguments, popular: list[str], folder: Path) -> None:
@@ -138,11 +136,20 @@ def write_request(args: RecommendArguments, popular: list[str], folder: Path) ->
     write_json(path, request)
 
 
-def is_done(path: Path, request: str) -> bool:
-    """Whether the shard exists. Two jobs in one folder can leave one of another request, which is refused."""
+def is_done(path: Path, request: str, num_users: int) -> bool:
+    """Whether the shard is whole. Two jobs in one folder can leave one of another request, which is refused."""
     if not path.exists():
         return False
-    if (pq.read_schema(path).metadata or {}).get(b"request") != request.encode():
+    try:
+        table = pq.read_table(path, page_checksum_verification=True)
+        table.validate(full=True)
+        is_whole = table.schema.equals(SCHEMA) and len(table) == num_users
+    except (pa.ArrowException, OSError, UnicodeDecodeError):
+        is_whole = False
+    if not is_whole:
+        logger.warning("%s is damaged. It is computed again.", path)
+        return False
+    if (table.schema.metadata or {}).get(b"request") != request.encode():
         raise ValueError(f"{path} was produced with different settings. Use another output_dir.")
     return True
 
@@ -171,13 +178,18 @@ def shard_table(
 def main(args: RecommendArguments) -> None:
     """Recommend for the users of every missing shard."""
     state = PartialState(cpu=not torch.accelerator.is_available())  # otherwise CPU processes do not find each other
+    with locked_for_all(args.output_dir):
+        write_shards(args, state)
+
+
+def write_shards(args: RecommendArguments, state: PartialState) -> None:
+    """Write the missing shards to a folder that no other command writes to."""
     folder = Path(args.output_dir)
-    processor = LasarProcessor.from_pretrained(args.model)
+    processor = LasarProcessor.from_pretrained(args.model, revision=args.revision)
     users, histories, num_unknown = read_histories(Path(args.histories), processor.catalog, args.strict)
     popular = []
     if args.data_dir:
         popular = popular_items(PreparedData.load(args.data_dir), processor.catalog, args.top_k)
-    folder.mkdir(parents=True, exist_ok=True)
     if state.is_main_process:
         logger.info(
             "%d users: left out %d unknown items of their histories; %d users without a known item get %s.",
@@ -189,17 +201,17 @@ def main(args: RecommendArguments) -> None:
         write_request(args, popular, folder)
     state.wait_for_everyone()
     request = file_hash(folder / "request.json")
-    model = LasarForGenerativeRec.from_pretrained(args.model).to(state.device).eval()
+    model = LasarForGenerativeRec.from_pretrained(args.model, revision=args.revision).to(state.device).eval()
     if args.int8:
         int8_linear(model)
-    finders: dict[Any, Any] = {None: ItemMemory.find, True: ItemMemory.from_pretrained, False: lambda path: None}
-    memory = finders[args.memory](args.model)
+    finders: dict[Any, Any] = {None: ItemMemory.find, True: ItemMemory.from_pretrained}
+    memory = None if args.memory is False else finders[args.memory](args.model, revision=args.revision)  # type: ignore[comparison-overlap]
     shards = list(enumerate(range(0, len(users), args.shard_size)))[state.process_index :: state.num_processes]
     for number, start in tqdm(shards, desc="Shards", disable=not state.is_main_process):
         path = folder / f"part-{number:05d}.parquet"
-        if is_done(path, request):
-            continue
         shard = slice(start, start + args.shard_size)
+        if is_done(path, request, len(users[shard])):
+            continue
         known = [history for history in histories[shard] if history]
         with onednn_linear(model):
             output = recommend_samples(
@@ -218,7 +230,8 @@ def main(args: RecommendArguments) -> None:
             users[shard], histories[shard], num_unknown[shard], recommended, output.latent_steps.tolist(), popular
         )
         with atomic_file(path) as temporary:
-            pq.write_table(table.replace_schema_metadata({"request": request}), temporary)
+            table = table.replace_schema_metadata({"request": request})
+            pq.write_table(table, temporary, write_page_checksum=True)
     state.wait_for_everyone()
 
 

@@ -25,6 +25,7 @@ from ..model.base_lasar import most_likely_depth
 from ..model.configuration_lasar import LATENT_INPUTS, LasarConfig
 from ..model.modeling_lasar import LasarForGenerativeRec
 from ..model.processing_lasar import LasarProcessor
+from ..processes import locked_for_all
 from ..reasoning import AnchorStore, checkpoint_hash, encode_anchors
 from ..semantic_ids import load_quantizer
 from ..trainers import (
@@ -159,14 +160,14 @@ def new_backbone(script: SFTScriptArguments, model_args: LasarModelConfig, token
 def stage1_model(script: SFTScriptArguments, model_args: LasarModelConfig, data: PreparedData):
     """A pre-trained or new backbone with Semantic-ID tokens, or the checkpoint of a recommender; and its processor."""
     path = model_args.model_name_or_path
-    if script.backbone_config is None and path is not None and is_recommender(path):
+    if script.backbone_config is None and path is not None and is_recommender(path, model_args.model_revision):
         return stage2_model(script, model_args, data)
     if script.backbone_config is not None:
-        tokenizer = AutoTokenizer.from_pretrained(Path(script.data_dir, "tokenizer"))
+        tokenizer = AutoTokenizer.from_pretrained(Path(script.data_dir, "tokenizer"))  # nosec B615: a local folder
         backbone = new_backbone(script, model_args, tokenizer)
     elif path is not None:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        backbone = AutoModelForCausalLM.from_pretrained(path, **model_args.init_kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=model_args.model_revision)
+        backbone = AutoModelForCausalLM.from_pretrained(path, **model_args.init_kwargs)  # nosec B615: has the revision
     else:
         raise ValueError("Stage 1 starts from a backbone: set model_name_or_path or backbone_config.")
     model = LasarForGenerativeRec.from_backbone(
@@ -187,16 +188,18 @@ def stage1_model(script: SFTScriptArguments, model_args: LasarModelConfig, data:
     return model, data.processor(tokenizer, instruction, 50 if script.max_history is None else script.max_history)
 
 
-def is_recommender(path: str) -> bool:
+def is_recommender(path: str, revision: str) -> bool:
     """Whether a folder or name is that of a recommender rather than of a language model or an adapter."""
-    return not is_adapter(path) and AutoConfig.from_pretrained(path).model_type == LasarConfig.model_type
+    if is_adapter(path):
+        return False
+    return AutoConfig.from_pretrained(path, revision=revision).model_type == LasarConfig.model_type
 
 
 def stage2_model(script: SFTScriptArguments, model_args: LasarModelConfig, data: PreparedData):
     """The stage-1 checkpoint and its processor."""
     if model_args.model_name_or_path is None:
         raise ValueError("Stage 2 continues stage 1: set model_name_or_path to its checkpoint.")
-    processor = LasarProcessor.from_pretrained(model_args.model_name_or_path)
+    processor = LasarProcessor.from_pretrained(model_args.model_name_or_path, revision=model_args.model_revision)
     processor.check_format(instruction=script.instruction, max_history=script.max_history)
     data.check_catalog(processor.catalog, model_args.model_name_or_path)
     data.processor(processor.tokenizer, processor.instruction, processor.max_history)  # warns if samples keep less
@@ -229,9 +232,15 @@ def set_latent_input(model, latent_input: str | None) -> None:
     model.set_latent_input(latent_input)
 
 
-def check_depth_source(source: str, max_latent_steps: int) -> None:
-    if source.isdecimal() and int(source) > max_latent_steps:
-        raise ValueError(f"depth_source is {source}; expected at most {max_latent_steps} (max_latent_steps).")
+def check_depths(script: SFTScriptArguments, args: LasarSFTConfig, config: LasarConfig, data: PreparedData) -> None:
+    """Refuse settings with more latent steps than the model takes, before anchors are encoded."""
+    if args.depth_weights is not None:
+        config.check_depth("The last depth of depth_weights", len(args.depth_weights) - 1)
+    if script.stage == 2 and script.depth_source == "segments":
+        deepest = max(map(len, data.samples["train"]["segments"]))
+        config.check_depth("The number of segments of a chain of thought (max_latent_steps of the data)", deepest)
+    elif script.stage == 2 and script.depth_source.isdecimal():
+        config.check_depth("depth_source", int(script.depth_source))
 
 
 def training_depths(source: str, anchors: AnchorStore, model, processor, samples: Dataset, seed: int) -> np.ndarray:
@@ -292,11 +301,19 @@ def ranking_depth(script: SFTScriptArguments, training_args: LasarSFTConfig) -> 
 
 def main(script: SFTScriptArguments, training_args: LasarSFTConfig, model_args: LasarModelConfig) -> None:
     """Train one stage and save a checkpoint that the next stage, evaluation and serving load."""
+    with locked_for_all(training_args.output_dir):
+        train(script, training_args, model_args)
+
+
+def train(script: SFTScriptArguments, training_args: LasarSFTConfig, model_args: LasarModelConfig) -> None:
+    """Train one stage in a folder that no other command writes to."""
     set_seed(training_args.seed)
     data = PreparedData.load(script.data_dir)
     hashes = PreparedData.file_hashes(script.data_dir)
     if training_args.neighbour_targets > 0:  # similar texts are neighbours
         hashes |= folder_hashes(script.data_dir, "embeddings.npy")
+    if script.codebook_init:
+        hashes |= folder_hashes(script.data_dir, "quantizer/*")
     checkpoint = checkpoint_to_resume(
         training_args,
         **asdict(script),
@@ -306,13 +323,13 @@ def main(script: SFTScriptArguments, training_args: LasarSFTConfig, model_args: 
     )
     with unsharded_weights():
         model, processor = (stage1_model if script.stage == 1 else stage2_model)(script, model_args, data)
+    check_depths(script, training_args, model.config, data)
     anchors, neighbours = None, draw_neighbours(data, training_args)
     if script.stage == 1:
         first, last = model.config.min_latent_steps, model.config.max_latent_steps
         depths = np.random.default_rng(training_args.seed).integers(first, last + 1, len(data.samples["train"]))
         examples = stage1_examples(data, processor, script.tasks, neighbours, depths)
     else:
-        check_depth_source(script.depth_source, model.config.max_latent_steps)
         anchors = stage2_anchors(script, model, data, processor, Path(training_args.output_dir, "anchors"))
         depths = training_depths(
             script.depth_source, anchors, model, processor, data.samples["train"], training_args.seed
@@ -326,8 +343,7 @@ def main(script: SFTScriptArguments, training_args: LasarSFTConfig, model_args: 
         set_latent_input(model, script.latent_input)
     eval_examples, evaluator = None, None
     if script.eval_users:
-        validation = data.samples["validation"].shuffle(seed=0)
-        validation = validation.select(range(min(script.eval_users, len(validation))))
+        validation = data.draw("validation", script.eval_users)
         if script.stage == 1:
             eval_examples = sft_examples(validation, processor)
         else:  # held-out samples have no segments: all have the most common depth of training
@@ -350,6 +366,7 @@ def main(script: SFTScriptArguments, training_args: LasarSFTConfig, model_args: 
         data.data_card(script.data_dir),
         changed_settings(script, shown),
         title=f"Stage {script.stage}",
+        revision=model_args.model_revision,
     )
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()

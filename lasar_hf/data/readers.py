@@ -299,7 +299,7 @@ def _read_log(
             if time_column:
                 times.add(batch[time_column], table_name(table), start)
     if not users:
-        raise ValueError("The tables contain no interactions.")
+        raise ValueError(f"{', '.join(map(table_name, _as_list(tables)))}: no interactions.")
     for column, names in ((user_column, user_numbers), (item_column, item_numbers)):
         spellings = {name.casefold(): name for name in names}
         if num_variants := len(names) - len(spellings):

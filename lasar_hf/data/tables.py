@@ -23,6 +23,7 @@ import pyarrow as pa
 from datasets import Dataset, IterableDataset
 from pyarrow import csv, parquet
 
+from ..terminal import printable
 from .interactions import parse_json
 
 
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 Table: TypeAlias = str | Path | Dataset | IterableDataset
 
 BATCH_SIZE = 65_536  # rows per batch
+MAX_NAMES = 2000  # characters of column names in an error
 DELIMITED, JSON = (".csv", ".tsv", ".txt", ".dat", ".data", ".inter", ".item"), (".json", ".jsonl", ".ndjson")
 UNREADABLE = (pa.ArrowInvalid, UnicodeError, LookupError, EOFError, OSError, zlib.error, lzma.LZMAError,
               zipfile.BadZipFile)  # fmt: skip
@@ -86,12 +88,14 @@ def _raw_batches(
         else:
             yield from read(path, columns, names, encoding or _encoding(path), **options)
     except UNREADABLE as error:
-        raise ValueError(f"{path}: not readable as {suffix[1:]} ({str(error).splitlines()[0]}).") from error
+        raise ValueError(f"{path}: not readable as {suffix[1:]} ({printable(str(error).splitlines()[0])}).") from error
 
 
 def _present(table: Table, existing: Sequence[str], columns: Sequence[str], names: Sequence[str]) -> list[str]:
     if missing := next((column for column in columns if column not in existing), None):
-        raise ValueError(f"{table_name(table)} has no column {missing!r}; its columns are {', '.join(existing)}.")
+        shown = ", ".join(existing)
+        shown = printable(shown if len(shown) < MAX_NAMES else f"{shown[:MAX_NAMES]} …")
+        raise ValueError(f"{table_name(table)} has no column {missing!r}; its columns are {shown}.")
     if repeated := next((column for column in names if list(existing).count(column) > 1), None):
         raise ValueError(f"{table_name(table)} has several columns named {repeated!r}; rename them.")
     return [column for column in names if column in existing]
@@ -243,6 +247,16 @@ def _json_batches(
     yield batch
 
 
+def _python_object(text: str) -> Any:
+    """The value of a Python literal. `ValueError` if it is none, or repeats a key."""
+    tree = ast.parse(text, mode="eval")
+    for node in ast.walk(tree):
+        names = [key.value for key in getattr(node, "keys", ()) if isinstance(key, ast.Constant)]
+        if len(set(names)) < len(names):
+            raise ValueError("a key appears twice")
+    return ast.literal_eval(tree)
+
+
 def _json_rows(path: Path, encoding: str) -> Iterator[tuple[str, Any]]:
     """Rows of one array, or of lines that are not blank: JSON, or Python's `{'a': 1}` as in Amazon 2014."""
     with TextIOWrapper(_open(path), encoding) as file:
@@ -257,7 +271,7 @@ def _json_rows(path: Path, encoding: str) -> Iterator[tuple[str, Any]]:
                     row = parse_json(line, path, number)
                 except ValueError as error:
                     try:
-                        row = ast.literal_eval(line.strip())
+                        row = _python_object(line.strip())
                     except (ValueError, SyntaxError, MemoryError, RecursionError):
                         raise error from None
                 yield f"line {number}", row

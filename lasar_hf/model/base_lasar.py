@@ -209,13 +209,14 @@ class LasarModel(LasarPreTrainedModel):
 
     Raises:
         `ValueError`: if the backbone has sliding-window, sparse, recurrent or encoder-decoder layers, returns router
-        logits, or has token embeddings that are not of its hidden size.
+        logits, or has token embeddings that are not of its hidden size, or the configuration lacks a token id.
     """
 
     def __init__(self, config: LasarConfig):
         super().__init__(config)
         self.backbone = AutoModel.from_config(config.backbone_config)
         self.prepare_backbone()
+        config.check_token_ids()
         self.policy_head = DepthPolicyHead(config.hidden_size, config.num_depths)
         if config.latent_input == "normalized":
             self.latent_input = LatentInput(config.hidden_size, config.max_latent_steps)
@@ -350,7 +351,7 @@ class LasarModel(LasarPreTrainedModel):
             use_cache=bool(use_cache),
             **kwargs,
         )
-        hidden_states = outputs.last_hidden_state
+        hidden_states = outputs.last_hidden_state.masked_fill(~layout.valid[..., None], 0)
         start = layout.last_prompt_column()[..., None].expand(-1, -1, hidden_states.shape[-1])
         start_states = hidden_states.gather(1, start)  # (B, 1, H)
         return LasarModelOutput(

@@ -59,17 +59,26 @@ class ReasoningState:
         return torch.cat(parts, dim=-1)
 
 
+def check_token_tensor(input_ids: torch.Tensor) -> None:
+    """Refuse, with a `ValueError`, what is no batch of token ids."""
+    if not isinstance(input_ids, torch.Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
+        kind = input_ids.dtype if isinstance(input_ids, torch.Tensor) else type(input_ids).__name__
+        raise ValueError(f"input_ids is {kind}; expected a tensor of token ids (int64), (B, L).")
+    if input_ids.ndim != 2 or input_ids.numel() == 0:
+        raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; expected (B, L), at least one token.")
+
+
 class BatchLayout:
     """
     Splits each sequence of a batch into prompt (`X … <|latent_start|>`), `N` latent slots and answer. Padding may be
-    on either side. A sequence without `<|latent_start|>` (plain text) is all prompt.
+    on either side. A sequence without `<|latent_start|>` (plain text) is all prompt. `name` is that of a sequence in
+    errors.
     """
 
-    def __init__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, config: LasarConfig):
-        if input_ids.ndim != 2 or len(input_ids) == 0:
-            raise ValueError(
-                f"input_ids has shape {tuple(input_ids.shape)}; expected a batch (B, L) of at least one sequence."
-            )
+    def __init__(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, config: LasarConfig, name: str = "Sequence"
+    ):
+        check_token_tensor(input_ids)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         if not isinstance(attention_mask, torch.Tensor) or attention_mask.shape != input_ids.shape:
@@ -90,28 +99,31 @@ class BatchLayout:
         self.prompt_length = torch.where(start >= 0, start + 1, self.length)
         self.answer_length = self.length - self.prompt_length - self.depth
 
-        # 2. Slots must follow <|latent_start|> without a gap, and there is a maximum.
+        # 2. Slots must follow <|latent_start|> without a gap, and there are maxima.
         offset = self.position - self.prompt_length[:, None]
         is_expected = (start >= 0)[:, None] & (offset >= 0) & (offset < self.depth[:, None])
-        misplaced = (is_slot & ~is_expected).any(dim=1)  # (B,)
-        too_deep = self.depth > config.max_latent_steps  # (B,)
+        limit = getattr(config.backbone_config, "max_position_embeddings", None)  # some backbones have no limit
+        unknown = valid & ((input_ids < 0) | (input_ids >= config.vocab_size))  # (B, L)
+        too_long = self.length > (self.length if limit is None else limit)  # (B,)
+        misplaced, too_deep = (is_slot & ~is_expected).any(dim=1), self.depth > config.max_latent_steps  # (B,)
+        is_wrong = torch.stack([misplaced, too_deep, unknown.any(dim=1), too_long])  # (4, B)
 
         # 3. Copy all numbers that Python needs from the device at once.
         self.max_prompt, self.max_depth, max_answer, num_errors = torch.stack(
-            [self.prompt_length.max(), self.depth.max(), self.answer_length.max(), (misplaced | too_deep).sum()]
+            [self.prompt_length.max(), self.depth.max(), self.answer_length.max(), is_wrong.sum()]
         ).tolist()
         self.max_answer = max(max_answer, 1)  # equal prompts without answers still read one (invisible) token
-        if num_errors and misplaced.any():
-            index = int(misplaced.nonzero()[0])
-            raise ValueError(
-                f"Sequence {index}: the <|latent|> slots must follow <|latent_start|> directly and without a gap."
-            )
         if num_errors:
-            index = int(too_deep.nonzero()[0])
-            raise ValueError(
-                f"Sequence {index} has {int(self.depth[index])} latent slots, but max_latent_steps is "
-                f"{config.max_latent_steps}. Use fewer slots or a model with more steps."
+            problem, index = is_wrong.nonzero()[0].tolist()
+            messages = (
+                ": the <|latent|> slots must follow <|latent_start|> directly and without a gap.",
+                f" has {int(self.depth[index])} latent slots, but max_latent_steps is {config.max_latent_steps}. Use "
+                "fewer slots or a model with more steps.",
+                f" has token ids outside 0 … {config.vocab_size - 1}.",
+                f" has {int(self.length[index])} tokens, but the backbone has max_position_embeddings={limit}. Use "
+                "fewer history items.",
             )
+            raise ValueError(f"{name} {index}{messages[problem]}")
 
     def columns(self) -> torch.Tensor:
         """Column of `input_ids` that holds the r-th token (padding not counted) of each sequence, `(B, L)`."""

@@ -1,6 +1,7 @@
 """The catalogue: items, their Semantic IDs and titles."""
 
 import copy
+import hashlib
 import json
 import os
 from collections import Counter
@@ -11,14 +12,16 @@ from weakref import WeakValueDictionary
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers.utils import cached_file
+from transformers.utils import cached_file, logging
 
 from .files_lasar import atomic_file
 from .trie_lasar import SidTrie
 
 
+logger = logging.get_logger(__name__)
 CATALOG_WEIGHTS_NAME = "sid_catalog.safetensors"
 CATALOG_CONFIG_NAME = "sid_catalog.json"
+CONFIG_FIELDS = ("num_levels", "allow_collisions", "item_ids", "titles")
 # Loaded catalogues that are in use, by the state of their files: model and processor of a checkpoint share one.
 _IN_USE: WeakValueDictionary[tuple, "SidCatalog"] = WeakValueDictionary()
 
@@ -51,7 +54,7 @@ class SidCatalog:
 
     Raises:
         `ValueError`: if the shapes disagree, a code is negative or not an integer, a title is not a string, an item id
-        repeats, two items share a Semantic ID, or all items are hidden.
+        repeats, a text cannot be written as UTF-8, two items share a Semantic ID, or all items are hidden.
 
     Example:
 
@@ -220,13 +223,20 @@ class SidCatalog:
                 f"model's codebook_size is {codebook_size}."
             )
 
+    def content_hash(self) -> str:
+        """SHA-256 of codes, hidden items, ids, titles and settings, as 64 hexadecimal digits."""
+        digest = hashlib.sha256(json.dumps([getattr(self, name) for name in CONFIG_FIELDS]).encode())
+        for tensor in (self.codes, self.removed):
+            digest.update(tensor.contiguous().numpy())
+        return digest.hexdigest()
+
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
         """
-        Write `sid_catalog.safetensors` and `sid_catalog.json` to a folder. The JSON file is removed first and written
-        last, so it only exists after a complete save.
+        Write `sid_catalog.safetensors` and `sid_catalog.json` to a folder, with a hash of their content. The JSON file
+        is removed first and written last, so it only exists after a complete save.
         """
         os.makedirs(save_directory, exist_ok=True)
-        config = {name: getattr(self, name) for name in ("num_levels", "allow_collisions", "item_ids", "titles")}
+        config = {name: getattr(self, name) for name in CONFIG_FIELDS} | {"sha256": self.content_hash()}
         weights_path = os.path.join(save_directory, CATALOG_WEIGHTS_NAME)
         config_path = os.path.join(save_directory, CATALOG_CONFIG_NAME)
         with atomic_file(config_path) as temporary:
@@ -273,13 +283,23 @@ class SidCatalog:
 
     @classmethod
     def _read(cls, config_path: str, weights_path: str) -> "SidCatalog":
+        # 1. Settings, ids and titles.
         try:
             with open(config_path, encoding="utf-8") as file:
                 config = json.load(file)
-            keys = ("num_levels", "item_ids", "allow_collisions")
-            num_levels, item_ids, allow_collisions = (config[key] for key in keys)
-        except (ValueError, KeyError, TypeError) as error:
+            num_levels, allow_collisions, item_ids = (config[name] for name in CONFIG_FIELDS[:3])
+            titles, digest = config.get("titles"), config.get("sha256")
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{config_path} is damaged ({error!r}). Save the catalogue again.") from error
+        is_valid = {
+            "allow_collisions": isinstance(allow_collisions, bool),
+            "item_ids": isinstance(item_ids, list) and all(isinstance(item_id, str) for item_id in item_ids),
+            "titles": isinstance(titles, list | None),
+        }
+        if not all(is_valid.values()):
+            name = min(is_valid, key=is_valid.get)
+            raise ValueError(f"{config_path} has {name} of another type than it was saved with. Save it again.")
+        # 2. Codes.
         try:
             tensors = load_file(weights_path)
             codes, removed = tensors["codes"], tensors["removed"]
@@ -290,13 +310,36 @@ class SidCatalog:
                 f"{config_path} describes {len(item_ids)} items with num_levels={num_levels}, but {weights_path} has "
                 f"codes of shape {tuple(codes.shape)}. Save the catalogue again."
             )
-        return cls(codes, item_ids, allow_collisions, removed, config.get("titles"))
+        # 3. Both together.
+        try:
+            catalog = cls(codes, item_ids, allow_collisions, removed, titles)
+        except ValueError as error:
+            raise ValueError(
+                f"{config_path} and {weights_path} do not fit: {error} Save the catalogue again."
+            ) from error
+        if digest is None:
+            logger.warning_once(f"{config_path} has no sha256, so damage is not found. Save the catalogue again.")
+        elif digest != catalog.content_hash():
+            raise ValueError(
+                f"{config_path} or {weights_path} changed after it was saved: codes, ids or titles do not have the "
+                "sha256 of the catalogue. Save the catalogue again."
+            )
+        return catalog
 
 
 def _file_state(path: str) -> tuple:
     """What changes when a file is written again."""
     state = os.stat(path)
     return os.path.realpath(path), state.st_ino, state.st_size, state.st_mtime_ns
+
+
+def _check_text(name: str, texts: list[str]) -> None:
+    """Refuse half of a surrogate pair, which no file can contain."""
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError as error:
+        text = next(text for text in texts if any("\ud800" <= letter <= "\udfff" for letter in text))
+        raise ValueError(f"{name} has {text!r}, which UTF-8 cannot write. Replace the half surrogate pair.") from error
 
 
 def _checked_titles(titles: Sequence[str | None] | None, num_items: int) -> list[str | None] | None:
@@ -308,12 +351,17 @@ def _checked_titles(titles: Sequence[str | None] | None, num_items: int) -> list
     for index, title in enumerate(titles):
         if title is not None and not isinstance(title, str):
             raise ValueError(f"titles has {title!r} for the item with index {index}; expected a string or None.")
+    _check_text("titles", [title or "" for title in titles])
     return [title or None for title in titles]
 
 
 def _checked_codes(codes, item_ids: list[str]) -> torch.Tensor:
     """Codes `(I, M)` as int32 on the CPU, one Semantic ID per item id; the ids are unique."""
     codes = torch.as_tensor(codes).cpu()
+    if codes.dtype in (torch.bool, torch.uint64) or codes.is_floating_point() or codes.is_complex():
+        raise ValueError(f"codes are {codes.dtype}; expected integers below 2**31.")
+    codes = codes.long()  # PyTorch cannot compare all integer types
+    _check_text("item_ids", item_ids)
     if len(set(item_ids)) != len(item_ids):
         repeated = Counter(item_ids).most_common(1)[0][0]
         raise ValueError(f"item_ids has {repeated!r} twice; expected unique ids.")
@@ -322,8 +370,8 @@ def _checked_codes(codes, item_ids: list[str]) -> torch.Tensor:
             f"codes has shape {tuple(codes.shape)}, but there are {len(item_ids)} item ids; expected (I, M) with at "
             "least one item."
         )
-    if codes.is_floating_point() or int(codes.max()) >= 2**31:
-        raise ValueError(f"codes are {codes.dtype} up to {codes.max()}; expected integers below 2**31.")
+    if int(codes.max()) >= 2**31:
+        raise ValueError(f"codes are up to {int(codes.max())}; expected integers below 2**31.")
     if (codes < 0).any():
         index = int((codes < 0).any(dim=1).nonzero()[0])
         raise ValueError(

@@ -1,13 +1,18 @@
 """What a checkpoint has beside its weights: the catalogue, and the code of pipeline and recommender."""
 
 import os
+from contextlib import nullcontext
 
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from .catalog_lasar import SidCatalog
+from .files_lasar import checked_files, write_checksums
 from .memory_lasar import ItemMemory
 
+
+# Files of a model, whose checksums are saved with it.
+MODEL_FILES = ("config.json", "generation_config.json", "model*.safetensors", "model*.safetensors.index.json")
 
 # Arguments of `from_pretrained` that say where files come from; they hold for every part of a checkpoint.
 HUB_ARGUMENTS = (
@@ -72,36 +77,33 @@ class CheckpointMixin(PreTrainedModel):
         pickled weights, which can run code, are refused.
 
         Raises:
-            `ValueError`: if weights are damaged, missing, in excess or of another shape, the catalogue is damaged or
-            has other levels or codes than the model, or the memory is that of another catalogue.
+            `ValueError`: if a file is not the one that was saved, weights are missing, in excess or of another shape,
+            the configuration lacks token ids, the catalogue is damaged or has other levels or codes than the model,
+            or the memory is that of another catalogue.
         """
         kwargs.setdefault("use_safetensors", True)
+        hub, name = hub_arguments(kwargs), pretrained_model_name_or_path
         wants_info = kwargs.pop("output_loading_info", False)
+        # Other shapes are collected, and refused below by their names.
+        options = kwargs | {"output_loading_info": True, "ignore_mismatched_sizes": True}
         try:
-            # Other shapes are collected, and refused below by their names.
-            model, info = super().from_pretrained(
-                pretrained_model_name_or_path,
-                *model_args,
-                output_loading_info=True,
-                **kwargs | {"ignore_mismatched_sizes": True},
-            )
+            with checked_files(name, *MODEL_FILES, **hub) if name is not None else nullcontext():
+                model, info = super().from_pretrained(name, *model_args, **options)
+                check_complete(name, info)
         except SafetensorError as error:
-            raise ValueError(
-                f"The weights of {pretrained_model_name_or_path} are damaged ({error}). Save or download them again."
-            ) from error
-        check_complete(pretrained_model_name_or_path, info)
-        if pretrained_model_name_or_path is not None:
-            model.catalog = SidCatalog.find(pretrained_model_name_or_path, **hub_arguments(kwargs))
+            raise ValueError(f"The weights of {name} are damaged ({error}). Save or download them again.") from error
+        if name is not None:
+            model.catalog = SidCatalog.find(name, **hub)
         if model.catalog is not None:
             model.catalog.check_matches(model.config.num_sid_levels, model.config.codebook_size)
-            model.memory = ItemMemory.find(pretrained_model_name_or_path, **hub_arguments(kwargs))
+            model.memory = ItemMemory.find(name, **hub)
         if model.memory is not None:
             model.memory.check_matches(model.catalog)
         return (model, info) if wants_info else model
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, push_to_hub: bool = False, **kwargs):
         """
-        Save weights, configuration, code and catalogue. Arguments as for
+        Save weights, configuration, their checksums, code and catalogue. Arguments as for
         [`~transformers.PreTrainedModel.save_pretrained`]. Prompt format and memory are saved by their own objects, or
         all together by [`Recommender.save_pretrained`].
         """
@@ -111,8 +113,10 @@ class CheckpointMixin(PreTrainedModel):
 
         hub = push_arguments(save_directory, kwargs)
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
-        if self.catalog is not None and is_main_process:
-            self.catalog.save_pretrained(save_directory)
+        if is_main_process:
+            write_checksums(save_directory, *MODEL_FILES)
+            if self.catalog is not None:
+                self.catalog.save_pretrained(save_directory)
         if push_to_hub and is_main_process:
             # The base class would upload the files that it wrote itself, without the catalogue.
             self.push_to_hub(**hub)

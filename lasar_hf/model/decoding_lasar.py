@@ -29,7 +29,18 @@ from .memory_lasar import Recall
 from .trie_lasar import ItemFilter, SidTrie
 
 
-NAN_MESSAGE = "The model's logits contain NaN. Check the weights and the data type (bfloat16 or float32)."
+NAN_MESSAGE = "The model's logits contain NaN."
+
+
+def nan_error(model: nn.Module) -> ValueError:
+    """The error of a search that ended in NaN; it names the weights that are not finite."""
+    names = [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]
+    if not names:
+        return ValueError(f"{NAN_MESSAGE} The weights are finite, so use another data type (bfloat16 or float32).")
+    return ValueError(
+        f"{NAN_MESSAGE} {', '.join(names[:3])}{' …' if names[3:] else ''} has values that are not finite. Save or "
+        "download the checkpoint again, or train it with a smaller learning rate."
+    )
 
 
 @dataclass
@@ -198,7 +209,7 @@ def _search(
             key=keys.gather(1, index),
         )
     if beams.scores.isnan().any():
-        raise ValueError(NAN_MESSAGE)
+        raise nan_error(model)
     return beams
 
 
@@ -315,7 +326,7 @@ def score_items(
         column = (child == nodes[level + 1][..., None]).to(torch.uint8).argmax(dim=-1, keepdim=True)
         scores = scores + log_probs.gather(-1, column)[..., 0]
     if scores.isnan().any():
-        raise ValueError(NAN_MESSAGE)
+        raise nan_error(model)
     return scores.masked_fill(~exists, -torch.inf)
 
 
@@ -511,6 +522,6 @@ class SidLogitsProcessor(LogitsProcessor):
         token_ids = torch.where(is_missing, scores.shape[1], start + codes)  # an extra column for missing children
         log_probs = scores.gather(1, start + codes).masked_fill(is_missing, -torch.inf).log_softmax(dim=-1)
         if log_probs.isnan().any():
-            raise ValueError(NAN_MESSAGE)
+            raise ValueError(f"{NAN_MESSAGE} Check the weights and the data type (bfloat16 or float32).")
         constrained = scores.new_full((scores.shape[0], scores.shape[1] + 1), -torch.inf)
         return constrained.scatter(1, token_ids, log_probs)[:, :-1]

@@ -115,7 +115,8 @@ class Explanation:
 
 def _short(item: dict[str, Any], length: int = 36) -> str:
     text = item["title"] or item["item_id"]
-    return text if len(text) <= length else text[: length - 1] + "…"
+    text = text if len(text) <= length else text[: length - 1] + "…"
+    return text.replace("$", r"\$")  # otherwise matplotlib reads formulas
 
 
 @torch.no_grad()

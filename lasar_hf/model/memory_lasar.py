@@ -21,13 +21,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
-from transformers.utils import cached_file
+from transformers.utils import cached_file, logging
 
 from .catalog_lasar import SidCatalog
 from .files_lasar import atomic_file
 from .trie_lasar import ItemFilter
 
 
+logger = logging.get_logger(__name__)
 MEMORY_NAME = "item_memory.safetensors"
 TENSORS = ("pointers", "neighbours", "weights")
 
@@ -84,7 +85,9 @@ class ItemMemory:
                 f"The memory has {len(pointers)} pointers, {len(neighbours)} neighbours and {len(weights)} weights of "
                 f"{num_items} items; expected the compressed rows of a matrix of these items."
             )
-        is_valid = bool((weights > 0).all()) and 0 < decay <= 1 and all(map(math.isfinite, gate))
+        is_valid = (
+            bool(((weights > 0) & weights.isfinite()).all()) and 0 < decay <= 1 and all(map(math.isfinite, gate))
+        )
         if not is_valid or int(pointers[0]) != 0 or bool((pointers.diff() < 0).any()):
             raise ValueError(
                 f"The memory has decay {decay} and gate {gate}; expected a decay in (0, 1], finite numbers, positive "
@@ -168,14 +171,22 @@ class ItemMemory:
         probs = torch.where(total > 0, scores / total, 0.0)  # (B, N)
         return Recall(items, probs, torch.where(strength > 0, weight, 0.0), strength)
 
+    def content_hash(self) -> str:
+        """SHA-256 of matrix and settings, as 64 hexadecimal digits."""
+        digest = hashlib.sha256(json.dumps([self.catalog_sha256, self.decay, self.gate]).encode())
+        for name in TENSORS:
+            digest.update(getattr(self, name).cpu().contiguous().numpy())
+        return digest.hexdigest()
+
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
-        """Write `item_memory.safetensors` to a folder, beside the catalogue."""
+        """Write `item_memory.safetensors`, with a hash of its content, to a folder, beside the catalogue."""
         os.makedirs(save_directory, exist_ok=True)
         path = os.path.join(save_directory, MEMORY_NAME)
         settings = {"catalog_sha256": self.catalog_sha256, "decay": self.decay, "gate": self.gate}
         tensors = {name: getattr(self, name).cpu() for name in TENSORS}
+        metadata = {"settings": json.dumps(settings), "sha256": self.content_hash()}
         with atomic_file(path) as temporary:
-            save_file(tensors, temporary, metadata={"settings": json.dumps(settings)})
+            save_file(tensors, temporary, metadata=metadata)
 
     @classmethod
     def from_pretrained(cls, pretrained_directory: str | os.PathLike, **kwargs) -> "ItemMemory":
@@ -196,7 +207,7 @@ class ItemMemory:
             return None
         try:
             with safe_open(path, framework="pt") as file:
-                tensors, settings = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+                tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged ({error}). Make it again with recipes/memory.py.") from error
         if set(tensors) != set(TENSORS):
@@ -204,7 +215,17 @@ class ItemMemory:
                 f"{path} has {sorted(tensors)}; expected {', '.join(TENSORS)}. Its weight depended on other "
                 "numbers in an older version. Make it again with recipes/memory.py."
             )
-        return cls(**tensors, **json.loads(settings["settings"]))
+        try:
+            memory = cls(**tensors, **json.loads(metadata["settings"]))
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{path} is damaged ({error}). Make it again with recipes/memory.py.") from error
+        if "sha256" not in metadata:
+            logger.warning_once(f"{path} has no sha256, so damage is not found. Save the memory again.")
+        elif metadata["sha256"] != memory.content_hash():
+            raise ValueError(
+                f"{path} does not have the sha256 with which it was saved. Make it again with recipes/memory.py."
+            )
+        return memory
 
 
 class Recall:

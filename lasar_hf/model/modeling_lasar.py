@@ -27,7 +27,7 @@ from .base_lasar import (
     LatentInput,
     check_backbone,
 )
-from .batching_lasar import PrefixTrees, ReasoningState
+from .batching_lasar import PrefixTrees, ReasoningState, check_token_tensor
 from .catalog_lasar import SidCatalog
 from .checkpoint_lasar import CheckpointMixin
 from .configuration_lasar import (
@@ -136,7 +136,8 @@ class LasarForGenerativeRec(CheckpointMixin, ModeMixin, LasarPreTrainedModel, Ge
         """
         # 1. Refuse backbones that the recommender cannot use, or that a checkpoint could not reproduce.
         if isinstance(backbone, str):
-            backbone = AutoModelForCausalLM.from_pretrained(backbone, **kwargs)
+            # `kwargs` may name the revision.
+            backbone = AutoModelForCausalLM.from_pretrained(backbone, **kwargs)  # nosec B615
         check_sizes(num_sid_levels, codebook_size, max_latent_steps)
         is_model = isinstance(backbone, PreTrainedModel) and not isinstance(backbone, LasarPreTrainedModel)
         if not is_model or backbone.get_output_embeddings() is None:
@@ -494,6 +495,7 @@ class LasarForGenerativeRec(CheckpointMixin, ModeMixin, LasarPreTrainedModel, Ge
             raise ValueError("The model has no catalog. Pass catalog=SidCatalog(codes, item_ids).")
         if not isinstance(top_k, Integral) or not isinstance(num_beams, Integral) or top_k < 1 or num_beams < 1:
             raise ValueError(f"top_k is {top_k} and num_beams is {num_beams}; expected whole numbers of at least 1.")
+        check_token_tensor(input_ids)
         catalog.check_matches(self.config.num_sid_levels, self.config.codebook_size)
         if memory is not None:
             memory.check_matches(catalog)

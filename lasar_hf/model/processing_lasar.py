@@ -15,10 +15,12 @@ from torch import nn
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
 from .catalog_lasar import SidCatalog
-from .checkpoint_lasar import push_arguments
+from .checkpoint_lasar import hub_arguments, push_arguments
 from .configuration_lasar import CONTROL_TOKENS, LATENT_START_TOKEN, sid_token
+from .files_lasar import checked_files, write_checksums
 
 
+PROCESSOR_NAME = "processor_config.json"
 PROMPT_LAYOUT = "{bos}{instruction}{history}" + LATENT_START_TOKEN
 
 
@@ -41,6 +43,8 @@ class LasarProcessor(ProcessorMixin):
             which the backbone was trained. A prompt never has an EOS token.
         layout (`str`, *optional*, defaults to `"{bos}{instruction}{history}<|latent_start|>"`):
             Order of the parts of a prompt. It is stored, so that a checkpoint with another layout is refused.
+        prefix_ids (`list[int]`, *optional*):
+            Token ids of BOS and instruction. They are stored, so that a tokenizer with other ids is refused.
 
     Attributes:
         sid_token_ids (`torch.Tensor` of shape `(I, M)`):
@@ -75,6 +79,7 @@ class LasarProcessor(ProcessorMixin):
         max_history: int = 50,
         add_bos: bool | None = None,
         layout: str = PROMPT_LAYOUT,
+        prefix_ids: Sequence[int] | None = None,
     ):
         super().__init__(tokenizer)
         if layout != PROMPT_LAYOUT:
@@ -96,6 +101,11 @@ class LasarProcessor(ProcessorMixin):
         self.prefix_ids = [*bos_ids, *self._tokenize(instruction)]
         if self._tokenize(instruction) != self.text_ids([instruction])[0]:
             raise ValueError(f"instruction is {instruction!r}; expected plain text without special tokens.")
+        if prefix_ids is not None and self.prefix_ids != list(prefix_ids):
+            raise ValueError(
+                f"The tokenizer encodes the instruction {instruction!r} with the ids {self.prefix_ids}, not with the "
+                f"prefix_ids {list(prefix_ids)} of the training. Save the tokenizer of the training to the checkpoint."
+            )
         # `prompt_ids` joins the ids of the parts, so the tokenizer must not merge text across them.
         if self._tokenize(self.prompt_text([0])) != self.prompt_ids([0]):
             raise ValueError(
@@ -214,6 +224,7 @@ class LasarProcessor(ProcessorMixin):
         Refuse, with a `ValueError`, a tokenizer whose Semantic-ID or control tokens have other ids than in the
         [`LasarConfig`] of a model, or a catalogue with other levels or codes.
         """
+        config.check_token_ids()
         self.catalog.check_matches(config.num_sid_levels, config.codebook_size)
         for name in ("latent_start_token_id", "latent_token_id", "latent_end_token_id"):
             if getattr(self, name) != getattr(config, name):
@@ -255,7 +266,7 @@ class LasarProcessor(ProcessorMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """The prompt format. Tokenizer and catalogue have their own files."""
-        output = {name: getattr(self, name) for name in ("instruction", "max_history", "add_bos")}
+        output = {name: getattr(self, name) for name in ("instruction", "max_history", "add_bos", "prefix_ids")}
         auto_map = {"AutoProcessor": "processing_lasar.LasarProcessor"}
         return output | {"layout": PROMPT_LAYOUT, "auto_map": auto_map, "processor_class": type(self).__name__}
 
@@ -267,10 +278,23 @@ class LasarProcessor(ProcessorMixin):
         """
         self.catalog.save_pretrained(save_directory)
         files = super().save_pretrained(save_directory)
+        write_checksums(save_directory, PROCESSOR_NAME)
         if push_to_hub:
             # The base class would only upload the files that it wrote itself, without the catalogue.
             self.push_to_hub(**push_arguments(save_directory, kwargs))
         return files
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> "LasarProcessor":
+        """
+        Load a processor from a folder or a model id on the Hub. Arguments as for
+        [`~transformers.ProcessorMixin.from_pretrained`].
+
+        Raises:
+            `ValueError`: if a file is damaged or not the one that was saved, or as for [`LasarProcessor`].
+        """
+        with checked_files(pretrained_model_name_or_path, PROCESSOR_NAME, **hub_arguments(kwargs)):
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
@@ -282,7 +306,15 @@ class LasarProcessor(ProcessorMixin):
                     f"processor_config.json of {pretrained_model_name_or_path} has {name} {value!r}; expected "
                     f"{kind.__name__}. Save the LasarProcessor of the training to that folder."
                 )
-        arguments = super()._get_arguments_from_pretrained(pretrained_model_name_or_path, processor_dict, **kwargs)
+        try:
+            arguments = super()._get_arguments_from_pretrained(pretrained_model_name_or_path, processor_dict, **kwargs)
+        except OSError:
+            raise
+        except Exception as error:  # the tokenizers library raises nothing more precise
+            raise ValueError(
+                f"tokenizer.json or tokenizer_config.json of {pretrained_model_name_or_path} is damaged ({error!r}). "
+                "Save or download the checkpoint again."
+            ) from error
         return [*arguments, SidCatalog.from_pretrained(pretrained_model_name_or_path, **kwargs)]
 
 

@@ -16,6 +16,7 @@ from transformers.utils import cached_file
 
 from .catalog_lasar import SidCatalog
 from .checkpoint_lasar import hub_arguments, push_arguments
+from .configuration_lasar import LasarConfig
 from .explain_lasar import Explanation, explain
 from .files_lasar import atomic_file
 from .memory_lasar import MEMORY_NAME, ItemMemory
@@ -117,8 +118,10 @@ class Recommender:
                 and `local_files_only` hold for all parts.
         """
         hub = hub_arguments(kwargs)
-        model = LasarForGenerativeRec.from_pretrained(pretrained_model_name_or_path, **kwargs).eval()
         processor = LasarProcessor.from_pretrained(pretrained_model_name_or_path, **hub)
+        # Before the weights are read, which takes longer and knows no tokenizer.
+        processor.check_matches(LasarConfig.from_pretrained(pretrained_model_name_or_path, **hub))
+        model = LasarForGenerativeRec.from_pretrained(pretrained_model_name_or_path, **kwargs).eval()
         if device is None and "device_map" not in kwargs and torch.accelerator.is_available():
             device = torch.accelerator.current_accelerator()
         path = cached_file(

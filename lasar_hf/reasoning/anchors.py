@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..files import atomic_file, file_hash, read_json, write_json
+from ..files import atomic_file, file_hash, read_json, remove_temporary_files, write_json
 from ..model.processing_lasar import LasarProcessor
 from ..onednn import onednn_linear
 
@@ -38,6 +38,9 @@ class AnchorStore:
             [`checkpoint_hash`] of the model that made the vectors.
         inputs_hash (`str`, *optional*, defaults to `""`):
             Hash of everything that determines the vectors.
+
+    Raises:
+        `ValueError`: if the arrays do not fit, or a vector is not finite.
     """
 
     def __init__(
@@ -47,6 +50,8 @@ class AnchorStore:
             raise ValueError("offsets must rise from 0 to the number of segments, by at least one per sample.")
         if len(index) and not 0 <= index.min() <= index.max() < len(vectors):
             raise ValueError(f"index goes from {index.min()} to {index.max()}, but there are {len(vectors)} vectors.")
+        if not np.isfinite(vectors.sum(dtype=np.float64)):  # reads the file once and copies nothing
+            raise ValueError("vectors has NaN or infinity. Check the weights and the data type of the checkpoint.")
         self.vectors, self.index, self.offsets = vectors, index, offsets
         self.checkpoint_hash, self.inputs_hash = checkpoint_hash, inputs_hash
 
@@ -97,20 +102,31 @@ class AnchorStore:
         folder = Path(folder)
         if not (folder / "anchors.json").exists():
             raise FileNotFoundError(f"{folder} has no complete anchors (no anchors.json). Run encode_anchors first.")
-        metadata = read_json(folder / "anchors.json")
+        metadata = _metadata(folder)
         if metadata["checkpoint_hash"] != checkpoint_hash:
             raise ValueError(
                 f"{folder}: the anchors are stale. They were made by checkpoint {metadata['checkpoint_hash'][:12]}, "
                 f"expected {checkpoint_hash[:12]}. Encode them again with the current stage-1 checkpoint."
             )
         for name, digest in _array_hashes(folder).items():
-            if metadata.get("sha256", {}).get(name) != digest:
+            if metadata["sha256"].get(name) != digest:
                 raise ValueError(
                     f"{folder / name}.npy is not the file that anchors.json describes. Delete the folder and encode "
                     "the anchors again."
                 )
         arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
         return cls(**arrays, checkpoint_hash=checkpoint_hash, inputs_hash=metadata["inputs_hash"])
+
+
+def _metadata(folder: Path) -> dict:
+    metadata = read_json(folder / "anchors.json")
+    fields = {"checkpoint_hash": str, "inputs_hash": str, "sha256": dict}
+    if not isinstance(metadata, dict) or any(type(metadata.get(name)) is not kind for name, kind in fields.items()):
+        raise ValueError(
+            f"{folder / 'anchors.json'} is damaged; expected {', '.join(fields)}. Delete the folder and encode the "
+            "anchors again."
+        )
+    return metadata
 
 
 def _array_hashes(folder: Path) -> dict[str, str | None]:
@@ -188,8 +204,9 @@ def encode_anchors(
         return AnchorStore(vectors, **arrays)
 
     folder = Path(folder)
+    remove_temporary_files(folder)
     progress = folder / "progress.json"
-    if not (folder / "anchors.json").exists() or read_json(folder / "anchors.json").get("inputs_hash") != inputs_hash:
+    if not (folder / "anchors.json").exists() or _metadata(folder)["inputs_hash"] != inputs_hash:
         (folder / "anchors.json").unlink(missing_ok=True)
         vectors, done = _open_vectors(folder, inputs_hash, shape)
         step = batch_size * -(-SHARD_SIZE // batch_size)  # whole batches, so that padding does not depend on resuming
@@ -270,9 +287,13 @@ class _EncodingPlan:
 def _open_vectors(folder: Path, inputs_hash: str, shape: tuple[int, int]) -> tuple[np.memmap, int]:
     """The file of vectors and the number of sequences in it. Other inputs start a new file."""
     path, progress = folder / "vectors.npy", folder / "progress.json"
-    state = read_json(progress) if progress.exists() and path.exists() else {}
-    if state.get("inputs_hash") == inputs_hash:
-        return np.lib.format.open_memmap(path, mode="r+"), state["done"]
+    try:
+        state = read_json(progress) if progress.exists() and path.exists() else {}
+        if state.get("inputs_hash") == inputs_hash:
+            np.lib.format.open_memmap(path, mode="r")  # refuses a file that was cut, which "r+" would fill with zeros
+            return np.lib.format.open_memmap(path, mode="r+"), state["done"]
+    except (ValueError, AttributeError, KeyError, EOFError):
+        pass  # damaged: encode all again
     folder.mkdir(parents=True, exist_ok=True)
     progress.unlink(missing_ok=True)
     path.unlink(missing_ok=True)  # not overwritten: open readers keep the old file

@@ -68,10 +68,17 @@ def contains_name(words: str, name: str) -> bool:
     return len(name) > 1 and f" {name} " in f" {words} "
 
 
+def remove_tokens(text: str) -> str:
+    """Replace Semantic-ID and control tokens by blanks, until replacing one no longer creates another."""
+    while SPECIAL_TOKENS.search(text):
+        text = SPECIAL_TOKENS.sub(" ", text)
+    return text
+
+
 def remove_name(text: str, name: str) -> str:
     """Remove a normalised name and all special tokens, until removing one no longer creates another."""
     while contains_name(normalize_words(text), name) or SPECIAL_TOKENS.search(text):
-        text = " ".join(_remove_first(SPECIAL_TOKENS.sub(" ", text).split(), name))
+        text = " ".join(_remove_first(remove_tokens(text).split(), name))
     return text
 
 

@@ -5,27 +5,33 @@ the answers, and logs each answer so that no request is sent twice.
 """
 
 import asyncio
+import base64
 import hashlib
+import html
 import json
 import logging
 import os
 import re
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from ipaddress import ip_address
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import urlsplit
+from urllib.parse import unquote
 
 from datasets import Dataset
 from tqdm.auto import tqdm
 
 from ..data.interactions import TEXT_FIELDS, Interactions
-from .leakage import REJECTIONS, SPECIAL_TOKENS, normalize_words, rejection_reason
+from ..terminal import printable
+from .leakage import REJECTIONS, normalize_words, rejection_reason, remove_tokens
 from .template_teacher import TemplateTeacher
 
 
 try:
+    import httpx2 as httpx  # the HTTP client of openai
     import openai
 except ImportError as error:
     raise ImportError('OpenAITeacher needs the openai package: pip install "lasar_hf[teacher]".') from error
@@ -45,8 +51,13 @@ MAX_HISTORY = 20  # most recent items of the history in a prompt
 MAX_FIELD_LENGTH = 300  # characters of a title, description, … in a prompt
 IDENTIFYING_WORDS = 6  # first words of a description that identify an item without a title
 MIN_KEY_LENGTH = 8  # shorter ones are placeholders such as "EMPTY", which an answer may contain
+KEY_PIECE = 12  # characters of a key that must not stand in an answer
+MAX_REPLY = 4 * 2**20  # bytes; a longer one is no answer
+# Below warnings, these show headers and status lines of replies, in which an endpoint may repeat the key.
+HTTP_LOGGERS = ("openai", "httpx2", "httpcore2")
 MAX_REJECTED_REQUESTS = 20  # without a single accepted answer: wrong endpoint or model
 MAX_CONSECUTIVE_FAILURES = 8  # requests in a row without an answer: with more, the endpoint is down
+_HOST = re.compile(r"[\w.-]+|[\da-f:.]+")  # a name or a number
 _THINKING = re.compile(r"^\s*<think>.*?</think>", re.DOTALL)
 
 
@@ -70,8 +81,9 @@ class OpenAITeacher:
     description if there is no title) or a Semantic-ID or control token, or if it is not plain text. A rejected request
     is asked again with the reason. After `max_answers` rejections the fallback writes the chain.
 
-    The API key is read from the environment variable `OPENAI_API_KEY`. It is never written to a log or an error
-    message. Redirects are not followed.
+    The API key is read from the environment variable `OPENAI_API_KEY`. It is never written to a log, a file or an
+    error message: with a key, a reply that refuses a request is not quoted, and the HTTP libraries only log warnings.
+    Redirects are not followed.
 
     Args:
         interactions ([`Interactions`]):
@@ -94,6 +106,11 @@ class OpenAITeacher:
             Maximum number of seconds without data from the endpoint.
         max_tokens, temperature (`int` and `float`, *optional*, default to `1024` and `0.7`):
             Maximum number of tokens of an answer, and sampling temperature.
+        allow_insecure_http (`bool`, *optional*, defaults to `False`):
+            Send the key also over `http://` to another machine, where everyone on the way can read it.
+
+    Raises:
+        `ValueError`: if a number is too small, or `base_url` is no address or contains a password or a query.
 
     Attributes:
         counts (`dict[str, int]`):
@@ -122,15 +139,14 @@ class OpenAITeacher:
         timeout: float = 120.0,
         max_tokens: int = 1024,
         temperature: float = 0.7,
+        allow_insecure_http: bool = False,
     ):
         limits = (("concurrency", concurrency, 1), ("max_answers", max_answers, 1), ("max_retries", max_retries, 0))
         for name, value, least in limits:
             if value < least:
                 raise ValueError(f"{name} is {value}; expected at least {least}.")
-        if "@" in urlsplit(base_url).netloc:
-            raise ValueError(f"base_url contains a user name or password. Set the variable {API_KEY} instead.")
-        if not base_url.startswith(("http://", "https://")):
-            raise ValueError(f"base_url is {base_url!r}; expected an address such as http://localhost:8000/v1.")
+        self.is_encrypted, self.is_local = read_address(base_url)
+        self.allow_insecure_http = allow_insecure_http
         self.model, self.base_url, self.log_path, self.fallback = model, base_url, Path(log_path), fallback
         self.concurrency, self.max_answers = concurrency, max_answers
         self.max_retries, self.timeout = max_retries, timeout
@@ -147,15 +163,18 @@ class OpenAITeacher:
         Raises:
             `ConnectionError`: if the endpoint is down (see `max_retries`), or 20 requests were given up and no good
                 answer was ever logged. The answers so far stay in the log.
-            `PermissionError`: if the endpoint refuses the key, or does not know the model or address.
+            `PermissionError`: if the endpoint refuses the key, redirects, or does not know the model or address.
+            `ValueError`: if the key would be sent over `http://` to another machine, see `allow_insecure_http`.
         """
         keys: list[str] = []
         log = AnswerLog(self.log_path)
-        with log.file:
+        with log.file, quiet_http_logs():
             try:
                 asyncio.run(_Run(self, log).work(self._requests(samples, keys)))
             except BaseExceptionGroup as group:
                 raise group.exceptions[0] from None
+            except KeyboardInterrupt:  # without the frames of the client, whose variables hold the key
+                raise KeyboardInterrupt from None
         self.counts = log.counts(set(keys))
         logger.info("teacher: %s", json.dumps(self.counts))
         if self.counts["replaced"]:
@@ -194,12 +213,24 @@ class _Run:
         self.api_key = os.environ.get(API_KEY, "")
         if not (self.api_key.isascii() and self.api_key.isprintable()):
             raise ValueError(f"The environment variable {API_KEY} contains characters that a key cannot have.")
+        is_safe = teacher.is_encrypted or teacher.is_local or teacher.allow_insecure_http
+        if len(self.api_key) >= MIN_KEY_LENGTH and not is_safe:
+            raise ValueError(
+                f"{teacher.base_url} is http:// on another machine, to which the key would be sent unencrypted. Use "
+                f"https://, unset {API_KEY}, or set allow_insecure_http (teacher_allow_insecure_http of prepare)."
+            )
 
     async def work(self, requests: Iterator[tuple[str, str, tuple[str, ...]]]) -> None:
         """Settle all requests, `concurrency` at a time."""
+        http = openai.DefaultAsyncHttpxClient(
+            follow_redirects=False,
+            # A proxy must not read what is sent to this machine.
+            trust_env=self.teacher.is_encrypted or not self.teacher.is_local,
+            event_hooks={"response": [limit_reply]},
+        )
         self.client = openai.AsyncOpenAI(
             base_url=self.teacher.base_url, api_key=self.api_key or "none", max_retries=self.teacher.max_retries,
-            timeout=self.teacher.timeout, http_client=openai.DefaultAsyncHttpxClient(follow_redirects=False),
+            timeout=self.teacher.timeout, http_client=http, default_headers={"Accept-Encoding": "identity"},
         )  # fmt: skip
         async with self.client, asyncio.TaskGroup() as group:
             for _ in range(self.teacher.concurrency):
@@ -257,24 +288,110 @@ class _Run:
             if error.status_code in (400, 413, 422):  # too long or filtered: another request may pass
                 return _Answer("", rejected="endpoint")
             if error.status_code < 500 and error.status_code not in (408, 409, 425, 429):
-                text = error.response.text
-                text = (text.replace(self.api_key, f"[{API_KEY}]") if self.api_key else text)[:300]
-                # Without the client's error, which holds the reply with the key.
-                raise PermissionError(f"{teacher.base_url} refuses {teacher.model!r} ({reason}): {text}") from None
+                failure, reason = PermissionError, f"{reason}). {self._explanation(error.response)}"
         else:
             answer = parse_reply(reply.content)
-            has_key = len(self.api_key) >= MIN_KEY_LENGTH and self.api_key in answer.text
-            return answer._replace(rejected="garbage") if has_key else answer
+            return answer._replace(rejected="garbage") if contains_key(answer.text, self.api_key) else answer
+        # Raised here, so that the error does not hold the client's, whose reply may contain the key.
+        if failure is PermissionError:
+            raise PermissionError(f"{teacher.base_url} refuses {teacher.model!r} ({reason}")
         raise failure(
             f"{teacher.base_url} gave no answer in {teacher.max_retries + 1} tries (last: {reason}). The answers so "
             f"far are in {self.log.path}; run again to continue."
         )
 
+    def _explanation(self, response: httpx.Response) -> str:
+        """What is known about a refusal. A reply to a key may repeat it in any spelling, so it is not quoted."""
+        if response.is_redirect:
+            return "Redirects are not followed. Set base_url to the address that answers."
+        if self.api_key:
+            return f"Its reply is not shown, since it may contain the key. Check {API_KEY}, base_url and the model."
+        return printable(response.text[:300])
+
+
+def read_address(base_url: str) -> tuple[bool, bool]:
+    """
+    Whether an address is encrypted, and whether it is on this machine. Refuses, with a `ValueError` that does not show
+    it, one that contains a password or a query, or is no address.
+    """
+    if "@" in base_url:
+        raise ValueError(f"base_url contains '@', as for a user name or password. Set the variable {API_KEY} instead.")
+    if "?" in base_url or "#" in base_url:
+        raise ValueError(f"base_url contains '?' or '#'. Leave the query out; a key belongs into {API_KEY}.")
+    try:
+        url = httpx.URL(base_url)
+    except httpx.InvalidURL:
+        url = httpx.URL()
+    if url.scheme not in ("http", "https") or not _HOST.fullmatch(url.host):
+        raise ValueError("base_url is not an address; expected one such as http://localhost:8000/v1.")
+    try:
+        is_local = ip_address(url.host).is_loopback
+    except ValueError:  # a name
+        is_local = url.host == "localhost" or url.host.endswith(".localhost")
+    return url.scheme == "https", is_local
+
+
+@contextmanager
+def quiet_http_logs() -> Iterator[None]:
+    """Keep the HTTP libraries from logging anything below warnings, also where a logger has a level of its own."""
+    for name in HTTP_LOGGERS:
+        logging.getLogger(name)
+    names = [name for name in logging.root.manager.loggerDict if name.split(".")[0] in HTTP_LOGGERS]
+    levels = {name: logging.getLogger(name).level for name in names}
+    for name in names:
+        logging.getLogger(name).setLevel(max(logging.WARNING, levels[name]))
+    try:
+        yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+
+
+class _LimitedStream(httpx.AsyncByteStream):
+    """The bytes of a reply, which must not be endless."""
+
+    def __init__(self, stream: httpx.AsyncByteStream):
+        self.stream = stream
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        size = 0
+        async for part in self.stream:
+            size += len(part)
+            if size > MAX_REPLY:
+                raise httpx.ReadError(f"more than {MAX_REPLY} bytes")
+            yield part
+
+    async def aclose(self) -> None:
+        await self.stream.aclose()
+
+
+async def limit_reply(response: httpx.Response) -> None:
+    """Limit the size of a reply. It is not unpacked, since a few bytes may become a great many."""
+    response.headers.pop("Content-Encoding", None)
+    response.stream = _LimitedStream(response.stream)  # type: ignore[arg-type]
+
+
+def contains_key(text: str, key: str) -> bool:
+    """
+    Whether a text contains a sizeable piece of a key, in upper or lower case, also as base64, in hexadecimal digits,
+    percent-encoded or in HTML entities. Placeholders are no keys.
+    """
+    if len(key) < MIN_KEY_LENGTH:
+        return False
+    # The first and last letters of base64 depend on what stands around the key.
+    shifted = [base64.b64encode(b"-" * shift + key.encode()).decode()[4:-4] for shift in range(3)]
+    spellings = [part.casefold() for part in (key, key.encode().hex(), *shifted) if len(part) >= MIN_KEY_LENGTH]
+    pieces = {
+        part[start : start + KEY_PIECE] for part in spellings for start in range(max(1, len(part) - KEY_PIECE + 1))
+    }
+    text = unquote(html.unescape(text)).casefold()
+    return any(piece in text for piece in pieces)
+
 
 def prompt_fields(item: dict[str, str]) -> dict[str, str]:
     """An item's text in a prompt: short fields without Semantic-ID and control tokens."""
     fields = {name: item[name][:MAX_FIELD_LENGTH] for name in TEXT_FIELDS if name in item}
-    return {name: " ".join(SPECIAL_TOKENS.sub(" ", text).split()) for name, text in fields.items()}
+    return {name: " ".join(remove_tokens(text).split()) for name, text in fields.items()}
 
 
 def identifying_names(item: dict[str, str]) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ import hashlib
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy import sparse
@@ -64,8 +65,8 @@ def text_embeddings(
         dim, seed:
             As for [`TfidfEmbedder`]. A sentence-transformers model has its own width.
         model (`str`, *optional*):
-            Name or path of a sentence-transformers model. If not given, a [`TfidfEmbedder`] is fitted to the texts,
-            without any download.
+            Name or path of a sentence-transformers model; `name@revision` takes a branch, tag or commit of the Hub.
+            If not given, a [`TfidfEmbedder`] is fitted to the texts, without any download.
         cache_dir (`str` or `os.PathLike`, *optional*):
             Folder that stores the vectors of the sentence-transformers model by text. A killed run resumes from it,
             and if the catalogue grows, only new texts are embedded. One run at a time may write to it. The cache does
@@ -96,7 +97,9 @@ def _load_encoder(model: str) -> Callable[[Sequence[str]], np.ndarray]:
             f"Embedding with {model!r} needs sentence-transformers; run `pip install 'lasar_hf[embed]'`, or leave "
             "model unset for TF-IDF vectors."
         ) from error
-    encode = SentenceTransformer(model).encode
+    name, _, revision = (model, "", "") if os.path.exists(model) else model.partition("@")
+    options: dict[str, Any] = {"revision": revision} if revision else {}
+    encode = SentenceTransformer(name, **options).encode
     return lambda texts: np.asarray(encode(list(texts), batch_size=BATCH_SIZE), dtype=np.float32)
 
 

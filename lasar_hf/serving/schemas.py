@@ -7,8 +7,9 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr
 
 MAX_TOP_K = 100
 MAX_HISTORY = 10_000
+MAX_NAME = 4096  # characters of an id or title, which an error repeats
 
-Item = StrictStr | StrictInt
+Item = Annotated[StrictStr, Field(max_length=MAX_NAME)] | StrictInt
 Items = Annotated[list[Item], Field(max_length=MAX_HISTORY)]
 
 

@@ -23,6 +23,7 @@ def serve(
     port: int = 8000,
     device: str | None = None,
     admin_token: str | None = None,
+    revision: str | None = None,
     **options,
 ) -> None:
     """
@@ -39,6 +40,8 @@ def serve(
             Where to compute. Defaults to the accelerator, if there is one.
         admin_token (`str`, *optional*):
             As for [`create_app`]. Defaults to the environment variable `LASAR_ADMIN_TOKEN`.
+        revision (`str`, *optional*):
+            Branch, tag or commit of a model on the Hub.
         options:
             As for [`create_app`].
 
@@ -56,8 +59,8 @@ def serve(
     # The port first: loading a model may take minutes.
     with open_socket(host, port) as listener:
         try:
-            cached_file(model, "config.json")  # says best what is wrong with a name
-            recommender = Recommender.from_pretrained(model, device=device)
+            cached_file(model, "config.json", revision=revision)  # says best what is wrong with a name
+            recommender = Recommender.from_pretrained(model, device=device, revision=revision)
             token = admin_token or os.environ.get("LASAR_ADMIN_TOKEN") or None
             app = create_app(recommender, admin_token=token, **options)
         except (OSError, ValueError, SafetensorError) as error:

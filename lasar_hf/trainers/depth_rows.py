@@ -16,7 +16,7 @@ class DepthRows:
         weights (`list[float]`):
             Weights `w_0, w_1, …` of the depths. Depths without a weight have no row, except for the depth that the
             example comes with, whose row has the anchors and the label of the policy. Without a weight, that row has
-            no labels, so every example has the same number of rows with labels.
+            no labels.
         latent_token_id (`int`):
             Id of `<|latent|>`.
         latent_end_token_id (`int`):
@@ -33,11 +33,6 @@ class DepthRows:
         weighted = {depth for depth, weight in enumerate(self.weights) if weight > 0}
         return sorted(weighted | {input_ids.count(self.latent_token_id)})
 
-    def num_scored(self, input_ids: list[int]) -> int:
-        """Number of rows of an example that have labels."""
-        is_text = self.latent_end_token_id not in input_ids
-        return 1 if is_text else sum(weight > 0 for weight in self.weights)
-
     def path_length(self, input_ids: list[int], start_token_id: int) -> int:
         """Tokens from `<|latent_start|>` on that the model reads for all rows of an example."""
         if start_token_id not in input_ids:
@@ -48,22 +43,22 @@ class DepthRows:
 
     def expand(self, example: dict[str, Any]) -> list[dict[str, Any]]:
         """
-        The rows of an example with `input_ids` and `labels`. `loss_weight` is the weight of a row, 1 on average over
-        those with labels, `is_own` marks the row of the depth that the example comes with, and `neighbour_share` falls
-        from 1 at depth 0 to 0 at the deepest row.
+        The rows of an example with `input_ids` and `labels`. `loss_weight` is the share of a row in the loss, which
+        sums to 1: an example weighs the same with any number of rows. `is_own` marks the row of the depth that the
+        example comes with, and `neighbour_share` falls from 1 at depth 0 to 0 at the deepest row.
         """
         ids, labels = list(example["input_ids"]), list(example["labels"])
         if self.latent_end_token_id not in ids:
             return [example | {"loss_weight": 1.0, "is_own": True, "neighbour_share": 1.0}]
         depths, own, end = self.depths(ids), ids.count(self.latent_token_id), ids.index(self.latent_end_token_id)
-        mean, rows = sum(self.weights) / self.num_scored(ids), []
+        total, rows = sum(self.weights), []
         for depth in depths:
             weight = self.weights[depth] if depth < len(self.weights) else 0.0
             row_labels = [*labels[: end - own], *[-100] * depth, *labels[end:]]
             row = {
                 "input_ids": [*ids[: end - own], *[self.latent_token_id] * depth, *ids[end:]],
                 "labels": row_labels if weight > 0 else [-100] * len(row_labels),
-                "loss_weight": weight / mean, "is_own": depth == own,
+                "loss_weight": weight / total, "is_own": depth == own,
                 "neighbour_share": 1 - depth / max(depths[-1], 1),
             }  # fmt: skip
             rows.append(example | row)

@@ -113,7 +113,8 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
         ranking_evaluator: Callable[[nn.Module], dict[str, float]] | dict[str, Callable] | None = None,
         **kwargs,
     ):
-        self.processor, tokenizer, self.catalog = split_processor(model, processing_class, catalog)
+        revision = (args.model_init_kwargs or {}).get("revision")
+        self.processor, tokenizer, self.catalog = split_processor(model, processing_class, catalog, revision)
         if self.catalog is None:
             raise ValueError("catalog is missing. Pass it, or a LasarProcessor as processing_class.")
         _check_arguments(args, kwargs, has_eval=eval_dataset is not None, num_items=self.catalog.num_items)
@@ -122,10 +123,10 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
         eval_dataset = self.set_ranking_evaluator(ranking_evaluator, eval_dataset)
         model = load_model(model, **(args.model_init_kwargs or {})) if is_adapter(model) else model
         refuse_zero3(model, args, kwargs.get("peft_config"))
-        config = AutoConfig.from_pretrained(model) if isinstance(model, str) else unwrap_lasar(model).config
+        is_name = isinstance(model, str)
+        config = AutoConfig.from_pretrained(model, revision=revision) if is_name else unwrap_lasar(model).config
         self.catalog.check_matches(config.num_sid_levels, config.codebook_size)
-        if args.fixed_depth not in (None, *range(config.max_latent_steps + 1)):
-            raise ValueError(f"fixed_depth is {args.fixed_depth}; expected 0 to {config.max_latent_steps}.")
+        config.check_depth("fixed_depth", args.fixed_depth)
         args.max_completion_length = config.num_sid_levels
         if reward_funcs is None:
             reward_funcs = load_rewards(["exact_match", "ranking"], self.catalog, config, args.num_generations)
@@ -319,7 +320,12 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
         if self.args.alignment != "none":  # prompts without an anchor get zeros, and no terminal loss
             anchors = [example.get("terminal_anchor") for example in inputs]
             zeros = [0.0] * unwrap_lasar(self.model).config.hidden_size
-            output["has_anchor"] = rewards.new_tensor([anchor is not None for anchor in anchors])  # (B · G,)
+            has_term = rewards.new_tensor([anchor is not None for anchor in anchors])  # (B · G,)
+            slots = output["prompt_ids"] == unwrap_lasar(self.model).config.latent_token_id  # (B · G, L)
+            has_term = has_term * slots.any(dim=1)  # h_0 is no latent step
+            share = self.accelerator.gather(has_term).mean()
+            # For a mean over the sequences with this loss, in whatever micro-batches they are.
+            output["terminal_scale"] = has_term / share.clamp(min=1 / len(rewards))  # (B · G,)
             anchors = torch.tensor([zeros if anchor is None else anchor for anchor in anchors])
             output["terminal_anchor"] = anchors.to(rewards.device)  # (B · G, H)
         if self.model.training:
@@ -388,10 +394,9 @@ class LasarGRPOTrainer(LasarTrainerMixin, GRPOTrainer):
             steps = output.latent_steps
             last = output.latent_states[torch.arange(len(steps), device=steps.device), steps]  # (B, H)
             distances = DISTANCES[self.args.alignment](last, inputs["terminal_anchor"])  # (B,)
-            has_anchor = inputs["has_anchor"] * (steps > 0)  # (B,); h_0 is no latent step
-            total, count = (distances * has_anchor).sum(), has_anchor.sum()
-            metrics["terminal_loss"] = total, count
-            extra = extra + self.args.terminal_weight * self.weight_of_mean(count) * total / count.clamp(min=1)
+            scale = inputs["terminal_scale"]  # (B,)
+            metrics["terminal_loss"] = (distances * (scale > 0)).sum(), (scale > 0).sum()
+            extra = extra + self.args.terminal_weight * (distances * scale).mean()
 
         # 3. The depth policy.
         if self.args.depth_weight > 0:

@@ -8,6 +8,7 @@ from huggingface_hub import CommitOperationAdd
 from transformers import TrainingArguments
 
 from ..files import read_json
+from ..model.files_lasar import CHECKSUMS_NAME
 from ..model.memory_lasar import MEMORY_NAME
 
 
@@ -17,7 +18,7 @@ SHARED = (
     "README.md", "LICENSE", "*.png", "config.json", "generation_config.json", "*.safetensors",
     "*.safetensors.index.json", "*_lasar.py", "handler.py", "processor_config.json", "tokenizer*",
     "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template.jinja",
-    "sid_catalog.json", f"{ADAPTER}/adapter_config.json", f"{ADAPTER}/adapter_model*.safetensors",
+    "sid_catalog.json", CHECKSUMS_NAME, f"{ADAPTER}/adapter_config.json", f"{ADAPTER}/adapter_model*.safetensors",
 )  # fmt: skip
 
 

@@ -7,8 +7,12 @@ from peft import LoraConfig, PeftConfig, PeftModel
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import nn
 
+from ..model.files_lasar import check_files
 from ..model.modeling_lasar import LasarForGenerativeRec
 from .model_config import LasarModelConfig
+
+
+ADAPTER_FILES = "adapter_model*.safetensors"
 
 
 def lasar_lora_config(
@@ -97,10 +101,14 @@ def load_model(path: str, **kwargs) -> LasarForGenerativeRec | PeftModel:
     kwargs = {"dtype": "float32"} | kwargs  # as in TRL
     if not is_adapter(path):
         return LasarForGenerativeRec.from_pretrained(path, **kwargs)
-    base = PeftConfig.from_pretrained(path).base_model_name_or_path
+    check_files(path, ADAPTER_FILES)
+    config = PeftConfig.from_pretrained(path)
+    base = config.base_model_name_or_path
     if not base:  # as after stage 1
         folder = os.path.dirname(os.path.abspath(path))
         raise ValueError(f"The base model of the adapter in {path} was not saved. Start from the merged {folder}.")
+    if config.revision:  # that of the base model; one in `kwargs` is of the adapter
+        kwargs["revision"] = config.revision
     return PeftModel.from_pretrained(LasarForGenerativeRec.from_pretrained(base, **kwargs), path, is_trainable=True)
 
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from transformers import TrainingArguments
 from trl import SFTConfig
 
 from ..arguments import check_choices
@@ -93,6 +94,8 @@ class LasarSFTConfig(SFTConfig):
     dataset: str | None = field(default=None, metadata={"help": "Name of the data set, for the model card."})
     hub_strategy: str = field(default="end", metadata={"help": "Keep it at end: the complete model is pushed."})
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Keep it at False."})
+
+    __repr__ = TrainingArguments.__str__  # hides the tokens, which that of a dataclass shows
 
     def __post_init__(self):
         check_choices(self)

@@ -51,7 +51,8 @@ class LasarDataCollator(DataCollatorForLanguageModeling):
         depth_rows ([`DepthRows`], *optional*):
             Train each example at several depths. The batch gets `loss_weights` and `is_own` `(B,)`.
 
-    Examples with a column `neighbours` add `neighbours` `(B, R)`, padded with -1, and `neighbour_share` `(B,)`.
+    Examples with a column `neighbours` add `neighbours` `(B, R)`, padded with -1, and `neighbour_share` `(B,)`. Those
+    with a column `depth` add `has_depth` `(B,)`, false where it is -1: the policy does not learn from them.
     """
 
     anchors: AnchorStore | None = field(default=None, kw_only=True)
@@ -66,6 +67,8 @@ class LasarDataCollator(DataCollatorForLanguageModeling):
         if self.depth_rows is not None:
             batch["loss_weights"] = torch.tensor([row["loss_weight"] for row in examples])  # (B,)
             batch["is_own"] = torch.tensor([row["is_own"] for row in examples])  # (B,)
+        if "depth" in examples[0]:
+            batch["has_depth"] = torch.tensor([row["depth"] >= 0 for row in examples])  # (B,)
         if "neighbours" in examples[0]:
             rows = [torch.tensor(row["neighbours"], dtype=torch.long) for row in examples]
             batch["neighbours"] = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)  # (B, R)
@@ -101,7 +104,8 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
     `L_CE` normalises SID tokens over the catalogue (or over the vocabulary, `sid_loss`), at the depth of the example
     or at several (`depth_weights`). `L_align` compares the latent
     states with the anchors, see [`~lasar_hf.trainers.alignment_loss`]. `L_policy` is the cross-entropy of the policy
-    head with the number of latent slots of the example. Stage 1 has no latent slots and `policy_weight=0`.
+    head with the number of latent slots of the example. Stage 1 has no latent slots and `policy_weight=0`. Plain text
+    and examples whose column `depth` is -1 have no `L_policy`.
 
     Args:
         model (`str` or [`LasarForGenerativeRec`] or [`~peft.PeftModel`]):
@@ -152,7 +156,8 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
         processing_class=None,
         **kwargs,
     ):
-        self.processor, tokenizer, self.catalog = split_processor(model, processing_class, catalog)
+        revision = (args.model_init_kwargs or {}).get("revision")
+        self.processor, tokenizer, self.catalog = split_processor(model, processing_class, catalog, revision)
         if args.sid_loss == "catalog" and self.catalog is None:
             raise ValueError('sid_loss="catalog" needs the items. Pass catalog, or a LasarProcessor.')
         if args.alignment == "item_kl" and self.catalog is None:
@@ -202,7 +207,7 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
-        added = [name for name in ("sample_index", "neighbours") if name not in self._signature_columns]
+        added = [name for name in ("sample_index", "neighbours", "depth") if name not in self._signature_columns]
         self._signature_columns = [*self._signature_columns, *added]
 
     def _get_train_sampler(self, train_dataset=None):
@@ -210,14 +215,12 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
         if self.args.max_tokens_per_batch is None:
             return super()._get_train_sampler(train_dataset)
         dataset = (self.train_dataset if train_dataset is None else train_dataset).with_format(None)
-        start_token_id = unwrap_lasar(self.model).config.latent_start_token_id
-        path_lengths, num_rows = None, np.ones(len(dataset))
+        config, sequences, path_lengths = unwrap_lasar(self.model).config, list(dataset["input_ids"]), None
         if self.depth_rows is not None:
-            path_lengths = [self.depth_rows.path_length(ids, start_token_id) for ids in dataset["input_ids"]]
-            num_rows = [self.depth_rows.num_scored(ids) for ids in dataset["input_ids"]]
+            path_lengths = [self.depth_rows.path_length(ids, config.latent_start_token_id) for ids in sequences]
         self.batch_sampler = PrefixBatchSampler(
-            dataset["input_ids"],
-            start_token_id,
+            sequences,
+            config.latent_start_token_id,
             self.args.max_tokens_per_batch,
             self.args.world_size,
             self.args.process_index,
@@ -225,80 +228,113 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
             path_lengths,
         )
         # Batches differ in their number of examples. Means over a step would weigh the examples of small batches more,
-        # so sums are divided by the mean number of labels and of examples.
-        num_batches = len(self.batch_sampler) * self.args.world_size
-        labels = sum(
-            rows * sum(label != -100 for label in row[1:])
-            for rows, row in zip(num_rows, dataset["labels"], strict=True)
-        )
+        # so sums are divided by the mean numbers of labels and of terms in a step.
+        batches_per_step = self.args.world_size * self.args.gradient_accumulation_steps
+        share = batches_per_step / (len(self.batch_sampler) * self.args.world_size)
+        labels = share * sum(label != -100 for row in dataset["labels"] for label in row[1:])
         # Of all processes, or of one if the loss is averaged over them.
-        num_processes = self.args.world_size if self.args.average_tokens_across_devices else 1
-        self.labels_per_step = labels / num_batches * num_processes * self.args.gradient_accumulation_steps
-        self.examples_per_batch = len(dataset) / num_batches
+        self.labels_per_step = labels if self.args.average_tokens_across_devices else labels / self.args.world_size
+        slots = np.array([ids.count(config.latent_token_id) for ids in sequences])
+        has_depth = [config.latent_start_token_id in ids for ids in sequences]
+        if "depth" in dataset.column_names:
+            has_depth = [depth >= 0 for depth in dataset["depth"]]
+        is_term = np.stack([slots > 0, (slots >= config.min_latent_steps) & has_depth])  # (2, examples)
+        self.terms_per_step = share * torch.tensor(is_term.sum(axis=1))  # (2,)
         return self.batch_sampler
 
     def _get_num_items_in_batch(self, batch_samples, device):
-        if self.batch_sampler is None:
-            return super()._get_num_items_in_batch(batch_samples, device)
-        return torch.tensor(self.labels_per_step, device=device)
+        """Numbers of labels and, for the other losses, of terms in a step, over its micro-batches and processes."""
+        if self.batch_sampler is not None:
+            self._terms_of_step = self.terms_per_step.to(device)
+            return torch.tensor(self.labels_per_step, device=device)
+        self._terms_of_step = self._num_terms(batch_samples, device)
+        if self.depth_rows is not None:
+            return self._num_labels(batch_samples, device)
+        return super()._get_num_items_in_batch(batch_samples, device)
 
-    def weight_of_mean(self, count):
-        if self.batch_sampler is None or not self.model.training:
-            return super().weight_of_mean(count)
-        return count / self.examples_per_batch
+    def _num_labels(self, batches: list[dict], device) -> torch.Tensor:
+        """Labels of all processes; those of an example count once, at however many depths it is trained."""
+        counts = [(batch["labels"][:, 1:] != -100).sum(dim=1) for batch in batches]  # of (B,)
+        if self.depth_rows is not None:
+            counts = [count * batch["loss_weights"] for count, batch in zip(counts, batches, strict=True)]
+        total = torch.as_tensor(sum(count.sum() for count in counts), device=device)
+        return self.accelerator.reduce(total, "sum") if self.args.average_tokens_across_devices else total
+
+    def _num_terms(self, batches: list[dict], device) -> torch.Tensor:
+        """Sequences of all processes with an alignment and with a policy loss, `(2,)`."""
+        counts = [self._has_terms(batch).sum(dim=1).to(device) for batch in batches]  # of (2,)
+        return self.accelerator.reduce(sum(counts, torch.zeros(2, device=device)), "sum")
+
+    def _has_terms(self, batch: dict) -> torch.Tensor:
+        """Which sequences have an alignment and which a policy loss, `(2, B)`."""
+        config, ids = unwrap_lasar(self.model).config, batch["input_ids"]
+        slots = (ids == config.latent_token_id).sum(dim=1)  # (B,)
+        has_depth = batch.get("has_depth", (ids == config.latent_start_token_id).any(dim=1))  # plain text has none
+        is_own = batch.get("is_own", torch.ones_like(has_depth))
+        has_class = is_own & has_depth & (slots >= config.min_latent_steps)
+        return torch.stack([is_own & (slots > 0) & ("anchors" in batch), has_class])
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """`L_CE` of TRL, plus the terms that read the latent states of the same pass."""
-        # 1. Cross-entropy of the next token; this runs the model.
+        # 1. Cross-entropy of the next token; this runs the model. Without a number of labels, as in an evaluation, TRL
+        # would divide by those of this process, at every depth.
         neighbours, share = inputs.pop("neighbours", None), inputs.pop("neighbour_share", None)
         if neighbours is not None and self.args.neighbour_targets > 0 and self.model.training:
             inputs = self._with_neighbours(inputs, neighbours, share)
-        anchors, is_own = inputs.pop("anchors", None), inputs.pop("is_own", None)
+        is_step = num_items_in_batch is not None
+        if not is_step:
+            num_items_in_batch = self._num_labels([inputs], inputs["labels"].device)
+        has_terms = self._has_terms(inputs)  # (2, B)
+        anchors, is_own, _ = (inputs.pop(name, None) for name in ("anchors", "is_own", "has_depth"))
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         output = self._outputs.pop()
-        if is_own is None:
-            is_own = torch.ones_like(output.latent_steps, dtype=torch.bool)  # (B,)
         metrics = latent_metrics(output, unwrap_lasar(self.model).get_input_embeddings(), is_own)
+
+        # 2. The other losses: sums over the terms of this batch, divided by the number of terms in the whole step. The
+        # processes add up terms and metrics together, so a batch without such terms computes them too.
+        if not self.model.training:  # held-out examples have neither anchors nor labels
+            has_terms = has_terms & (anchors is not None)
+        totals = self._terms_of_step if is_step else self.accelerator.reduce(has_terms.sum(dim=1), "sum")  # (2,)
+        # DDP takes the mean of the processes.
+        weights = torch.where(totals > 0, self.accelerator.num_processes / totals, 0)  # (2,)
         extra = output.depth_logits.new_zeros((), dtype=torch.float32)
-
-        # The processes add up terms and metrics together, so a batch without such terms computes them too.
-        is_trained = self.model.training or anchors is not None  # held-out examples have neither anchors nor labels
-
-        # 2. Alignment: h_1 … h_N against the anchors (B, max N, H). h_0 has none.
         if self.args.alignment != "none":
-            latents = output.latent_states[:, 1:]  # (B, max N, H)
-            steps = torch.arange(latents.shape[1], device=latents.device)  # (max N,)
-            mask = (steps < output.latent_steps[:, None]) & is_own[:, None] & (anchors is not None)  # (B, max N)
-            anchors = torch.zeros_like(latents) if anchors is None else anchors
-            # Rows at other depths may be deeper than those that have anchors.
-            anchors = nn.functional.pad(anchors, (0, 0, 0, latents.shape[1] - anchors.shape[1]))
-            alignment = self._alignment(latents, anchors, mask)
-            count = mask.any(dim=1).sum()
-            metrics["align_loss"] = alignment * count, count
-            extra = extra + self.args.alignment_weight * self.weight_of_mean(count) * alignment
-
-        # 3. Policy: class k means depth k + min_latent_steps. Sequences without a class are masked rather than left
-        # out, so that the head gets a gradient in every batch.
+            total, metrics["align_loss"] = self._alignment_term(output, anchors, has_terms[0])
+            extra = extra + self.args.alignment_weight * weights[0] * total
         if self.args.policy_weight > 0:
-            classes = output.latent_steps - unwrap_lasar(self.model).config.min_latent_steps  # (B,)
-            has_label = (classes >= 0) & is_own & is_trained  # (B,)
-            labels = torch.where(has_label, classes, -100)  # (B,)
-            count = (labels >= 0).sum()
-            total = nn.functional.cross_entropy(
-                output.depth_logits.float(), labels, reduction="sum", label_smoothing=self.args.policy_label_smoothing
-            )
-            metrics["policy_loss"] = total, count
-            metrics["depth_accuracy"] = (output.depth_logits.argmax(-1) == labels).sum(), count
-            extra = extra + self.args.policy_weight * self.weight_of_mean(count) * total / count.clamp(min=1)
-
-        # 4. The Trainer sums over accumulated micro-batches: TRL's loss is divided by the tokens of all of them
-        # already, these terms by their number here.
+            total, policy_metrics = self._policy_term(output, has_terms[1])
+            metrics |= policy_metrics
+            extra = extra + self.args.policy_weight * weights[1] * total
         self.log_means(metrics)
-        if num_items_in_batch is not None:
-            # The last step of an epoch may have fewer of them. Batches of users weigh the same in every step.
-            num_batches = self.current_gradient_accumulation_steps
-            extra = extra / (num_batches if self.batch_sampler is None else self.args.gradient_accumulation_steps)
-        return (result[0] + extra, result[1]) if return_outputs else result + extra
+
+        # 3. The Trainer adds up the micro-batches of a step.
+        loss, *outputs = result if return_outputs else [result]
+        loss = loss + extra
+        if not self.model.training:  # the same on every process, of which the Trainer may leave out some
+            loss = self.accelerator.reduce(loss, "mean")
+        return (loss, *outputs) if return_outputs else loss
+
+    def _alignment_term(self, output, anchors: torch.Tensor | None, has_term: torch.Tensor):
+        """Sum over the sequences of `L_align`, `h_1 … h_N` against the anchors `(B, max N, H)`, and its metric."""
+        latents = output.latent_states[:, 1:]  # (B, max N, H); h_0 has no anchor
+        steps = torch.arange(latents.shape[1], device=latents.device)  # (max N,)
+        mask = (steps < output.latent_steps[:, None]) & has_term[:, None]  # (B, max N)
+        anchors = torch.zeros_like(latents) if anchors is None else anchors
+        # Rows at other depths may be deeper than those that have anchors.
+        anchors = nn.functional.pad(anchors, (0, 0, 0, latents.shape[1] - anchors.shape[1]))
+        total = self._alignment(latents, anchors, mask) * has_term.sum()
+        return total, (total, has_term.sum())
+
+    def _policy_term(self, output, has_term: torch.Tensor):
+        """Sum over the sequences of `L_policy`, and its metrics. Class k means depth k + min_latent_steps."""
+        # Sequences without a class are masked rather than left out, so that the head gets a gradient in every batch.
+        classes = output.latent_steps - unwrap_lasar(self.model).config.min_latent_steps  # (B,)
+        labels = torch.where(has_term, classes, -100)  # (B,)
+        total = nn.functional.cross_entropy(
+            output.depth_logits.float(), labels, reduction="sum", label_smoothing=self.args.policy_label_smoothing
+        )
+        is_correct, count = output.depth_logits.argmax(-1) == labels, has_term.sum()
+        return total, {"policy_loss": (total, count), "depth_accuracy": (is_correct.sum(), count)}
 
     def _with_neighbours(self, inputs: dict, neighbours: torch.Tensor, share: torch.Tensor) -> dict:
         """
@@ -338,12 +374,7 @@ class LasarSFTTrainer(LasarTrainerMixin, SFTTrainer):
 def _depth_rows(args: LasarSFTConfig, config: LasarConfig) -> DepthRows | None:
     if args.depth_weights is None:
         return None
-    if len(args.depth_weights) > config.max_latent_steps + 1:
-        raise ValueError(
-            f"depth_weights has {len(args.depth_weights)} entries; expected at most "
-            f"{config.max_latent_steps + 1} (0 to "
-            "max_latent_steps)."
-        )
+    config.check_depth("The last depth of depth_weights", len(args.depth_weights) - 1)
     return DepthRows(args.depth_weights, config.latent_token_id, config.latent_end_token_id)
 
 

@@ -20,11 +20,13 @@ from trl.models import unwrap_model_for_generation
 from ..card import CardFacts, find_card, hub_name, model_card, save_card, training_text
 from ..model.base_lasar import LasarModelOutput
 from ..model.configuration_lasar import LasarConfig
+from ..model.files_lasar import write_checksums
 from ..model.modeling_lasar import LasarForGenerativeRec
 from ..model.processing_lasar import LasarProcessor
 from .hub import ADAPTER, commit_operations
+from .lora import ADAPTER_FILES
 from .losses import depth_entropy
-from .resume import SCHEDULE, TRAINING
+from .resume import FREE, LENGTH, seal_checkpoint
 
 
 # A sum over the local batch and the number of its terms.
@@ -36,16 +38,18 @@ def unwrap_lasar(model: nn.Module) -> nn.Module:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def split_processor(model, processing_class: PreTrainedTokenizerBase | LasarProcessor | None, catalog):
+def split_processor(
+    model, processing_class: PreTrainedTokenizerBase | LasarProcessor | None, catalog, revision: str | None = None
+):
     """
     The processor (or `None`), the tokenizer for TRL and the catalogue (or `None`) from a trainer's arguments. By
-    default they are those in the model's folder. TRL would treat any processor as that of a vision model. Refuses a
-    catalogue that differs from the processor's.
+    default they are those in the model's folder, or of a `revision` of its repository. TRL would treat any processor
+    as that of a vision model. Refuses a catalogue that differs from the processor's.
     """
     if processing_class is None:
         folder = model if isinstance(model, str) else unwrap_lasar(model).config._name_or_path
         try:
-            processing_class = AutoProcessor.from_pretrained(folder)
+            processing_class = AutoProcessor.from_pretrained(folder, revision=revision)
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"processing_class is missing, and the model's folder {folder!r} has none. Pass a LasarProcessor or "
@@ -195,13 +199,10 @@ class LasarTrainerMixin(Trainer):
             metrics |= ranking
         return metrics
 
-    def weight_of_mean(self, count: torch.Tensor) -> torch.Tensor:
-        """
-        Weight of a mean over `count` local terms that makes DDP's mean of the processes the mean over all terms. Every
-        process must call it.
-        """
-        total = self.accelerator.reduce(count, "sum")
-        return count * self.accelerator.num_processes / total.clamp(min=1)
+    def _run_epoch(self, *args, **kwargs):
+        """An epoch of training; nothing if the run is complete, where the Trainer would take another step."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
 
     def log_means(self, metrics: dict[str, SumAndCount]) -> None:
         """
@@ -227,7 +228,17 @@ class LasarTrainerMixin(Trainer):
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
         if self.args.should_save:
-            self.save_processor(output_dir or self.args.output_dir)
+            folder = output_dir or self.args.output_dir
+            if isinstance(self.model, PeftModel):  # a whole model writes its own
+                write_checksums(folder, ADAPTER_FILES)
+            self.save_processor(folder)
+
+    def _save_rng_state(self, output_dir):
+        """Save the last part that every process writes; then the files are complete, and the main one hashes them."""
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            seal_checkpoint(output_dir)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """
@@ -302,7 +313,8 @@ class LasarTrainerMixin(Trainer):
     @cached_property
     def start_card(self) -> ModelCard | None:
         """The card of the checkpoint that the run began with, if that is a recommender with a card."""
-        card = find_card(self.card_facts.start or unwrap_lasar(self.model).config._name_or_path)
+        name = self.card_facts.start or unwrap_lasar(self.model).config._name_or_path
+        card = find_card(name, self.card_facts.revision)
         return card if card is not None and "lasar" in (card.data.tags or ()) else None
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):
@@ -330,7 +342,7 @@ class LasarTrainerMixin(Trainer):
             self.args,
             self.state,
             self.loss_terms(),
-            (*TRAINING, *SCHEDULE),
+            [name for name in self.args.to_dict() if name not in (*FREE, *LENGTH)],
             facts,
             self.accelerator.num_processes,
             isinstance(self.model, PeftModel),
