@@ -1,11 +1,14 @@
 """Catalogue, constraint and shared-prefix beam search against brute force."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lasar_hf import SidCatalog
+from lasar_hf import RecommendOutput, SidCatalog
 from lasar_hf.model.decoding_lasar import sample_items
 from tests.references import draw_model_and_catalog, draw_prompts, score_every_item
 from tests.tiny import batch, row, sid_ids, tiny_catalog, tiny_model
@@ -357,3 +360,14 @@ def test_padding_on_both_sides_is_read_as_none(prompts):
     padded["input_ids"][0, :2] = -100  # padding may have any id
     expected = model.recommend(**prompt, catalog=tiny_catalog())
     torch.testing.assert_close(model.recommend(**padded, catalog=tiny_catalog()).scores, expected.scores)
+
+
+def test_an_output_is_used_like_those_of_transformers():
+    """`items` is a field, not the method of a dictionary."""
+    items, scores = torch.tensor([[2, 1]]), torch.tensor([[-0.5, -1.0]])
+    output = RecommendOutput(items=items, scores=scores)
+    assert output["items"] is output[0] is output.items is items
+    assert output["scores"] is output[1] is scores
+    assert len(output.to_tuple()) == 2
+    for other in (pickle.loads(pickle.dumps(output)), copy.deepcopy(output), RecommendOutput(**output)):
+        assert torch.equal(other.items, items) and torch.equal(other.scores, scores) and other.latent_steps is None

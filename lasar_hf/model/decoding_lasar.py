@@ -14,7 +14,7 @@ whole vocabulary.
 Shapes: `B` prompts, `W` beams per prompt, `F` children per node (padded), `K` codes per level.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 
 import torch
@@ -67,6 +67,13 @@ class RecommendOutput(ModelOutput):
     model_scores: torch.Tensor | None = None
     memory_scores: torch.Tensor | None = None
     memory_strength: torch.Tensor | None = None
+
+    # These two use `items` as the method of a dictionary in the base class.
+    def __getitem__(self, key):
+        return dict.__getitem__(self, key) if isinstance(key, str) else self.to_tuple()[key]
+
+    def __reduce__(self):
+        return type(self), tuple(getattr(self, field.name) for field in fields(self))
 
 
 def child_log_probs(

@@ -488,6 +488,7 @@ class LasarForGenerativeRec(CheckpointMixin, ModeMixin, LasarPreTrainedModel, Ge
             with it, `top_k` or `num_beams` is not a whole number of at least
             1, the request is larger than the sizes of `compile_for_serving`, a list is invalid, a prompt may get no
             item, `memory` is that of another catalogue or used after `compile_for_serving`, or the logits contain NaN.
+            `RuntimeError`: if another thread has the model in training mode.
         """
         catalog = self.catalog if catalog is None else catalog
         if catalog is None:
