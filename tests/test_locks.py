@@ -71,9 +71,7 @@ def test_a_process_that_inherits_the_file_holds_the_folder_on(tmp_path):
     """As a stage of `lasar train` does, which is killed alone."""
     body = "import subprocess; print(subprocess.Popen(['sleep', '60'], pass_fds=[lock.fileno()]).pid, flush=True)"
     code = HOLD.format(body + "; time.sleep(60)").replace("]):", "]) as lock:")
-    parent = subprocess.Popen(
-        [sys.executable, "-c", code, tmp_path], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
+    parent = subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert parent.stdout.readline() == "held\n"
     child = int(parent.stdout.readline())
     parent.kill()
