@@ -48,9 +48,13 @@ def naming_full_disk(folder: str | Path) -> Iterator[None]:
 
 
 def remove_temporary_files(folder: str | Path) -> None:
-    """Delete the temporary files that killed processes left in a folder to which no other process writes."""
-    for path in Path(folder).glob(".*.tmp*"):
-        path.unlink()
+    """
+    Delete the temporary files that killed processes left in a folder to which no other process writes: those of
+    [`atomic_file`] and of safetensors.
+    """
+    for pattern in (".*.tmp*", ".tmp*"):
+        for path in Path(folder).glob(pattern):
+            path.unlink()
 
 
 def write_json(path: str | Path, content: object) -> None:

@@ -113,4 +113,7 @@ def _hold(path: Path) -> IO:
 
 
 def _is_at(path: Path, file: IO) -> bool:
-    return path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False

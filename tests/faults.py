@@ -593,7 +593,7 @@ class Trials:
         if not self.bench.read(self.name, folder) <= self.readable:
             outcome.half += 1
             self.fail(folder, f"{history}: a half-written file was read")
-        if fault.signal == signal.SIGINT and (left := list(folder.rglob(".*.tmp*"))):
+        if fault.signal == signal.SIGINT and (left := list(folder.rglob(".*tmp*"))):
             self.fail(folder, f"{history}: left {left}")
         return True
 

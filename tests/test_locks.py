@@ -18,8 +18,7 @@ from lasar_hf.processes import locked_for_all
 from tests.recipes import ROOT, save_checkpoint, save_prepared
 
 
-# In the folder of the module, which needs no other: importing the package takes seconds.
-HOLD = "import sys, time; from locks import locked\nwith locked(sys.argv[1]): print('held', flush=True); {}"
+HOLD = "import sys, time; from lasar_hf.locks import locked\nwith locked(sys.argv[1]): print('held', flush=True); {}"
 SLEEP = "time.sleep(600)"
 
 
@@ -27,7 +26,7 @@ SLEEP = "time.sleep(600)"
 def holder(folder, body=SLEEP):
     """Another process that holds a folder."""
     command = [sys.executable, "-c", HOLD.format(body), str(folder)]
-    process = subprocess.Popen(command, cwd=ROOT / "lasar_hf", stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout.readline() == "held\n"
         yield process
@@ -55,7 +54,8 @@ def test_a_killed_holder_leaves_no_stale_lock(tmp_path):
 
 
 def test_temporary_files_of_a_killed_holder_are_deleted(tmp_path):
-    (tmp_path / ".report.1.tmp.json").write_text("{")
+    for name in (".report.1.tmp.json", ".tmpXa3b0Z"):  # the second as safetensors names its own
+        (tmp_path / name).write_text("{")
     with locked_for_all(tmp_path):
         assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
@@ -71,9 +71,7 @@ def test_a_process_that_inherits_the_file_holds_the_folder_on(tmp_path):
     """As a stage of `lasar train` does, which is killed alone."""
     body = "import subprocess; print(subprocess.Popen(['sleep', '60'], pass_fds=[lock.fileno()]).pid, flush=True)"
     code = HOLD.format(body + "; time.sleep(60)").replace("]):", "]) as lock:")
-    parent = subprocess.Popen(
-        [sys.executable, "-c", code, tmp_path], cwd=ROOT / "lasar_hf", stdout=subprocess.PIPE, text=True
-    )
+    parent = subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert parent.stdout.readline() == "held\n"
     child = int(parent.stdout.readline())
     parent.kill()
