@@ -92,11 +92,11 @@ def show_table(title: str, columns: list[str], rows: list[list]) -> None:
     console.print(table)
 
 
-def results_table(results: dict[str, dict]) -> None:
+def results_table(results: dict[str, dict], split: str = "test") -> None:
     """The rows of a report."""
     columns = ["HR@10", "NDCG@10", "mean_depth", "ms_per_user"]
     rows = [[name, *(row.get(column) for column in columns)] for name, row in results.items()]
-    show_table("Test users, the whole catalogue ranked", ["model", *columns], rows)
+    show_table(f"{split.capitalize()} users, the whole catalogue ranked", ["model", *columns], rows)
 
 
 def settings_table(path: str, settings: dict[str, dict]) -> None:
@@ -195,13 +195,12 @@ def evaluate(
     from lasar_hf.commands.evaluate import EvaluateArguments
     from lasar_hf.commands.evaluate import main as run
     from lasar_hf.commands.project import project_settings, stage_settings
-    from lasar_hf.files import read_json
 
     settings = stage_settings(project, project_settings(project))["evaluate"]
     settings |= {"split": split, "users": users, "num_beams": beams}
     settings["output_dir"] = str(Path(project, f"report_{split}"))
-    run(EvaluateArguments(**settings))
-    results_table(read_json(Path(settings["output_dir"], "report.json"))["results"])
+    run(EvaluateArguments(**settings), show=lambda rows, *_: results_table(rows, split))
+    console.print(f"More numbers, and those of parts of the users: {settings['output_dir']}/report.md")
 
 
 @app.command()
@@ -264,7 +263,7 @@ def serve(
         port,
         device,
         admin_token,
-        revision,
+        revision=revision,
         num_beams=num_beams,
         max_batch=max_batch,
         max_wait_ms=max_wait_ms,

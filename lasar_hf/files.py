@@ -1,12 +1,50 @@
 """JSON, content hashes, and the atomic writes that the model's files share."""
 
+import errno
 import json
-from collections.abc import Iterable
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from .model.files_lasar import atomic_file as atomic_file
 from .model.files_lasar import file_hash as file_hash
+from .model.files_lasar import file_hashes as file_hashes
+
+
+# What errors of a full disk, quota or limit say, of the system, torch (two) and NumPy.
+FULL = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)]
+FULL += ["iostream error", "inline_container", "requested and"]
+
+
+def check_writable(folder: str | Path) -> None:
+    """
+    Create a folder if it is missing, and refuse it with an `OSError` if nothing can be written there, before the work
+    whose results go there.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b" ")
+    except OSError as error:
+        reason = f"{error.strerror}; the results cannot be written there"
+        raise OSError(error.errno, reason, str(folder)) from error
+
+
+@contextmanager
+def naming_full_disk(folder: str | Path) -> Iterator[None]:
+    """
+    Name the folder in the error of a full disk: `OSError` instead of what torch, safetensors, Arrow and NumPy raise,
+    which names no file.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not any(text in str(error) for text in FULL):
+            raise
+        raise OSError(errno.ENOSPC, f"The disk is full ({error})", str(folder)) from error
 
 
 def remove_temporary_files(folder: str | Path) -> None:
@@ -36,7 +74,8 @@ def folder_hashes(folder: str | Path | None, pattern: str) -> dict[str, str]:
     name of a model on the Hub, has no files. `"**/data-*.arrow"` matches the tables of saved `Dataset`s.
     """
     files = sorted(path for path in Path(folder).glob(pattern) if path.is_file()) if folder is not None else []
-    return {str(path.relative_to(folder)): file_hash(path) for path in files}
+    names = [str(path.relative_to(folder)) for path in files]
+    return dict(zip(names, file_hashes(files), strict=True))
 
 
 def checkpoint_hashes(model: str | Path | None, patterns: Iterable[str]) -> dict[str, str]:

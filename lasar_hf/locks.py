@@ -12,9 +12,11 @@ import socket
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
+
+from .files import check_writable, naming_full_disk, remove_temporary_files
 
 
 LOCK_NAME = ".lock"
@@ -57,16 +59,18 @@ def try_lock(file: IO, wait: bool = False) -> bool:
 @contextmanager
 def locked(folder: str | Path) -> Iterator[IO]:
     """
-    Hold a folder, so that no second command writes to it. The folder is created if missing.
+    Hold a folder, so that no second command writes to it. The folder is created if missing, must allow to be written
+    to, and loses the temporary files of killed processes.
 
     Processes that inherit the yielded file hold the folder as well, until all of them end.
 
     Args:
         folder (`str` or `Path`):
-            Folder of the command's output. Its file `.lock` names process and host while it is held.
+            Folder of the command's output. While it is held, its file `.lock` names process and host.
 
     Raises:
         `RuntimeError`: if another command holds the folder; names its process and host.
+        `OSError`: at once if the folder cannot be written to, or later if its disk is full; names the folder.
 
     Example:
 
@@ -75,20 +79,38 @@ def locked(folder: str | Path) -> Iterator[IO]:
     ...     Path("outputs/report/table.md").write_text("| a |")
     ```
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK_NAME).open("a+", encoding="utf-8") as file:  # "w" would erase the name of the holder
-        if not try_lock(file):
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            raise RuntimeError(
-                f"{folder} is in use by {holder}, or by a process that it started. Wait until it ends, or use another "
-                "folder."
-            )
-        file.truncate(0)
+    path = Path(folder, LOCK_NAME)
+    check_writable(path.parent)
+    with _hold(path) as file:
+        file.truncate(0)  # a killed holder left its name
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
+        remove_temporary_files(folder)
         try:
-            yield file
+            with naming_full_disk(folder):
+                yield file
         finally:
-            file.truncate(0)
+            if _is_at(path, file):
+                with suppress(PermissionError):  # Windows keeps open files
+                    path.unlink()
+
+
+def _hold(path: Path) -> IO:
+    """Open and lock a file, again if the last holder deleted it in between."""
+    while True:
+        file = path.open("a+", encoding="utf-8")  # "w" would erase the name of the holder
+        if not try_lock(file):
+            file.seek(0)
+            holder = file.read() or "another process"
+            file.close()
+            raise RuntimeError(
+                f"{path.parent} is in use by {holder}, or by a process that it started. Wait until it ends, or use "
+                "another folder."
+            )
+        if _is_at(path, file):
+            return file
+        file.close()
+
+
+def _is_at(path: Path, file: IO) -> bool:
+    return path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno()))

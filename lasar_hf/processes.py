@@ -48,8 +48,8 @@ def on_main_process(function: Callable[[], Result]) -> Result:
 @contextmanager
 def locked_for_all(folder: str | Path) -> Iterator[None]:
     """
-    As [`~lasar_hf.locks.locked`], for a command that several processes run: the main one holds the folder for all.
-    If it is refused, all of them end with the error. Every process must call it, after it has joined the others.
+    As [`~lasar_hf.locks.locked`], for a command that several processes run: the main one holds the folder for all. If
+    it is refused, all of them end with the error. Every process must call it, after it has joined the others.
     """
     with ExitStack() as stack:
 

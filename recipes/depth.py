@@ -210,8 +210,7 @@ def compare_depths(args: DepthArguments) -> None:
     data.check_catalog(processor.catalog, args.model)
     model = LasarForGenerativeRec.from_pretrained(args.model, revision=args.revision).eval()
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    samples = data.samples["validation"].shuffle(seed=0)
-    samples = samples.select(range(min(args.users, len(samples))))
+    samples = data.draw("validation", args.users)
     first, num_depths = model.config.min_latent_steps, model.config.max_latent_steps + 1
 
     # 1. Probability of the target and NDCG@10 at every depth.
@@ -238,8 +237,8 @@ def compare_depths(args: DepthArguments) -> None:
         noise, log_p, value = noise_null(model, samples, processor, log_probs, rows["best fixed depth"], args)
     details = {"arguments": asdict(args), "users": len(samples), "cost": cost}
     null = {"noise": noise, "log p": log_p, "NDCG@10": value}
+    print(json.dumps({name: round(row["NDCG@10"], 4) for name, row in rows.items() if name != "best fixed depth"}))
     write_report(Path(args.output_dir), rows, null, details)
-    print(json.dumps({name: round(row["NDCG@10"], 4) for name, row in rows.items()}))
     if args.save_to is not None:
         fitted = fit_depth_policy(head.cpu(), states, rewards, cost, first)
         model.model.policy_head.load_state_dict(fitted.state_dict())

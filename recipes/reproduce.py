@@ -34,7 +34,7 @@ from lasar_hf.commands.sft import SFTScriptArguments
 from lasar_hf.data import PreparedData
 from lasar_hf.evaluation import BASELINES
 from lasar_hf.evaluation.study import StudyResults, write_study
-from lasar_hf.files import atomic_file, read_json, write_json
+from lasar_hf.files import atomic_file, check_writable, read_json, write_json
 from lasar_hf.locks import try_lock
 from lasar_hf.trainers import LasarModelConfig
 
@@ -385,6 +385,7 @@ def main(study: StudyArguments) -> None:
     check_prepare(study)
     check_depths(study, rows)
     check_tables(study, rows)
+    check_writable(study.report_dir)
     jobs = Jobs(study, rows)
     missing = [name for name, job in jobs.items() if not job.has_ended()]
     if not study.report_only:

@@ -1,6 +1,7 @@
-"""Settings of all tests: no network, one thread; and the optional real data."""
+"""Settings of all tests: no network, one thread, an empty cache of examples; and the optional real data."""
 
 import os
+import tempfile
 from pathlib import Path
 
 
@@ -9,6 +10,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+CACHE = tempfile.TemporaryDirectory()  # removed when Python ends
+os.environ["HF_DATASETS_CACHE"] = CACHE.name
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

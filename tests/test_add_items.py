@@ -170,6 +170,12 @@ def test_killed_run_is_finished_by_the_next(recipe, prepared, checkpoint, tmp_pa
     assert unreadable == 2  # in these cases the copy was needed
 
 
+def test_temporary_files_of_a_killed_run_are_removed(recipe, prepared, checkpoint, tmp_path):
+    (checkpoint / ".sid_catalog.1.tmp.json").write_text("{")
+    add(recipe, prepared, checkpoint, write_items(tmp_path / "new.jsonl"))
+    assert not list(checkpoint.glob(".*"))
+
+
 def test_old_copy_does_not_replace_a_complete_catalogue(recipe, prepared, checkpoint, tmp_path):
     items = write_items(tmp_path / "new.jsonl")
     SidCatalog.from_pretrained(checkpoint).save_pretrained(checkpoint / ".new_catalog")
@@ -224,7 +230,7 @@ def test_semantic_ids_without_text_are_refused(recipe, checkpoint, tmp_path):
 
 def test_missing_encoder_is_named(recipe, prepared, checkpoint, tmp_path):
     shutil.rmtree(shutil.copytree(prepared, tmp_path / "old") / "item_encoder")
-    with pytest.raises(FileNotFoundError, match="item_encoder"):
+    with pytest.raises(ValueError, match="item_encoder.* is missing"):
         add(recipe, tmp_path / "old", checkpoint, write_items(tmp_path / "new.jsonl"))
 
 

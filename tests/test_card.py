@@ -90,6 +90,13 @@ def test_usage_runs_when_pasted(tmp_path):
     assert len(re.findall(r"Book \d+", done.stdout)) == 15
 
 
+def test_a_card_has_the_settings_that_the_run_learned_with(tmp_path):
+    card = card_of(tmp_path, max_grad_norm=0.5, eval_on_start=False, save_steps=7)
+    assert "max_grad_norm: 0.5" in card.content
+    for executed in ("accelerator_config", "use_cpu", "save_steps", "max_steps"):
+        assert f"{executed}:" not in card.content
+
+
 def test_an_untrained_depth_policy_is_not_used(tmp_path):
     card = card_of(tmp_path, policy_weight=0.0)
     assert "whose number must be given" in card.content and "top_k=5, latent_steps=0)" in card.content

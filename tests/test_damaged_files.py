@@ -110,16 +110,25 @@ def test_a_flipped_bit_of_the_weights_is_found(copy_of, name):
         assert_refused(path.parent, "model")
 
 
+def content_of(part: SidCatalog | ItemMemory) -> list:
+    """What a catalogue or a memory says, without its hash."""
+    names = ["codes", "removed", "item_ids", "titles", "allow_collisions"]
+    if isinstance(part, ItemMemory):
+        names = ["pointers", "neighbours", "weights", "decay", "gate", "catalog_sha256"]
+    values = [getattr(part, name) for name in names]
+    return [value.tolist() if isinstance(value, torch.Tensor) else value for value in values]
+
+
 @pytest.mark.parametrize("name", ["sid_catalog.json", "sid_catalog.safetensors", "item_memory.safetensors"])
 def test_every_flipped_bit_is_found_or_has_no_effect(copy_of, name):
     """Only the name of the hash itself may change unnoticed; then the content is right."""
     path = copy_of(name) / name
     kind = ItemMemory if "memory" in name else SidCatalog
-    content, expected = path.read_bytes(), kind.from_pretrained(path.parent).content_hash()
+    content, expected = path.read_bytes(), content_of(kind.from_pretrained(path.parent))
     for bit in random.Random(0).sample(range(8 * len(content)), 300):
         path.write_bytes(flipped(content, bit))
         try:
-            assert kind.from_pretrained(path.parent).content_hash() == expected
+            assert content_of(kind.from_pretrained(path.parent)) == expected
         except ValueError as error:
             assert type(error) is ValueError and path.stem in str(error)
 

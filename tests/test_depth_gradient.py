@@ -258,6 +258,7 @@ def test_a_fixed_depth_is_that_of_all_candidates(tmp_path, depth):
     before = parameters(trainer.model)
     trainer.train()
     assert trainer.state.log_history[0]["mean_depth"] == depth
+    assert ("terminal_loss" in trainer.state.log_history[0]) == (depth > 0)  # h_0 is no latent step
     assert moved(before, trainer.model)
     assert ("terminal_loss" in trainer.state.log_history[0]) == (depth > 0)  # h_0 is no latent step
 

@@ -186,3 +186,18 @@ def test_combine_views_refuses_views_that_do_not_match():
         combine_views([np.ones((2, 2))], [1, 2])
     with pytest.raises(ValueError, match="empty"):
         combine_views([])
+
+
+@pytest.mark.parametrize("name", ["some/model@abc123", "some/model", "folder@2"])
+def test_a_model_can_be_pinned(monkeypatch, tmp_path, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder@2").mkdir()
+    loaded = []
+
+    def encoder(model, **options):
+        loaded.append((model, options))
+        return types.SimpleNamespace(encode=lambda texts, batch_size: np.zeros((len(texts), 2)))
+
+    monkeypatch.setitem(sys.modules, "sentence_transformers", types.SimpleNamespace(SentenceTransformer=encoder))
+    text_embeddings(["a cup"], model=name)
+    assert loaded == [("some/model", {"revision": "abc123"}) if "abc" in name else (name, {})]

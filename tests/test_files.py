@@ -1,15 +1,23 @@
 """Atomic writes, JSON and hashes."""
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import torch
+from safetensors.numpy import save_file
 
 from lasar_hf.files import (
     atomic_file,
+    check_writable,
     file_hash,
     folder_hashes,
+    naming_full_disk,
     read_json,
     remove_temporary_files,
     write_json,
 )
+from tests.disks import full_disk, read_only
 
 
 def test_atomic_file_replaces_the_old_file(tmp_path):
@@ -54,6 +62,38 @@ def test_temporary_files_of_killed_processes_are_removed(tmp_path):
         temporary.with_name(temporary.name.replace("new", "killed")).touch()
     remove_temporary_files(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["kept.json", "new.json"]
+
+
+def test_a_folder_is_made_and_tried(tmp_path):
+    check_writable(tmp_path / "new" / "folder")
+    assert list((tmp_path / "new" / "folder").iterdir()) == []
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "new", tmp_path / "new" / "other", tmp_path / "file"):
+        with read_only(tmp_path / "new"), pytest.raises(OSError, match=str(folder)):
+            check_writable(folder)
+
+
+def test_a_full_disk_is_named(tmp_path):
+    array = np.zeros(1000)
+    writers = {
+        "a.npy": lambda path: np.save(path, array),
+        "a.parquet": lambda path: pq.write_table(pa.table({"x": np.random.default_rng(0).random(1000)}), path),
+        "a.safetensors": lambda path: save_file({"x": array}, path),
+        "a.pt": lambda path: torch.save(torch.zeros(1000), path),
+    }
+    with full_disk(500):
+        for name, write in writers.items():
+            with pytest.raises(OSError, match=str(tmp_path)), naming_full_disk(tmp_path):
+                write(tmp_path / name)
+            if name != "a.pt":  # torch's errors are those of many causes
+                with pytest.raises(OSError, match=name), atomic_file(tmp_path / name) as temporary:
+                    write(temporary)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_other_errors_stay_as_they_are(tmp_path):
+    with pytest.raises(ValueError, match="^other$"), naming_full_disk(tmp_path):
+        raise ValueError("other")
 
 
 def test_json_round_trip(tmp_path):

@@ -12,7 +12,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "lasar_hf"
 # From bottom to top. A name is a folder or a file of the package.
 LAYERS = [
     ["model"],
-    ["files", "arguments", "locks", "terminal"],
+    ["files", "arguments", "terminal"],
+    ["locks", "steps"],
     ["processes"],
     ["data"],
     ["semantic_ids"],
@@ -21,7 +22,6 @@ LAYERS = [
     ["evaluation"],
     ["card"],
     ["trainers"],
-    ["steps"],
     ["__init__"],  # the public names
     ["serving"],
     ["commands"],

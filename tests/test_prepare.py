@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import types
+from pathlib import Path
 
 import huggingface_hub
 import numpy as np
@@ -30,12 +31,13 @@ from lasar_hf.data import (
     sft_examples,
     toy_shop,
 )
-from lasar_hf.data.prepared_data import load_interactions, save_interactions
+from lasar_hf.data.prepared_data import FILES, load_interactions, save_interactions
 from lasar_hf.data.splits import repeat_rate
 from lasar_hf.model.configuration_lasar import sid_token
 from lasar_hf.reasoning import TemplateTeacher, segment
 from lasar_hf.reasoning.segments import split_sentences
 from lasar_hf.semantic_ids import ItemEncoder, format_report, item_text, load_quantizer
+from tests.disks import DAMAGES
 from tests.preparing import ALL, RECIPE, SHOP, files, processor_of, recipe, run
 from tests.teacher_endpoint import GOOD, answer
 
@@ -120,9 +122,19 @@ def test_the_card_does_not_depend_on_the_folder(toy):
 def test_counts_and_quality_are_logged(tmp_path, caplog):
     caplog.set_level("INFO")
     run(tmp_path / "out", "table", COLUMNS | {"interactions": str(ratings(tmp_path))})
-    assert "40 users, 25 items, 320 interactions, 320 rows read" in caplog.text
+    assert "Read: 40 users, 25 items, 320 interactions, 320 rows read" in caplog.text
     assert format_report(read_json(tmp_path / "out" / "semantic_ids.json")) in caplog.text
-    assert "200 train samples, 40 validation samples, 40 test samples" in caplog.text
+    assert "Prepared: 40 users, 25 items, 320 interactions, 200 train samples, 40 validation samples" in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore:No item has text", "ignore:Left out 1 of 41 users")
+def test_prepared_counts_leave_out_short_histories(tmp_path, caplog):
+    caplog.set_level("INFO")
+    path = ratings(tmp_path)
+    path.write_text(path.read_text() + "short,3,5\nshort,4,6\n")
+    run(tmp_path / "out", "table", COLUMNS | {"interactions": str(path), "k_core": 1})
+    assert "Read: 41 users, 25 items, 322 interactions" in caplog.text
+    assert "Prepared: 40 users, 25 items, 320 interactions" in caplog.text
 
 
 def test_the_tokenizer_knows_all_words(toy, tmp_path):
@@ -191,6 +203,58 @@ def test_a_changed_file_is_read_again(tmp_path):
     with (tmp_path / "moved.csv").open("a") as file:
         file.write("u0,24,2000\n")
     assert run(tmp_path / "out", "table", moved) == ALL
+
+
+def test_every_damaged_file_is_named(toy, tmp_path):
+    folder = shutil.copytree(toy, tmp_path / "damaged")
+    used = [path for path in folder.rglob("*") if path.is_file() and path.relative_to(folder).parts[0] in FILES]
+    assert len(used) > 20
+    for path in used:
+        whole = path.read_bytes()
+        for damage in DAMAGES.values() if len(whole) > 1 else [Path.unlink]:
+            damage(path)
+            with pytest.raises((ValueError, FileNotFoundError), match="lasar prepare") as raised:
+                PreparedData.load(folder)
+            assert str(path) in str(raised.value) or path.name == "prepared.json"
+            path.write_bytes(whole)
+    PreparedData.load(folder)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_mark_is_named(toy, tmp_path, damage):
+    folder = shutil.copytree(toy, tmp_path / "damaged")
+    DAMAGES[damage](folder / "steps" / "samples.json")
+    if damage != "missing":  # then its files are not checked
+        with pytest.raises(ValueError, match="lasar prepare"):
+            PreparedData.load(folder)
+    run(folder)
+    assert files(folder) == files(toy)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "steps"),
+    [
+        ("users/data-00000-of-00001.arrow", "flipped bit", ALL),
+        ("catalog/sid_catalog.safetensors", "half", ["semantic_ids", "samples", "card"]),
+        ("chains.arrow", "empty", FROM_CHAINS),
+        ("samples/train/state.json", "missing", ["samples", "card"]),
+        ("data_card.json", "flipped bit", ["card"]),
+    ],
+)
+def test_the_same_command_makes_damaged_files_again(toy, tmp_path, name, damage, steps):
+    folder = shutil.copytree(toy, tmp_path / "damaged")
+    DAMAGES[damage](folder / name)
+    assert run(folder) == steps
+    assert files(folder) == files(toy)
+
+
+def test_another_source_replaces_all_files(toy, tmp_path):
+    folder = shutil.copytree(toy, tmp_path / "shop")
+    sizes = {"num_users": 5, "validation_users": 2, "test_users": 3}
+    for out in (folder, tmp_path / "new"):
+        assert run(out, "routines", sizes) == ["routines", "card"]
+    assert files(folder) == files(tmp_path / "new")
+    assert run(folder, "routines", sizes) == []
 
 
 def test_small_batches_write_the_same_files(toy, tmp_path, monkeypatch):
@@ -587,4 +651,5 @@ def test_data_of_an_older_version_gets_its_repeat_rate(toy, tmp_path):
     rate = settings.pop("repeat_rate")
     settings.pop("exclude_history")
     (tmp_path / "data" / "prepared.json").write_text(json.dumps(settings))
+    shutil.rmtree(tmp_path / "data" / "steps")
     assert PreparedData.load(tmp_path / "data").repeat_rate == rate

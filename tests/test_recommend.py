@@ -17,6 +17,8 @@ import torch
 from lasar_hf import LasarProcessor, SidCatalog
 from lasar_hf.data import PreparedData
 from lasar_hf.evaluation import popularity_ranking
+from lasar_hf.files import file_hash
+from tests.disks import DAMAGES
 from tests.recipes import ROOT, load_recipe, save_checkpoint, save_prepared
 from tests.tiny import tiny_model
 
@@ -115,6 +117,34 @@ def test_a_second_run_computes_only_missing_shards(recipe, checkpoint, tmp_path,
     run(recipe, args)
     assert len(calls) == 1
     assert shards(tmp_path / "out") == first
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_shard_is_computed_again(recipe, checkpoint, tmp_path, damage):
+    args = arguments(checkpoint, tmp_path)
+    run(recipe, args)
+    whole = shards(tmp_path / "out")
+    DAMAGES[damage](tmp_path / "out" / "part-00001.parquet")
+    run(recipe, args)
+    assert shards(tmp_path / "out") == whole
+
+
+def test_no_flipped_bit_changes_a_shard_unnoticed(recipe, checkpoint, tmp_path, caplog):
+    caplog.set_level("ERROR")
+    run(recipe, arguments(checkpoint, tmp_path))
+    path = tmp_path / "out" / "part-00001.parquet"
+    whole, rows, found = path.read_bytes(), pq.read_table(path).to_pylist(), 0
+    request = file_hash(tmp_path / "out" / "request.json")
+    for position in range(0, len(whole), 5):
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 1 << position % 8]) + whole[position + 1 :])
+        try:
+            is_done = recipe.is_done(path, request, 3)
+        except ValueError as error:  # a bit of the hash of its settings
+            assert "different settings" in str(error)
+            is_done = False
+        assert not is_done or pq.read_table(path).to_pylist() == rows, position
+        found += not is_done
+    assert found > 100
 
 
 def test_another_setting_is_refused(recipe, checkpoint, tmp_path):
@@ -236,7 +266,7 @@ def test_strict_refuses_unknown_items_and_new_users(recipe, checkpoint, tmp_path
     path = write_histories(tmp_path / f"rows{suffix}", histories)
     with pytest.raises(ValueError, match=name):
         run(recipe, arguments(checkpoint, tmp_path, path, strict=True))
-    assert not (tmp_path / "out").exists()
+    assert not list((tmp_path / "out").iterdir())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -5,6 +5,8 @@ import json
 import logging
 import re
 import shutil
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -14,6 +16,7 @@ from lasar_hf import LasarGRPOConfig, LasarSFTConfig
 from lasar_hf.files import read_json, write_json
 from lasar_hf.trainers import checkpoint_to_resume
 from lasar_hf.trainers.resume import FREE, LENGTH, seal_checkpoint
+from tests.recipes import ROOT
 from tests.training import COMMON, first_code, grpo_trainer, sft_trainer
 
 
@@ -221,14 +224,14 @@ def flip(path, _):
     path.write_bytes(content)
 
 
-SEALED = ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "config.json", "checkpoint_files.json"]
+SEALED = ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "config.json"]
 CUTS = [(lambda path, _: path.unlink(), 0), (truncate, 0), (truncate, 300)]
 
 
 @pytest.mark.parametrize(
     ("name", "damage", "size"),
     [(name, *damage) for name in SEALED for damage in [*CUTS, (flip, 0)]]
-    + [("trainer_state.json", *damage) for damage in CUTS],
+    + [(name, *damage) for name in ("trainer_state.json", "checkpoint_files.json") for damage in CUTS],
 )
 def test_a_checkpoint_with_a_damaged_file_is_passed_over(copy, caplog, name, damage, size):
     assert again(copy) == str(copy / "checkpoint-4")
@@ -297,3 +300,14 @@ def test_a_checkpoint_of_grpo_names_its_files(tmp_path):
     names = set(json.loads((tmp_path / "checkpoint-2" / "checkpoint_files.json").read_text()))
     assert {"lasar_state.json", "optimizer.pt", "rng_state.pth", "model.safetensors"} <= names
     assert "trainer_state.json" not in names
+
+
+@pytest.mark.distributed
+def test_all_processes_resume_what_the_main_one_decides(tmp_path):
+    """The older checkpoint, since the newest lacks the state of the second process."""
+    launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "tests.resume_worker"]
+    command = [sys.executable, "-m", *launcher, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [(tmp_path / f"process-{index}.txt").read_text() for index in (0, 1)] == ["checkpoint-2 True"] * 2
+    assert "rng_state_1.pth is missing" in done.stderr

@@ -357,6 +357,7 @@ def test_the_command_passes_its_options(recommender, tmp_path, monkeypatch):
     result = CliRunner().invoke(lasar_cli.app, f"serve {tmp_path} --port 1234 --max-batch 8 --timeout 2".split())
     assert result.exit_code == 0, result.output
     options = {"num_beams": 50, "max_batch": 8, "max_wait_ms": 5.0, "max_queue": 1024, "timeout": 2.0}
+    options["revision"] = None
     assert calls == [((str(tmp_path), "127.0.0.1", 1234, None, "secret"), options)]
 
 

@@ -1,12 +1,14 @@
 """Steps: which of them run again, and that a killed run resumes to the same files."""
 
+import hashlib
 import json
 import os
 import shutil
 
 import pytest
 
-from lasar_hf.steps import Step, run_steps
+from lasar_hf.steps import Step, check_outputs, run_steps
+from tests.disks import DAMAGES
 
 
 def chain(folder, one=1, two=2, extra=True):
@@ -51,6 +53,36 @@ def test_a_lost_file_is_written_again(tmp_path):
     run_steps(tmp_path, chain(tmp_path))
     (tmp_path / "two.done").unlink()
     assert run_steps(tmp_path, chain(tmp_path)) == ["two", "both", "last"]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_file_is_written_again(tmp_path, damage):
+    run_steps(tmp_path, chain(tmp_path))
+    DAMAGES[damage](tmp_path / "two" / "text")
+    with pytest.raises(ValueError, match="two/text is"):
+        check_outputs(tmp_path, ["one", "two"])
+    check_outputs(tmp_path, ["one"])
+    assert run_steps(tmp_path, chain(tmp_path)) == ["two", "both", "last"]
+    check_outputs(tmp_path, ["one", "two"])
+
+
+def test_a_mark_deletes_no_files_outside_of_the_folder(tmp_path):
+    outside, folder = tmp_path / "outside", tmp_path / "folder"
+    outside.mkdir()
+    run_steps(folder, chain(folder))
+    for name in (str(outside), "../outside"):
+        mark = json.loads((folder / "steps" / "two.json").read_text())
+        (folder / "steps" / "two.json").write_text(json.dumps(mark | {"fingerprint": None, "outputs": {name: "x"}}))
+        run_steps(folder, chain(folder))
+    assert outside.exists()
+
+
+def test_files_of_steps_that_no_longer_exist_are_deleted(tmp_path):
+    run_steps(tmp_path, chain(tmp_path))
+    assert run_steps(tmp_path, chain(tmp_path)[:2]) == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "extra", "one", "one.done", "steps", "two", "two.done"
+    ]  # fmt: skip
 
 
 def test_files_no_longer_written_are_deleted(tmp_path):
@@ -145,4 +177,6 @@ def test_a_failing_step_leaves_no_files(tmp_path):
         run_steps(tmp_path, [Step("bad", run)])
     assert not (tmp_path / "half").exists() and not (tmp_path / "steps" / "bad.json").exists()
     assert run_steps(tmp_path, [Step("bad", lambda out: (out / "half").write_text("y"))]) == ["bad"]
-    assert json.loads((tmp_path / "steps" / "bad.json").read_text())["outputs"] == ["half"]
+    assert json.loads((tmp_path / "steps" / "bad.json").read_text())["outputs"] == {
+        "half": hashlib.sha256(b"y").hexdigest()
+    }

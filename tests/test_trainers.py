@@ -376,6 +376,19 @@ def test_grpo_resumes_exactly_at_a_generation_boundary(tmp_path):
         assert torch.equal(parameter, dict(whole.model.named_parameters())[name]), name
 
 
+@pytest.mark.parametrize("make", [sft_trainer, grpo_trainer])
+def test_a_complete_run_that_starts_again_does_not_train(tmp_path, make):
+    """Its last step is in the middle of an epoch, which the Trainer would go on with."""
+    options = dict(max_steps=3, save_strategy="steps", save_steps=3, lr_scheduler_type="constant")
+    whole = make(tmp_path, **options)
+    whole.train()
+    again = make(tmp_path, **options)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 3
+    for name, parameter in again.model.named_parameters():
+        assert torch.equal(parameter, dict(whole.model.named_parameters())[name]), name
+
+
 def test_grpo_does_not_resume_inside_a_generation(tmp_path):
     """The last checkpoint of a run is written at its last step, whatever `save_steps` is."""
     options = dict(save_strategy="steps", save_steps=2, steps_per_generation=2)

@@ -31,7 +31,7 @@ model = AutoModel.from_pretrained(name, trust_remote_code=True)
 history = {history}  # item ids, oldest first
 output = model.recommend(**processor([history]), top_k=5{steps})
 for item in processor.decode_recommendations(output)[0]:
-    print(f"{{item['score']:8.3f}}  {{item['item_id']}}  {{item['title']}}")
+    print(f"{{item['score']:8.3f}}  {{item['item_id']!r}}  {{item['title']!r}}")
 ```
 
 It needs PyTorch and transformers (saved with {versions}) and runs the code in

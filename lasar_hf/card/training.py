@@ -15,8 +15,13 @@ SHOWN = (
     "learning_rate", "lr_scheduler_type", "per_device_train_batch_size", "gradient_accumulation_steps",
     "max_tokens_per_batch", "num_generations", "seed",
 )  # fmt: skip
-# Settings of a script that do not decide the weights.
-HIDDEN = ("data_dir", "anchors_dir", "stage1_model", "eval_users")
+# Settings that name folders, or say how a run was executed and evaluated rather than what it learned.
+HIDDEN = (
+    "data_dir", "anchors_dir", "stage1_model", "model_init_kwargs", "eval_users", "eval_strategy", "eval_steps",
+    "eval_on_start", "per_device_eval_batch_size", "do_eval", "save_strategy", "save_steps", "use_cpu", "debug",
+    "accelerator_config", "deepspeed", "fsdp", "fsdp_config", "ddp_backend", "load_best_model_at_end",
+    "metric_for_best_model", "greater_is_better",
+)  # fmt: skip
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate")
 
 

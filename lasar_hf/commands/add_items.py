@@ -19,6 +19,7 @@ from ..files import read_json
 from ..locks import locked
 from ..model.catalog_lasar import SidCatalog
 from ..semantic_ids import ItemEncoder, Quantizer, assign_new_items, load_quantizer
+from ..steps import check_outputs
 from .parser import ScriptParser
 
 
@@ -66,7 +67,7 @@ def load_encoder(data_dir: Path) -> tuple[ItemEncoder, Quantizer]:
 
 
 def load_catalog(checkpoint: Path) -> SidCatalog:
-    """The catalogue of the checkpoint. If a run was killed while writing it, finish from the copy."""
+    """The catalogue of the checkpoint. If a run was killed while writing it, finish from the copy and tidy up."""
     try:
         catalog = SidCatalog.from_pretrained(checkpoint)
     except FileNotFoundError:
@@ -115,6 +116,7 @@ def main(args: AddItemsArguments) -> None:
 def extend_checkpoint(args: AddItemsArguments) -> None:
     """Extend the catalogue of a checkpoint to which no other command writes."""
     data_dir, checkpoint = Path(args.data_dir), Path(args.checkpoint)
+    check_outputs(data_dir, ("catalog", "item_encoder", "quantizer", "semantic_ids.json"))
     encoder, quantizer = load_encoder(data_dir)
     items = read_items(args.items, args.item_column, args.text_columns, args.strip_markup)  # type: ignore[arg-type]
     catalog, base = load_catalog(checkpoint), SidCatalog.from_pretrained(data_dir / "catalog")

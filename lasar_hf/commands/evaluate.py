@@ -11,11 +11,11 @@ of every user.
 """
 
 import logging
-import os
-import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,6 +48,7 @@ from ..evaluation import (
     tuning_notes,
 )
 from ..files import atomic_file
+from ..locks import locked
 from ..model.configuration_lasar import LasarConfig
 from ..model.memory_lasar import ItemMemory
 from ..model.modeling_lasar import LasarForGenerativeRec
@@ -225,12 +226,17 @@ def significance(predictions: dict[str, np.ndarray], samples) -> dict[str, dict]
     }
 
 
-def report(args: EvaluateArguments, data: PreparedData, samples, predictions, rows, tuning, depths) -> dict:
-    """Print the tables and write the report. Returns it."""
+def print_tables(rows: dict[str, dict], notes: list[str], by_slice: dict[str, dict]) -> None:
+    """Print the numbers of each row, how they came about, and those of parts of the users."""
+    print(comparison_table(rows), *notes, "", slice_table(by_slice), sep="\n")
+
+
+def report(args: EvaluateArguments, data: PreparedData, samples, predictions, rows, tuning, depths, show) -> dict:
+    """Show the tables, then write the report. Returns it."""
     exclude, parts = history_is_excluded(args, data), slices(samples, data.split.train)
     by_slice = slice_report(predictions, samples["target"], parts)
     notes = [exclusion_note(exclude), *tuning_notes(tuning)]
-    print(comparison_table(rows), *notes, "", slice_table(by_slice), sep="\n")
+    show(rows, notes, by_slice)
     details = {
         "arguments": asdict(args),
         "exclude_history": exclude,
@@ -251,10 +257,11 @@ def write_cards(args: EvaluateArguments, report: dict) -> None:
     for path in dict.fromkeys(path for path, _ in parse_models(args.models).values()):
         if not Path(path).is_dir():  # on the Hub
             continue
-        if os.access(path, os.W_OK):
-            add_results(path, report, dataset)
-        else:
-            logger.warning("%s cannot be written to, so its card has no results.", path)
+        try:
+            with locked(path):
+                add_results(path, report, dataset)
+        except (OSError, RuntimeError) as error:  # not writable, or in use by another command
+            logger.warning("The card of %s has no results: %s", path, error)
 
 
 def save_lists(folder: str, predictions: dict[str, np.ndarray], depths: dict[str, np.ndarray]) -> None:
@@ -265,19 +272,19 @@ def save_lists(folder: str, predictions: dict[str, np.ndarray], depths: dict[str
         np.savez_compressed(temporary, **arrays)  # type: ignore[arg-type]
 
 
-def main(args: EvaluateArguments) -> None:
-    """Evaluate the baselines and every model; print and write the report."""
+def main(args: EvaluateArguments, show: Callable[..., Any] = print_tables) -> None:
+    """Evaluate the baselines and every model; `show` and write the report."""
     models = parse_models(args.models)
     # On the CPU processes find each other only with `cpu`. While the main one tunes baselines, the others wait.
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(hours=12))
     with locked_for_all(args.output_dir):
-        evaluate(args, models, state)
+        evaluate(args, models, state, show)
 
 
-def evaluate(args: EvaluateArguments, models: dict[str, tuple[str, str]], state: PartialState) -> None:
+def evaluate(
+    args: EvaluateArguments, models: dict[str, tuple[str, str]], state: PartialState, show: Callable[..., Any]
+) -> None:
     """Evaluate in a folder that no other command writes to."""
-    if state.is_main_process:  # a folder that cannot be written to must fail before hours of work
-        tempfile.TemporaryFile(dir=args.output_dir).close()
     data = PreparedData.load(args.data_dir)
     for name, (path, reasoning) in models.items():  # before the baselines are tuned
         config = LasarConfig.from_pretrained(path, revision=args.revision)
@@ -294,8 +301,8 @@ def evaluate(args: EvaluateArguments, models: dict[str, tuple[str, str]], state:
             results = evaluate_model(args, data, samples, path, reasoning, part)
             predictions[variant], depths[variant], rows[variant] = results
     if state.is_main_process:
+        content = report(args, data, samples, predictions, rows, tuning, depths, show)
         save_lists(args.output_dir, predictions, depths)
-        content = report(args, data, samples, predictions, rows, tuning, depths)
         if args.cards:
             write_cards(args, content)
 

@@ -132,8 +132,7 @@ def train(script: GRPOScriptArguments, training_args: LasarGRPOConfig, model_arg
         config = LasarConfig.from_pretrained(model, revision=revision)
     evaluator = None
     if script.eval_users:
-        validation = data.samples["validation"].shuffle(seed=0)
-        validation = validation.select(range(min(script.eval_users, len(validation))))
+        validation = data.draw("validation", script.eval_users)
         evaluator = RankingEvaluator(validation, processor, latent_steps=training_args.fixed_depth)
     rewards = load_rewards(script.reward_funcs, processor.catalog, config, training_args.num_generations)
     trainer = LasarGRPOTrainer(

@@ -68,8 +68,7 @@ def fit(args: MemoryArguments, data: PreparedData, memory: ItemMemory, path: str
     data.check_catalog(processor.catalog, path)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = LasarForGenerativeRec.from_pretrained(path).to(device).eval()
-    samples = data.samples["validation"].shuffle(seed=0)
-    samples = samples.select(range(min(args.users, len(samples))))
+    samples = data.draw("validation", args.users)
     depth = int(reasoning) if reasoning.isdecimal() else None
     with onednn_linear(model):
         candidates = recommend_samples(

@@ -151,7 +151,7 @@ class PrepareArguments:
 def write_interactions(args: PrepareArguments, out: Path) -> None:
     """`items/`, `users/` and `interactions.json`: the source, split."""
     interactions = read_source(args.source, args.source_args)  # type: ignore[arg-type]
-    show({
+    show("Read", {
         "users": len(interactions.user_ids), "items": len(interactions.items),
         "interactions": interactions.num_interactions, **interactions.counts,
     })  # fmt: skip
@@ -313,22 +313,28 @@ def card_numbers(folder: Path) -> dict[str, Any]:
     counts = {
         "users": len(data.users),
         "items": len(data.items),
-        "interactions": description["interactions"],
+        "interactions": sum(description["split"][part] for part in PARTS),
         **{f"{part}_samples": len(table) for part, table in data.samples.items()},
         "mean_depth": round(num_segments / len(data.samples["train"]), 3),
     }
-    show(counts)
+    show("Prepared", counts)
     repeats = {"repeat_rate": data.repeat_rate, "exclude_history": data.exclude_history}
     return {"counts": counts, "data": description | repeats}
 
 
-def write_generated(args: PrepareArguments) -> None:
-    """The routines, and their `data_card.json`."""
-    folder, arguments = Path(args.output_dir), args.source_args or {}
-    check_source_args("routines", partial(write_routines, folder), arguments)  # type: ignore[arg-type]
-    write_routines(folder, **arguments)  # type: ignore[arg-type]
+def generated_steps(args: PrepareArguments) -> list[Step]:
+    """The routines, which come with their own split, Semantic IDs and chains of thought; and their data card."""
+    arguments: dict[str, Any] = args.source_args or {}  # type: ignore[assignment]
+    check_source_args("routines", partial(write_routines, args.output_dir), arguments)
     settings = {"arguments": {"source": "routines", "source_args": arguments}, "lasar_hf": __version__}
-    write_json(folder / "data_card.json", settings | card_numbers(folder))
+
+    def write_generated_card(out: Path) -> None:
+        write_json(out / "data_card.json", settings | card_numbers(Path(args.output_dir)))
+
+    return [
+        Step("routines", partial(write_routines, **arguments), arguments),
+        Step("card", write_generated_card, settings, ("routines",)),
+    ]
 
 
 def card_settings(args: PrepareArguments) -> dict[str, Any]:
@@ -362,9 +368,9 @@ def embedding_cache(args: PrepareArguments) -> Path:
     return Path(args.output_dir, "embedding_cache")
 
 
-def show(counts: dict[str, float]) -> None:
-    """Log counts in one line."""
-    logger.info(", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items()))
+def show(what: str, counts: dict[str, float]) -> None:
+    """Log counts in one line. Users with fewer than three items are read, but not prepared by leave-one-out."""
+    logger.info("%s: %s", what, ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items()))
 
 
 def prepare_steps(args: PrepareArguments) -> list[Step]:
@@ -409,10 +415,8 @@ def prepare_steps(args: PrepareArguments) -> list[Step]:
 def prepare(args: PrepareArguments) -> list[str]:
     """Run the steps that are not up to date; returns their names."""
     with locked(args.output_dir):
-        if args.source == "routines":  # comes with its own split, Semantic IDs and chains of thought
-            write_generated(args)
-            return ["routines"]
-        return run_steps(args.output_dir, prepare_steps(args), args.steps)
+        steps = generated_steps(args) if args.source == "routines" else prepare_steps(args)
+        return run_steps(args.output_dir, steps, args.steps)
 
 
 def run() -> None:

@@ -3,7 +3,7 @@ Recommend for a table of histories, in shards that several processes share. A se
 
 Reads `user_id` and `history` (item ids, oldest first) from Parquet or JSON lines. Writes `part-00000.parquet` … with
 `user_id`, `item_ids`, `scores` (log-probabilities) and `latent_steps`. The shards do not depend on the number of
-processes; a complete shard is not computed again. The prompt format is that of the checkpoint.
+processes; a complete shard is not computed again, a damaged one is. The prompt format is that of the checkpoint.
 
 Items that the catalogue does not have are left out of a history; `unknown_items` is their number. A user without a
 known item gets the most popular training items of `data_dir`, or none without `data_dir`; then `fallback` is true, and
@@ -136,11 +136,20 @@ def write_request(args: RecommendArguments, popular: list[str], folder: Path) ->
     write_json(path, request)
 
 
-def is_done(path: Path, request: str) -> bool:
-    """Whether the shard exists. Two jobs in one folder can leave one of another request, which is refused."""
+def is_done(path: Path, request: str, num_users: int) -> bool:
+    """Whether the shard is whole. Two jobs in one folder can leave one of another request, which is refused."""
     if not path.exists():
         return False
-    if (pq.read_schema(path).metadata or {}).get(b"request") != request.encode():
+    try:
+        table = pq.read_table(path, page_checksum_verification=True)
+        table.validate(full=True)
+        is_whole = table.schema.equals(SCHEMA) and len(table) == num_users
+    except (pa.ArrowException, OSError, UnicodeDecodeError):
+        is_whole = False
+    if not is_whole:
+        logger.warning("%s is damaged. It is computed again.", path)
+        return False
+    if (table.schema.metadata or {}).get(b"request") != request.encode():
         raise ValueError(f"{path} was produced with different settings. Use another output_dir.")
     return True
 
@@ -200,9 +209,9 @@ def write_shards(args: RecommendArguments, state: PartialState) -> None:
     shards = list(enumerate(range(0, len(users), args.shard_size)))[state.process_index :: state.num_processes]
     for number, start in tqdm(shards, desc="Shards", disable=not state.is_main_process):
         path = folder / f"part-{number:05d}.parquet"
-        if is_done(path, request):
-            continue
         shard = slice(start, start + args.shard_size)
+        if is_done(path, request, len(users[shard])):
+            continue
         known = [history for history in histories[shard] if history]
         with onednn_linear(model):
             output = recommend_samples(
@@ -221,7 +230,8 @@ def write_shards(args: RecommendArguments, state: PartialState) -> None:
             users[shard], histories[shard], num_unknown[shard], recommended, output.latent_steps.tolist(), popular
         )
         with atomic_file(path) as temporary:
-            pq.write_table(table.replace_schema_metadata({"request": request}), temporary)
+            table = table.replace_schema_metadata({"request": request})
+            pq.write_table(table, temporary, write_page_checksum=True)
     state.wait_for_everyone()
 
 

@@ -343,8 +343,7 @@ def train(script: SFTScriptArguments, training_args: LasarSFTConfig, model_args:
         set_latent_input(model, script.latent_input)
     eval_examples, evaluator = None, None
     if script.eval_users:
-        validation = data.samples["validation"].shuffle(seed=0)
-        validation = validation.select(range(min(script.eval_users, len(validation))))
+        validation = data.draw("validation", script.eval_users)
         if script.stage == 1:
             eval_examples = sft_examples(validation, processor)
         else:  # held-out samples have no segments: all have the most common depth of training

@@ -6,16 +6,25 @@ Stage 1:  prompt <|latent_start|><|latent_end|> SID                    [`sft_exa
 Explicit: prompt text <|latent_start|><|latent_end|> SID               [`explicit_examples`]
 Stage 2:  prompt <|latent_start|><|latent|>…<|latent|><|latent_end|> SID       [`reasoning_examples`]
 GRPO:     prompt <|latent_start|>                                      [`grpo_examples`]
+
+Examples of prepared data are cached in the cache folder of `datasets` (`HF_DATASETS_CACHE`), so the data may be on a
+read-only disk. The cache can be deleted at any time.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, Features, List, Value, concatenate_datasets
+import pyarrow as pa
+from datasets import Dataset, Features, List, Value, concatenate_datasets, config
+from datasets.fingerprint import Hasher
+from torch import distributed
 
+from ..files import folder_hashes
 from ..model.processing_lasar import LasarProcessor
+from ..processes import on_main_process
 from .interactions import Interactions
 from .prepared_data import PreparedData
 from .splits import Split, samples
@@ -373,9 +382,29 @@ def with_neighbours(examples: Dataset, neighbours: np.ndarray) -> Dataset:
 def _map(samples: Dataset, build: Callable, features: Features, with_indices: bool = False) -> Dataset:
     if not len(samples):
         raise ValueError("There are no samples to make examples of.")
-    return samples.map(
-        build, batched=True, with_indices=with_indices, remove_columns=samples.column_names, features=features
-    )
+    options = {"batched": True, "with_indices": with_indices, "remove_columns": samples.column_names}
+    if not samples.cache_files:  # in memory
+        return samples.map(build, features=features, **options)
+    fingerprint = Hasher.hash([samples._fingerprint, build, features, with_indices, _code_hash()])
+    path = Path(config.HF_DATASETS_CACHE, "lasar_hf", f"{fingerprint}.arrow")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    options |= {"features": features, "cache_file_name": str(path), "new_fingerprint": fingerprint}
+
+    def mapped() -> Dataset:
+        try:
+            return samples.map(build, **options)
+        except (pa.ArrowInvalid, OSError):  # the file was cut, such as by a power failure
+            return samples.map(build, load_from_cache_file=False, **options)
+
+    if distributed.is_available() and distributed.is_initialized():
+        on_main_process(lambda: len(mapped()))  # the others open its file
+    return mapped()
+
+
+@cache
+def _code_hash() -> str:
+    """Hash of the package, so that examples of other code are not taken from the cache."""
+    return Hasher.hash(folder_hashes(Path(__file__).parents[1], "**/*.py"))
 
 
 def _labelled(prompts: list[list[int]], answers: list[list[int]]) -> dict[str, list]:

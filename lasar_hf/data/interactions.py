@@ -281,7 +281,7 @@ def _read_object(path: Path) -> dict:
 
 
 def parse_json(content: bytes | str, path: str | Path, line: int | None = None) -> object:
-    """Parse a JSON file, or one line of it. Errors name the file and the line. A file must not repeat a key."""
+    """Parse a JSON file, or one line of it. Errors name the file and the line. No object may repeat a key."""
     where = f"{path}: line {line}" if line else str(path)
 
     def unique_keys(pairs: list[tuple[str, object]]) -> dict:
@@ -292,7 +292,7 @@ def parse_json(content: bytes | str, path: str | Path, line: int | None = None) 
         return content
 
     try:
-        return json.loads(content, object_pairs_hook=None if line else unique_keys)
+        return json.loads(content, object_pairs_hook=unique_keys)
     except UnicodeDecodeError as error:
         raise ValueError(f"{where}: not UTF-8 text (byte {error.start}).") from error
     except json.JSONDecodeError as error:

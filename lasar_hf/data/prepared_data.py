@@ -24,12 +24,18 @@ from transformers import PreTrainedTokenizerBase
 from ..files import folder_hashes, read_json, write_json
 from ..model.catalog_lasar import SidCatalog
 from ..model.processing_lasar import LasarProcessor
+from ..steps import check_outputs
 from .interactions import ID_FIELDS, TEXT_FIELDS, Interactions
 from .splits import PARTS, Split, repeat_rate
 
 
 ITEM_FIELDS = TEXT_FIELDS + ID_FIELDS
 RARE_REPEATS = 0.001  # largest repeat rate that counts as no repeats
+# What a prepared folder holds for training and evaluation.
+FILES = (
+    "catalog", "embeddings.npy", "interactions.json", "items", "prepared.json", "quantizer", "samples", "tokenizer",
+    "users",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -86,13 +92,23 @@ class PreparedData:
 
     @classmethod
     def load(cls, folder: str | Path) -> "PreparedData":
-        """Open a folder that `recipes/prepare.py` wrote, memory-mapped; `FileNotFoundError` if it is not complete."""
+        """
+        Open a folder that `recipes/prepare.py` wrote, memory-mapped. It may be on a read-only disk.
+
+        Every file is compared with the SHA-256 of when it was written, which takes some seconds per gigabyte.
+
+        Raises:
+            `FileNotFoundError`: if the folder is not complete.
+            `ValueError`: if a file is missing or damaged.
+        """
         folder = Path(folder)
         # Folders of older versions have no `users/`.
         if not ((folder / "prepared.json").exists() and (folder / "users").exists()):
             raise FileNotFoundError(
-                f"{folder} contains no complete prepared data; run recipes/prepare.py with output_dir={folder}."
+                f"{folder} contains no complete prepared data. Run its preparation, again if it was interrupted: "
+                f"lasar prepare, or recipes/prepare.py with output_dir={folder}."
             )
+        check_outputs(folder, FILES)
         users, fields = Dataset.load_from_disk(folder / "users"), read_json(folder / "prepared.json")
         if "repeat_rate" not in fields:  # prepared by an older version
             fields["repeat_rate"] = repeat_rate(users["train"])
@@ -147,6 +163,12 @@ class PreparedData:
                 stacklevel=2,
             )
         return LasarProcessor(tokenizer, self.catalog, instruction, max_history)
+
+    def draw(self, part: str, users: int) -> Dataset:
+        """Random samples of a part, at most `users`; always the same ones."""
+        # In memory, since their order would otherwise be written next to the samples.
+        samples = self.samples[part].shuffle(seed=0, keep_in_memory=True)
+        return samples.select(range(min(users, len(samples))))
 
     def check_catalog(self, catalog: SidCatalog, where: str) -> None:
         """Raise `ValueError` if the checkpoint `where` has a catalogue with other items or Semantic IDs."""

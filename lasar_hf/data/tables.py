@@ -247,6 +247,16 @@ def _json_batches(
     yield batch
 
 
+def _python_object(text: str) -> Any:
+    """The value of a Python literal. `ValueError` if it is none, or repeats a key."""
+    tree = ast.parse(text, mode="eval")
+    for node in ast.walk(tree):
+        names = [key.value for key in getattr(node, "keys", ()) if isinstance(key, ast.Constant)]
+        if len(set(names)) < len(names):
+            raise ValueError("a key appears twice")
+    return ast.literal_eval(tree)
+
+
 def _json_rows(path: Path, encoding: str) -> Iterator[tuple[str, Any]]:
     """Rows of one array, or of lines that are not blank: JSON, or Python's `{'a': 1}` as in Amazon 2014."""
     with TextIOWrapper(_open(path), encoding) as file:
@@ -261,7 +271,7 @@ def _json_rows(path: Path, encoding: str) -> Iterator[tuple[str, Any]]:
                     row = parse_json(line, path, number)
                 except ValueError as error:
                     try:
-                        row = ast.literal_eval(line.strip())
+                        row = _python_object(line.strip())
                     except (ValueError, SyntaxError, MemoryError, RecursionError):
                         raise error from None
                 yield f"line {number}", row

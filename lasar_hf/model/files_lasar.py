@@ -3,12 +3,13 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 
+from safetensors import SafetensorError
 from transformers.utils import cached_file, logging
 
 
@@ -24,7 +25,8 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 
     The temporary file is in the same folder and keeps the suffix, because some writers choose the format by it. If the
     block raises, the old file stays and the temporary file is removed. A process that is killed leaves its temporary
-    file, see [`remove_temporary_files`]. The folder is created if missing.
+    file, see [`remove_temporary_files`]. The folder is created if missing. Errors name the file, such as those of a
+    full disk.
 
     Example:
 
@@ -41,6 +43,10 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        if getattr(error, "filename", None):
+            raise
+        raise OSError(f"{path} cannot be written: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -51,8 +57,9 @@ def file_hash(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _file_hashes(paths: Sequence[str | Path]) -> list[str]:
-    with ThreadPoolExecutor() as pool:  # the shards of a large model are read at the same time
+def file_hashes(paths: Iterable[str | Path]) -> list[str]:
+    """[`file_hash`] of several files, such as the shards of a large model, which are read at the same time."""
+    with ThreadPoolExecutor() as pool:
         return list(pool.map(file_hash, paths))
 
 
@@ -79,7 +86,7 @@ def write_checksums(folder: str | os.PathLike, *patterns: str) -> None:
         others = {}
     paths = sorted(file for file in Path(folder).iterdir() if _matches(file.name, patterns))
     checksums = {name: digest for name, digest in others.items() if not _matches(name, patterns)}
-    checksums |= zip([file.name for file in paths], _file_hashes(paths), strict=True)
+    checksums |= zip([file.name for file in paths], file_hashes(paths), strict=True)
     with atomic_file(path) as temporary:
         temporary.write_text(json.dumps(checksums, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -106,7 +113,7 @@ def check_files(pretrained_directory: str | os.PathLike, *patterns: str, **kwarg
                 f"{pretrained_directory} has no {name}, which {CHECKSUMS_NAME} lists. Save or download the checkpoint "
                 "again."
             )
-    for (name, digest), found in zip(checksums.items(), _file_hashes(list(paths.values())), strict=True):
+    for (name, digest), found in zip(checksums.items(), file_hashes(list(paths.values())), strict=True):
         if found != digest:
             raise ValueError(
                 f"{paths[name]} is not the file that was saved: its SHA-256 differs from that in {CHECKSUMS_NAME}. "
@@ -129,4 +136,4 @@ def checked_files(pretrained_directory: str | os.PathLike, *patterns: str, **kwa
     check_files(pretrained_directory, *patterns, **kwargs)
 
 
-__all__ = ["atomic_file", "checked_files", "file_hash", "write_checksums"]
+__all__ = ["atomic_file", "checked_files", "file_hash", "file_hashes", "write_checksums"]

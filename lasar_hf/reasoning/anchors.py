@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..files import atomic_file, file_hash, read_json, write_json
+from ..files import atomic_file, file_hash, read_json, remove_temporary_files, write_json
 from ..model.processing_lasar import LasarProcessor
 from ..onednn import onednn_linear
 
@@ -204,6 +204,7 @@ def encode_anchors(
         return AnchorStore(vectors, **arrays)
 
     folder = Path(folder)
+    remove_temporary_files(folder)
     progress = folder / "progress.json"
     if not (folder / "anchors.json").exists() or _metadata(folder)["inputs_hash"] != inputs_hash:
         (folder / "anchors.json").unlink(missing_ok=True)

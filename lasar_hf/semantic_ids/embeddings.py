@@ -4,6 +4,7 @@ import hashlib
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy import sparse
@@ -97,7 +98,8 @@ def _load_encoder(model: str) -> Callable[[Sequence[str]], np.ndarray]:
             "model unset for TF-IDF vectors."
         ) from error
     name, _, revision = (model, "", "") if os.path.exists(model) else model.partition("@")
-    encode = SentenceTransformer(name, revision=revision or None).encode
+    options: dict[str, Any] = {"revision": revision} if revision else {}
+    encode = SentenceTransformer(name, **options).encode
     return lambda texts: np.asarray(encode(list(texts), batch_size=BATCH_SIZE), dtype=np.float32)
 
 

@@ -199,6 +199,11 @@ class LasarTrainerMixin(Trainer):
             metrics |= ranking
         return metrics
 
+    def _run_epoch(self, *args, **kwargs):
+        """An epoch of training; nothing if the run is complete, where the Trainer would take another step."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+
     def log_means(self, metrics: dict[str, SumAndCount]) -> None:
         """
         Add means over the batches of all processes to TRL's log; a mean of no terms is left out.

@@ -499,8 +499,7 @@ def measure_data_types(args) -> dict:
 def measure_changed_lists(checkpoint: str, data: str, num_users: int, num_beams: int) -> dict:
     """How many users get another list of ten items from bfloat16 and int8 weights than from float32."""
     processor = LasarProcessor.from_pretrained(checkpoint)
-    samples = PreparedData.load(data).samples["test"].shuffle(seed=0)
-    samples = samples.select(range(min(num_users, len(samples))))
+    samples = PreparedData.load(data).draw("test", num_users)
     lists, report = {}, {"users": len(samples)}
     for name, variant in cpu_variants(LasarForGenerativeRec.from_pretrained(checkpoint).eval()).items():
         with onednn_linear(variant):
