@@ -4,8 +4,9 @@ Mutation check: small changes to the core, each of which must make a test fail.
     python tests/mutants.py                      # all changes of tests/mutants.toml, on one core
     python tests/mutants.py --only "depth mask"  # some of them, by name
 
-Each change is tried in a forked process, where it is made to the source that Python imports. No file is written, so
-nothing is left behind, however the run ends. The libraries are imported once, before the first fork.
+Each change is tried in a forked process, where it is made to the source that Python imports. No file of the package is
+written, so nothing is left behind, even by a kill. The libraries are imported once, before the first fork. Processes
+that a test starts have the code without the change, so they see nothing.
 
 The report is a table in Markdown. A change with a reason in `equivalent` alters no result, so it must survive, and
 does not count. The run fails if a test fails without a change, or if less than 95 % of the others are caught.
@@ -16,6 +17,7 @@ import gc
 import importlib
 import os
 import re
+import shutil
 import signal
 import sys
 import tempfile
@@ -109,6 +111,20 @@ def run_tests(tests: tuple[str, ...], folder: str, mutant: Mutant | None = None,
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), output
 
 
+def temporary_folder() -> str:
+    """A folder that another process removes when this one and those that it forked have ended, also by SIGKILL."""
+    folder = tempfile.mkdtemp()
+    reading, writing = os.pipe()
+    if os.fork() == 0:
+        os.setsid()  # Ctrl-C does not end it
+        os.close(writing)
+        os.read(reading, 1)  # returns when nobody has `writing` open
+        shutil.rmtree(folder, ignore_errors=True)
+        os._exit(0)
+    os.close(reading)
+    return folder
+
+
 def seen_by(status: int, output: str) -> str:
     """The test that failed; empty if none did. Raises `RuntimeError` if the tests could not run."""
     if status == -signal.SIGALRM:
@@ -170,15 +186,14 @@ def main() -> int:
         parser.error(f"{TABLE.name} has no change named {', '.join(map(repr, unknown))}.")
     for mutant in mutants:
         mutant.source()
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))  # removes the temporary folder
+    folder = temporary_folder()
     prepare()
-    with tempfile.TemporaryDirectory() as folder:
-        tests = tuple(dict.fromkeys(test for mutant in mutants for test in mutant.tests))
-        status, output = run_tests(tests, folder, limit=LIMIT * len(mutants))
-        if status != 0:
-            write(f"The tests fail without a change (status {status}):\n{output}")
-            return 1
-        return 0 if report(mutants, folder) else 1
+    tests = tuple(dict.fromkeys(test for mutant in mutants for test in mutant.tests))
+    status, output = run_tests(tests, folder, limit=LIMIT * len(mutants))
+    if status != 0:
+        write(f"The tests fail without a change (status {status}):\n{output}")
+        return 1
+    return 0 if report(mutants, folder) else 1
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """The list of the mutation check fits the code, and the check tells what is caught from what survives."""
 
 import ast
+import os
 import subprocess
 import sys
+import time
 from collections import Counter
 from importlib.util import module_from_spec
 
@@ -59,9 +61,26 @@ def test_a_failure_counts_and_tests_that_cannot_run_do_not():
             seen_by(status, "")
 
 
+NAMES = ["metric cut-off: the k-th entry does not count", "exact gradient: depths are counted from 0"]
+COMMAND = [sys.executable, str(ROOT / "tests" / "mutants.py"), "--only", *NAMES]
+
+
 @pytest.mark.slow
 def test_the_command_reports_what_it_caught():
-    names = ["metric cut-off: the k-th entry does not count", "exact gradient: depths are counted from 0"]
-    command = [sys.executable, str(ROOT / "tests" / "mutants.py"), "--only", *names]
-    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    run = subprocess.run(COMMAND, capture_output=True, text=True, check=True)
     assert "1 of 1 caught" in run.stdout and "1 equivalent" in run.stdout
+
+
+@pytest.mark.slow
+def test_a_kill_leaves_nothing_behind(tmp_path):
+    before = {mutant.file: (ROOT / mutant.file).read_bytes() for mutant in MUTANTS}
+    with subprocess.Popen(COMMAND, stdout=subprocess.PIPE, env=os.environ | {"TMPDIR": str(tmp_path)}) as run:
+        run.stdout.readline()  # the head of the table: the first change is tried now
+        assert list(tmp_path.iterdir())
+        run.kill()
+    for _ in range(600):  # the tests of that change end first
+        if not list(tmp_path.iterdir()):
+            break
+        time.sleep(0.1)
+    assert not list(tmp_path.iterdir())
+    assert before == {file: (ROOT / file).read_bytes() for file in before}
