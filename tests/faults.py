@@ -550,9 +550,8 @@ class Trials:
     def __init__(self, bench: Bench, name: str, seed: int, kind: int = signal.SIGKILL, keep: str | None = None):
         self.bench, self.name, self.keep, self.outcome = bench, name, keep, Outcome()
         self.rng = random.Random(f"{name} {seed}")
-        self.codes = (
-            (1,) if bench.processes > 1 else (128 + kind,) if kind == signal.SIGINT else (-kind, -signal.SIGXFSZ)
-        )
+        self.codes: tuple[int, ...] = (128 + kind,) if kind == signal.SIGINT else (-kind, -signal.SIGXFSZ)
+        self.codes += (1,) if bench.processes > 1 else ()  # the launcher's, once it has started its processes
         bench.make_inputs(STAGES[name].after)
         bench.import_parts(name)
         folder = bench.folder(name)
