@@ -96,7 +96,7 @@ def test_a_mistyped_option_names_the_near_one():
         (["prepare", "ratings.csv", "--set", "codebook_size=abc"], "codebook_size is 'abc'; expected a whole number."),
         (["prepare", "toy", "--set", "num_item=60"], "(did you mean 'num_items'?)"),
         (["prepare", "ratings.csv", "--set", "source=toy"], "given by the data and --output"),
-        (["prepare", "ratings.csv", "--output", "names.csv"], "names.csv: File exists."),
+        (["prepare", "ratings.csv", "--output", "names.csv"], "names.csv: File exists"),
         (["prepare", "toy", "--items", "items.csv"], "--items is for a table"),
         (["train", "nowhere"], "Run: lasar prepare DATA --output nowhere"),
         (["recommend", "nowhere", "--history", "1"], "nowhere is not a folder, and no model of this name can be"),

@@ -64,7 +64,7 @@ def test_items_are_ranked_after_the_text():
     output = recommend_samples(model, samples, processor, 20, 20, batch_size=2, write_text=True)
     for user, history in enumerate(samples["history"]):
         prompt = processor.prompt_ids(history)
-        text = greedy_text(model, processor, prompt, 256)[: output.text_tokens[user]]
+        text = greedy_text(model, processor, prompt, output.text_tokens[user])
         expected = score_every_item(model, prompt[:-1] + text + prompt[-1:], 0, processor.catalog)
         assert output.items[user].tolist() == expected.argsort(descending=True).tolist()
     assert output.latent_steps.tolist() == [0, 0, 0]

@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import re
+import signal
 import time
 import traceback
 import warnings
@@ -241,7 +242,9 @@ def test_interruption(endpoint, tmp_path, everything, monkeypatch):
         time.sleep(0.3)
         return answer(GOOD)
 
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     error = ask(teacher(endpoint(interrupt), tmp_path))
+    signal.signal(signal.SIGINT, before)
     assert isinstance(error, KeyboardInterrupt)
     shown = "".join(traceback.TracebackException.from_exception(error, capture_locals=True).format())
     assert not leaks(shown)

@@ -362,7 +362,8 @@ def test_the_command_passes_its_options(recommender, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name, message", [("empty", "Cannot serve"), ("missing", "which is not a folder"), ("cut", "deserializing")]
+    "name, message",
+    [("empty", "Cannot serve"), ("missing", "which is not a folder"), ("cut", "not the file that was saved")],
 )
 def test_a_missing_or_damaged_model_is_named(recommender, tmp_path, name, message):
     (tmp_path / "empty").mkdir()
