@@ -98,7 +98,7 @@ def wrong_answers(model, num_calls: int, own_contexts: bool) -> int:
 
 @pytest.mark.skipif(not onednn.HAS_ONEDNN, reason="PyTorch without oneDNN, or not on x86")
 @pytest.mark.parametrize(
-    ("num_calls", "own_contexts"), [(64, True), (64, False), pytest.param(10_000, True, marks=pytest.mark.slow)]
+    ("num_calls", "own_contexts"), [(64, True), (64, False), pytest.param(10_000, True, marks=pytest.mark.nightly)]
 )
 def test_threads_get_the_fast_products_of_one_thread(num_calls, own_contexts, monkeypatch):
     model, _ = tiny_model(hidden_size=128)
@@ -180,7 +180,7 @@ def resident_bytes() -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the process's size from /proc")
-@pytest.mark.parametrize("num_calls", [50, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_calls", [50, pytest.param(10_000, marks=pytest.mark.nightly)])
 def test_memory_does_not_grow(num_calls):
     model, catalog, draw = tiny_model()[0], tiny_catalog(), random.Random(0)
     for index in range(50 + num_calls):  # the first 50 calls warm up
