@@ -1,6 +1,6 @@
 """Threads that share a model get the results of one thread, and a process that recommends for ever does not grow.
 
-`pytest -m slow tests/test_threads.py` makes 10,000 calls of each kind.
+`pytest -m nightly` makes 10,000 calls of each kind.
 """
 
 import copy
