@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,8 @@ from .model.files_lasar import file_hashes as file_hashes
 # What errors of a full disk, quota or limit say, of the system, torch (two) and NumPy.
 FULL = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)]
 FULL += ["iostream error", "inline_container", "requested and"]
+# Names of the temporary files of `atomic_file` and of safetensors.
+TEMPORARY = re.compile(r"\..+\.\d+\.tmp(\..+)?|\.tmp\w{6}")
 
 
 def check_writable(folder: str | Path) -> None:
@@ -42,7 +45,7 @@ def naming_full_disk(folder: str | Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not any(text in str(error) for text in FULL):
+        if getattr(error, "filename", None) or not any(text in str(error) for text in FULL):
             raise
         raise OSError(errno.ENOSPC, f"The disk is full ({error})", str(folder)) from error
 
@@ -50,11 +53,11 @@ def naming_full_disk(folder: str | Path) -> Iterator[None]:
 def remove_temporary_files(folder: str | Path) -> None:
     """
     Delete the temporary files that killed processes left in a folder to which no other process writes: those of
-    [`atomic_file`] and of safetensors.
+    [`atomic_file`] and of safetensors. Files with other names are not touched.
     """
-    for pattern in (".*.tmp*", ".tmp*"):
-        for path in Path(folder).glob(pattern):
-            path.unlink()
+    for path in Path(folder).glob(".*"):
+        if path.is_file() and TEMPORARY.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 def write_json(path: str | Path, content: object) -> None:

@@ -20,7 +20,7 @@ from .files import check_writable, naming_full_disk, remove_temporary_files
 
 
 LOCK_NAME = ".lock"
-UNSUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
+UNSUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 def try_lock(file: IO, wait: bool = False) -> bool:

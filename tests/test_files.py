@@ -121,3 +121,13 @@ def test_folder_hashes_are_relative_to_the_folder(tmp_path):
     (tmp_path / "sub" / "cache-0.arrow").write_text("x")
     assert folder_hashes(tmp_path, "**/data-*.arrow") == {"sub/data-0.arrow": file_hash(tmp_path / "sub/data-0.arrow")}
     assert folder_hashes(None, "*") == {}
+
+
+def test_only_temporary_files_of_writers_are_removed(tmp_path):
+    left = [".report.12.tmp.md", ".model.3.tmp", ".tmpA1b2C3"]
+    kept = [".tmprc", "report.tmp", ".vimrc.tmp.swp", "report.md"]
+    for name in left + kept:
+        (tmp_path / name).write_text("x")
+    (tmp_path / ".tmp_mine").mkdir()
+    remove_temporary_files(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*kept, ".tmp_mine"])

@@ -12,6 +12,7 @@ of every user.
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -258,7 +259,8 @@ def write_cards(args: EvaluateArguments, report: dict) -> None:
         if not Path(path).is_dir():  # on the Hub
             continue
         try:
-            with locked(path):
+            is_held = Path(path).samefile(args.output_dir)  # by this command
+            with nullcontext() if is_held else locked(path):
                 add_results(path, report, dataset)
         except (OSError, RuntimeError) as error:  # not writable, or in use by another command
             logger.warning("The card of %s has no results: %s", path, error)

@@ -112,8 +112,10 @@ def memory_text(memory: ItemMemory, tuning: Tuning, reasoning: str) -> str:
 def main(args: MemoryArguments) -> None:
     """Tune the matrix once. Fit its weight for each checkpoint, and save it there."""
     with ExitStack() as stack:
-        for entry in args.models:
-            stack.enter_context(locked(entry.partition("@")[0]))
+        for path in dict.fromkeys(entry.partition("@")[0] for entry in args.models):
+            if not Path(path).is_dir():
+                raise FileNotFoundError(f"{path} is no folder; a memory is saved in the folder of its checkpoint.")
+            stack.enter_context(locked(path))
         add_memories(args)
 
 

@@ -33,8 +33,9 @@ SAVING = ("save_strategy", "save_steps")
 # Arguments that cannot change the weights. All others must be the same when a run resumes, those of evaluation too: it
 # draws random numbers, after which dropout and candidates differ.
 FREE = (
-    # names, folders and the Hub
-    "output_dir", "run_name", "project", "license", "dataset", "push_to_hub", "hub_model_id", "hub_token",
+    # names, folders and the Hub; the content of data and anchors is compared
+    "output_dir", "data_dir", "anchors_dir",
+    "run_name", "project", "license", "dataset", "push_to_hub", "hub_model_id", "hub_token",
     "hub_private_repo", "hub_revision", "hub_strategy", "hub_always_push", "trackio_space_id", "trackio_bucket_id",
     "trackio_static_space_id", "resume_from_checkpoint",
     # logs, which are written after the update of a step
@@ -168,12 +169,12 @@ def _same_settings(folder: Path, settings: dict[str, Any], saving: tuple[str, ..
 
 def _warn_of_length(checkpoint: Path, before: dict[str, Any], settings: dict[str, Any]) -> None:
     """Warn if the length changed, and with it the learning rates or step costs of the steps so far."""
-    names = [name for name in LENGTH if before[name] != settings[name]]
+    names = [name for name in LENGTH if before.get(name) != settings[name]]
     is_constant = "constant" in settings["lr_scheduler_type"] and not 0 < settings["warmup_steps"] < 1
     if names and not (is_constant and not settings.get("step_cost_warmup")):
         state = read_json(checkpoint / TRAINER_STATE_NAME)
         jump = " The learning rate starts at 0, then jumps up." if state["global_step"] >= state["max_steps"] else ""
-        changed = ", ".join(f"{name} was {before[name]} and is {settings[name]}" for name in names)
+        changed = ", ".join(f"{name} was {before.get(name)} and is {settings[name]}" for name in names)
         warnings.warn(
             f"{checkpoint}: {changed}. The steps so far had the schedule of the old length, so the weights "
             f"will differ from those of one run of the new length.{jump}",
