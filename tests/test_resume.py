@@ -13,6 +13,8 @@ import pytest
 import torch
 
 from lasar_hf import LasarGRPOConfig, LasarSFTConfig
+from lasar_hf.commands.grpo import GRPOScriptArguments
+from lasar_hf.commands.sft import SFTScriptArguments
 from lasar_hf.files import read_json, write_json
 from lasar_hf.trainers import checkpoint_to_resume
 from lasar_hf.trainers.resume import FREE, LENGTH, seal_checkpoint
@@ -108,8 +110,20 @@ def test_options_of_our_own_are_compared_and_free_ones_exist(config):
     inherited = {part.name for part in dataclasses.fields(config.__mro__[1])}
     own = {part.name for part in dataclasses.fields(config)} - inherited
     assert own & {*FREE, *LENGTH} == {"license", "dataset"}  # only on the card
-    names = {part.name for cls in (LasarSFTConfig, LasarGRPOConfig) for part in dataclasses.fields(cls)}
+    classes = (LasarSFTConfig, LasarGRPOConfig, SFTScriptArguments, GRPOScriptArguments)
+    names = {part.name for cls in classes for part in dataclasses.fields(cls)}
     assert {*FREE, *LENGTH} <= names
+
+
+def test_data_and_anchors_may_move_but_their_content_is_compared(tmp_path):
+    before = dict(data_dir="old/data", anchors_dir="old/anchors", data={"a": "1"}, anchors={"b": "1"})
+    args = LasarSFTConfig(str(tmp_path), **BASIC)
+    assert checkpoint_to_resume(args, **before) is None
+    checkpoint = write_checkpoint(tmp_path, 2)
+    moved = before | dict(data_dir="new/data", anchors_dir="new/anchors")
+    assert checkpoint_to_resume(args, **moved) == str(checkpoint)
+    with pytest.raises(ValueError, match=r"\(anchors\)"):
+        checkpoint_to_resume(args, **moved | dict(anchors={"b": "2"}))
 
 
 def test_the_number_of_processes_and_the_data_are_compared(tmp_path, monkeypatch):
