@@ -134,8 +134,9 @@ def seen_by(status: int, output: str) -> str:
     return re.search(r"^(?:FAILED|ERROR) tests/(.+?)(?: - |$)", output, re.MULTILINE)[1] if status else ""
 
 
-def prepare() -> None:
+def prepare(folder: str) -> None:
     """The settings of the tests, the libraries, and examples of property tests that are the same in every run."""
+    os.environ["TMPDIR"] = tempfile.tempdir = folder  # for the temporary folders of tests and libraries too
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # no test needs plugins, and loading them takes a second
     os.chdir(ROOT)
     sys.path[0] = str(ROOT)  # instead of the folder of this file, and before an installed package
@@ -187,7 +188,7 @@ def main() -> int:
     for mutant in mutants:
         mutant.source()
     folder = temporary_folder()
-    prepare()
+    prepare(folder)
     tests = tuple(dict.fromkeys(test for mutant in mutants for test in mutant.tests))
     status, output = run_tests(tests, folder, limit=LIMIT * len(mutants))
     if status != 0:
