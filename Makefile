@@ -7,7 +7,7 @@ test:
 	pytest
 
 lint:
-	ruff check . && ruff format --check . && mypy
+	ruff check . && ruff format --check . && mypy && bandit --quiet --recursive -ll lasar_hf lasar_cli.py recipes examples
 
 quickstart:
 	python examples/quickstart.py

@@ -1,6 +1,7 @@
 """recipes/eval.py: the report, the prompt format, and two processes against one."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -62,6 +63,14 @@ def test_a_checkpoint_in_use_keeps_its_card(recipe, folder, tmp_path, caplog):
     assert list(report(tmp_path)["results"]) == ["direct", "policy"]
     assert "The card of" in caplog.text and "in use by process" in caplog.text
     assert not card.exists()
+
+
+def test_results_may_be_written_into_the_folder_of_the_checkpoint(recipe, folder, tmp_path):
+    checkpoint = shutil.copytree(folder / "checkpoint", tmp_path / "checkpoint")
+    args = arguments(folder, checkpoint) | dict(models=[f"direct={checkpoint}@0"])
+    recipe.main(recipe.EvaluateArguments(**args, baselines=False))
+    assert (checkpoint / "report.json").exists()
+    assert "model-index" in (checkpoint / "README.md").read_text()
 
 
 @pytest.mark.parametrize("choice", [True, "false", "auto"])

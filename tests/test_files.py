@@ -1,5 +1,8 @@
 """Atomic writes, JSON and hashes."""
 
+import errno
+import os
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -89,6 +92,13 @@ def test_a_full_disk_is_named(tmp_path):
                 with pytest.raises(OSError, match=name), atomic_file(tmp_path / name) as temporary:
                     write(temporary)
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_full_disk_elsewhere_keeps_its_name(tmp_path):
+    cache = tmp_path / "cache"
+    with pytest.raises(OSError) as raised, naming_full_disk(tmp_path / "out"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(cache))
+    assert raised.value.filename == str(cache)
 
 
 def test_other_errors_stay_as_they_are(tmp_path):

@@ -229,7 +229,8 @@ def test_an_explanation_can_be_drawn_with_any_title():
     for start in range(0, len(titles) - 3, 3):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of missing glyphs
-            some.explain([f"i{start + k}" for k in range(3)], top_k=5).figure().savefig(io.BytesIO())
+            some.explain([f"i{start + k}" for k in range(3)], top_k=5).figure().savefig(image := io.BytesIO())
+        assert image.getvalue().startswith(b"\x89PNG")
 
 
 def test_preparing_writes_into_its_folder_only(tmp_path):

@@ -252,7 +252,7 @@ def test_a_checkpoint_with_a_damaged_file_is_passed_over(copy, caplog, name, dam
     damage(copy / "checkpoint-4" / name, size)
     with caplog.at_level(logging.WARNING):
         assert again(copy) == str(copy / "checkpoint-2")
-    assert f"{copy / 'checkpoint-4'} is passed over, since it is not whole: {name}" in caplog.text
+    assert f"{copy / 'checkpoint-4'} is skipped, since it is not whole: {name}" in caplog.text
 
 
 def test_the_run_ends_as_it_would_have_without_the_damage(finished, copy):

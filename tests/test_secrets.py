@@ -302,7 +302,7 @@ def test_key_is_not_sent_unencrypted_to_another_machine(tmp_path, everything, ur
     "url", ["https://example.org/v1", "http://127.3.2.1/v1", "http://[::1]:8/v1", "http://localhost"]
 )
 def test_key_may_be_sent_encrypted_or_to_this_machine(tmp_path, everything, url):
-    module._Run(teacher(url, tmp_path), SimpleNamespace())
+    assert module._Run(teacher(url, tmp_path), SimpleNamespace()).api_key == KEY
 
 
 def test_key_for_this_machine_does_not_go_through_a_proxy(endpoint, tmp_path, everything, monkeypatch):

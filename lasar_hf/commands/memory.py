@@ -59,7 +59,9 @@ class MemoryArguments:
             )
         missing = [path for path in paths if not Path(path, "config.json").exists()]
         if missing:
-            raise ValueError(f"models has {missing}, which are no folders of checkpoints.")
+            raise ValueError(
+                f"models has {missing}; expected local folders of checkpoints, where the memories are saved."
+            )
 
 
 def fit(args: MemoryArguments, data: PreparedData, memory: ItemMemory, path: str, reasoning: str) -> ItemMemory:
@@ -112,10 +114,8 @@ def memory_text(memory: ItemMemory, tuning: Tuning, reasoning: str) -> str:
 def main(args: MemoryArguments) -> None:
     """Tune the matrix once. Fit its weight for each checkpoint, and save it there."""
     with ExitStack() as stack:
-        for path in dict.fromkeys(entry.partition("@")[0] for entry in args.models):
-            if not Path(path).is_dir():
-                raise FileNotFoundError(f"{path} is no folder; a memory is saved in the folder of its checkpoint.")
-            stack.enter_context(locked(path))
+        for entry in args.models:
+            stack.enter_context(locked(entry.partition("@")[0]))
         add_memories(args)
 
 

@@ -205,7 +205,7 @@ def write_shards(args: RecommendArguments, state: PartialState) -> None:
     if args.int8:
         int8_linear(model)
     finders: dict[Any, Any] = {None: ItemMemory.find, True: ItemMemory.from_pretrained}
-    memory = None if args.memory is False else finders[args.memory](args.model, revision=args.revision)  # type: ignore[comparison-overlap]
+    memory = None if args.memory is False else finders[args.memory](args.model, revision=args.revision)
     shards = list(enumerate(range(0, len(users), args.shard_size)))[state.process_index :: state.num_processes]
     for number, start in tqdm(shards, desc="Shards", disable=not state.is_main_process):
         path = folder / f"part-{number:05d}.parquet"

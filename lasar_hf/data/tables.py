@@ -248,7 +248,7 @@ def _json_batches(
 
 
 def _python_object(text: str) -> Any:
-    """The value of a Python literal. `ValueError` if it is none, or repeats a key."""
+    """The value of a Python literal. Raises `ValueError` if the text is not a literal or repeats a key."""
     tree = ast.parse(text, mode="eval")
     for node in ast.walk(tree):
         names = [key.value for key in getattr(node, "keys", ()) if isinstance(key, ast.Constant)]

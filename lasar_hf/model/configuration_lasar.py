@@ -206,7 +206,7 @@ class LasarConfig(PreTrainedConfig):
         return self.num_sid_levels * self.codebook_size
 
     def check_depth(self, name: str, depth: int | None) -> None:
-        """Refuse, with a `ValueError`, a setting with more latent steps than the model takes; `None` is none."""
+        """Raise `ValueError` if a setting has more latent steps than the model takes. `None` is accepted."""
         if depth is not None and not 0 <= depth <= self.max_latent_steps:
             raise ValueError(
                 f"{name} is {depth}; expected 0 to {self.max_latent_steps} latent steps, the model's max_latent_steps."

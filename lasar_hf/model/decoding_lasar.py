@@ -473,7 +473,7 @@ class SidLogitsProcessor(LogitsProcessor):
         and the logits or log-probabilities `(B, V)` of the next token.
         """
         config, trie = self.config, self.catalog.trie(input_ids.device)
-        # 1. Codes written after the last <|latent_end|>; -1 if there is none.
+        # 1. Codes written after the last <|latent_end|>; -1 without a <|latent_end|>.
         column = torch.arange(input_ids.shape[1], device=input_ids.device)
         end = torch.where(input_ids == config.latent_end_token_id, column, -1).amax(dim=1)  # (B,)
         num_codes = torch.where(end >= 0, column[-1] - end, -1)  # (B,)

@@ -90,7 +90,7 @@ def checkpoint_to_resume(args: TrainingArguments, **origin: Any) -> str | None:
 
     A checkpoint is whole if all its files have the content that `checkpoint_files.json` says, and if its
     `trainer_state.json`, the last file, is complete. With `load_best_model_at_end`, so must be the best checkpoint. A
-    warning in the log names each newer one that is passed over. A run that was killed before it saved a whole one
+    warning in the log names each newer one that is skipped. A run that was killed before it saved a whole one
     starts from the beginning, which gives the same weights. But if a saved checkpoint was damaged later and there is
     no other, the run is refused: perhaps the file can be copied again, and training would overwrite the folder.
 
@@ -134,7 +134,7 @@ def _decide(args: TrainingArguments, settings: dict[str, Any]) -> Path | None:
         if damages[checkpoint] is None:
             _warn_of_length(checkpoint, before, settings)
             return checkpoint
-        logger.warning("%s is passed over, since it is not whole: %s.", checkpoint, damages[checkpoint])
+        logger.warning("%s is skipped, since it is not whole: %s.", checkpoint, damages[checkpoint])
     for checkpoint, damage in damages.items():
         if _state(checkpoint) is not None:
             raise ValueError(
