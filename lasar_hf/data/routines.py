@@ -19,8 +19,8 @@ from .tokenizer import build_tokenizer
 
 PRODUCTS = ("Tea", "Walk", "Bath", "Book", "Chess", "Piano", "Yoga", "Soup", "Film", "Nap")
 MAX_LINKS = 6
-# The second product comes right after the first, so a reader needs one look-up for it. With words in between it needs two,
-# which a written chain of two layers does not learn in the updates of the recipes.
+# The second product comes right after the first, so a reader needs one look-up for it. With words in between it needs
+# two, which a written chain of two layers does not learn in the updates of the recipes.
 SEGMENT = "the history has a routine of this user with these two products, one right after the other: {one} {other}"
 _NUMBERS = ("One", "Two", "Three", "Four", "Five", "Six")
 TOKENIZER_SIZE = 600  # at most; each word becomes one token
