@@ -247,7 +247,7 @@ CUTS = [(lambda path, _: path.unlink(), 0), (truncate, 0), (truncate, 300)]
     [(name, *damage) for name in SEALED for damage in [*CUTS, (flip, 0)]]
     + [(name, *damage) for name in ("trainer_state.json", "checkpoint_files.json") for damage in CUTS],
 )
-def test_a_checkpoint_with_a_damaged_file_is_passed_over(copy, caplog, name, damage, size):
+def test_a_checkpoint_with_a_damaged_file_is_skipped(copy, caplog, name, damage, size):
     assert again(copy) == str(copy / "checkpoint-4")
     damage(copy / "checkpoint-4" / name, size)
     with caplog.at_level(logging.WARNING):
