@@ -19,7 +19,7 @@ from .model.files_lasar import file_hashes as file_hashes
 FULL = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)]
 FULL += ["iostream error", "inline_container", "requested and"]
 # Names of the temporary files of `atomic_file` and of safetensors.
-TEMPORARY = re.compile(r"\..+\.\d+\.tmp(\..+)?|\.tmp\w{6}")
+TEMPORARY = re.compile(r"\..+\.\d+\.tmp(\.[^.]+)?|\.tmp[A-Za-z0-9]{6}")
 
 
 def check_writable(folder: str | Path) -> None:
@@ -53,7 +53,7 @@ def naming_full_disk(folder: str | Path) -> Iterator[None]:
 def remove_temporary_files(folder: str | Path) -> None:
     """
     Delete the temporary files that killed processes left in a folder to which no other process writes: those of
-    [`atomic_file`] and of safetensors. Files with other names are not touched.
+    [`atomic_file`] and of safetensors. Files with other names stay.
     """
     for path in Path(folder).glob(".*"):
         if path.is_file() and TEMPORARY.fullmatch(path.name):
@@ -78,7 +78,7 @@ def read_json(path: str | Path) -> Any:
 def folder_hashes(folder: str | Path | None, pattern: str) -> dict[str, str]:
     """
     SHA-256 of each file of a folder that matches a glob pattern, by its path relative to the folder. `None`, or the
-    name of a model on the Hub, has no files. `"**/data-*.arrow"` matches the tables of saved `Dataset`s.
+    name of a model on the Hub, has no files. `"**/*"` does not enter links to folders.
     """
     files = sorted(path for path in Path(folder).glob(pattern) if path.is_file()) if folder is not None else []
     names = [str(path.relative_to(folder)) for path in files]

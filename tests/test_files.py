@@ -135,7 +135,7 @@ def test_folder_hashes_are_relative_to_the_folder(tmp_path):
 
 def test_only_temporary_files_of_writers_are_removed(tmp_path):
     left = [".report.12.tmp.md", ".model.3.tmp", ".tmpA1b2C3"]
-    kept = [".tmprc", "report.tmp", ".vimrc.tmp.swp", "report.md"]
+    kept = [".tmprc", "report.tmp", ".vimrc.tmp.swp", ".report.12.tmp.md.swp", ".tmp_names", "report.md"]
     for name in left + kept:
         (tmp_path / name).write_text("x")
     (tmp_path / ".tmp_mine").mkdir()

@@ -146,6 +146,28 @@ def test_the_recipe_writes_the_folder(tmp_path):
     assert card["data"]["repeat_rate"] == 0 and card["data"]["exclude_history"] and card["data"]["users"] == 10
 
 
+def test_another_sentence_writes_the_folder_again(tmp_path, monkeypatch):
+    arguments = {"num_users": 5, "validation_users": 2, "test_users": 3}
+    run(tmp_path, "routines", arguments)
+    sentence = "after {one} comes {other}"
+    monkeypatch.setattr("lasar_hf.data.routines.SEGMENT", sentence)
+    monkeypatch.setattr("lasar_hf.commands.prepare.SEGMENT", sentence)
+    run(tmp_path, "routines", arguments)
+    assert PreparedData.load(tmp_path).samples["train"]["segments"][0][0].startswith("after ")
+
+
+def test_tables_behind_links_are_hashed(tmp_path):
+    hashes = []
+    for name, min_segments in (("one", 1), ("other", 4)):
+        write_routines(tmp_path / name, 30, 5, 5, min_segments=min_segments)
+        (tmp_path / name / "samples").rename(tmp_path / f"disk-{name}")
+        (tmp_path / name / "samples").symlink_to(tmp_path / f"disk-{name}")
+        hashes.append(PreparedData.file_hashes(tmp_path / name))
+    assert {name for name in hashes[0] if hashes[0][name] != hashes[1][name]} == {
+        "samples/train/data-00000-of-00001.arrow"
+    }
+
+
 @pytest.mark.slow
 def test_latent_steps_follow_the_links_of_new_users(tmp_path, monkeypatch):
     """The recipe's stages 1 and 2: one pass follows one link, as many latent steps as links follow all."""

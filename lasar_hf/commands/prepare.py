@@ -40,6 +40,7 @@ from ..data import (
 )
 from ..data.prepared_data import RARE_REPEATS, load_interactions, save_dataset, save_interactions
 from ..data.readers import check_source_args, source_settings
+from ..data.routines import SEGMENT
 from ..data.splits import PARTS, Split, repeat_rate
 from ..evaluation import compare_exclusion
 from ..files import file_hash, read_json, write_json
@@ -332,7 +333,7 @@ def generated_steps(args: PrepareArguments) -> list[Step]:
         write_json(out / "data_card.json", settings | card_numbers(Path(args.output_dir)))
 
     return [
-        Step("routines", partial(write_routines, **arguments), arguments),
+        Step("routines", partial(write_routines, **arguments), {**arguments, "segment": SEGMENT}),
         Step("card", write_generated_card, settings, ("routines",)),
     ]
 

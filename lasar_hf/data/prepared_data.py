@@ -126,7 +126,8 @@ class PreparedData:
     @staticmethod
     def file_hashes(folder: str | Path) -> dict[str, str]:
         """SHA-256 of the tables, the catalogue and the tokenizer in a folder, which a resumed run compares."""
-        patterns = ("**/data-*.arrow", "catalog/*", "tokenizer/*", "prepared.json")
+        tables = ("items/data-*.arrow", "users/data-*.arrow", "samples/*/data-*.arrow")  # `**` does not follow links
+        patterns = (*tables, "catalog/*", "tokenizer/*", "prepared.json")
         return {name: sha for pattern in patterns for name, sha in folder_hashes(folder, pattern).items()}
 
     @staticmethod
