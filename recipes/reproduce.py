@@ -6,7 +6,7 @@ A whole study in one command: train every row, evaluate it, and write a report w
 Each row of the study is a run of `sft.py` or `grpo.py` with some settings changed, an evaluation with and without an
 item memory and, if asked for, at every fixed depth. Wrong rows and settings are refused before anything runs. A study
 that is killed goes on where it stopped: a job that ended with the same settings is not run again, and trainings resume
-from their last checkpoint. `report_only: true` writes the report of what has ended so far. Needs matplotlib
+from their last checkpoint. With other settings a training starts again, and its last run is kept in `checkpoint.old`. `report_only: true` writes the report of what has ended so far. Needs matplotlib
 (`pip install "lasar_hf[study]"`).
 """
 
@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -329,10 +330,12 @@ def run_job(job: Job, study: StudyArguments) -> bool:
     with atomic_file(config) as temporary:
         temporary.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
     command = [sys.executable, str(RECIPES / f"{job.script}.py"), "--config", str(config)]
-    log, began = config.with_suffix(".log"), time.time()
+    log, began, started_at = config.with_suffix(".log"), time.time(), commit()
     threads = str(max(torch.get_num_threads() // study.jobs, 1))
     with log.open("a") as file:
         lock(file, job.name)
+        if job.script in TRAINING:
+            set_aside(job)
         code = subprocess.run(
             command, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": threads}
         ).returncode
@@ -340,10 +343,28 @@ def run_job(job: Job, study: StudyArguments) -> bool:
         tail = "".join(log.read_text(errors="replace").splitlines(keepends=True)[-15:])
         logger.error("%s failed with exit code %d. The end of %s:\n%s", job.name, code, log, tail)
         return False
-    record = {"key": job.key, "seconds": time.time() - began, "commit": commit(), "settings": job.settings}
+    record = {"key": job.key, "seconds": time.time() - began, "commit": started_at, "settings": job.settings}
     write_json(job.marker, record)
     logger.info("%s: done in %.0f s", job.name, record["seconds"])
     return True
+
+
+def set_aside(job: Job) -> None:
+    """Keep a training of other settings in `checkpoint.old`, so that the job does not resume from it."""
+    started, checkpoint = job.folder / "started.json", Path(job.settings["output_dir"])
+    if checkpoint.exists() and (not started.exists() or read_json(started)["key"] != job.key):
+        old = checkpoint.with_name(f"{checkpoint.name}.old")
+        logger.info("%s: the settings changed, so it starts again. The last run is in %s.", job.name, old)
+        shutil.rmtree(old, ignore_errors=True)
+        checkpoint.rename(old)
+    write_json(started, {"key": job.key})
+
+
+def updates(jobs: dict[str, Job], row: str) -> int | None:
+    """Number of updates of a row's training, at the first seed; `None` for rows that train nothing."""
+    folders = [Path(job.settings["output_dir"]) for name, job in jobs.items() if name.endswith(f"/{row}/checkpoint")]
+    states = sorted(folders[0].glob("checkpoint-*/trainer_state.json")) if folders else []
+    return read_json(states[0])["max_steps"] if states else None
 
 
 def lock(file, name: str) -> None:
@@ -403,6 +424,7 @@ def main(study: StudyArguments) -> None:
         "seeds": study.seeds,
         "jobs": study.jobs,
         "seconds": seconds,
+        "updates": {row: updates(jobs, row) for row in rows},
         "commits": commits,
         "versions": versions,
         "missing": missing,

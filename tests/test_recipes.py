@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -400,6 +401,17 @@ def test_depths_can_be_those_of_the_starting_policy(folder, stage1):
     ids = [[processor.catalog.item_ids[item] for item in history] for history in histories]
     expected = model.recommend(**processor(ids), catalog=processor.catalog).latent_steps
     assert recipe.policy_depths(model, processor, histories, batch_size=3).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize(("weights", "warned"), [([1.0, 1.0, 0.0, 0.0, 1.0], 1), ([0.0, 1.0, 1.0, 1.0, 1.0], 0)])
+def test_depths_that_the_policy_learns_need_a_weight(folder, stage1, tmp_path, weights, warned):
+    recipe = load_recipe("sft")
+    script = recipe.SFTScriptArguments(data_dir=str(folder), stage=2, depth_source="uniform")
+    args = LasarSFTConfig(**settings(tmp_path, depth_weights=weights, policy_weight=0.1))
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        recipe.main(script, args, LasarModelConfig(model_name_or_path=str(stage1)))
+    assert sum("[2, 3] latent steps, but depth_weights" in str(warning.message) for warning in found) == warned
 
 
 def test_controls_of_stage_2(folder, stage1, tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import yaml
 
+from lasar_hf.data import PreparedData
 from lasar_hf.evaluation import ndcg_per_user, ranks
 from tests.recipes import ROOT, load_recipe, save_prepared
 
@@ -23,6 +24,10 @@ import yaml
 arguments = yaml.safe_load(Path(sys.argv[2]).read_text())
 with open(os.environ["RUNS"], "a") as file:
     file.write(json.dumps([Path(sys.argv[0]).stem, arguments]) + "\\n")
+if Path(sys.argv[0]).stem in ("sft", "grpo"):
+    state = Path(arguments["output_dir"]) / "checkpoint-3" / "trainer_state.json"
+    state.parent.mkdir(parents=True, exist_ok=True)
+    state.write_text(json.dumps({"max_steps": 3}))
 if os.environ.get("FAIL", "nothing") in json.dumps(arguments):
     sys.exit("out of memory")
 if Path(sys.argv[0]).stem == "depth":
@@ -45,7 +50,7 @@ if Path(sys.argv[0]).stem == "eval":
     count = arguments.get("users") or 23
     draw = lambda n: np.random.default_rng(list(n.encode())).permuted(np.tile(np.arange(20), (count, 1)), axis=1)
     items = {n: draw(n) for n in names}
-    row = {"HR@10": 0.5, "NDCG@10": 0.25, "mean_depth": 2.0, "ms_per_user": 1.5}
+    row = {"n": count, "HR@10": 0.5, "NDCG@10": 0.25, "mean_depth": 2.0, "ms_per_user": 1.5}
     (folder / "report.json").write_text(json.dumps({"results": {n: row for n in names}, "details": {"baselines": {}}}))
     arrays = {f"items/{n}": items[n] for n in names} | {f"depths/{n}": np.arange(count) % 2 + 1 for n in names}
     np.savez(folder / "lists.npz", **arrays)
@@ -131,6 +136,33 @@ def test_changed_settings_run_again_with_the_rows_after_them(recipe, tmp_path):
     assert len(runs(tmp_path)) == first + 3 + 6  # all but the baselines
 
 
+def test_a_training_resumes_under_the_same_settings_only(recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("FAIL", "latent/checkpoint")
+    with pytest.raises(SystemExit):
+        recipe.main(study(recipe, tmp_path))
+    folder = tmp_path / "out" / "0" / "latent"
+    (folder / "checkpoint" / "mark").touch()
+    with pytest.raises(SystemExit):
+        recipe.main(study(recipe, tmp_path))
+    assert (folder / "checkpoint" / "mark").exists()
+    changed = study(recipe, tmp_path)
+    changed.rows["direct"]["set"] = {"learning_rate": 1.0}  # the row that the other starts from
+    with pytest.raises(SystemExit):
+        recipe.main(changed)
+    assert not (folder / "checkpoint" / "mark").exists()
+    assert (folder / "checkpoint.old" / "mark").exists()
+
+
+def test_the_report_has_the_number_of_updates(recipe, tmp_path):
+    recipe.main(study(recipe, tmp_path))
+    text = (tmp_path / "report" / "study.md").read_text()
+    assert "| latent | `" in text and "| policy | 3 | " in text
+    assert json.loads((tmp_path / "report" / "study.json").read_text())["details"]["updates"] == {
+        "latent": 3,
+        "direct": 3,
+    }
+
+
 def test_seeds_are_averaged(recipe, tmp_path):
     part = study(recipe, tmp_path, seeds=[0, 1])
     part.rows["direct"]["seeds"] = "all"
@@ -157,7 +189,8 @@ def test_fixed_depths_beside_the_policy(recipe, tmp_path):
     text = (tmp_path / "report" / "study.md").read_text()
     assert "| latent | 0.5000 / 0.2500 | 0.5000 / 0.2500 | 0.5000 / 0.2500 |" in text
     assert "| depth that latent chose | 1 | 2 | all |" in text
-    assert "| users | 5 | 5 | 10 |" in text
+    drawn = PreparedData.load(tmp_path / "data").drawn("validation", 10)
+    assert f"| users | {(drawn % 2 == 0).sum()} | {(drawn % 2 == 1).sum()} | 10 |" in text
     shown = "0.1000 | 0.2000 | 0.1000 | 0.1000 | 0.3000 | +0.0100 (-0.0200 to +0.0400), p = 0.400 |"
     assert shown in text
     assert not any("/out/1/latent/sweep" in json.dumps(run) for run in runs(tmp_path))  # the first seed only

@@ -78,7 +78,7 @@ class EvaluateArguments:
         default=None, metadata={"help": "Branch, tag or commit of models on the Hub; folders have none."}
     )
     split: str = field(default="test", metadata={"help": "Part to evaluate on.", "choices": ["validation", "test"]})
-    users: int = field(default=0, metadata={"help": "Evaluate on this many users, the first ones; 0 for all."})
+    users: int = field(default=0, metadata={"help": "Evaluate on this many users, drawn at random; 0 for all."})
     num_beams: int = field(default=50, metadata={"help": "Width of the beam search."})
     batch_size: int = field(default=64, metadata={"help": "Users per batch."})
     memory: bool = field(default=True, metadata={"help": "Whether checkpoints with an item memory have a second row."})
@@ -116,11 +116,12 @@ def parse_models(entries: list[str]) -> dict[str, tuple[str, str]]:
     return models
 
 
-def select_users(samples, users: int):
-    """The first `users` samples, or all for 0."""
+def select_users(data: PreparedData, part: str, users: int):
+    """Random samples of a part, always the same `users`, or all for 0."""
+    samples = data.samples[part]
     if not 0 <= users <= len(samples):
         raise ValueError(f"users is {users}; expected at most {len(samples)}, or 0 for all.")
-    return samples.select(range(users)) if users else samples
+    return data.draw(part, users) if users else samples
 
 
 def history_is_excluded(args: EvaluateArguments, data: PreparedData) -> bool:
@@ -292,7 +293,7 @@ def evaluate(
         config = LasarConfig.from_pretrained(path, revision=args.revision)
         config.check_exclusion(history_is_excluded(args, data))
         config.check_depth(f"The depth of {name!r} in models", int(reasoning) if reasoning.isdecimal() else None)
-    samples = select_users(data.samples[args.split], args.users)
+    samples = select_users(data, args.split, args.users)
     predictions, rows, tuning, depths = {}, {}, {}, {}
     if args.baselines and state.is_main_process:
         predictions, rows, tuning = evaluate_baselines(args, data, samples)

@@ -262,6 +262,16 @@ def training_depths(source: str, anchors: AnchorStore, model, processor, samples
     return np.full(len(anchors), int(source))
 
 
+def warn_of_untrained_depths(weights: list[float], depths: np.ndarray) -> None:
+    """Warn if the policy learns to take numbers of latent steps after which no answer is trained."""
+    untrained = [int(depth) for depth in np.unique(depths) if depth >= len(weights) or weights[depth] == 0]
+    if untrained:
+        warnings.warn(
+            f"The policy learns to take {untrained} latent steps, but depth_weights has no weight for them, so no "
+            "answer after them is trained. Give every depth of depth_source a weight.", stacklevel=2,
+        )  # fmt: skip
+
+
 def policy_depths(model, processor, histories: list[list[int]], batch_size: int = 256) -> np.ndarray:
     """Most likely latent steps of each history under the model's policy, computed on every process."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -334,6 +344,8 @@ def train(script: SFTScriptArguments, training_args: LasarSFTConfig, model_args:
         depths = training_depths(
             script.depth_source, anchors, model, processor, data.samples["train"], training_args.seed
         )
+        if training_args.depth_weights is not None and training_args.policy_weight > 0:
+            warn_of_untrained_depths(training_args.depth_weights, depths)
         training_args.anchors_at_any_depth |= script.depth_source != "segments" or script.shuffle_anchors
         examples = reasoning_examples(data.samples["train"], processor, depths)
         examples = examples if neighbours is None else with_neighbours(examples, neighbours)

@@ -166,10 +166,13 @@ class PreparedData:
         return LasarProcessor(tokenizer, self.catalog, instruction, max_history)
 
     def draw(self, part: str, users: int) -> Dataset:
-        """Random samples of a part, at most `users`; always the same ones."""
-        # In memory, since their order would otherwise be written next to the samples.
-        samples = self.samples[part].shuffle(seed=0, keep_in_memory=True)
-        return samples.select(range(min(users, len(samples))))
+        """Random samples of a part, at most `users`; always the same ones, in their order."""
+        # In memory, since their indices would otherwise be written next to the samples.
+        return self.samples[part].select(self.drawn(part, users), keep_in_memory=True)
+
+    def drawn(self, part: str, users: int) -> np.ndarray:
+        """Indices of the samples of [`PreparedData.draw`], `(at most users,)`."""
+        return np.sort(np.random.default_rng(0).permutation(len(self.samples[part]))[:users])
 
     def check_catalog(self, catalog: SidCatalog, where: str) -> None:
         """Raise `ValueError` if the checkpoint `where` has a catalogue with other items or Semantic IDs."""

@@ -91,15 +91,20 @@ class StudyResults:
         seed = self.first(row, "sweep")
         return None if seed is None else read_json(self.folder / seed / row / "sweep" / "report.json")["results"]
 
-    def sweep_per_user(self, row: str) -> dict[str, np.ndarray]:
-        """NDCG@10 of the first validation users, `(U,)`, by the fixed depth and, if it has ended, of the `policy`."""
+    def sweep_lists(self, row: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Indices of the sweep's validation users, `(U,)`, and their lists by the fixed depth and of the `policy`."""
         seed = self.first(row, "sweep")
         with np.load(self.folder / seed / row / "sweep" / "lists.npz") as arrays:
             lists = {name.removeprefix("items/"): arrays[name] for name in arrays if name.startswith("items/")}
-        count = len(next(iter(lists.values())))
+        users = self.data.drawn("validation", len(next(iter(lists.values()))))
         if (row, "validation", seed) in self.lists:
-            lists["policy"] = self.lists[row, "validation", seed]["items"][:count]
-        targets = self.targets["validation"][:count]
+            lists["policy"] = self.lists[row, "validation", seed]["items"][users]
+        return users, lists
+
+    def sweep_per_user(self, row: str) -> dict[str, np.ndarray]:
+        """NDCG@10 of the sweep's users, `(U,)`, by the fixed depth and, if it has ended, of the `policy`."""
+        users, lists = self.sweep_lists(row)
+        targets = self.targets["validation"][users]
         return {name: ndcg_per_user(ranks(items, targets), 10) for name, items in lists.items()}
 
 
@@ -169,6 +174,20 @@ def links_table(results: StudyResults, rows: Sequence[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def links_of_depths_table(results: StudyResults, row: str) -> str:
+    """Exact match of the routines by number of links, at every fixed depth."""
+    users, lists = results.sweep_lists(row)
+    samples = results.data.samples["validation"].select(users)
+    needed, targets = np.array([links(history) for history in samples["history"]]), np.array(samples["target"])
+    numbers = sorted(set(needed.tolist()))
+    lines = [f"| {row} | {' | '.join(map(str, numbers))} |", "|---|" + "---:|" * len(numbers)]
+    for depth, items in lists.items():
+        exact = items[:, 0] == targets
+        cells = [f"{exact[needed == number].mean():.3f}" for number in numbers]
+        lines.append(f"| {depth if depth == 'policy' else f'depth {depth}'} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def slices_table(results: StudyResults, rows: Sequence[str]) -> str:
     """HR@10 / NDCG@10 of parts of the test users, at the first seed."""
     lists = {row: results.seeds(row, "test")[0]["items"] for row in rows if results.seeds(row, "test")}
@@ -186,8 +205,13 @@ def depth_section(results: StudyResults, rows: Sequence[str], folder: Path) -> s
         cells = [f"{numbers['HR@10']:.4f} / {numbers['NDCG@10']:.4f}" for numbers in sweep.values()]
         lines += [f"| {row} | {' | '.join(cells)} |"]
     depths = list(next(iter(sweeps.values())))
+    count = next(iter(sweeps.values()))[depths[0]]["n"]
     head = [f"| fixed depth | {' | '.join(depths)} |", "|---|" + "---:|" * len(depths)]
-    parts = ["## Fixed depths", "Validation users, HR@10 / NDCG@10.", "\n".join([*head, *lines])]
+    parts = [
+        "## Fixed depths",
+        f"{count:,} validation users, drawn at random, HR@10 / NDCG@10.",
+        "\n".join([*head, *lines]),
+    ]
     histogram = [
         (row, np.bincount(results.seeds(row, "test")[0]["depths"], minlength=len(depths)))
         for row in sweeps if results.seeds(row, "test")
@@ -211,13 +235,15 @@ def chosen_depths(results: StudyResults, row: str) -> str:
         return ""
     policy = values.pop("policy")
     best = max(values, key=lambda depth: values[depth].mean())
-    chosen = results.lists[row, "validation", results.first(row, "sweep")]["depths"][: len(policy)]
+    users = results.data.drawn("validation", len(policy))
+    chosen = results.lists[row, "validation", results.first(row, "sweep")]["depths"][users]
     groups = {str(depth): chosen == depth for depth in np.unique(chosen)} | {"all": chosen >= 0}
-    test = paired_bootstrap(policy, values[best], results.data.samples["validation"]["user_id"][: len(policy)])
+    user_ids = results.data.samples["validation"].select(users)["user_id"]
+    test = paired_bootstrap(policy, values[best], user_ids)
     lines = [f"| depth that {row} chose | {' | '.join(groups)} |", "|---|" + "---:|" * len(groups)]
-    lines += [f"| users | {' | '.join(str(users.sum()) for users in groups.values())} |"]
+    lines += [f"| users | {' | '.join(str(group.sum()) for group in groups.values())} |"]
     for name, part in (("policy", policy), (f"fixed depth {best}", values[best])):
-        lines += [f"| NDCG@10, {name} | {' | '.join(f'{part[users].mean():.4f}' for users in groups.values())} |"]
+        lines += [f"| NDCG@10, {name} | {' | '.join(f'{part[group].mean():.4f}' for group in groups.values())} |"]
     text = f"The same validation users by the depth that the policy of {row} chose. Policy − best fixed depth: "
     return f"{text}{difference(test)}.\n\n" + "\n".join(lines)
 
@@ -319,8 +345,8 @@ def write_study(
             `title` and `rows` of each table, and if needed `text` above it, `against` (rows to compare with), `slices`
             (parts of the users), `links` (the routines' number of links) and `figure` (name of its file).
         details (`dict`):
-            `rows` with their settings, `seeds`, number of `jobs` at once, `seconds` of each job, `commits`, `versions`
-            and jobs that are `missing`.
+            `rows` with their settings, `seeds`, number of `jobs` at once, `seconds` of each job, `updates` of each row,
+            `commits`, `versions` and jobs that are `missing`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     note, users = exclusion_note(results.data.exclude_history), len(results.targets["test"])
@@ -354,6 +380,8 @@ def _table_section(results: StudyResults, table: dict[str, Any], folder: Path) -
         parts += ["Validation users:", text.strip()]
     if table.get("links"):
         parts += ["Exact match by number of links:", links_table(results, rows).strip()]
+        for row in [row for row in rows if results.first(row, "sweep")]:
+            parts += ["Validation users, at fixed depths:", links_of_depths_table(results, row).strip()]
     if table.get("slices"):
         text = slices_table(results, rows).strip()
         parts += ["HR@10 / NDCG@10 of parts of the users, first seed:", text]
@@ -368,14 +396,15 @@ def _table_section(results: StudyResults, table: dict[str, Any], folder: Path) -
 
 def _how(results: StudyResults, details: dict[str, Any]) -> str:
     """How each row was made: settings, seeds, times, commit, and the settings of the baselines."""
-    lines = ["| row | made from | changed settings | depth | minutes of the last run |", "|---|---|---|---|---:|"]
+    lines = ["| row | made from | changed settings | depth | updates | minutes of the last run |"]
+    lines.append("|---|---|---|---|---:|---:|")
     for name, row in details["rows"].items():
         seconds = [time for job, time in details["seconds"].items() if job.endswith(f"/{name}/checkpoint")]
         changed = ", ".join(f"`{key}: {value}`" for key, value in row["set"].items())
         depth = "policy" if row["depth"] is None else row["depth"]
         minutes = f"{np.mean(seconds) / 60:.1f}" if seconds else "–"
         made = f"`{row['config']}`" if row["config"] else f"row {row['of']}"
-        lines.append(f"| {name} | {made} | {changed} | {depth} | {minutes} |")
+        lines.append(f"| {name} | {made} | {changed} | {depth} | {details['updates'][name] or '–'} | {minutes} |")
     total = sum(details["seconds"].values()) / 60
     notes = [f"Seeds {details['seeds']}, commits {', '.join(details['commits'])}, {total:.0f} minutes of jobs in all."]
     notes.append("Versions: " + ", ".join(f"{name} {number}" for name, number in details["versions"].items()) + ".")
