@@ -6,8 +6,8 @@ A whole study in one command: train every row, evaluate it, and write a report w
 Each row of the study is a run of `sft.py` or `grpo.py` with some settings changed, an evaluation with and without an
 item memory and, if asked for, at every fixed depth. Wrong rows and settings are refused before anything runs. A study
 that is killed goes on where it stopped: a job that ended with the same settings is not run again, and trainings resume
-from their last checkpoint. With other settings a training starts again, and its last run is kept in `checkpoint.old`. `report_only: true` writes the report of what has ended so far. Needs matplotlib
-(`pip install "lasar_hf[study]"`).
+from their last checkpoint. With other settings a training starts again, and its last run is kept in `checkpoint.old`.
+`report_only: true` writes the report of what has ended so far. Needs matplotlib (`pip install "lasar_hf[study]"`).
 """
 
 import hashlib

@@ -345,8 +345,8 @@ def write_study(
             `title` and `rows` of each table, and if needed `text` above it, `against` (rows to compare with), `slices`
             (parts of the users), `links` (the routines' number of links) and `figure` (name of its file).
         details (`dict`):
-            `rows` with their settings, `seeds`, number of `jobs` at once, `seconds` of each job, `updates` of each row,
-            `commits`, `versions` and jobs that are `missing`.
+            `rows` with their settings, `seeds`, number of `jobs` at once, `seconds` of each job, `updates` of each
+            row, `commits`, `versions` and jobs that are `missing`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     note, users = exclusion_note(results.data.exclude_history), len(results.targets["test"])
