@@ -174,6 +174,24 @@ def test_sasrec_names_its_package(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not has_sasrec(), reason="cornac is not installed")
+def test_sasrec_keeps_the_best_epoch_on_validation():
+    train = [[(start + step) % 10 for step in range(6)] for start in range(10)] * 30
+    histories = [[item, (item + 1) % 10] for item in range(10)]
+    follows = {
+        "history": [*histories, [1, 2]],
+        "target": [*[(item + 2) % 10 for item in range(10)], 10],
+    }  # 10: unknown
+    backwards = {"history": histories, "target": [(item - 1) % 10 for item in range(10)]}
+    runs = [sasrec_ranking(train, histories, 11, 10, validation=part) for part in (None, follows, backwards)]
+    next_items = [(item + 2) % 10 for item in range(10)]
+    assert [ranking[0] for ranking in runs[1]] == next_items
+    # Where the validation targets come first is worse for the next items: an early epoch is kept.
+    places = [np.mean([list(ranking).index(item) for ranking, item in zip(run, next_items)]) for run in runs]
+    assert places[2] > places[1] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not has_sasrec(), reason="cornac is not installed")
 def test_sasrec_learns_who_follows_whom():
     train = [[(start + step) % 10 for step in range(6)] for start in range(10)] * 30
     histories = [[item, (item + 1) % 10] for item in range(10)]
