@@ -177,16 +177,15 @@ def test_sasrec_names_its_package(monkeypatch):
 def test_sasrec_keeps_the_best_epoch_on_validation():
     train = [[(start + step) % 10 for step in range(6)] for start in range(10)] * 30
     histories = [[item, (item + 1) % 10] for item in range(10)]
-    follows = {
-        "history": [*histories, [1, 2]],
-        "target": [*[(item + 2) % 10 for item in range(10)], 10],
-    }  # 10: unknown
+    next_items = [*range(2, 10), 0, 1]
+    follows = {"history": [*histories, [1, 2]], "target": [*next_items, 10]}  # item 10 is unknown
     backwards = {"history": histories, "target": [(item - 1) % 10 for item in range(10)]}
     runs = [sasrec_ranking(train, histories, 11, 10, validation=part) for part in (None, follows, backwards)]
-    next_items = [(item + 2) % 10 for item in range(10)]
     assert [ranking[0] for ranking in runs[1]] == next_items
     # Where the validation targets come first is worse for the next items: an early epoch is kept.
-    places = [np.mean([list(ranking).index(item) for ranking, item in zip(run, next_items)]) for run in runs]
+    places = [
+        np.mean([list(ranking).index(item) for ranking, item in zip(run, next_items, strict=True)]) for run in runs
+    ]
     assert places[2] > places[1] == 0
 
 

@@ -5,7 +5,7 @@ A model is `name=path` or, with `N` latent steps for every user, `name=path@N` (
 was trained on the task `explicit` is `name=path@text`: it writes a chain of thought before the item. Prints the tables
 and writes `report.json` and `report.md`, with the significance of each difference between neighbouring rows (a
 bootstrap over users). The prompt format is that of each checkpoint. A checkpoint with an item memory
-(recipes/memory.py) has a second row, `name + memory`. Item-kNN and EASE are tuned on validation users.
+(recipes/memory.py) has a second row, `name + memory`. Item-kNN, EASE and SASRec are tuned on validation users.
 SASRec has a row if cornac is installed (`pip install "lasar_hf[baselines]"`). `lists.npz` has the list and the depth
 of every user.
 """
