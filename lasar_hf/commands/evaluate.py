@@ -28,6 +28,7 @@ from ..card import add_results, data_name
 from ..data import PreparedData
 from ..evaluation import (
     BASELINES,
+    WITH_MEMORY,
     baseline_rankings,
     comparison_table,
     evaluate_recommendations,
@@ -62,7 +63,6 @@ from .parser import ScriptParser
 logger = logging.getLogger(__name__)
 
 TOP_K = 20
-WITH_MEMORY = " + memory"  # end of the name of a row
 
 
 @dataclass

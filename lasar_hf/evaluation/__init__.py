@@ -35,11 +35,21 @@ from .report import (
 from .sasrec import has_sasrec, sasrec_ranking
 from .significance import BootstrapResult, mean_interval, paired_bootstrap
 from .slices import slices
-from .tuning import BASELINES, Tuning, baseline_rankings, compare_exclusion, tune, tune_item_knn, tuning_notes
+from .tuning import (
+    BASELINES,
+    WITH_MEMORY,
+    Tuning,
+    baseline_rankings,
+    compare_exclusion,
+    tune,
+    tune_item_knn,
+    tuning_notes,
+)
 
 
 __all__ = [
     "BASELINES",
+    "WITH_MEMORY",
     "BootstrapResult",
     "RankingEvaluator",
     "RankingMetrics",

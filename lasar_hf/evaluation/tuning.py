@@ -23,6 +23,7 @@ from .sasrec import has_sasrec, sasrec_ranking
 
 
 BASELINES = ("popularity", "Markov", "item-kNN", "EASE", "SASRec", "memory alone")
+WITH_MEMORY = " + memory"  # end of the name of a row
 ITEM_KNN_GRID = {
     "window": (1, 4, 8, 16),
     "gap_decay": (0.6, 0.8, 1.0),

@@ -9,7 +9,7 @@ LAUNCH=${LAUNCH:-accelerate launch}
 # Users whose next item lies 1 to 6 links ahead -> outputs/routines/data
 python recipes/prepare.py --config recipes/routines/prepare.yaml
 
-# Others, whose next item lies one link ahead, for stage 1. Validation and test users are the same.
+# Others, whose next item lies one link ahead, for stage 1. It has validation and test users of its own.
 python recipes/prepare.py --source routines --source_args '{"num_users": 20000, "max_links": 1}' \
     --output_dir outputs/routines/one_link
 
