@@ -224,7 +224,9 @@ def depth_section(results: StudyResults, rows: Sequence[str], folder: Path) -> s
         rows_of = [f"| {row} | {' | '.join(map(str, counts))} |" for row, counts in histogram]
         parts += ["Test users by the depth that the policy chose:", "\n".join([*head, *rows_of])]
     parts += [table for table in (chosen_depths(results, row) for row in sweeps) if table]
-    _plot_depths(sweeps, histogram, folder / "depths.png")
+    per_user = {row: results.sweep_per_user(row) for row in sweeps}
+    policies = {row: values["policy"].mean() for row, values in per_user.items() if "policy" in values}
+    _plot_depths(sweeps, policies, histogram, folder / "depths.png")
     return "\n\n".join([*parts, "![NDCG@10 at every fixed depth, and the depths of the policy](depths.png)"]) + "\n"
 
 
@@ -270,18 +272,21 @@ def oracle_section(results: StudyResults, rows: Sequence[str]) -> str:
     return "\n\n".join(["## Which depth?", text, "\n".join(lines)]) if len(lines) > 2 else ""
 
 
-def _plot_depths(sweeps: dict, histogram: list, path: Path) -> None:
+def _plot_depths(sweeps: dict, policies: dict, histogram: list, path: Path) -> None:
+    """NDCG@10 at every fixed depth, dashed for the policy, and how many users have which depth of the policy."""
     pyplot = _pyplot()
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3), layout="constrained")
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.3), layout="constrained")
     for row, sweep in sweeps.items():
-        left.plot([int(depth) for depth in sweep], [part["NDCG@10"] for part in sweep.values()], marker="o", label=row)
+        numbers = [part["NDCG@10"] for part in sweep.values()]
+        (line,) = left.plot([int(depth) for depth in sweep], numbers, marker="o", label=row)
+        if row in policies:
+            left.axhline(policies[row], color=line.get_color(), linestyle="--", label=f"{row}, policy")
     left.set(xlabel="fixed number of latent steps", ylabel="NDCG@10, validation")
-    left.legend(frameon=False)
     width = 0.8 / max(len(histogram), 1)
     for number, (row, counts) in enumerate(histogram):
         right.bar(np.arange(len(counts)) + number * width, counts / counts.sum(), width, label=row)
     right.set(xlabel="latent steps that the policy chose", ylabel="part of the test users")
-    right.legend(frameon=False)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     _save(figure, path)
 
 
