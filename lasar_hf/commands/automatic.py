@@ -88,7 +88,7 @@ def train_settings(num_users: int, num_items: int, num_interactions: int, num_si
             "max_tokens_per_batch": batch, **common,
         },
         "stage2": {
-            "stage": 2, "depth_source": "uniform", "depth_weights": [1] * 9, "alignment": "kl",
+            "stage": 2, "depth_source": "uniform", "depth_weights": [8, 4, 3, 2, 1, 1, 1, 1, 1], "alignment": "kl",
             "alignment_weight": 0.1, "policy_weight": 0.1, "learning_rate": 2e-3 if is_small else 5e-4,
             "num_train_epochs": max(1, round(epochs / (2 if is_small else 4))),
             "max_tokens_per_batch": min(16_000, 7 * batch), **common,
