@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from lasar_hf import LasarForGenerativeRec, LasarProcessor
 from lasar_hf.data import PreparedData, chain_end_examples, reasoning_examples, stage1_examples, write_routines
 from lasar_hf.data.routines import MAX_LINKS, PRODUCTS, SEGMENT, links
 from lasar_hf.evaluation import recommend_samples
+from lasar_hf.evaluation.study import links_of_depths_table
 from lasar_hf.files import read_json
 from tests.preparing import files, processor_of, run
 from tests.recipes import ROOT
@@ -154,6 +156,20 @@ def test_another_sentence_writes_the_folder_again(tmp_path, monkeypatch):
     monkeypatch.setattr("lasar_hf.commands.prepare.SEGMENT", sentence)
     run(tmp_path, "routines", arguments)
     assert PreparedData.load(tmp_path).samples["train"]["segments"][0][0].startswith("after ")
+
+
+def test_a_table_shows_who_is_right_at_a_fixed_depth(tmp_path):
+    write_routines(tmp_path, 5, 40, 5)
+    samples = PreparedData.load(tmp_path).samples["validation"]
+    needed = np.array([links(history) for history in samples["history"]])
+    # At depth 2 users with two links get their item, and nobody else does.
+    items = np.where(needed == 2, samples["target"], -1)[:, None]
+    results = SimpleNamespace(
+        data=SimpleNamespace(samples={"validation": samples}),
+        sweep_lists=lambda row: (np.arange(20), {"2": items[:20]}),
+    )
+    cells = ["1.000" if number == 2 else "0.000" for number in sorted(set(needed[:20].tolist()))]
+    assert f"| depth 2 | {' | '.join(cells)} |" in links_of_depths_table(results, "latent")
 
 
 def test_tables_behind_links_are_hashed(tmp_path):

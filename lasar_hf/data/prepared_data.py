@@ -26,7 +26,7 @@ from ..model.catalog_lasar import SidCatalog
 from ..model.processing_lasar import LasarProcessor
 from ..steps import check_outputs
 from .interactions import ID_FIELDS, TEXT_FIELDS, Interactions
-from .splits import PARTS, Split, repeat_rate
+from .splits import PARTS, Split, drawn, repeat_rate
 
 
 ITEM_FIELDS = TEXT_FIELDS + ID_FIELDS
@@ -172,7 +172,7 @@ class PreparedData:
 
     def drawn(self, part: str, users: int) -> np.ndarray:
         """Indices of the samples of [`PreparedData.draw`], `(at most users,)`."""
-        return np.sort(np.random.default_rng(0).permutation(len(self.samples[part]))[:users])
+        return drawn(len(self.samples[part]), users)
 
     def check_catalog(self, catalog: SidCatalog, where: str) -> None:
         """Raise `ValueError` if the checkpoint `where` has a catalogue with other items or Semantic IDs."""

@@ -43,6 +43,11 @@ class Split:
     test_from: float | None = None
 
 
+def drawn(count: int, size: int) -> np.ndarray:
+    """Indices of at most `size` of `count` samples, drawn at random, `(at most size,)`; always the same, in order."""
+    return np.sort(np.random.default_rng(0).permutation(count)[:size])
+
+
 def repeat_rate(sequences: list[list[int]]) -> float:
     """Share of the items that occur earlier in their sequence. The first item of each sequence does not count."""
     num_repeats = sum(len(sequence) - len(set(sequence)) for sequence in sequences)

@@ -207,11 +207,9 @@ def depth_section(results: StudyResults, rows: Sequence[str], folder: Path) -> s
     depths = list(next(iter(sweeps.values())))
     count = next(iter(sweeps.values()))[depths[0]]["n"]
     head = [f"| fixed depth | {' | '.join(depths)} |", "|---|" + "---:|" * len(depths)]
-    parts = [
-        "## Fixed depths",
-        f"{count:,} validation users, drawn at random, HR@10 / NDCG@10.",
-        "\n".join([*head, *lines]),
-    ]
+    total = len(results.targets["validation"])
+    users = f"All {total:,} validation users" if count == total else f"{count:,} validation users, drawn at random"
+    parts = ["## Fixed depths", f"{users}, HR@10 / NDCG@10.", "\n".join([*head, *lines])]
     histogram = [
         (row, np.bincount(results.seeds(row, "test")[0]["depths"], minlength=len(depths)))
         for row in sweeps if results.seeds(row, "test")

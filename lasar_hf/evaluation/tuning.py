@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ..data.splits import drawn
 from .baselines import (
     EASE_MAX_ITEMS,
     ease_matrix,
@@ -141,9 +142,9 @@ def tune_item_knn(
 
 def draw_samples(validation: Mapping[str, Sequence[Any]], users: int) -> dict[str, list]:
     """Histories and targets of at most `users` random samples, always the same ones."""
-    drawn = np.sort(np.random.default_rng(0).permutation(len(validation["target"]))[:users])
     columns = {name: list(validation[name]) for name in ("history", "target")}
-    return {name: [values[index] for index in drawn] for name, values in columns.items()}
+    indices = drawn(len(columns["target"]), users)
+    return {name: [values[index] for index in indices] for name, values in columns.items()}
 
 
 def baseline_rankings(
@@ -183,9 +184,9 @@ def baseline_rankings(
     else:
         notes["EASE"] = f"left out: it inverts a matrix of items x items, {num_items} > {EASE_MAX_ITEMS} items"
     if has_sasrec():
-        drawn = draw_samples(validation, SASREC_USERS)
-        rankings["SASRec"] = sasrec_ranking(*common, drawn)
-        users = len(drawn["target"])
+        part = draw_samples(validation, SASREC_USERS)
+        rankings["SASRec"] = sasrec_ranking(*common, part)
+        users = len(part["target"])
         notes["SASRec"] = f"best of 5, 10, … 40 epochs by NDCG@10 of {users} validation samples"
     else:
         notes["SASRec"] = 'left out: pip install "lasar_hf[baselines]" adds it'
