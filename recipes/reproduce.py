@@ -86,7 +86,7 @@ class RowArguments:
     set: dict = field(default_factory=dict)  # changed settings
     of: str | None = None  # row whose checkpoint is evaluated, instead of a training
     depth: int | str | None = None  # latent steps, `text` for explicit chains of thought; the policy's by default
-    memory: bool = False  # evaluate with an item memory too
+    memory: bool = False  # evaluate on test users with an item memory too
     test: bool = True  # evaluate on test users; false for rows among which a setting is chosen
     validation: bool = False  # evaluate on validation users too
     sweep: bool = False  # at the first seed: evaluate at every fixed depth too
@@ -149,6 +149,7 @@ def read_row(name: str, settings: dict[str, Any]) -> RowArguments:
         (row.depth in (None, "text") or str(row.depth).isdecimal(),
          f"has depth {row.depth!r}; expected a number of latent steps, or text."),
         (row.test or row.validation, "has test and validation: false; expected at least one evaluation."),
+        (row.test or not row.memory, "has memory: true and test: false; memories are evaluated on test users only."),
         (row.seeds in ("first", "all"), f"has seeds {row.seeds!r}; expected first or all."),
         (not set(name) & set("/@=") and not name.endswith(" + memory") and name not in BASELINES,
          "has /, @ or = in its name, ends in ' + memory' or is a baseline; use another name."),
@@ -297,9 +298,10 @@ class Jobs(dict[str, Job]):
         if row.memory and row.of is None:
             self.add(f"{prefix}/memory", "memory", self.evaluation | {"models": [where]}, folder, ready)
             ready = [f"{prefix}/memory"]
-        options = self.evaluation | {"models": [f"{name}={where}"], "baselines": False, "memory": row.memory}
+        options = self.evaluation | {"models": [f"{name}={where}"], "baselines": False}
         for split in [split for split in ("test", "validation") if getattr(row, split)]:
-            target = {"split": split, "output_dir": str(folder / split)}
+            # The weight of a memory is fitted to the validation users, so that they say nothing about it.
+            target = {"split": split, "memory": row.memory and split == "test", "output_dir": str(folder / split)}
             self.add(f"{prefix}/{split}", "eval", options | target, folder, ready)
         is_first = seed == self.study.seeds[0]
         if row.sweep and is_first:

@@ -250,6 +250,14 @@ def test_a_setting_can_be_chosen_without_test_users(recipe, tmp_path):
     assert text.count("| one | 1 | 0.5000 |") == 1 and "Validation users:" in text
 
 
+def test_memories_are_evaluated_on_test_users_only(recipe, tmp_path):
+    row = {"recipe": "sft", "config": str(tmp_path / "stage.yaml"), "memory": True, "validation": True}
+    recipe.main(study(recipe, tmp_path, {"one": row}, baselines=False))
+    evaluations = [arguments for name, arguments in runs(tmp_path) if name == "eval"]
+    has_memory = {arguments["split"]: arguments["memory"] for arguments in evaluations}
+    assert has_memory == {"test": True, "validation": False}
+
+
 STUDIES = [*ROOT.glob("recipes/*/study.yaml"), *ROOT.glob("recipes/*/sweep.yaml")]
 
 
@@ -293,6 +301,10 @@ def test_a_report_can_be_written_alone(recipe, tmp_path):
         ({"a": {"recipe": "sft", "config": "stage.yaml", "set": {"lerning_rate": 1}}}, "lerning_rate"),
         ({"a": {"of": "b"}}, "refers to 'b'"),
         ({"a": {"of": "b"}, "b": {"of": "a"}}, "circle"),
+        (
+            {"a": {"recipe": "sft", "config": "stage.yaml", "memory": True, "test": False, "validation": True}},
+            "test users",
+        ),
         ({"a/b": {"recipe": "sft", "config": "stage.yaml"}}, "use another name"),
         ({"a": {"recipe": "sft", "config": "stage.yaml"}, "b": {"of": "a", "seeds": "all"}}, "needs them too"),
         ({"a": {"recipe": "sft", "config": "stage.yaml", "seeds": "some"}}, "expected first or all"),

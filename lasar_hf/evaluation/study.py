@@ -13,7 +13,7 @@ from .metrics import hits_per_user, ndcg_per_user, ranks, repeat_share
 from .report import exclusion_note, slice_report, slice_table
 from .significance import BootstrapResult, paired_bootstrap
 from .slices import slices
-from .tuning import BASELINES, WITH_MEMORY, tuning_notes
+from .tuning import BASELINES, tuning_notes
 
 
 METRICS = {"HR@10": hits_per_user, "NDCG@10": ndcg_per_user}
@@ -374,8 +374,7 @@ def _table_section(results: StudyResults, table: dict[str, Any], folder: Path) -
     """The parts of `study.md` for one table, and its numbers by title."""
     title, rows, against = table["title"], table["rows"], table.get("against", [])
     text, numbers = study_table(results, rows, against)
-    # The weight of a memory is fitted to validation users.
-    validation = [row for row in rows if results.seeds(row, "validation") and not row.endswith(WITH_MEMORY)]
+    validation = [row for row in rows if results.seeds(row, "validation")]
     parts, content = [f"## {title}", table.get("text", "").strip()], {title: numbers}
     if numbers or not validation:
         parts.append(text.strip())
