@@ -320,11 +320,14 @@ def score_items(
     for level in range(trie.num_levels):
         start = config.sid_token_id(level, 0)
         head = model.lm_head.weight[start : start + config.codebook_size]  # (K, H)
-        index = torch.searchsorted(keys, nodes[level] + base[level]).clamp(max=keys.shape[1] - 1)  # (B, C)
-        states = hidden_states.gather(1, index[..., None].expand(-1, -1, hidden_states.shape[-1]))  # (B, C, H)
-        log_probs, _, child = child_log_probs(states, head, trie, level, nodes[level], history=history)  # (B, C, F)
-        column = (child == nodes[level + 1][..., None]).to(torch.uint8).argmax(dim=-1, keepdim=True)
-        scores = scores + log_probs.gather(-1, column)[..., 0]
+        parents = nodes[level][:, :1] if level == 0 else nodes[level]  # (B, P), P = 1 for the root of all items, else C
+        index = torch.searchsorted(keys, parents + base[level]).clamp(max=keys.shape[1] - 1)  # (B, P)
+        states = hidden_states.gather(1, index[..., None].expand(-1, -1, hidden_states.shape[-1]))  # (B, P, H)
+        log_probs, _, child = child_log_probs(states, head, trie, level, parents, history=history)  # (B, P, F)
+        # The children of a parent are consecutive nodes.
+        column = nodes[level + 1] - child[..., 0]  # (B, C)
+        log_probs = log_probs.expand(-1, items.shape[1], -1)  # (B, C, F)
+        scores = scores + log_probs.gather(-1, column[..., None])[..., 0]
     if scores.isnan().any():
         raise nan_error(model)
     return scores.masked_fill(~exists, -torch.inf)
