@@ -188,7 +188,7 @@ def train(
 def evaluate(
     project: Project,
     split: Annotated[str, typer.Option(help="validation or test.")] = "test",
-    users: Annotated[int, typer.Option(help="Number of users, the first ones; 0 for all.")] = 0,
+    users: Annotated[int, typer.Option(help="Number of users, drawn at random; 0 for all.")] = 0,
     beams: Annotated[int, typer.Option(help="Width of the beam search.")] = 50,
 ) -> None:
     """Rank the whole catalogue for held-out users: baselines and the checkpoints of all stages."""

@@ -166,6 +166,14 @@ def test_key_value_heads_that_do_not_divide_are_named(heads):
         recipe.new_backbone(script, LasarModelConfig(), tiny_tokenizer())
 
 
+@pytest.mark.parametrize("path", [None, "some/model"])
+def test_stage_1_starts_from_one_backbone(folder, path):
+    recipe = load_recipe("sft")
+    script = recipe.SFTScriptArguments(data_dir=str(folder), backbone_config=None if path is None else BACKBONE)
+    with pytest.raises(ValueError, match="expected one of them"):
+        recipe.stage1_model(script, LasarModelConfig(model_name_or_path=path), PreparedData.load(folder))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Tasks of stage 1
 

@@ -160,16 +160,19 @@ def new_backbone(script: SFTScriptArguments, model_args: LasarModelConfig, token
 def stage1_model(script: SFTScriptArguments, model_args: LasarModelConfig, data: PreparedData):
     """A pre-trained or new backbone with Semantic-ID tokens, or the checkpoint of a recommender; and its processor."""
     path = model_args.model_name_or_path
-    if script.backbone_config is None and path is not None and is_recommender(path, model_args.model_revision):
-        return stage2_model(script, model_args, data)
-    if script.backbone_config is not None:
+    if (path is None) == (script.backbone_config is None):
+        raise ValueError(
+            f"model_name_or_path is {path!r} and backbone_config is {script.backbone_config}; expected one of them: "
+            "stage 1 loads a backbone or makes one."
+        )
+    if path is None:
         tokenizer = AutoTokenizer.from_pretrained(Path(script.data_dir, "tokenizer"))  # nosec B615: a local folder
         backbone = new_backbone(script, model_args, tokenizer)
-    elif path is not None:
+    elif is_recommender(path, model_args.model_revision):
+        return stage2_model(script, model_args, data)
+    else:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=model_args.model_revision)
         backbone = AutoModelForCausalLM.from_pretrained(path, **model_args.init_kwargs)  # nosec B615: has the revision
-    else:
-        raise ValueError("Stage 1 starts from a backbone: set model_name_or_path or backbone_config.")
     model = LasarForGenerativeRec.from_backbone(
         backbone,
         tokenizer,

@@ -320,7 +320,7 @@ def score_items(
     for level in range(trie.num_levels):
         start = config.sid_token_id(level, 0)
         head = model.lm_head.weight[start : start + config.codebook_size]  # (K, H)
-        parents = nodes[level][:, :1] if level == 0 else nodes[level]  # (B, P), P = 1 for the root of all items, else C
+        parents = nodes[level] if level > 0 else nodes[0][:, :1]  # (B, P): P = C, or 1 since all items have the root
         index = torch.searchsorted(keys, parents + base[level]).clamp(max=keys.shape[1] - 1)  # (B, P)
         states = hidden_states.gather(1, index[..., None].expand(-1, -1, hidden_states.shape[-1]))  # (B, P, H)
         log_probs, _, child = child_log_probs(states, head, trie, level, parents, history=history)  # (B, P, F)
