@@ -22,6 +22,7 @@ import time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,10 @@ from lasar_hf.commands.grpo import GRPOScriptArguments
 from lasar_hf.commands.parser import ScriptParser
 from lasar_hf.commands.sft import SFTScriptArguments
 from lasar_hf.data import PreparedData
-from lasar_hf.evaluation import BASELINES
+from lasar_hf.evaluation import BASELINES, has_sasrec
 from lasar_hf.evaluation.study import StudyResults, write_study
 from lasar_hf.files import atomic_file, check_writable, read_json, write_json
-from lasar_hf.locks import try_lock
+from lasar_hf.locks import locked, try_lock
 from lasar_hf.trainers import LasarModelConfig
 
 
@@ -129,6 +130,8 @@ def read_rows(study: StudyArguments) -> dict[str, RowArguments]:
             raise ValueError(f"Row {name!r} refers to {evaluated[0]!r}, which has no checkpoint of its own.")
         if row.of is not None and row.memory and not rows[row.of].memory:
             raise ValueError(f"Row {name!r} has memory: true, so {row.of!r} needs it too.")
+        if "output_dir" in row.set or row.seeds == "all" and "seed" in row.set:
+            raise ValueError(f"Row {name!r} sets output_dir, or seed with seeds: all; leave them to the study.")
     return rows
 
 
@@ -225,7 +228,7 @@ def check_depths(study: StudyArguments, rows: dict[str, RowArguments]) -> None:
             row = rows[row.of or row.set["model_name_or_path"][1:].partition("/")[0]]
         settings = changed_settings(row.config, row.set)
         most = settings.get("max_latent_steps", SFTScriptArguments.max_latent_steps)
-        if wanted > most:
+        if wanted > most and "model_name_or_path" not in settings:  # nothing is known of a model of elsewhere
             raise ValueError(f"Row {name!r} has {wanted} latent steps; its model takes at most {most}.")
 
 
@@ -249,6 +252,16 @@ def check_tables(study: StudyArguments, rows: dict[str, RowArguments]) -> None:
         twice = sorted({value for value in used if used.count(value) > 1})
         if twice:
             raise ValueError(f"tables has the {key} {twice} more than once (depths.png is that of the fixed depths).")
+
+
+def check_packages(study: StudyArguments) -> None:
+    """Refuse a study whose figures or baselines need a package that is not installed."""
+    missing = [] if find_spec("matplotlib") else ["study"]
+    named = {name for table in study.tables for name in [*table["rows"], *table.get("against", [])]}
+    if study.baselines and "SASRec" in named and not has_sasrec():
+        missing.append("baselines")
+    if missing:
+        raise ValueError(f'The study needs packages: pip install "lasar_hf[{",".join(missing)}]".')
 
 
 class Jobs(dict[str, Job]):
@@ -332,10 +345,11 @@ def run_job(job: Job, study: StudyArguments) -> bool:
     with atomic_file(config) as temporary:
         temporary.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
     command = [sys.executable, str(RECIPES / f"{job.script}.py"), "--config", str(config)]
-    log, began, started_at = config.with_suffix(".log"), time.time(), commit()
+    log, started_at = config.with_suffix(".log"), commit()
     threads = str(max(torch.get_num_threads() // study.jobs, 1))
     with log.open("a") as file:
         lock(file, job.name)
+        began = time.time()
         if job.script in TRAINING:
             set_aside(job)
         code = subprocess.run(
@@ -364,9 +378,9 @@ def set_aside(job: Job) -> None:
 
 def updates(jobs: dict[str, Job], row: str) -> int | None:
     """Number of updates of a row's training, at the first seed; `None` for rows that train nothing."""
-    folders = [Path(job.settings["output_dir"]) for name, job in jobs.items() if name.endswith(f"/{row}/checkpoint")]
-    states = sorted(folders[0].glob("checkpoint-*/trainer_state.json")) if folders else []
-    return read_json(states[0])["max_steps"] if states else None
+    ended = [job for name, job in jobs.items() if name.endswith(f"/{row}/checkpoint") and job.has_ended()]
+    states = [path for job in ended for path in Path(job.settings["output_dir"]).glob("*/trainer_state.json")]
+    return read_json(min(states))["max_steps"] if states else None
 
 
 def lock(file, name: str) -> None:
@@ -408,11 +422,13 @@ def main(study: StudyArguments) -> None:
     check_prepare(study)
     check_depths(study, rows)
     check_tables(study, rows)
+    check_packages(study)
     check_writable(study.report_dir)
     jobs = Jobs(study, rows)
     missing = [name for name, job in jobs.items() if not job.has_ended()]
     if not study.report_only:
-        missing = run_jobs(jobs, study)
+        with locked(study.output_dir):
+            missing = run_jobs(jobs, study)
     if not Path(study.data_dir, "prepared.json").exists():
         raise ValueError(f"{study.data_dir} has no prepared data yet, so there is nothing to report.")
     seconds = {name: read_json(job.marker)["seconds"] for name, job in jobs.items() if job.has_ended()}

@@ -1,6 +1,7 @@
 """recipes/reproduce.py: jobs in order, resumed where they stopped, and a report of what has ended."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ import yaml
 
 from lasar_hf.data import PreparedData
 from lasar_hf.evaluation import ndcg_per_user, ranks
+from lasar_hf.locks import locked
 from tests.recipes import ROOT, load_recipe, save_prepared
 
 
@@ -191,6 +193,12 @@ def test_fixed_depths_beside_the_policy(recipe, tmp_path):
     assert "| depth that latent chose | 1 | 2 | all |" in text
     drawn = PreparedData.load(tmp_path / "data").drawn("validation", 10)
     assert f"| users | {(drawn % 2 == 0).sum()} | {(drawn % 2 == 1).sum()} | 10 |" in text
+    # The policy's lists and the targets are those of the drawn users.
+    items = np.load(tmp_path / "out/0/latent/validation/lists.npz")["items/latent"]
+    targets = np.array(PreparedData.load(tmp_path / "data").samples["validation"]["target"])
+    policy = ndcg_per_user(ranks(items[drawn], targets[drawn]), 10).mean()
+    assert policy != pytest.approx(ndcg_per_user(ranks(items[:10], targets[:10]), 10).mean(), abs=1e-4)
+    assert re.search(rf"\| NDCG@10, policy \| .* \| {policy:.4f} \|", text)
     shown = "0.1000 | 0.2000 | 0.1000 | 0.1000 | 0.3000 | +0.0100 (-0.0200 to +0.0400), p = 0.400 |"
     assert shown in text
     assert not any("/out/1/latent/sweep" in json.dumps(run) for run in runs(tmp_path))  # the first seed only
@@ -215,6 +223,30 @@ def test_rows_are_compared_on_the_seeds_that_both_have(recipe, tmp_path):
             for part, name in ((direct, "items/direct"), (latent, "items/latent"))
         )
     assert numbers["direct"]["against latent"]["difference"] == pytest.approx((first - other).mean())
+
+
+def test_two_studies_do_not_share_a_folder(recipe, tmp_path):
+    with locked(tmp_path / "out"), pytest.raises(RuntimeError, match="out"):
+        recipe.main(study(recipe, tmp_path))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_missing_packages_are_named_before_anything_runs(recipe, tmp_path, monkeypatch):
+    part = study(recipe, tmp_path)
+    part.tables[0]["rows"] = ["SASRec", "latent"]
+    monkeypatch.setattr(recipe, "has_sasrec", lambda: False)
+    with pytest.raises(ValueError, match=r"lasar_hf\[baselines\]"):
+        recipe.main(part)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_number_of_updates_is_that_of_a_training_that_has_ended(recipe, tmp_path):
+    part = study(recipe, tmp_path)
+    recipe.main(part)
+    part.rows["latent"]["set"]["seed"], part.report_only = 3, True
+    recipe.main(part)
+    updates = json.loads((tmp_path / "report" / "study.json").read_text())["details"]["updates"]
+    assert updates == {"latent": None, "direct": 3}
 
 
 def test_a_job_that_outlives_its_study_has_no_double(recipe, tmp_path, monkeypatch):
@@ -314,6 +346,8 @@ def test_a_report_can_be_written_alone(recipe, tmp_path):
         ({"a": {"recipe": "sft", "config": "stage.yaml"}, "b": {"of": "a", "set": {"seed": 1}}}, "trains nothing"),
         ({"a": {"recipe": "sft", "config": "stage.yaml"}, "b": {"of": "a", "memory": True}}, "'a' needs it too"),
         ({"a": {"recipe": "sft", "config": "stage.yaml"}, "b": {"of": "a"}, "c": {"of": "b"}}, "no checkpoint"),
+        ({"a": {"recipe": "sft", "config": "stage.yaml", "set": {"output_dir": "elsewhere"}}}, "sets output_dir"),
+        ({"a": {"recipe": "sft", "config": "stage.yaml", "seeds": "all", "set": {"seed": 3}}}, "sets output_dir, or"),
         ({"a": None}, "expected settings"),
         ({"a": {"recipe": "sft", "config": "stage.yaml", "test": False}}, "at least one evaluation"),
         ({"a": {"recipe": "sft", "config": "stage.yaml", "depth": 9}}, "'a' has 9 .* at most 8"),

@@ -78,7 +78,7 @@ class EvaluateArguments:
         default=None, metadata={"help": "Branch, tag or commit of models on the Hub; folders have none."}
     )
     split: str = field(default="test", metadata={"help": "Part to evaluate on.", "choices": ["validation", "test"]})
-    users: int = field(default=0, metadata={"help": "Evaluate on this many users, drawn at random; 0 for all."})
+    users: int = field(default=0, metadata={"help": "Largest number of users, drawn at random; 0 for all."})
     num_beams: int = field(default=50, metadata={"help": "Width of the beam search."})
     batch_size: int = field(default=64, metadata={"help": "Users per batch."})
     memory: bool = field(default=True, metadata={"help": "Whether checkpoints with an item memory have a second row."})
@@ -98,6 +98,8 @@ class EvaluateArguments:
     def __post_init__(self):
         check_choices(self)
         read_switch(self, "exclude_history")
+        if self.users < 0:
+            raise ValueError(f"users is {self.users}; expected a number of users, or 0 for all.")
 
 
 def parse_models(entries: list[str]) -> dict[str, tuple[str, str]]:
@@ -114,14 +116,6 @@ def parse_models(entries: list[str]) -> dict[str, tuple[str, str]]:
             raise ValueError(f"models has the name {name!r} twice, or it is that of another row; use another name.")
         models[name] = path, depth
     return models
-
-
-def select_users(data: PreparedData, part: str, users: int):
-    """Random samples of a part, always the same `users`, or all for 0."""
-    samples = data.samples[part]
-    if not 0 <= users <= len(samples):
-        raise ValueError(f"users is {users}; expected at most {len(samples)}, or 0 for all.")
-    return data.draw(part, users) if users else samples
 
 
 def history_is_excluded(args: EvaluateArguments, data: PreparedData) -> bool:
@@ -267,9 +261,14 @@ def write_cards(args: EvaluateArguments, report: dict) -> None:
             logger.warning("The card of %s has no results: %s", path, error)
 
 
-def save_lists(folder: str, predictions: dict[str, np.ndarray], depths: dict[str, np.ndarray]) -> None:
-    """Write `lists.npz`: `items/name` `(U, 20)` and, for models, `depths/name` `(U,)`."""
-    arrays = {f"items/{name}": items.astype(np.int32) for name, items in predictions.items()}
+def save_lists(
+    folder: str, users: np.ndarray, predictions: dict[str, np.ndarray], depths: dict[str, np.ndarray]
+) -> None:
+    """
+    Write `lists.npz`: `users` `(U,)`, positions among the samples of the part, `items/name` `(U, 20)` and, for models,
+    `depths/name` `(U,)`.
+    """
+    arrays = {"users": users} | {f"items/{name}": items.astype(np.int32) for name, items in predictions.items()}
     arrays |= {f"depths/{name}": steps.astype(np.int16) for name, steps in depths.items()}
     with atomic_file(Path(folder, "lists.npz")) as temporary:
         np.savez_compressed(temporary, **arrays)  # type: ignore[arg-type]
@@ -293,19 +292,21 @@ def evaluate(
         config = LasarConfig.from_pretrained(path, revision=args.revision)
         config.check_exclusion(history_is_excluded(args, data))
         config.check_depth(f"The depth of {name!r} in models", int(reasoning) if reasoning.isdecimal() else None)
-    samples = select_users(data, args.split, args.users)
+    part = data.samples[args.split]
+    users = data.drawn(args.split, args.users) if args.users else np.arange(len(part))  # (U,)
+    samples = part.select(users, keep_in_memory=True)
     predictions, rows, tuning, depths = {}, {}, {}, {}
     if args.baselines and state.is_main_process:
         predictions, rows, tuning = evaluate_baselines(args, data, samples)
     for name, (path, reasoning) in models.items():
         memory = ItemMemory.find(path, revision=args.revision) if args.memory else None
         variants = {name: None} if memory is None else {name: None, name + WITH_MEMORY: memory}
-        for variant, part in variants.items():
-            results = evaluate_model(args, data, samples, path, reasoning, part)
+        for variant, mixed in variants.items():
+            results = evaluate_model(args, data, samples, path, reasoning, mixed)
             predictions[variant], depths[variant], rows[variant] = results
     if state.is_main_process:
         content = report(args, data, samples, predictions, rows, tuning, depths, show)
-        save_lists(args.output_dir, predictions, depths)
+        save_lists(args.output_dir, users, predictions, depths)
         if args.cards:
             write_cards(args, content)
 

@@ -347,8 +347,6 @@ def train(script: SFTScriptArguments, training_args: LasarSFTConfig, model_args:
         depths = training_depths(
             script.depth_source, anchors, model, processor, data.samples["train"], training_args.seed
         )
-        if training_args.depth_weights is not None and training_args.policy_weight > 0:
-            warn_of_untrained_depths(training_args.depth_weights, depths)
         training_args.anchors_at_any_depth |= script.depth_source != "segments" or script.shuffle_anchors
         examples = reasoning_examples(data.samples["train"], processor, depths)
         examples = examples if neighbours is None else with_neighbours(examples, neighbours)
@@ -356,6 +354,9 @@ def train(script: SFTScriptArguments, training_args: LasarSFTConfig, model_args:
             order = np.random.default_rng(training_args.seed).permutation(len(examples))
             examples = examples.remove_columns("sample_index").add_column("sample_index", order)
         set_latent_input(model, script.latent_input)
+    learns_depth = script.stage == 2 or any(task.partition("=")[0] == "reasoning" for task in script.tasks)
+    if learns_depth and training_args.depth_weights is not None and training_args.policy_weight > 0:
+        warn_of_untrained_depths(training_args.depth_weights, depths)
     eval_examples, evaluator = None, None
     if script.eval_users:
         validation = data.draw("validation", script.eval_users)

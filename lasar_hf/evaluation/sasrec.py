@@ -39,7 +39,8 @@ def sasrec_ranking(
             As for [`popularity_ranking`].
         validation (`Dataset` or `Mapping`, *optional*):
             Columns `history` and `target`. Of the weights after 5, 10, … epochs, those with the best NDCG@10 on these
-            samples are used. Without it, those after the last epoch.
+            samples are used, as cornac measures it: items of the history stay in its lists. Without samples, those
+            after the last epoch.
         num_epochs, max_history, seed (`int`, *optional*, default to `40`, `20` and `0`):
             Passes over the training sequences, newest items of a history that the network reads, and the seed.
 

@@ -195,8 +195,8 @@ def slices_table(results: StudyResults, rows: Sequence[str]) -> str:
     return slice_table(slice_report(lists, samples["target"], slices(samples, results.data.split.train)))
 
 
-def depth_section(results: StudyResults, rows: Sequence[str], folder: Path) -> str:
-    """Fixed depths against the policy: a table, and a figure with the policy's depths."""
+def depth_section(results: StudyResults, rows: Sequence[str], folder: Path, has_links: bool) -> str:
+    """Fixed depths against the policy: tables, also by number of links, and a figure with the policy's depths."""
     sweeps = {row: results.sweep(row) for row in rows if results.sweep(row)}
     if not sweeps:
         return ""
@@ -222,6 +222,9 @@ def depth_section(results: StudyResults, rows: Sequence[str], folder: Path) -> s
         rows_of = [f"| {row} | {' | '.join(map(str, counts))} |" for row, counts in histogram]
         parts += ["Test users by the depth that the policy chose:", "\n".join([*head, *rows_of])]
     parts += [table for table in (chosen_depths(results, row) for row in sweeps) if table]
+    if has_links:
+        parts.append("The same validation users, exact match by number of links:")
+        parts += [links_of_depths_table(results, row).strip() for row in sweeps]
     per_user = {row: results.sweep_per_user(row) for row in sweeps}
     policies = {row: values["policy"].mean() for row, values in per_user.items() if "policy" in values}
     _plot_depths(sweeps, policies, histogram, folder / "depths.png")
@@ -244,8 +247,11 @@ def chosen_depths(results: StudyResults, row: str) -> str:
     lines += [f"| users | {' | '.join(str(group.sum()) for group in groups.values())} |"]
     for name, part in (("policy", policy), (f"fixed depth {best}", values[best])):
         lines += [f"| NDCG@10, {name} | {' | '.join(f'{part[group].mean():.4f}' for group in groups.values())} |"]
-    text = f"The same validation users by the depth that the policy of {row} chose. Policy − best fixed depth: "
-    return f"{text}{difference(test)}.\n\n" + "\n".join(lines)
+    text = (
+        f"The same validation users by the depth that the policy of {row} chose. Policy − best fixed depth, which is "
+        f"that of these users: {difference(test)}."
+    )
+    return f"{text}\n\n" + "\n".join(lines)
 
 
 def oracle_section(results: StudyResults, rows: Sequence[str]) -> str:
@@ -332,7 +338,7 @@ def _pyplot():
 def _save(figure, path: Path) -> None:
     with atomic_file(path) as temporary:
         figure.savefig(temporary, dpi=110)
-    figure.clear()
+    _pyplot().close(figure)
 
 
 def write_study(
@@ -353,8 +359,12 @@ def write_study(
     """
     folder.mkdir(parents=True, exist_ok=True)
     note, users = exclusion_note(results.data.exclude_history), len(results.targets["test"])
-    intro = f"{users:,} test users, the whole catalogue ranked. {note} Differences have a 95 % interval from a"
-    parts = ["# Study", f"{intro} bootstrap over users. Nothing was chosen on test users."]
+    intro = (
+        f"The whole catalogue is ranked for {users:,} test users, if not said otherwise. {note} Differences have a 95 "
+        "% interval from a bootstrap over users. Two rows are compared on the seeds that both have. Nothing was "
+        "chosen on test users."
+    )
+    parts = ["# Study", intro]
     if details["missing"]:
         parts.append(f"**Not complete**: {', '.join(details['missing'])}.")
     content: dict[str, Any] = {"details": details, "tables": {}}
@@ -362,7 +372,8 @@ def write_study(
         texts, numbers = _table_section(results, table, folder)
         parts += texts
         content["tables"] |= numbers
-    parts.append(depth_section(results, list(details["rows"]), folder).strip())
+    has_links = any(table.get("links") for table in tables)
+    parts.append(depth_section(results, list(details["rows"]), folder, has_links).strip())
     parts.append(oracle_section(results, list(details["rows"])))
     parts.append(_how(results, details))
     write_json(folder / "study.json", content)
@@ -383,8 +394,6 @@ def _table_section(results: StudyResults, table: dict[str, Any], folder: Path) -
         parts += ["Validation users:", text.strip()]
     if table.get("links"):
         parts += ["Exact match by number of links:", links_table(results, rows).strip()]
-        for row in [row for row in rows if results.first(row, "sweep")]:
-            parts += ["Validation users, at fixed depths:", links_of_depths_table(results, row).strip()]
     if table.get("slices"):
         text = slices_table(results, rows).strip()
         parts += ["HR@10 / NDCG@10 of parts of the users, first seed:", text]
@@ -409,7 +418,8 @@ def _how(results: StudyResults, details: dict[str, Any]) -> str:
         made = f"`{row['config']}`" if row["config"] else f"row {row['of']}"
         lines.append(f"| {name} | {made} | {changed} | {depth} | {details['updates'][name] or '–'} | {minutes} |")
     total = sum(details["seconds"].values()) / 60
-    notes = [f"Seeds {details['seeds']}, commits {', '.join(details['commits'])}, {total:.0f} minutes of jobs in all."]
+    notes = [f"Seeds {details['seeds']}, commits {', '.join(details['commits'])}, {total:.0f} minutes of jobs in all, "
+             "counted from the last start of each."]  # fmt: skip
     notes.append("Versions: " + ", ".join(f"{name} {number}" for name, number in details["versions"].items()) + ".")
     if details["jobs"] > 1:
         notes.append(f"Times per user were measured while up to {details['jobs']} jobs ran.")

@@ -70,9 +70,10 @@ def compare_exclusion(
 ) -> tuple[float, float]:
     """
     HR@10 of item-kNN on validation samples with and without the items of the history in its lists, which says whether
-    they should be recommended again. Arguments as for [`tune`]; the first `max_users` samples count.
+    they should be recommended again. Arguments as for [`tune`]; of more than `max_users` samples, some are drawn.
     """
-    histories, targets = list(histories)[:max_users], list(targets)[:max_users]
+    users = drawn(len(targets), max_users)
+    histories, targets = [histories[user] for user in users], [targets[user] for user in users]
     rankings = [item_knn_ranking(train_sequences, histories, num_items, 10, exclude) for exclude in (False, True)]
     kept, excluded = (float(hits_per_user(ranks(lists, targets), 10).mean()) for lists in rankings)
     return kept, excluded
@@ -114,11 +115,11 @@ def tune(
     users = np.sort(rng.permutation(len(targets))[:max_users])
     histories, wanted = [histories[user] for user in users], np.asarray(targets)[users]
     points = [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
-    drawn = [points[index] for index in rng.permutation(len(points))[:num_matrices]]
+    tries = [points[index] for index in rng.permutation(len(points))[:num_matrices]]
     defaults = {name: inspect.signature(matrix).parameters[name].default for name in grid}
     best: dict[str, Any] = {}
     best_ndcg, tried = -1.0, 0
-    for settings in [defaults, *(point for point in drawn if point != defaults)]:
+    for settings in [defaults, *(point for point in tries if point != defaults)]:
         scores = matrix(train_sequences, num_items, **settings)
         for decay in HISTORY_DECAYS:
             rankings = matrix_ranking(scores, train_sequences, histories, 10, decay, exclude_history)
@@ -187,7 +188,7 @@ def baseline_rankings(
         part = draw_samples(validation, SASREC_USERS)
         rankings["SASRec"] = sasrec_ranking(*common, part)
         users = len(part["target"])
-        notes["SASRec"] = f"best of 5, 10, … 40 epochs by NDCG@10 of {users} validation samples"
+        notes["SASRec"] = f"best of 5, 10, … 40 epochs by NDCG@10 of {users} validation samples, history not excluded"
     else:
         notes["SASRec"] = 'left out: pip install "lasar_hf[baselines]" adds it'
     return rankings, notes
