@@ -289,7 +289,7 @@ class Jobs(dict[str, Job]):
     ):  # fmt: skip
         """Add a run of a recipe."""
         settings = changed_settings(config, options)
-        text = json.dumps([script, settings, [self[part].key for part in after]])
+        text = json.dumps([script, settings, [self[part].key for part in after]], sort_keys=True)
         key = hashlib.sha256(text.encode()).hexdigest()
         self[name] = Job(name, script, settings, folder, after, key)
 

@@ -96,7 +96,7 @@ class StudyResults:
         seed = self.first(row, "sweep")
         with np.load(self.folder / seed / row / "sweep" / "lists.npz") as arrays:
             lists = {name.removeprefix("items/"): arrays[name] for name in arrays if name.startswith("items/")}
-        users = self.data.drawn("validation", len(next(iter(lists.values()))))
+            users = arrays["users"]
         if (row, "validation", seed) in self.lists:
             lists["policy"] = self.lists[row, "validation", seed]["items"][users]
         return users, lists
@@ -233,12 +233,11 @@ def depth_section(results: StudyResults, rows: Sequence[str], folder: Path, has_
 
 def chosen_depths(results: StudyResults, row: str) -> str:
     """NDCG@10 of the validation users by the depth that the policy chose for them, beside the best fixed depth."""
-    values = results.sweep_per_user(row)
+    values, (users, _) = results.sweep_per_user(row), results.sweep_lists(row)
     if "policy" not in values:
         return ""
     policy = values.pop("policy")
     best = max(values, key=lambda depth: values[depth].mean())
-    users = results.data.drawn("validation", len(policy))
     chosen = results.lists[row, "validation", results.first(row, "sweep")]["depths"][users]
     groups = {str(depth): chosen == depth for depth in np.unique(chosen)} | {"all": chosen >= 0}
     user_ids = results.data.samples["validation"].select(users)["user_id"]
