@@ -130,8 +130,6 @@ def read_rows(study: StudyArguments) -> dict[str, RowArguments]:
             raise ValueError(f"Row {name!r} refers to {evaluated[0]!r}, which has no checkpoint of its own.")
         if row.of is not None and row.memory and not rows[row.of].memory:
             raise ValueError(f"Row {name!r} has memory: true, so {row.of!r} needs it too.")
-        if "output_dir" in row.set or row.seeds == "all" and "seed" in row.set:
-            raise ValueError(f"Row {name!r} sets output_dir, or seed with seeds: all; leave them to the study.")
     return rows
 
 
@@ -154,6 +152,8 @@ def read_row(name: str, settings: dict[str, Any]) -> RowArguments:
         (row.test or row.validation, "has test and validation: false; expected at least one evaluation."),
         (row.test or not row.memory, "has memory: true and test: false; memories are evaluated on test users only."),
         (row.seeds in ("first", "all"), f"has seeds {row.seeds!r}; expected first or all."),
+        ("output_dir" not in row.set and not (row.seeds == "all" and "seed" in row.set),
+         "sets output_dir, or seed with seeds: all; leave them to the study."),
         (not set(name) & set("/@=") and not name.endswith(" + memory") and name not in BASELINES,
          "has /, @ or = in its name, ends in ' + memory' or is a baseline; use another name."),
     ]  # fmt: skip
@@ -228,7 +228,7 @@ def check_depths(study: StudyArguments, rows: dict[str, RowArguments]) -> None:
             row = rows[row.of or row.set["model_name_or_path"][1:].partition("/")[0]]
         settings = changed_settings(row.config, row.set)
         most = settings.get("max_latent_steps", SFTScriptArguments.max_latent_steps)
-        if wanted > most and "model_name_or_path" not in settings:  # nothing is known of a model of elsewhere
+        if wanted > most and "model_name_or_path" not in settings:  # others are not of this study
             raise ValueError(f"Row {name!r} has {wanted} latent steps; its model takes at most {most}.")
 
 
@@ -379,8 +379,8 @@ def set_aside(job: Job) -> None:
 def updates(jobs: dict[str, Job], row: str) -> int | None:
     """Number of updates of a row's training, at the first seed; `None` for rows that train nothing."""
     ended = [job for name, job in jobs.items() if name.endswith(f"/{row}/checkpoint") and job.has_ended()]
-    states = [path for job in ended for path in Path(job.settings["output_dir"]).glob("*/trainer_state.json")]
-    return read_json(min(states))["max_steps"] if states else None
+    states = sorted(Path(ended[0].settings["output_dir"]).glob("*/trainer_state.json")) if ended else []
+    return read_json(states[0])["max_steps"] if states else None
 
 
 def lock(file, name: str) -> None:
