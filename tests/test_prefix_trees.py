@@ -79,12 +79,12 @@ def test_random_trees_equal_the_plain_loop(forest, kind):
 @pytest.mark.parametrize("kind", ["qwen3", "gpt_neox"])
 def test_gradients_equal_unshared_sequences(kind, checkpointing):
     model, _ = tiny_model(kind)
+    model.double().train()  # in float32 the rounding of sums in another order depends on the CPU
     rows = nested_batch(model)
     inputs = batch(rows, ["left", "right"] * 4 + ["left"])
     real = inputs["attention_mask"].bool()
     if checkpointing:
         model.gradient_checkpointing_enable()
-    model.train()
     read = tokens_read(model)
     results, totals = {}, {}
     for share in (True, False):
