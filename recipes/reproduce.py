@@ -4,10 +4,11 @@ A whole study in one command: train every row, evaluate it, and write a report w
     python recipes/reproduce.py --config recipes/scientific/study.yaml --source path/to/scientific
 
 Each row of the study is a run of `sft.py` or `grpo.py` with some settings changed, an evaluation with and without an
-item memory and, if asked for, at every fixed depth. Wrong rows and settings are refused before anything runs. A study
-that is killed goes on where it stopped: a job that ended with the same settings is not run again, and trainings resume
-from their last checkpoint. With other settings a training starts again, and its last run is kept in `checkpoint.old`.
-`report_only: true` writes the report of what has ended so far. Needs matplotlib (`pip install "lasar_hf[study]"`).
+item memory and, if asked for, at every fixed depth. Unknown rows, unknown settings and values of a wrong type are
+refused before anything runs. A study that is killed goes on where it stopped: a job that ended with the same settings
+is not run again, and trainings resume from their last checkpoint. With other settings a training starts again, and its
+last run is kept in `checkpoint.old`. `report_only: true` writes the report of what has ended so far. Needs matplotlib
+(`pip install "lasar_hf[study]"`), and cornac for SASRec (`"lasar_hf[baselines]"`).
 """
 
 import hashlib
@@ -19,7 +20,9 @@ import shutil
 import subprocess
 import sys
 import time
+from argparse import ArgumentError
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -32,6 +35,7 @@ import yaml
 from lasar_hf import LasarGRPOConfig, LasarSFTConfig
 from lasar_hf.commands.grpo import GRPOScriptArguments
 from lasar_hf.commands.parser import ScriptParser
+from lasar_hf.commands.prepare import PrepareArguments
 from lasar_hf.commands.sft import SFTScriptArguments
 from lasar_hf.data import PreparedData
 from lasar_hf.evaluation import BASELINES, has_sasrec
@@ -46,6 +50,7 @@ TRAINING = {  # what a row may run, and the classes of its arguments
     "sft": (SFTScriptArguments, LasarSFTConfig, LasarModelConfig),
     "grpo": (GRPOScriptArguments, LasarGRPOConfig, LasarModelConfig),
 }
+ALL_USERS = sys.maxsize
 VERSIONS = ("lasar_hf", "torch", "transformers", "trl", "numpy")
 logger = logging.getLogger(__name__)
 
@@ -72,6 +77,15 @@ class StudyArguments:
     sweep_users: int = field(default=0, metadata={"help": "Users of the evaluations at fixed depths; 0 for all."})
     max_depth: int = field(default=8, metadata={"help": "Largest fixed depth."})
     report_only: bool = field(default=False, metadata={"help": "Write the report of the jobs that have ended."})
+
+    def __post_init__(self):
+        for name, least in (("jobs", 1), ("num_beams", 1), ("sweep_users", 0), ("max_depth", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at least {least}.")
+        if not self.seeds:
+            raise ValueError("seeds is empty; expected at least one, such as [0].")
+        if not isinstance(self.rows, dict):
+            raise ValueError(f"rows is {self.rows!r}; expected the name of each row and its settings.")
 
 
 @dataclass
@@ -142,6 +156,8 @@ def read_row(name: str, settings: dict[str, Any]) -> RowArguments:
     if unknown:
         raise ValueError(f"Row {name!r} has {unknown}; expected some of {', '.join(sorted(known))}.")
     row = RowArguments(**settings)
+    if not isinstance(row.set, dict):
+        raise ValueError(f"Row {name!r} has set: {row.set!r}; expected settings, or leave it out.")
     checks = [
         ((row.recipe is None) != (row.of is None) and row.recipe in (None, *TRAINING),
          f"has recipe {row.recipe} and of {row.of}; expected recipe: sft or grpo, or of: another row."),
@@ -160,20 +176,34 @@ def read_row(name: str, settings: dict[str, Any]) -> RowArguments:
     for is_met, message in checks:
         if not is_met:
             raise ValueError(f"Row {name!r} {message}")
-    wrong = sorted(set(changed_settings(row.config, row.set)) - argument_names(row.recipe)) if row.recipe else []
-    if wrong:
-        raise ValueError(f"Row {name!r} has {wrong}, which are no arguments of {row.recipe}.py.")
+    if row.recipe is not None:
+        check_settings(f"Row {name!r}", row.recipe, TRAINING[row.recipe], changed_settings(row.config, row.set))
     return row
 
 
-def argument_names(recipe: str) -> set[str]:
-    """Names of the arguments of a training recipe."""
-    return {part.name for arguments in TRAINING[recipe] for part in fields(arguments)}
+def check_settings(owner: str, script: str, classes: tuple[type, ...], settings: dict[str, Any]) -> None:
+    """Refuse settings that a recipe does not have, or whose type is wrong."""
+    parser = ScriptParser(classes)
+    unknown = parser.set_defaults_with_config(**settings)[::2]
+    if unknown:
+        names = ", ".join(name.removeprefix("--") for name in unknown)
+        raise ValueError(
+            f"{owner} has {names}, which {script}.py does not know. {script}.py --help-all lists its options."
+        )
+    for action in parser._actions:
+        action.required = False  # the study itself sets some
+    parser.exit_on_error = False
+    try:
+        parser.parse_args([])  # converts the settings to their types
+    except ArgumentError as error:
+        raise ValueError(f"{owner}: {error}.") from None
 
 
 def changed_settings(config: str | None, changes: dict[str, Any]) -> dict[str, Any]:
     """The settings of a YAML file, some of them changed or, with `None`, left out."""
     settings = yaml.safe_load(Path(config).read_text(encoding="utf-8")) if config else {}
+    if not isinstance(settings, dict):
+        raise ValueError(f"{config} has no settings; expected lines such as `learning_rate: 1.0e-3`.")
     return {key: value for key, value in (settings | changes).items() if value is not None}
 
 
@@ -209,16 +239,19 @@ def order(rows: dict[str, RowArguments]) -> list[str]:
 
 
 def check_prepare(study: StudyArguments) -> None:
-    """Refuse preparations with unknown keys or files."""
+    """Refuse preparations with unknown keys, files or settings, and a study in the folder of its data."""
     for part in study.prepare:
-        if not set(part) <= {"config", "set"} or not Path(part.get("config") or __file__).is_file():
+        is_known = set(part) <= {"config", "set"} and isinstance(part.get("set", {}), dict)
+        if not is_known or not Path(part.get("config") or __file__).is_file():
             raise ValueError(f"prepare has {part}; expected config, a YAML file, and set, changed settings.")
+        settings = changed_settings(part.get("config"), part.get("set", {}))
+        check_settings(f"prepare with {part}", "prepare", (PrepareArguments,), settings)
+        if Path(settings.get("output_dir", ".")).resolve() == Path(study.output_dir).resolve():
+            raise ValueError(f"output_dir is {study.output_dir}, the folder of prepared data; set another folder.")
 
 
 def check_depths(study: StudyArguments, rows: dict[str, RowArguments]) -> None:
-    """Refuse a study without seeds, and numbers of latent steps that the models of its rows do not take."""
-    if not study.seeds:
-        raise ValueError("seeds is empty; expected at least one, such as [0].")
+    """Refuse numbers of latent steps that the models of the rows do not take."""
     for name, row in rows.items():
         settings = changed_settings(row.config, row.set)
         numbers = [row.depth, settings.get("depth_source"), settings.get("fixed_depth")]
@@ -227,8 +260,10 @@ def check_depths(study: StudyArguments, rows: dict[str, RowArguments]) -> None:
         while row.of is not None or str(row.set.get("model_name_or_path", "")).startswith("@"):
             row = rows[row.of or row.set["model_name_or_path"][1:].partition("/")[0]]
         settings = changed_settings(row.config, row.set)
+        if "model_name_or_path" in settings and "max_latent_steps" not in settings:
+            continue  # a checkpoint from elsewhere, whose largest depth is not known here
         most = settings.get("max_latent_steps", SFTScriptArguments.max_latent_steps)
-        if wanted > most and "model_name_or_path" not in settings:  # others are not of this study
+        if wanted > most:
             raise ValueError(f"Row {name!r} has {wanted} latent steps; its model takes at most {most}.")
 
 
@@ -241,6 +276,8 @@ def check_tables(study: StudyArguments, rows: dict[str, RowArguments]) -> None:
             raise ValueError(
                 f"A table has {sorted(table)}; expected title, rows and perhaps text, against, slices, links, figure."
             )
+        if not all(isinstance(table.get(key, []), list) for key in ("rows", "against")):
+            raise ValueError(f"Table {table['title']!r}: expected lists of rows in rows and against.")
         wrong = [name for name in [*table["rows"], *table.get("against", [])] if name not in names]
         if wrong:
             raise ValueError(f"Table {table['title']!r} has {wrong}, which are no rows of the study.")
@@ -256,12 +293,13 @@ def check_tables(study: StudyArguments, rows: dict[str, RowArguments]) -> None:
 
 def check_packages(study: StudyArguments) -> None:
     """Refuse a study whose figures or baselines need a package that is not installed."""
-    missing = [] if find_spec("matplotlib") else ["study"]
+    if not find_spec("matplotlib"):
+        raise ValueError('The figures need matplotlib: pip install "lasar_hf[study]".')
     named = {name for table in study.tables for name in [*table["rows"], *table.get("against", [])]}
-    if study.baselines and "SASRec" in named and not has_sasrec():
-        missing.append("baselines")
-    if missing:
-        raise ValueError(f'The study needs packages: pip install "lasar_hf[{",".join(missing)}]".')
+    if study.baselines and "SASRec" in named and not study.report_only and not has_sasrec():
+        raise ValueError(
+            'The row SASRec needs cornac: pip install "lasar_hf[baselines]". Or leave SASRec out of the tables.'
+        )
 
 
 class Jobs(dict[str, Job]):
@@ -324,7 +362,7 @@ class Jobs(dict[str, Job]):
             self.add(f"{prefix}/sweep", "eval", options, folder, ready[:1])
         if row.oracle and is_first:
             options = self.evaluation | {"model": str(checkpoint), "output_dir": str(folder / "oracle")}
-            options |= {"users": self.study.sweep_users or None}
+            options |= {"users": self.study.sweep_users or ALL_USERS}
             self.add(f"{prefix}/oracle", "depth", options, folder, ready[:1])
 
 
@@ -349,6 +387,7 @@ def run_job(job: Job, study: StudyArguments) -> bool:
     threads = str(max(torch.get_num_threads() // study.jobs, 1))
     with log.open("a") as file:
         lock(file, job.name)
+        job.marker.unlink(missing_ok=True)  # that of other settings, whose results are overwritten now
         began = time.time()
         if job.script in TRAINING:
             set_aside(job)
@@ -377,7 +416,10 @@ def set_aside(job: Job) -> None:
 
 
 def updates(jobs: dict[str, Job], row: str) -> int | None:
-    """Number of updates of a row's training, at the first seed; `None` for rows that train nothing."""
+    """
+    Number of updates of a row's training, at the first seed that has ended; `None` for rows that train nothing. The
+    checkpoint that is kept may be an earlier one.
+    """
     ended = [job for name, job in jobs.items() if name.endswith(f"/{row}/checkpoint") and job.has_ended()]
     states = sorted(Path(ended[0].settings["output_dir"]).glob("*/trainer_state.json")) if ended else []
     return read_json(states[0])["max_steps"] if states else None
@@ -416,19 +458,8 @@ def run_jobs(jobs: dict[str, Job], study: StudyArguments) -> list[str]:
                 (ended if future.result() else failed).add(running.pop(future))
 
 
-def main(study: StudyArguments) -> None:
-    """Run what is left of the study, and write its report."""
-    rows = read_rows(study)
-    check_prepare(study)
-    check_depths(study, rows)
-    check_tables(study, rows)
-    check_packages(study)
-    check_writable(study.report_dir)
-    jobs = Jobs(study, rows)
-    missing = [name for name, job in jobs.items() if not job.has_ended()]
-    if not study.report_only:
-        with locked(study.output_dir):
-            missing = run_jobs(jobs, study)
+def write_report(study: StudyArguments, rows: dict[str, RowArguments], jobs: Jobs, missing: list[str]) -> None:
+    """Write the report of the jobs that have ended."""
     if not Path(study.data_dir, "prepared.json").exists():
         raise ValueError(f"{study.data_dir} has no prepared data yet, so there is nothing to report.")
     seconds = {name: read_json(job.marker)["seconds"] for name, job in jobs.items() if job.has_ended()}
@@ -449,6 +480,22 @@ def main(study: StudyArguments) -> None:
     }
     write_study(Path(study.report_dir), results, study.tables, details)
     logger.info("The report is %s.", Path(study.report_dir, "study.md"))
+
+
+def main(study: StudyArguments) -> None:
+    """Run what is left of the study, and write its report."""
+    rows = read_rows(study)
+    check_prepare(study)
+    check_depths(study, rows)
+    check_tables(study, rows)
+    check_packages(study)
+    check_writable(study.report_dir)
+    jobs = Jobs(study, rows)
+    with nullcontext() if study.report_only else locked(study.output_dir):
+        missing = [name for name, job in jobs.items() if not job.has_ended()]
+        if not study.report_only:
+            missing = run_jobs(jobs, study)
+        write_report(study, rows, jobs, missing)
     if missing and not study.report_only:
         sys.exit(f"{len(missing)} jobs did not end: {', '.join(missing)}.")
 

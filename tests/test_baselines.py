@@ -5,10 +5,12 @@ import pytest
 from scipy import sparse
 
 from lasar_hf.data import leave_one_out, read_lcrec, samples
+from lasar_hf.data.splits import drawn
 from lasar_hf.evaluation import (
     BASELINES,
     baseline_rankings,
     baselines,
+    compare_exclusion,
     ease_matrix,
     ease_ranking,
     has_sasrec,
@@ -152,6 +154,20 @@ def test_tuning_measures_on_a_part_of_many_users():
     histories = random_sequences(9, 50, 10)
     tuning = tune(ease_matrix, {"regularization": (1.0,)}, histories, histories, [0] * 50, 10, False, max_users=7)
     assert tuning.users == 7
+
+
+def test_exclusion_is_compared_on_users_who_are_drawn():
+    """The first ten of twenty users take again what they have, the others something new."""
+    train = [[user, 20 + user] for user in range(20)]
+    histories, targets = (
+        [[user, 20 + user] for user in range(20)],
+        [*range(10), *((user + 1) % 20 for user in range(10, 20))],
+    )
+    users = drawn(20, 8)
+    few = compare_exclusion(train, histories, targets, 40, max_users=8)
+    parts = [([histories[i] for i in part], [targets[i] for i in part]) for part in (users, range(8))]
+    expected, first = (compare_exclusion(train, *part, 40) for part in parts)
+    assert few == expected != first
 
 
 def test_baselines_say_how_they_were_tuned(monkeypatch):

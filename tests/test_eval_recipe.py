@@ -54,6 +54,19 @@ def test_report_has_baselines_and_models(recipe, folder, tmp_path):
         assert tests["policy - item-kNN"]["difference"] == pytest.approx(difference)
 
 
+def test_users_are_drawn_and_named_in_the_lists(recipe, folder, tmp_path):
+    args = arguments(folder, tmp_path / "all") | dict(baselines=False)
+    recipe.main(recipe.EvaluateArguments(**args))
+    recipe.main(recipe.EvaluateArguments(**args | dict(output_dir=str(tmp_path / "some")), users=7))
+    with np.load(tmp_path / "all" / "lists.npz") as every, np.load(tmp_path / "some" / "lists.npz") as some:
+        users = some["users"]
+        assert every["users"].tolist() == list(range(23))
+        assert len(users) == 7 and users.tolist() != list(range(7))
+        for name in ("items/direct", "items/policy", "depths/policy"):
+            np.testing.assert_array_equal(some[name], every[name][users])
+    assert report(tmp_path / "some")["results"]["policy"]["n"] == 7
+
+
 def test_a_checkpoint_in_use_keeps_its_card(recipe, folder, tmp_path, caplog):
     args = recipe.EvaluateArguments(**arguments(folder, tmp_path), baselines=False)
     card = folder / "checkpoint" / "README.md"

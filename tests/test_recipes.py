@@ -170,7 +170,7 @@ def test_key_value_heads_that_do_not_divide_are_named(heads):
 def test_stage_1_starts_from_one_backbone(folder, path):
     recipe = load_recipe("sft")
     script = recipe.SFTScriptArguments(data_dir=str(folder), backbone_config=None if path is None else BACKBONE)
-    with pytest.raises(ValueError, match="expected one of them"):
+    with pytest.raises(ValueError, match="set one of them"):
         recipe.stage1_model(script, LasarModelConfig(model_name_or_path=path), PreparedData.load(folder))
 
 
@@ -411,11 +411,12 @@ def test_depths_can_be_those_of_the_starting_policy(folder, stage1):
     assert recipe.policy_depths(model, processor, histories, batch_size=3).tolist() == expected.tolist()
 
 
+@pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize(("weights", "warned"), [([1.0, 1.0, 0.0, 0.0, 1.0], 1), ([0.0, 1.0, 1.0, 1.0, 1.0], 0)])
-def test_depths_that_the_policy_learns_need_a_weight(folder, stage1, tmp_path, weights, warned):
+def test_depths_that_the_policy_learns_need_a_weight(folder, stage1, tmp_path, weights, warned, stage):
     recipe = load_recipe("sft")
-    script = recipe.SFTScriptArguments(data_dir=str(folder), stage=2, depth_source="uniform")
-    args = LasarSFTConfig(**settings(tmp_path, depth_weights=weights, policy_weight=0.1))
+    script = recipe.SFTScriptArguments(data_dir=str(folder), stage=stage, tasks=["reasoning"], depth_source="uniform")
+    args = LasarSFTConfig(**settings(tmp_path, depth_weights=weights, policy_weight=0.1, alignment="none"))
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         recipe.main(script, args, LasarModelConfig(model_name_or_path=str(stage1)))

@@ -39,7 +39,8 @@ if Path(sys.argv[0]).stem == "depth":
     rows["fitted policy"] = {"NDCG@10": 0.2, "against best fixed": test, "against shuffled": test}
     folder = Path(arguments["output_dir"])
     folder.mkdir(parents=True)
-    (folder / "report.json").write_text(json.dumps({"rows": rows, "null": {"NDCG@10": 0.3}, "best": 1}))
+    content = {"rows": rows, "null": {"NDCG@10": 0.3}, "best": 1, "details": {"users": 5}}
+    (folder / "report.json").write_text(json.dumps(content))
 if os.environ.get("SLOW", "nothing") in json.dumps(arguments):
     time.sleep(4)
     with open(os.environ["RUNS"], "a") as file:
@@ -165,6 +166,39 @@ def test_a_training_resumes_under_the_same_settings_only(recipe, tmp_path, monke
     assert (folder / "checkpoint.old" / "mark").exists()
 
 
+def test_old_settings_do_not_take_the_results_of_new_ones(recipe, tmp_path, monkeypatch):
+    recipe.main(study(recipe, tmp_path))
+    first, changed = len(runs(tmp_path)), study(recipe, tmp_path, num_beams=7)
+    changed.rows["latent"]["set"]["seed"] = 3
+    monkeypatch.setenv("FAIL", "latent/")  # after it has written its files
+    with pytest.raises(SystemExit):
+        recipe.main(changed)
+    monkeypatch.setenv("FAIL", "nothing")
+    second = len(runs(tmp_path))
+    assert second > first
+    recipe.main(study(recipe, tmp_path))
+    again = [arguments.get("output_dir", "") for _, arguments in runs(tmp_path)[second:]]
+    # The jobs that ran under the new settings: the training that failed, and the evaluations of the other row.
+    assert str(tmp_path / "out/0/latent/checkpoint") in again
+    assert str(tmp_path / "out/0/direct/test") in again
+    assert str(tmp_path / "out/0/direct/checkpoint") not in again
+
+
+def test_a_study_in_the_folder_of_its_data_is_refused(recipe, tmp_path):
+    part = {"set": {"source": "routines", "output_dir": str(tmp_path / "out")}}
+    with pytest.raises(ValueError, match="the folder of prepared data"):
+        recipe.main(study(recipe, tmp_path, prepare=[part]))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("jobs", 0), ("num_beams", 0), ("sweep_users", -5), ("max_depth", -1), ("seeds", []), ("rows", ["a", "b"])],
+)
+def test_wrong_numbers_are_refused(recipe, tmp_path, name, value):
+    with pytest.raises(ValueError, match=name):
+        recipe.StudyArguments(**asdict(study(recipe, tmp_path)) | {name: value})
+
+
 def test_the_report_has_the_number_of_updates(recipe, tmp_path):
     recipe.main(study(recipe, tmp_path))
     text = (tmp_path / "report" / "study.md").read_text()
@@ -209,8 +243,8 @@ def test_fixed_depths_beside_the_policy(recipe, tmp_path):
     policy = ndcg_per_user(ranks(items[drawn], targets[drawn]), 10).mean()
     assert policy != pytest.approx(ndcg_per_user(ranks(items[:10], targets[:10]), 10).mean(), abs=1e-4)
     assert re.search(rf"\| NDCG@10, policy \| .* \| {policy:.4f} \|", text)
-    shown = "0.1000 | 0.2000 | 0.1000 | 0.1000 | 0.3000 | +0.0100 (-0.0200 to +0.0400), p = 0.400 |"
-    assert shown in text
+    shown = [*["0.1000"] * 3, "0.2000", "0.1000", "0.1000", "0.3000", "+0.0100 (-0.0200 to +0.0400), p = 0.400"]
+    assert f"| latent | 5 | {' | '.join(shown)} |" in text
     assert not any("/out/1/latent/sweep" in json.dumps(run) for run in runs(tmp_path))  # the first seed only
 
 
@@ -248,6 +282,8 @@ def test_missing_packages_are_named_before_anything_runs(recipe, tmp_path, monke
     with pytest.raises(ValueError, match=r"lasar_hf\[baselines\]"):
         recipe.main(part)
     assert not (tmp_path / "runs").exists()
+    part.report_only = True
+    recipe.main(part)  # trains nothing, so it does not need them
 
 
 def test_the_number_of_updates_is_that_of_a_training_that_has_ended(recipe, tmp_path):
@@ -300,7 +336,7 @@ def test_memories_are_evaluated_on_test_users_only(recipe, tmp_path):
     assert has_memory == {"test": True, "validation": False}
 
 
-STUDIES = [*ROOT.glob("recipes/*/study.yaml"), *ROOT.glob("recipes/*/sweep.yaml")]
+STUDIES = [path for path in ROOT.glob("recipes/*/*.yaml") if "\nrows:\n" in path.read_text()]
 
 
 @pytest.mark.parametrize("path", sorted(STUDIES), ids=lambda path: f"{path.parent.name}-{path.stem}")
@@ -316,12 +352,13 @@ def test_studies_of_the_recipes_have_known_rows_and_settings(monkeypatch, path):
     assert all(job.name.startswith("prepare") or job.after for job in recipe.Jobs(study, rows).values())
 
 
-def test_a_study_without_seeds_is_refused(recipe, tmp_path):
-    with pytest.raises(ValueError, match="seeds is empty"):
-        recipe.main(study(recipe, tmp_path, seeds=[]))
-
-
-@pytest.mark.parametrize("part", [{"confg": "stage.yaml"}, {"config": "missing.yaml"}])
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"confg": "stage.yaml"}, {"config": "missing.yaml"}, {"set": None}, {"set": {"outptu_dir": "x"}},
+        {"set": {"max_latent_steps": "many"}},
+    ],
+)  # fmt: skip
 def test_wrong_preparations_are_refused(recipe, tmp_path, part):
     with pytest.raises(ValueError, match="prepare"):
         recipe.main(study(recipe, tmp_path, prepare=[part]))
@@ -359,6 +396,20 @@ def test_a_report_can_be_written_alone(recipe, tmp_path):
         ({"a": {"recipe": "sft", "config": "stage.yaml", "set": {"output_dir": "elsewhere"}}}, "sets output_dir"),
         ({"a": {"recipe": "sft", "config": "stage.yaml", "seeds": "all", "set": {"seed": 3}}}, "sets output_dir, or"),
         ({"a": None}, "expected settings"),
+        ({"a": {"recipe": "sft", "config": "stage.yaml", "set": None}}, "expected settings"),
+        ({"a": {"recipe": "sft", "config": "empty.yaml"}}, "has no settings"),
+        ({"a": {"recipe": "sft", "config": "stage.yaml", "set": {"learning_rate": "fast"}}}, "learning_rate.*'fast'"),
+        (
+            {
+                "a": {
+                    "recipe": "sft",
+                    "config": "stage.yaml",
+                    "depth": 8,
+                    "set": {"model_name_or_path": "some/model", "max_latent_steps": 3},
+                }
+            },
+            "'a' has 8 .* at most 3",
+        ),
         ({"a": {"recipe": "sft", "config": "stage.yaml", "test": False}}, "at least one evaluation"),
         ({"a": {"recipe": "sft", "config": "stage.yaml", "depth": 9}}, "'a' has 9 .* at most 8"),
         (
@@ -374,6 +425,7 @@ def test_a_report_can_be_written_alone(recipe, tmp_path):
 )
 def test_wrong_rows_are_refused_before_anything_runs(recipe, tmp_path, monkeypatch, rows, message):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.yaml").touch()
     with pytest.raises(ValueError, match=message):
         recipe.main(study(recipe, tmp_path, rows=rows))
     assert not (tmp_path / "runs").exists()
@@ -386,6 +438,8 @@ def test_wrong_rows_are_refused_before_anything_runs(recipe, tmp_path, monkeypat
         {"title": "x"},
         {"title": "x", "rows": [], "row": 1},
         {"title": "x", "rows": ["direct"], "links": True},
+        {"title": "x", "rows": None},
+        {"title": "x", "rows": ["direct"], "against": None},
     ],
 )
 def test_wrong_tables_are_refused(recipe, tmp_path, table):

@@ -162,8 +162,8 @@ def stage1_model(script: SFTScriptArguments, model_args: LasarModelConfig, data:
     path = model_args.model_name_or_path
     if (path is None) == (script.backbone_config is None):
         raise ValueError(
-            f"model_name_or_path is {path!r} and backbone_config is {script.backbone_config}; expected one of them: "
-            "stage 1 loads a backbone or makes one."
+            f"model_name_or_path is {path!r} and backbone_config is {script.backbone_config}. Stage 1 loads a "
+            "backbone or makes one: set one of them and leave the other out, on the command line and in the YAML file."
         )
     if path is None:
         tokenizer = AutoTokenizer.from_pretrained(Path(script.data_dir, "tokenizer"))  # nosec B615: a local folder

@@ -109,12 +109,13 @@ class StudyResults:
 
 
 def row_numbers(results: StudyResults, row: str, split: str) -> dict[str, Any]:
-    """Means over the seeds of a row, and standard deviations of the metrics if there are several."""
+    """Metrics of a row at each seed, their means, and standard deviations if there are several seeds."""
     parts = results.seeds(row, split)
     numbers: dict[str, Any] = {"seeds": len(parts)}
     for metric in METRICS:
         values = [part["row"][metric] for part in parts]
         numbers[metric] = float(np.mean(values))
+        numbers[f"{metric} by seed"] = values
         numbers[f"{metric} sd"] = float(np.std(values, ddof=1)) if len(values) > 1 else None
     for name in ("mean_depth", "ms_per_user", "text_tokens"):
         values = [part["row"][name] for part in parts if name in part["row"]]
@@ -209,7 +210,7 @@ def depth_section(results: StudyResults, rows: Sequence[str], folder: Path, has_
     head = [f"| fixed depth | {' | '.join(depths)} |", "|---|" + "---:|" * len(depths)]
     total = len(results.targets["validation"])
     users = f"All {total:,} validation users" if count == total else f"{count:,} validation users, drawn at random"
-    parts = ["## Fixed depths", f"{users}, HR@10 / NDCG@10.", "\n".join([*head, *lines])]
+    parts = ["## Fixed depths", f"{users}, HR@10 / NDCG@10, first seed.", "\n".join([*head, *lines])]
     histogram = [
         (row, np.bincount(results.seeds(row, "test")[0]["depths"], minlength=len(depths)))
         for row in sweeps if results.seeds(row, "test")
@@ -220,7 +221,7 @@ def depth_section(results: StudyResults, rows: Sequence[str], folder: Path, has_
         histogram = [(row, np.pad(counts, (0, width - len(counts)))) for row, counts in histogram]
         head = [f"| depth | {' | '.join(map(str, range(width)))} |", "|---|" + "---:|" * width]
         rows_of = [f"| {row} | {' | '.join(map(str, counts))} |" for row, counts in histogram]
-        parts += ["Test users by the depth that the policy chose:", "\n".join([*head, *rows_of])]
+        parts += ["Test users by the depth that the policy chose, first seed:", "\n".join([*head, *rows_of])]
     parts += [table for table in (chosen_depths(results, row) for row in sweeps) if table]
     if has_links:
         parts.append("The same validation users, exact match by number of links:")
@@ -228,7 +229,10 @@ def depth_section(results: StudyResults, rows: Sequence[str], folder: Path, has_
     per_user = {row: results.sweep_per_user(row) for row in sweeps}
     policies = {row: values["policy"].mean() for row, values in per_user.items() if "policy" in values}
     _plot_depths(sweeps, policies, histogram, folder / "depths.png")
-    return "\n\n".join([*parts, "![NDCG@10 at every fixed depth, and the depths of the policy](depths.png)"]) + "\n"
+    return (
+        "\n\n".join([*parts, "![NDCG@10 at every fixed depth, and the depths of the policy, first seed](depths.png)"])
+        + "\n"
+    )
 
 
 def chosen_depths(results: StudyResults, row: str) -> str:
@@ -247,8 +251,8 @@ def chosen_depths(results: StudyResults, row: str) -> str:
     for name, part in (("policy", policy), (f"fixed depth {best}", values[best])):
         lines += [f"| NDCG@10, {name} | {' | '.join(f'{part[group].mean():.4f}' for group in groups.values())} |"]
     text = (
-        f"The same validation users by the depth that the policy of {row} chose. Policy − best fixed depth, which is "
-        f"that of these users: {difference(test)}."
+        f"The same validation users by the depth that the policy of {row} chose. Policy − fixed depth {best}, "
+        f"the best one for these same users: {difference(test)}."
     )
     return f"{text}\n\n" + "\n".join(lines)
 
@@ -256,7 +260,14 @@ def chosen_depths(results: StudyResults, row: str) -> str:
 def oracle_section(results: StudyResults, rows: Sequence[str]) -> str:
     """What `recipes/depth.py` found: the policy against shuffled depths, and the best depth of each user."""
     names = ["policy", "policy, shuffled", "fitted policy", "fitted policy, shuffled", "oracle"]
-    columns = ["best fixed", *names, "oracle of noisy lists", "fitted policy − best fixed", "fitted policy − shuffled"]
+    columns = [
+        "users",
+        "best fixed",
+        *names,
+        "oracle of noisy lists",
+        "fitted policy − best fixed",
+        "fitted policy − shuffled",
+    ]
     lines = [f"| row | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
     for row in rows:
         seed = results.first(row, "oracle")
@@ -267,10 +278,11 @@ def oracle_section(results: StudyResults, rows: Sequence[str]) -> str:
         fitted = report["rows"]["fitted policy"]
         tests = [difference(BootstrapResult(**fitted[f"against {name}"])) for name in ("best fixed", "shuffled")]
         cells = [*(f"{part['NDCG@10']:.4f}" for part in parts), *tests]
-        lines.append(f"| {row} | {' | '.join(cells)} |")
+        lines.append(f"| {row} | {report['details']['users']:,} | {' | '.join(cells)} |")
     text = (
-        "NDCG@10 of validation users. The fitted policy of each half of the users knows the other half only. The "
-        "oracle takes the best depth of each user. Compare it with the best of as many noisy lists at one depth."
+        "NDCG@10 of validation users, first seed. The fitted policy of each half of the users knows the other half "
+        "only. The oracle takes the best depth of each user. Compare it with the best of as many noisy lists at one "
+        "depth."
     )
     return "\n\n".join(["## Which depth?", text, "\n".join(lines)]) if len(lines) > 2 else ""
 
@@ -360,8 +372,8 @@ def write_study(
     note, users = exclusion_note(results.data.exclude_history), len(results.targets["test"])
     intro = (
         f"The whole catalogue is ranked for {users:,} test users, if not said otherwise. {note} Differences have a 95 "
-        "% interval from a bootstrap over users. Two rows are compared on the seeds that both have. Nothing was "
-        "chosen on test users."
+        "% interval and a p-value from a bootstrap over users, which do not contain the noise between trainings. Two "
+        "rows are compared on the seeds that both have. Nothing was chosen on test users."
     )
     parts = ["# Study", intro]
     if details["missing"]:
@@ -407,7 +419,7 @@ def _table_section(results: StudyResults, table: dict[str, Any], folder: Path) -
 
 def _how(results: StudyResults, details: dict[str, Any]) -> str:
     """How each row was made: settings, seeds, times, commit, and the settings of the baselines."""
-    lines = ["| row | made from | changed settings | depth | updates | minutes of the last run |"]
+    lines = ["| row | made from | changed settings | depth | updates run | minutes of the last run |"]
     lines.append("|---|---|---|---|---:|---:|")
     for name, row in details["rows"].items():
         seconds = [time for job, time in details["seconds"].items() if job.endswith(f"/{name}/checkpoint")]
