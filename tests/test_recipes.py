@@ -46,7 +46,7 @@ from tests.tiny import tiny_tokenizer
 RECIPES = ROOT / "recipes"
 SCRIPT_OF = {
     "stage1": "sft", "stage2": "sft", "stage2_eight": "sft", "explicit": "sft", "grpo_eight": "grpo",
-    "study": "reproduce", "sweep": "reproduce",
+    "study": "reproduce", "sweep": "reproduce", "reading": "reproduce",
 }  # fmt: skip
 SHARED = {"sft": (LasarSFTConfig, LasarModelConfig), "grpo": (LasarGRPOConfig, LasarModelConfig)}
 FILES = sorted(path for path in RECIPES.glob("*/*.yaml") if path.parent.name != "accelerate_configs")
