@@ -4,7 +4,7 @@ A whole study in one command: train every row, evaluate it, and write a report w
     python recipes/reproduce.py --config recipes/scientific/study.yaml --source path/to/scientific
 
 Each row of the study is a run of `sft.py` or `grpo.py` with some settings changed, an evaluation with and without an
-item memory and, if asked for, at every fixed depth. Unknown rows, unknown settings and values of a wrong type are
+item memory and, if asked for, at every fixed depth. Unknown rows and settings, and text where a number belongs, are
 refused before anything runs. A study that is killed goes on where it stopped: a job that ended with the same settings
 is not run again, and trainings resume from their last checkpoint. With other settings a training starts again, and its
 last run is kept in `checkpoint.old`. `report_only: true` writes the report of what has ended so far. Needs matplotlib
@@ -82,8 +82,8 @@ class StudyArguments:
         for name, least in (("jobs", 1), ("num_beams", 1), ("sweep_users", 0), ("max_depth", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least {least}.")
-        if not self.seeds:
-            raise ValueError("seeds is empty; expected at least one, such as [0].")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds is {self.seeds}; expected one or more different numbers, such as [0].")
         if not isinstance(self.rows, dict):
             raise ValueError(f"rows is {self.rows!r}; expected the name of each row and its settings.")
 
@@ -182,7 +182,7 @@ def read_row(name: str, settings: dict[str, Any]) -> RowArguments:
 
 
 def check_settings(owner: str, script: str, classes: tuple[type, ...], settings: dict[str, Any]) -> None:
-    """Refuse settings that a recipe does not have, or whose type is wrong."""
+    """Refuse settings that a recipe does not have, and text where a number or boolean belongs."""
     parser = ScriptParser(classes)
     unknown = parser.set_defaults_with_config(**settings)[::2]
     if unknown:
@@ -242,11 +242,11 @@ def check_prepare(study: StudyArguments) -> None:
     """Refuse preparations with unknown keys, files or settings, and a study in the folder of its data."""
     for part in study.prepare:
         is_known = set(part) <= {"config", "set"} and isinstance(part.get("set", {}), dict)
-        if not is_known or not Path(part.get("config") or __file__).is_file():
+        if not is_known or not Path(str(part.get("config") or __file__)).is_file():
             raise ValueError(f"prepare has {part}; expected config, a YAML file, and set, changed settings.")
         settings = changed_settings(part.get("config"), part.get("set", {}))
         check_settings(f"prepare with {part}", "prepare", (PrepareArguments,), settings)
-        if Path(settings.get("output_dir", ".")).resolve() == Path(study.output_dir).resolve():
+        if Path(str(settings.get("output_dir"))).resolve() == Path(study.output_dir).resolve():
             raise ValueError(f"output_dir is {study.output_dir}, the folder of prepared data; set another folder.")
 
 
@@ -254,15 +254,18 @@ def check_depths(study: StudyArguments, rows: dict[str, RowArguments]) -> None:
     """Refuse numbers of latent steps that the models of the rows do not take."""
     for name, row in rows.items():
         settings = changed_settings(row.config, row.set)
+        weights = settings.get("depth_weights", [0])
+        if not isinstance(weights, list):
+            raise ValueError(f"Row {name!r} has depth_weights {weights!r}; expected a list, one for each depth.")
         numbers = [row.depth, settings.get("depth_source"), settings.get("fixed_depth")]
-        numbers += [len(settings.get("depth_weights", [0])) - 1, study.max_depth if row.sweep else 0]
+        numbers += [len(weights) - 1, study.max_depth if row.sweep else 0]
         wanted = max(int(number) for number in numbers if str(number).isdecimal())
         while row.of is not None or str(row.set.get("model_name_or_path", "")).startswith("@"):
             row = rows[row.of or row.set["model_name_or_path"][1:].partition("/")[0]]
         settings = changed_settings(row.config, row.set)
         if "model_name_or_path" in settings and "max_latent_steps" not in settings:
-            continue  # a checkpoint from elsewhere, whose largest depth is not known here
-        most = settings.get("max_latent_steps", SFTScriptArguments.max_latent_steps)
+            continue  # a model from elsewhere, whose largest depth is not known here
+        most = int(settings.get("max_latent_steps", SFTScriptArguments.max_latent_steps))
         if wanted > most:
             raise ValueError(f"Row {name!r} has {wanted} latent steps; its model takes at most {most}.")
 
@@ -443,7 +446,10 @@ def commit() -> str:
 
 def run_jobs(jobs: dict[str, Job], study: StudyArguments) -> list[str]:
     """Run the jobs that have not ended, as soon as those before them have. Returns the names of those that did not."""
-    ended = {name for name, job in jobs.items() if job.has_ended()}
+    ended: set[str] = set()
+    for name, job in jobs.items():  # in order; what was made from results that are gone runs again
+        if job.has_ended() and set(job.after) <= ended:
+            ended.add(name)
     logger.info("%d of %d jobs have ended already.", len(ended), len(jobs))
     running, failed = {}, set()
     with ThreadPoolExecutor(study.jobs) as pool:

@@ -180,6 +180,7 @@ def test_old_settings_do_not_take_the_results_of_new_ones(recipe, tmp_path, monk
     again = [arguments.get("output_dir", "") for _, arguments in runs(tmp_path)[second:]]
     # The jobs that ran under the new settings: the training that failed, and the evaluations of the other row.
     assert str(tmp_path / "out/0/latent/checkpoint") in again
+    assert str(tmp_path / "out/0/latent/test") in again  # had not run, but its checkpoint is another one
     assert str(tmp_path / "out/0/direct/test") in again
     assert str(tmp_path / "out/0/direct/checkpoint") not in again
 
@@ -192,7 +193,15 @@ def test_a_study_in_the_folder_of_its_data_is_refused(recipe, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("jobs", 0), ("num_beams", 0), ("sweep_users", -5), ("max_depth", -1), ("seeds", []), ("rows", ["a", "b"])],
+    [
+        ("jobs", 0),
+        ("num_beams", 0),
+        ("sweep_users", -5),
+        ("max_depth", -1),
+        ("seeds", []),
+        ("seeds", [0, 0]),
+        ("rows", ["a", "b"]),
+    ],
 )
 def test_wrong_numbers_are_refused(recipe, tmp_path, name, value):
     with pytest.raises(ValueError, match=name):
@@ -398,6 +407,7 @@ def test_a_report_can_be_written_alone(recipe, tmp_path):
         ({"a": None}, "expected settings"),
         ({"a": {"recipe": "sft", "config": "stage.yaml", "set": None}}, "expected settings"),
         ({"a": {"recipe": "sft", "config": "empty.yaml"}}, "has no settings"),
+        ({"a": {"recipe": "sft", "config": "stage.yaml", "set": {"depth_weights": 5}}}, "depth_weights 5"),
         ({"a": {"recipe": "sft", "config": "stage.yaml", "set": {"learning_rate": "fast"}}}, "learning_rate.*'fast'"),
         (
             {

@@ -280,8 +280,8 @@ def oracle_section(results: StudyResults, rows: Sequence[str]) -> str:
         cells = [*(f"{part['NDCG@10']:.4f}" for part in parts), *tests]
         lines.append(f"| {row} | {report['details']['users']:,} | {' | '.join(cells)} |")
     text = (
-        "NDCG@10 of validation users, first seed. The fitted policy of each half of the users knows the other half "
-        "only. The oracle takes the best depth of each user. Compare it with the best of as many noisy lists at one "
+        "NDCG@10 of validation users, first seed. The policy of each half of the users is fitted on the other "
+        "half. The oracle takes the best depth of each user. Compare it with the best of as many noisy lists at one "
         "depth."
     )
     return "\n\n".join(["## Which depth?", text, "\n".join(lines)]) if len(lines) > 2 else ""
@@ -372,7 +372,7 @@ def write_study(
     note, users = exclusion_note(results.data.exclude_history), len(results.targets["test"])
     intro = (
         f"The whole catalogue is ranked for {users:,} test users, if not said otherwise. {note} Differences have a 95 "
-        "% interval and a p-value from a bootstrap over users, which do not contain the noise between trainings. Two "
+        "% interval and a p-value from a bootstrap over users; these do not contain the noise between trainings. Two "
         "rows are compared on the seeds that both have. Nothing was chosen on test users."
     )
     parts = ["# Study", intro]
