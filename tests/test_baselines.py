@@ -159,10 +159,8 @@ def test_tuning_measures_on_a_part_of_many_users():
 def test_exclusion_is_compared_on_users_who_are_drawn():
     """The first ten of twenty users take again what they have, the others something new."""
     train = [[user, 20 + user] for user in range(20)]
-    histories, targets = (
-        [[user, 20 + user] for user in range(20)],
-        [*range(10), *((user + 1) % 20 for user in range(10, 20))],
-    )
+    histories = [[user, 20 + user] for user in range(20)]
+    targets = [*range(10), *((user + 1) % 20 for user in range(10, 20))]
     users = drawn(20, 8)
     few = compare_exclusion(train, histories, targets, 40, max_users=8)
     parts = [([histories[i] for i in part], [targets[i] for i in part]) for part in (users, range(8))]

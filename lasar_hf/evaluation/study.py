@@ -229,10 +229,8 @@ def depth_section(results: StudyResults, rows: Sequence[str], folder: Path, has_
     per_user = {row: results.sweep_per_user(row) for row in sweeps}
     policies = {row: values["policy"].mean() for row, values in per_user.items() if "policy" in values}
     _plot_depths(sweeps, policies, histogram, folder / "depths.png")
-    return (
-        "\n\n".join([*parts, "![NDCG@10 at every fixed depth, and the depths of the policy, first seed](depths.png)"])
-        + "\n"
-    )
+    parts.append("![NDCG@10 at every fixed depth, and the depths of the policy, first seed](depths.png)")
+    return "\n\n".join(parts) + "\n"
 
 
 def chosen_depths(results: StudyResults, row: str) -> str:
@@ -260,14 +258,8 @@ def chosen_depths(results: StudyResults, row: str) -> str:
 def oracle_section(results: StudyResults, rows: Sequence[str]) -> str:
     """What `recipes/depth.py` found: the policy against shuffled depths, and the best depth of each user."""
     names = ["policy", "policy, shuffled", "fitted policy", "fitted policy, shuffled", "oracle"]
-    columns = [
-        "users",
-        "best fixed",
-        *names,
-        "oracle of noisy lists",
-        "fitted policy − best fixed",
-        "fitted policy − shuffled",
-    ]
+    columns = ["users", "best fixed", *names, "oracle of noisy lists"]
+    columns += ["fitted policy − best fixed", "fitted policy − shuffled"]
     lines = [f"| row | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
     for row in rows:
         seed = results.first(row, "oracle")
